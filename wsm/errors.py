@@ -1,0 +1,9 @@
+"""What can go wrong below the command line; ``str(error)`` is the sentence that the user reads."""
+
+
+class DoesNotFit(RuntimeError):
+    """The run needs more memory or disk than its budget holds (exit code 3)."""
+
+
+class StoreError(RuntimeError):
+    """The packed store could not be read, or is not what its manifest says (exit code 4)."""

@@ -1,0 +1,220 @@
+"""The engine against a fake source: every group arrives whole, in order, as often as the plan says, and no more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama.checkpoint.names import GroupId, Kind, pass_order
+from wsm.device import CpuDevice
+from wsm.errors import StoreError
+from wsm.groups import GroupLayout, TensorLayout
+from wsm.manager import WeightStreamingManager
+from wsm.placement import place
+from wsm.plan import Plan
+from wsm.settings import Settings
+from wsm.telemetry import Telemetry
+
+SLOT = {"attn": 8192, "ffn": 16384}
+
+
+def image(group: GroupId | None, nbytes: int) -> Tensor:
+    """Bytes that no other group has."""
+    seed = 0 if group is None else 1 + group.layer * 2 + (group.kind == "ffn")
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+class FakeSource:
+    """Answers reads on one thread, in order; counts them; can be slow, or fail at the n-th read."""
+
+    def __init__(self, *, delay_s: float = 0.0, fail_at: int | None = None) -> None:
+        self.on_read: Callable[[GroupId | None, int, float, float], None] | None = None
+        self.warnings: list[str] = []
+        self.reads: Counter[GroupId | None] = Counter()
+        self._delay_s, self._fail_at = delay_s, fail_at
+        self._queue: list[tuple[GroupId | None, Tensor, Callable[[BaseException | None], None]]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def layout(self, group: GroupId | None) -> GroupLayout:
+        nbytes = SLOT[group.kind] if group is not None else 4096
+        return GroupLayout(nbytes, (TensorLayout("data", torch.uint8, (nbytes,), 0, nbytes),))
+
+    def slot_bytes(self, kind: Kind) -> int:
+        return SLOT[kind]
+
+    def read(self, group: GroupId | None, buffer: Tensor, done: Callable[[BaseException | None], None]) -> None:
+        with self._wake:
+            self._queue.append((group, buffer, done))
+            self._wake.notify()
+
+    def _serve(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._closing:
+                    self._wake.wait()
+                if self._closing:
+                    return
+                group, buffer, done = self._queue.pop(0)
+            started = time.perf_counter()
+            time.sleep(self._delay_s)
+            self.reads[group] += 1
+            if self._fail_at is not None and self.reads.total() >= self._fail_at:
+                done(StoreError(f"{group}: short read"))
+                continue
+            data = image(group, self.layout(group).nbytes)
+            buffer[: len(data)].copy_(data)
+            if self.on_read is not None:
+                self.on_read(group, len(data), started, time.perf_counter())
+            done(None)
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+
+@contextmanager
+def running(plan: Plan, settings: Settings, source: FakeSource) -> Iterator[WeightStreamingManager]:
+    device = CpuDevice()
+    with WeightStreamingManager(plan, source, device, settings, Telemetry(device)) as manager:
+        manager.start()
+        yield manager
+
+
+def plan_for(n_layers: int, settings: Settings) -> Plan:
+    return place(n_layers, settings)
+
+
+def run_passes(manager: WeightStreamingManager, passes: int) -> None:
+    for _ in range(passes):
+        for group in pass_order(manager.n_layers):
+            with manager.acquire(group) as weights:
+                assert torch.equal(weights["data"], image(group, SLOT[group.kind])), group
+
+
+switches = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(["mixed", "stream", "preload"]),
+        "gpu_cached_layers": st.integers(0, 9),
+        "cpu_cache_layers": st.integers(0, 9),
+        "prefetch_distance": st.integers(1, 5),
+        "group_prefetch_depth": st.integers(1, 7),
+        "warmup_layers": st.integers(0, 9),
+        "cpu_rolling_mode": st.booleans(),
+        "cpu_evict": st.sampled_from(["belady", "fifo"]),
+        "cpu_wrap_around": st.booleans(),
+        "cpu_roll_sync": st.booleans(),
+        "evict_finished": st.booleans(),
+        "balance_prefetch": st.booleans(),
+        "balance_tol": st.integers(0, 3),
+        "pair_ahead": st.integers(0, 3),
+        "kind_ahead_cap": st.integers(0, 3),
+        "gpu_max_groups": st.integers(2, 10),
+    }
+)
+
+
+@given(n_layers=st.integers(1, 9), chosen=switches)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_every_setting_delivers_every_group_whole_and_in_order(n_layers: int, chosen: dict[str, object]) -> None:
+    settings = replace(Settings(), **chosen)  # type: ignore[arg-type]
+    with running(plan_for(n_layers, settings), settings, FakeSource()) as manager:
+        manager.stage()
+        run_passes(manager, 3)
+
+
+@pytest.mark.parametrize("evict", ["belady", "fifo"])
+@pytest.mark.parametrize(("cached", "distance"), [(4, 2), (3, 1), (6, 2), (9, 3)])
+def test_ssd_layers_a_pass_are_what_section_9_says(evict: str, cached: int, distance: int) -> None:
+    layers, on_gpu, passes = 9, 2, 6
+    settings = replace(
+        Settings(), gpu_cached_layers=on_gpu, cpu_cache_layers=cached, prefetch_distance=distance, cpu_evict=evict  # type: ignore[arg-type]
+    )
+    source = FakeSource()
+    with running(plan_for(layers, settings), settings, source) as manager:
+        run_passes(manager, passes)
+        expected = layers - on_gpu - (cached - distance if evict == "belady" else 0)
+        if cached >= layers - on_gpu:
+            expected = 0
+        stats = [
+            manager.telemetry.phase("decode", (0.0, 1e12), range(p * 18, (p + 1) * 18), 18) for p in range(1, passes)
+        ]
+    assert [phase.bytes["ssd_read"] for phase in stats] == [expected * sum(SLOT.values())] * (passes - 1)
+    assert [phase.bytes["weight_h2d"] for phase in stats] == [(layers - on_gpu) * sum(SLOT.values())] * (passes - 1)
+
+
+def test_a_failed_read_reaches_acquire_with_its_cause() -> None:
+    settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=2, prefetch_distance=1)
+    with running(plan_for(6, settings), settings, FakeSource(fail_at=9)) as manager, pytest.raises(StoreError) as raised:
+        run_passes(manager, 3)
+    assert isinstance(raised.value.__cause__, StoreError)
+
+
+def test_close_ends_every_thread_and_gives_back_every_page() -> None:
+    before = set(threading.enumerate())
+    settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)
+    with running(plan_for(6, settings), settings, FakeSource(delay_s=0.001)) as manager:
+        run_passes(manager, 1)
+    assert set(threading.enumerate()) == before
+    assert manager.page_locked_bytes == 0
+
+
+def test_close_in_the_middle_of_a_pass_does_not_hang() -> None:
+    settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)
+    with running(plan_for(6, settings), settings, FakeSource(delay_s=0.01)) as manager, manager.acquire(GroupId(0, "attn")):
+        pass
+
+
+def test_a_pass_broken_off_is_passed_over() -> None:
+    settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)
+    with running(plan_for(6, settings), settings, FakeSource()) as manager:
+        for group in pass_order(6)[:5]:
+            with manager.acquire(group):
+                pass
+        run_passes(manager, 2)
+        assert manager.next_step == 3 * 12
+
+
+def test_on_demand_reads_wait_for_the_computation() -> None:
+    settings = replace(Settings(), gpu_cached_layers=0, cpu_cache_layers=1, prefetch_distance=1, cpu_rolling_mode=False)
+    source = FakeSource()
+    with running(plan_for(4, settings), settings, source) as manager:
+        time.sleep(0.1)
+        assert source.reads[GroupId(0, "attn")] == 0
+        run_passes(manager, 1)
+
+
+def test_without_wrap_around_the_next_pass_is_not_read_ahead() -> None:
+    settings = replace(
+        Settings(), gpu_cached_layers=0, cpu_cache_layers=2, prefetch_distance=2, cpu_wrap_around=False
+    )
+    source = FakeSource()
+    with running(plan_for(4, settings), settings, source) as manager:
+        run_passes(manager, 1)
+        time.sleep(0.1)
+        assert source.reads[GroupId(0, "attn")] == 1
+
+
+def test_finished_groups_stay_until_their_slot_is_needed() -> None:
+    """With WSM_EVICT_FINISHED=0 and slots for all streamed layers, nothing is copied twice."""
+    for evict, expected in ((True, 2), (False, 0)):
+        settings = replace(Settings(), mode="stream", gpu_cached_layers=2, group_prefetch_depth=4, evict_finished=evict)
+        with running(plan_for(4, settings), settings, FakeSource()) as manager:
+            run_passes(manager, 3)
+            phase = manager.telemetry.phase("decode", (0.0, 1e12), range(16, 24), 8)
+        assert phase.bytes["weight_h2d"] == expected * sum(SLOT.values())

@@ -1,0 +1,166 @@
+"""Streams, events and copies: one class for CUDA, one for the CPU.
+
+The engine is written once against :class:`Device`. On the CPU a stream is in order because its owner is one
+thread, a copy is a memcpy, and an event is set the moment it is recorded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def query(self) -> bool:
+        """True once the work before it is done."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the work before it is done."""
+
+
+class Device(Protocol):
+    """What the engine needs of a compute device."""
+
+    torch_device: torch.device
+    pinned: bool
+    """Whether copies need page-locked memory."""
+
+    def enter_thread(self) -> None:
+        """To be called first on every thread that uses the device."""
+
+    def stream(self) -> Any:
+        """A new stream for copies."""
+
+    def compute_stream(self) -> Any:
+        """The stream that the calling thread's computations run on."""
+
+    def record(self, stream: Any) -> Event:
+        """A new event behind everything queued on ``stream``."""
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """Make later work on ``stream`` wait for ``event``, which must have been recorded."""
+
+    def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+        """Queue a copy on ``stream`` (done on return on the CPU)."""
+
+    def seconds(self, event: Event) -> float:
+        """When a finished ``event`` happened, on the host's ``time.perf_counter`` clock."""
+
+    def synchronize(self) -> None:
+        """Block until all streams of the device are idle."""
+
+
+class CpuStream:
+    """In order because one thread owns it; there is nothing to queue."""
+
+
+class CpuEvent:
+    """Happens when it is recorded."""
+
+    __slots__ = ("_set", "time_s")
+
+    def __init__(self) -> None:
+        self._set = threading.Event()
+        self.time_s = 0.0
+
+    def mark(self) -> None:
+        self.time_s = time.perf_counter()
+        self._set.set()
+
+    def query(self) -> bool:
+        return self._set.is_set()
+
+    def synchronize(self) -> None:
+        self._set.wait()
+
+
+class CpuDevice:
+    """The GPU tier in ordinary memory, so that every path of the engine runs on any machine."""
+
+    pinned = False
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def enter_thread(self) -> None:
+        """Nothing to set."""
+
+    def stream(self) -> CpuStream:
+        return CpuStream()
+
+    def compute_stream(self) -> CpuStream:
+        return CpuStream()
+
+    def record(self, stream: CpuStream) -> CpuEvent:
+        event = CpuEvent()
+        event.mark()
+        return event
+
+    def wait(self, stream: CpuStream, event: Event) -> None:
+        event.synchronize()
+
+    def copy(self, destination: Tensor, source: Tensor, stream: CpuStream) -> None:
+        destination.copy_(source)
+
+    def seconds(self, event: Event) -> float:
+        assert isinstance(event, CpuEvent)
+        return event.time_s
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back."""
+
+
+class CudaDevice:
+    """One CUDA device; events carry times and put a waiting host thread to sleep."""
+
+    pinned = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.rebase()
+
+    def rebase(self) -> None:
+        """Tie the device's clock to the host's anew; CUDA gives elapsed times in float32 milliseconds."""
+        self.synchronize()
+        self._base = torch.cuda.Event(enable_timing=True)
+        self._base.record(torch.cuda.current_stream(self.torch_device))
+        self._base.synchronize()
+        self._base_s = time.perf_counter()
+
+    def enter_thread(self) -> None:
+        torch.cuda.set_device(self.torch_device)
+
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.torch_device)
+
+    def compute_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.torch_device)
+
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(stream)
+        return event
+
+    def wait(self, stream: torch.cuda.Stream, event: Any) -> None:
+        stream.wait_event(event)
+
+    def copy(self, destination: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            destination.copy_(source, non_blocking=True)
+
+    def seconds(self, event: Any) -> float:
+        return self._base_s + float(self._base.elapsed_time(event)) / 1e3
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+
+def open_device(device: torch.device) -> Device:
+    """The engine's view of ``device``."""
+    return CudaDevice(device) if device.type == "cuda" else CpuDevice()

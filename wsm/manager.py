@@ -1,0 +1,295 @@
+"""The weight streaming manager: hands a model its weights, group by group, wherever they lie."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.names import KINDS, GroupId, Kind, pass_order
+from wsm.arena import PageLockedArena
+from wsm.device import Device, Event
+from wsm.groups import views
+from wsm.plan import Plan
+from wsm.pool import Pool, Slot
+from wsm.settings import Settings
+from wsm.source import GroupSource
+from wsm.telemetry import Telemetry
+from wsm.tiers import CopyJob, ReadJob, Tiers
+
+PIECE_BYTES = 64 << 20
+"""A copy's unit: large enough for the link's full rate, small enough for a KV piece not to wait long behind it."""
+PIECES_QUEUED = 4
+LOADING_SLOTS = 2
+
+
+class WeightStreamingManager:
+    """Pages weights SSD -> page-locked CPU memory -> GPU ahead of the computation; a ``WeightSource`` for the model.
+
+    Construction takes all the memory of the plan; :meth:`start` begins to load. Use as a context manager, or call
+    :meth:`close`: it joins every thread and gives every page back.
+
+    Args:
+        plan: what is resident where, and the sizes of the pools.
+        source: where group images come from; closed with the manager.
+        device: the compute device.
+        telemetry: receives every transfer and stall.
+        on_layer: called with a line about the tiers once a layer, from the computing thread.
+        on_loaded: called with each resident group once it is in its tier, from a thread of the manager.
+
+    Raises:
+        DoesNotFit: if the CPU memory is refused (the device's own out-of-memory error passes through).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: GroupSource,
+        device: Device,
+        settings: Settings,
+        telemetry: Telemetry,
+        *,
+        on_layer: Callable[[str], None] | None = None,
+        on_loaded: Callable[[GroupId], None] | None = None,
+    ) -> None:
+        self.plan, self.source, self.device, self.telemetry = plan, source, device, telemetry
+        residency = plan.residency
+        self.n_layers = len(residency.gpu) + len(residency.cpu) + len(residency.ssd)
+        self.order = pass_order(self.n_layers)
+        self._known = frozenset(self.order)
+        self._on_layer = on_layer
+        self._threads: list[threading.Thread] = []
+        self._queued: deque[Event] = deque()
+        self._globals: dict[str, Tensor] = {}
+        self.globals_s = 0.0
+        self._arenas: list[PageLockedArena] = []
+        try:
+            self._tiers = self._allocate(settings)
+        except BaseException:
+            self._free_memory()
+            raise
+        self._tiers.on_loaded = on_loaded
+
+    # -- memory
+
+    def _allocate(self, settings: Settings) -> Tiers:
+        plan, residency = self.plan, self.plan.residency
+        layer_bytes = sum(self.source.slot_bytes(kind) for kind in KINDS)
+        self.arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
+        needs_loading = bool(residency.gpu) and not plan.cpu_slots
+        self._loading = self._new_arena(LOADING_SLOTS * layer_bytes if needs_loading else 0)
+        gpu_homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in self.order if g.layer in set(residency.gpu)}
+        gpu_pools = {
+            kind: Pool((self._gpu_buffer(kind) for _ in range(plan.gpu_slots)), retain=not settings.evict_finished)
+            for kind in KINDS
+            if plan.gpu_slots
+        }
+        cpu_pools = self._cpu_pools(self.arena, plan.cpu_slots, retain=settings.cpu_evict == "fifo")
+        cpu_homes = {
+            g: Slot(self.arena.take(self.source.slot_bytes(g.kind)), g) for g in self.order if g.layer in set(residency.cpu)
+        }
+        return Tiers(
+            plan,
+            settings,
+            self.order,
+            gpu_homes=gpu_homes,
+            cpu_homes=cpu_homes,
+            gpu_pools=gpu_pools,
+            cpu_pools=cpu_pools,
+            loading_pools=self._cpu_pools(self._loading, LOADING_SLOTS if needs_loading else 0, retain=False),
+        )
+
+    def _new_arena(self, nbytes: int) -> PageLockedArena:
+        arena = PageLockedArena(nbytes, self.device)
+        self._arenas.append(arena)
+        return arena
+
+    def _gpu_buffer(self, kind: Kind) -> Tensor:
+        return torch.empty(self.source.slot_bytes(kind), dtype=torch.uint8, device=self.device.torch_device)
+
+    def _cpu_pools(self, arena: PageLockedArena, slots: int, *, retain: bool) -> dict[Kind, Pool]:
+        return {
+            kind: Pool([arena.take(self.source.slot_bytes(kind)) for _ in range(slots)], retain=retain)
+            for kind in KINDS
+            if slots
+        }
+
+    @property
+    def page_locked_bytes(self) -> int:
+        """CPU memory held now, loading buffers included."""
+        return sum(arena.nbytes for arena in self._arenas)
+
+    # -- life
+
+    def start(self) -> None:
+        """Load the globals, then let the reader and the pager run."""
+        self._load_globals()
+        self.source.on_read = self.telemetry.chunk_read
+        for name, work in (("wsm-pager", self._page), ("wsm-reader", self._read)):
+            thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def wait_loaded(self) -> None:
+        """Block until every resident is in its tier."""
+        self._tiers.wait_loaded()
+
+    def loaded(self) -> bool:
+        """Whether every resident is in its tier."""
+        return self._tiers.loaded()
+
+    def stage(self) -> None:
+        """Block until the plan's warm-up layers are on the GPU."""
+        self._tiers.wait_staged(self.plan.staged_layers)
+
+    def _load_globals(self) -> None:
+        started = time.perf_counter()
+        layout = self.source.layout(None)
+        own = next((arena for arena in self._arenas if arena.nbytes >= layout.nbytes), None)
+        arena = own or self._new_arena(layout.nbytes)
+        image = arena.whole()[: layout.nbytes]
+        answered = threading.Event()
+        failures: list[BaseException | None] = []
+
+        def done(failure: BaseException | None) -> None:
+            failures.append(failure)
+            answered.set()
+
+        self.source.read(None, image, done)
+        answered.wait()
+        if failures[0] is not None:
+            raise failures[0]
+        on_device = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device.torch_device)
+        stream = self.device.stream()
+        self.device.copy(on_device, image, stream)
+        self.device.record(stream).synchronize()
+        if own is None:
+            self._drop(arena)
+        self._globals = views(on_device, layout)
+        self.globals_s = time.perf_counter() - started
+
+    def _drop(self, arena: PageLockedArena) -> None:
+        self._arenas.remove(arena)
+        arena.close()
+
+    def _free_memory(self) -> None:
+        for arena in list(self._arenas):
+            self._drop(arena)
+
+    def close(self) -> None:
+        """Stop, join every thread, free every page. May be called twice, and after a failure."""
+        if not hasattr(self, "_tiers"):
+            return
+        self._tiers.close()
+        self.source.close()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self.device.synchronize()
+        self._free_memory()
+        self._globals = {}
+
+    def __enter__(self) -> WeightStreamingManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- the model's side
+
+    @property
+    def globals(self) -> Mapping[str, Tensor]:
+        """Embedding, final norm and head on the compute device."""
+        return self._globals
+
+    @property
+    def next_step(self) -> int:
+        """The place in the endless pass order that :meth:`acquire` has next."""
+        return self._tiers.next_step
+
+    @contextmanager
+    def acquire(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
+        """The weights of ``group`` on the compute device, until the block ends.
+
+        Groups are asked for in pass order; where a pass was broken off, the rest of it is passed over first.
+        Waits on the host until the copy is queued, then makes the compute stream wait for it: no synchronisation.
+
+        Raises:
+            StoreError, DoesNotFit, RuntimeError: whatever failed on a thread of the manager, as the cause.
+        """
+        if group not in self._known:
+            raise ValueError(f"{group} is no group of a model of {self.n_layers} layers")
+        while self._tiers.expected() != group:
+            with self._hold(self._tiers.expected()):
+                pass
+        if self._on_layer is not None and group.kind == KINDS[0]:
+            self._on_layer(self._tiers.describe())
+        with self._hold(group) as weights:
+            yield weights
+
+    @contextmanager
+    def _hold(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
+        stream = self.device.compute_stream()
+        asked = self.device.record(stream)
+        step, slot = self._tiers.enter()
+        assert slot.filled is not None
+        self.device.wait(stream, slot.filled)
+        granted = self.device.record(stream)
+        try:
+            yield views(slot.buffer, self.source.layout(group))
+        finally:
+            done = self.device.record(stream)
+            self._tiers.leave(group, slot, done)
+            self.telemetry.used(group, step, asked, granted, done)
+
+    # -- the threads
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            self.device.enter_thread()
+            work()
+        except BaseException as error:
+            self._tiers.fail(error)
+
+    def _read(self) -> None:
+        while (job := self._tiers.next_read()) is not None:
+            if job.destination.drained is not None:
+                job.destination.drained.synchronize()
+            self.telemetry.read_queued(job.group, job.step)
+            self.source.read(job.group, job.destination.buffer, self._on_read(job))
+
+    def _on_read(self, job: ReadJob) -> Callable[[BaseException | None], None]:
+        def done(failure: BaseException | None) -> None:
+            self.telemetry.read_done(job.group)
+            self._tiers.read(job, failure)
+
+        return done
+
+    def _page(self) -> None:
+        stream = self.device.stream()
+        while (job := self._tiers.next_copy()) is not None:
+            start, end = self._copy(job, stream)
+            self.telemetry.copied(job.group, job.step, self.source.layout(job.group).nbytes, start, end)
+            if self._tiers.copied(job, end) and self._loading.nbytes:
+                end.synchronize()
+                self._drop(self._loading)
+
+    def _copy(self, job: CopyJob, stream: object) -> tuple[Event, Event]:
+        """Queue one group's copy in pieces, never more than a few at a time; its first and last events."""
+        if job.destination.drained is not None:
+            self.device.wait(stream, job.destination.drained)
+        start = self.device.record(stream)
+        nbytes = self.source.layout(job.group).nbytes
+        for offset in range(0, nbytes, PIECE_BYTES):
+            piece = slice(offset, min(offset + PIECE_BYTES, nbytes))
+            self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
+            self._queued.append(self.device.record(stream))
+            if len(self._queued) > PIECES_QUEUED:
+                self._queued.popleft().synchronize()
+        return start, self._queued[-1]

@@ -1,0 +1,203 @@
+"""Ceilings of this machine, measured before the clock in the memory that the run will use.
+
+Each is the median of several samples; its spread is (max - min) / median. The copies have the size of the run's own
+pieces, the SSD reads its own chunks and depth, and the SSD is read while the link is busy, as in the run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.names import GroupId
+from wsm.device import Device
+from wsm.source import GroupSource
+
+SAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The best rate seen of one resource: ``value`` in ``unit`` (MBps = 10^6 B/s, or TFLOPs)."""
+
+    value: float
+    unit: str
+    spread_pct: float
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSizes:
+    """How much work a sample is: seconds of it on a GPU, little on the CPU."""
+
+    copy_bytes: int
+    hbm_bytes: int
+    matmul_n: int
+    ssd_s: float
+
+
+ON_CUDA = ProbeSizes(copy_bytes=512 << 20, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
+ON_CPU = ProbeSizes(copy_bytes=32 << 20, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
+
+
+def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
+    median = statistics.median(rates)
+    return Ceiling(median, unit, 100 * (max(rates) - min(rates)) / median, how)
+
+
+def sizes_for(device: Device) -> ProbeSizes:
+    return ON_CUDA if device.torch_device.type == "cuda" else ON_CPU
+
+
+def _seconds(device: Device, work: Callable[[], object]) -> float:
+    """Time of ``work`` on the compute stream."""
+    device.synchronize()
+    stream = device.compute_stream()
+    start = device.record(stream)
+    work()
+    end = device.record(stream)
+    device.synchronize()
+    return device.seconds(end) - device.seconds(start)
+
+
+def probe_compute(device: Device, dtype: torch.dtype) -> dict[str, Ceiling]:
+    """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``."""
+    sizes = sizes_for(device)
+    data = torch.zeros(sizes.hbm_bytes // 4, dtype=torch.float32, device=device.torch_device)
+    reads = [_seconds(device, data.sum) for _ in range(SAMPLES + 2)][2:]
+    del data
+    n = sizes.matmul_n
+    a, b = (torch.randn(n, n, dtype=torch.float32, device=device.torch_device).to(dtype) for _ in range(2))
+    products = [_seconds(device, lambda: torch.mm(a, b)) for _ in range(SAMPLES + 3)][3:]
+    del a, b
+    if device.torch_device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "hbm": _ceiling([sizes.hbm_bytes / s / 1e6 for s in reads], "MBps", f"sum of {sizes.hbm_bytes >> 20} MiB, {SAMPLES} samples"),
+        "matmul": _ceiling([2 * n**3 / s / 1e12 for s in products], "TFLOPs", f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples"),
+    }
+
+
+def _copies(device: Device, destination: Tensor, source: Tensor, total_bytes: int) -> float:
+    """Seconds that ``total_bytes`` take in back-to-back copies of one piece."""
+    stream = device.stream()
+    start = device.record(stream)
+    for _ in range(-(-total_bytes // source.nbytes)):
+        device.copy(destination, source, stream)
+    end = device.record(stream)
+    end.synchronize()
+    return device.seconds(end) - device.seconds(start)
+
+
+def probe_link(device: Device, host: Tensor, slot: Tensor) -> dict[str, Ceiling]:
+    """``h2d``, ``d2h`` and ``h2d_d2h`` (both ways at once, their sum) between page-locked ``host`` and ``slot``.
+
+    Args:
+        host: ``uint8``, overwritten; at least twice as large as the piece for both ways at once.
+        slot: ``uint8`` on the device, overwritten; likewise.
+    """
+    piece = min(64 << 20, host.nbytes // 2, slot.nbytes // 2)
+    total = -(-sizes_for(device).copy_bytes // piece) * piece
+    how = f"{total >> 20} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
+    h2d = [total / _copies(device, slot[:piece], host[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
+    d2h = [total / _copies(device, host[:piece], slot[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
+    both = []
+    for _ in range(SAMPLES):
+        seconds: list[float] = []
+        other = threading.Thread(
+            target=lambda: seconds.append(_copies(device, host[piece : 2 * piece], slot[piece : 2 * piece], total))
+        )
+        other.start()
+        seconds.append(_copies(device, slot[:piece], host[:piece], total))
+        other.join()
+        both.append(2 * total / max(seconds) / 1e6)
+    return {
+        "h2d": _ceiling(h2d, "MBps", how),
+        "d2h": _ceiling(d2h, "MBps", how),
+        "h2d_d2h": _ceiling(both, "MBps", how + ", both ways at once, their sum"),
+    }
+
+
+def probe_ssd(
+    device: Device, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor], slot: Tensor
+) -> dict[str, Ceiling]:
+    """``ssd``: the store read in the run's own chunks while the link is busy; ``h2d_with_ssd``: that link's rate.
+
+    Args:
+        groups: streamed groups, read round and round, two in flight.
+        buffers: two page-locked buffers, each large enough for any of ``groups``; a third for the copies.
+        slot: on the device, overwritten by the copies.
+    """
+    stop = threading.Event()
+    chunks: list[tuple[int, float, float]] = []
+    source.on_read = lambda _, nbytes, start, end: chunks.append((nbytes, start, end))
+    link: list[float] = []
+    piece = min(64 << 20, buffers[2].nbytes, slot.nbytes)
+
+    def keep_link_busy() -> None:
+        device.enter_thread()
+        while not stop.is_set():
+            link.append(8 * piece / _copies(device, slot[:piece], buffers[2][:piece], 8 * piece) / 1e6)
+
+    copier = threading.Thread(target=keep_link_busy)
+    copier.start()
+    try:
+        _read_for(sizes_for(device).ssd_s, source, groups, buffers[:2])
+    finally:
+        stop.set()
+        copier.join()
+        source.on_read = None
+    rates = _window_rates(chunks)
+    how = f"O_DIRECT, the run's chunks and depth, {sum(n for n, _, _ in chunks) / 1e6:.0f} MB, {len(rates)} windows, while H2D runs"
+    return {
+        "ssd": _ceiling(rates, "MBps", how),
+        "h2d_with_ssd": _ceiling(link, "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
+    }
+
+
+def _read_for(seconds: float, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor]) -> None:
+    """Read ``groups`` round and round into ``buffers``, one read a buffer in flight, for at least ``seconds``."""
+    free = threading.Semaphore(len(buffers))
+    idle = list(buffers)
+    failures: list[BaseException] = []
+    until = time.perf_counter() + seconds
+
+    def done_with(buffer: Tensor) -> Callable[[BaseException | None], None]:
+        def done(failure: BaseException | None) -> None:
+            if failure is not None:
+                failures.append(failure)
+            idle.append(buffer)
+            free.release()
+
+        return done
+
+    for group in itertools.cycle(groups):
+        free.acquire()
+        if failures or time.perf_counter() > until:
+            free.release()
+            break
+        buffer = idle.pop()
+        source.read(group, buffer, done_with(buffer))
+    for _ in buffers:
+        free.acquire()
+    if failures:
+        raise failures[0]
+
+
+def _window_rates(chunks: Sequence[tuple[int, float, float]]) -> list[float]:
+    """MB/s in equal windows of the time from the first chunk's start to the last one's end."""
+    first, last = min(start for _, start, _ in chunks), max(end for _, _, end in chunks)
+    width = (last - first) / SAMPLES
+    rates = []
+    for window in range(SAMPLES):
+        low, high = first + window * width, first + (window + 1) * width
+        moved = sum(n * max(0.0, min(end, high) - max(start, low)) / (end - start) for n, start, end in chunks if end > start)
+        rates.append(moved / width / 1e6)
+    return rates

@@ -1,0 +1,89 @@
+"""Where a group's bytes come from: a packed store, or a checkpoint read tensor by tensor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint import Checkpoint
+from llama.checkpoint.names import KINDS, GroupId, Kind, full_name
+from wsm.groups import GroupLayout, globals_layout, group_layout, views
+
+Done = Callable[[BaseException | None], None]
+ChunkRead = Callable[[GroupId | None, int, float, float], None]
+
+
+class GroupSource(Protocol):
+    """Reads whole groups into CPU memory, asynchronously and in the order asked; ``None`` stands for the globals."""
+
+    on_read: ChunkRead | None
+    warnings: list[str]
+
+    def layout(self, group: GroupId | None) -> GroupLayout:
+        """Where each tensor lies in the group's image."""
+
+    def slot_bytes(self, kind: Kind) -> int:
+        """The largest image of a kind."""
+
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
+        """Fill ``buffer`` (``uint8``, 4096-aligned), then call ``done(None)`` or ``done(error)`` on some thread."""
+
+    def close(self) -> None:
+        """Join every thread."""
+
+
+class CheckpointSource:
+    """Group images made from a checkpoint's tensors, converted to ``dtype``; a tensor is the unit of work.
+
+    Used by ``stream`` and ``preload`` without a packed store, so nothing here counts as read from the SSD.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, *, threads: int) -> None:
+        self.on_read: ChunkRead | None = None
+        self.warnings: list[str] = []
+        self._checkpoint = checkpoint
+        self._layouts: dict[Kind | None, GroupLayout] = {
+            None: globals_layout(checkpoint.config, dtype),
+            **{kind: group_layout(checkpoint.config, kind, dtype) for kind in KINDS},
+        }
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="wsm-load")
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def layout(self, group: GroupId | None) -> GroupLayout:
+        return self._layouts[group.kind if group is not None else None]
+
+    def slot_bytes(self, kind: Kind) -> int:
+        return self._layouts[kind].nbytes
+
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
+        tensors = views(buffer, self.layout(group))
+        left = len(tensors)
+        failed = False
+
+        def fill(name: str, out: Tensor) -> None:
+            nonlocal left, failed
+            failure: BaseException | None = None
+            try:
+                if not self._closed:
+                    self._checkpoint.read_into(full_name(group, name), out)
+            except BaseException as error:
+                failure = error
+            with self._lock:
+                left -= 1
+                tell = not failed and (failure is not None or left == 0)
+                failed = failed or failure is not None
+            if tell:
+                done(failure)
+
+        for name, out in tensors.items():
+            self._threads.submit(fill, name, out)
+
+    def close(self) -> None:
+        self._closed = True
+        self._threads.shutdown(wait=True, cancel_futures=True)

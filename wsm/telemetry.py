@@ -1,0 +1,189 @@
+"""Bytes, busy time and stall time per tier, from events on the streams and the host's clock.
+
+The engine only appends records while it runs; nothing is resolved before :meth:`Telemetry.phase` is asked, when the
+device is idle. So measuring costs a few event records a group and no synchronisation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llama.checkpoint.names import GroupId
+from wsm.device import Device, Event
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Bytes that moved between two tiers, over ``[start, end]`` seconds of the host's clock.
+
+    ``step`` is the place in the endless pass order that the bytes were for; None while residents are loaded.
+    """
+
+    group: GroupId | None
+    step: int | None
+    nbytes: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One group's stay under the computation: waited from ``asked`` to ``granted``, computed until ``done``."""
+
+    group: GroupId
+    step: int
+    asked: float
+    granted: float
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStats:
+    """What a phase (a stretch of the host's clock that covers whole passes) moved and waited for.
+
+    ``bytes`` counts what its passes used, whenever it was fetched; ``bytes_moved`` what moved inside its stretch of
+    time. Keys of both: ``ssd_read``, ``weight_h2d``, ``kv_h2d``, ``kv_d2h``. A figure that was not measured is None.
+    """
+
+    name: str
+    passes: int
+    wall_ms: float
+    bytes: dict[str, int]
+    bytes_moved: dict[str, int]
+    busy_ms: dict[str, float | None]
+    stall_ms: dict[str, float | None]
+    flops: int = 0
+    hbm_bytes: int = 0
+
+
+def merged(intervals: Iterable[Interval]) -> list[Interval]:
+    """The union of intervals, as disjoint intervals in order."""
+    union: list[Interval] = []
+    for start, end in sorted(intervals):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(union[-1][1], end))
+        else:
+            union.append((start, end))
+    return union
+
+
+def overlap_s(intervals: Iterable[Interval], window: Interval) -> float:
+    """Seconds of ``window`` that disjoint ``intervals`` cover."""
+    return sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in intervals)
+
+
+def moved_bytes(transfers: Iterable[Transfer], window: Interval) -> int:
+    """Bytes that moved inside ``window``, a transfer across its edge counted by its share of time."""
+    total = 0.0
+    for transfer in transfers:
+        length = transfer.end - transfer.start
+        inside = min(transfer.end, window[1]) - max(transfer.start, window[0])
+        if inside > 0 or (length == 0 and window[0] <= transfer.start < window[1]):
+            total += transfer.nbytes * (inside / length if length > 0 else 1.0)
+    return round(total)
+
+
+class Telemetry:
+    """Collects records from every thread of the engine; answers once a run is over.
+
+    The lists are appended to under the interpreter's own lock; ``_reads`` is shared by the I/O threads and has one.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._open_reads: dict[tuple[GroupId | None, int | None], list[float]] = {}
+        self._steps_of_reads: dict[GroupId | None, list[int | None]] = {}
+        self.reads: list[Transfer] = []
+        self._copies: list[tuple[GroupId, int | None, int, Event, Event]] = []
+        self._uses: list[tuple[GroupId, int, Event, Event, Event]] = []
+
+    def clear(self) -> None:
+        """Forget everything so far (residents loaded, warm-up done)."""
+        with self._lock:
+            self.reads.clear()
+        self._copies.clear()
+        self._uses.clear()
+
+    # -- recording
+
+    def read_queued(self, group: GroupId | None, step: int | None) -> None:
+        """The next chunks read of ``group`` are for ``step``."""
+        with self._lock:
+            self._open_reads[(group, step)] = [float("inf"), float("-inf"), 0.0]
+            self._steps_of_reads.setdefault(group, []).append(step)
+
+    def chunk_read(self, group: GroupId | None, nbytes: int, start: float, end: float) -> None:
+        """An I/O thread finished a chunk; one group is read once at a time, so its oldest queued read is meant."""
+        with self._lock:
+            steps = self._steps_of_reads.get(group)
+            if not steps:
+                return
+            reading = self._open_reads[(group, steps[0])]
+            reading[0], reading[1], reading[2] = min(reading[0], start), max(reading[1], end), reading[2] + nbytes
+
+    def read_done(self, group: GroupId | None) -> None:
+        """All chunks of the oldest queued read of ``group`` are in."""
+        with self._lock:
+            step = self._steps_of_reads[group].pop(0)
+            start, end, nbytes = self._open_reads.pop((group, step))
+            if nbytes:
+                self.reads.append(Transfer(group, step, int(nbytes), start, end))
+
+    def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event, end: Event) -> None:
+        self._copies.append((group, step, nbytes, start, end))
+
+    def used(self, group: GroupId, step: int, asked: Event, granted: Event, done: Event) -> None:
+        self._uses.append((group, step, asked, granted, done))
+
+    # -- answering, when the streams are idle
+
+    def copies(self) -> list[Transfer]:
+        """Every copy CPU -> GPU so far."""
+        seconds = self._device.seconds
+        return [Transfer(g, step, n, seconds(start), seconds(end)) for g, step, n, start, end in list(self._copies)]
+
+    def uses(self) -> list[Use]:
+        """Every group's stay under the computation so far."""
+        seconds = self._device.seconds
+        return [Use(g, step, seconds(a), seconds(b), seconds(c)) for g, step, a, b, c in list(self._uses)]
+
+    def phase(self, name: str, window: Interval, steps: range, steps_a_pass: int) -> PhaseStats:
+        """What happened in ``window`` (host seconds), whose passes took the ``steps`` of the pass order."""
+        with self._lock:
+            reads = list(self.reads)
+        copies, uses = self.copies(), [use for use in self.uses() if use.step in steps]
+        busy = {"ssd": merged((t.start, t.end) for t in reads), "h2d": merged((t.start, t.end) for t in copies)}
+        wall_s = window[1] - window[0]
+        busy_s = {tier: overlap_s(spans, window) if spans else None for tier, spans in busy.items()}
+        stalls = [use.granted - use.asked for use in uses]
+        return PhaseStats(
+            name=name,
+            passes=len(steps) // steps_a_pass,
+            wall_ms=wall_s * 1e3,
+            bytes={"ssd_read": _for_steps(reads, steps), "weight_h2d": _for_steps(copies, steps), "kv_h2d": 0, "kv_d2h": 0},
+            bytes_moved={
+                "ssd_read": moved_bytes(reads, window),
+                "weight_h2d": moved_bytes(copies, window),
+                "kv_h2d": 0,
+                "kv_d2h": 0,
+            },
+            busy_ms={
+                **{tier: None if seconds is None else seconds * 1e3 for tier, seconds in busy_s.items()},
+                "compute": sum(use.done - use.granted for use in uses) * 1e3 if uses else None,
+                "kv_h2d": None,
+                "kv_d2h": None,
+            },
+            stall_ms={
+                "compute": sum(stalls) * 1e3 if uses else None,
+                **{tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
+            },
+        )
+
+
+def _for_steps(transfers: Sequence[Transfer], steps: range) -> int:
+    return sum(transfer.nbytes for transfer in transfers if transfer.step is not None and transfer.step in steps)

@@ -1,0 +1,365 @@
+"""Which group is where: the state that the computation, the pager and the reader share."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from llama.checkpoint.names import KINDS, GroupId, Kind
+from wsm.device import Event
+from wsm.errors import DoesNotFit, StoreError
+from wsm.plan import Plan
+from wsm.pool import Pool, Slot
+from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
+from wsm.settings import Settings
+
+Pools = Mapping[Kind, Pool]
+Homes = Mapping[GroupId, Slot]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyJob:
+    """CPU -> GPU. ``step`` is None for a GPU resident, which is copied once."""
+
+    group: GroupId
+    step: int | None
+    source: Slot
+    destination: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """SSD (or checkpoint) -> CPU. ``step`` is None for a resident of either tier, which is read once."""
+
+    group: GroupId
+    step: int | None
+    destination: Slot
+
+
+class Tiers:
+    """One state machine a group and tier: absent -> loading -> ready -> in_use -> ready or absent.
+
+    Everything below is read and written under ``self._changed`` alone. Invariants:
+
+    * A slot has one owner: the free line of its pool, the read or copy into it, the copy or computation out of it.
+    * Ordinals of a kind never go back: used <= fetched <= started on the GPU, and copied <= started on the CPU.
+    * While GPU residents wait to be read, no streamed group takes a CPU slot: so a resident's slot never waits for
+      the computation, and the computation never waits for ever.
+
+    Args:
+        order: the groups of one pass, in order.
+        gpu_homes, cpu_homes: the residents' own buffers.
+        gpu_pools, cpu_pools: the slots that streamed groups pass through.
+        loading_pools: slots that GPU residents come through where there are no CPU pools.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        order: list[GroupId],
+        *,
+        gpu_homes: Homes,
+        cpu_homes: Homes,
+        gpu_pools: Pools,
+        cpu_pools: Pools,
+        loading_pools: Pools,
+    ) -> None:
+        self._changed = threading.Condition()
+        self._plan, self._settings, self._order = plan, settings, order
+        self._balance = Balance.of(settings)
+        self._gpu_homes, self._cpu_homes = gpu_homes, cpu_homes
+        self._gpu_pools, self._cpu_pools = gpu_pools, cpu_pools
+        self._loading_pools = loading_pools
+        streamed = frozenset(plan.residency.cpu) | frozenset(plan.residency.ssd)
+        self._gpu_cycles: dict[Kind, Cycle] = {k: cycle_of(order, k, streamed) for k in KINDS if gpu_pools}
+        self._ssd_cycles: dict[Kind, Cycle] = {
+            k: cycle_of(order, k, frozenset(plan.residency.ssd)) for k in KINDS if plan.residency.ssd
+        }
+        self._gpu_started = dict.fromkeys(KINDS, 0)
+        self._gpu_fetched = dict.fromkeys(KINDS, 0)
+        self._gpu_used = dict.fromkeys(KINDS, 0)
+        self._ssd_started = dict.fromkeys(KINDS, 0)
+        self._ssd_passed = dict.fromkeys(KINDS, 0)
+        self._to_read = deque(group for group in order if group in gpu_homes or group in cpu_homes)
+        self._to_load = len(self._to_read)
+        self._gpu_to_read = sum(group in gpu_homes for group in self._to_read)
+        self._gpu_to_load = self._gpu_to_read
+        self._staged: deque[tuple[GroupId, Slot]] = deque()
+        self._held: deque[tuple[int, Kind, Slot]] = deque()
+        self._step = 0
+        self._entered = -1
+        self._failure: BaseException | None = None
+        self._closing = False
+        self.on_loaded: Callable[[GroupId], None] | None = None
+
+    # -- what the pager asks and tells
+
+    def next_copy(self) -> CopyJob | None:
+        """Wait for a copy that can be queued now and claim it; None once closing."""
+        with self._changed:
+            while not self._closing:
+                job = self._resident_copy() or self._streamed_copy()
+                if job is not None:
+                    return job
+                self._changed.wait()
+        return None
+
+    def _resident_copy(self) -> CopyJob | None:
+        if not self._staged:
+            return None
+        group, source = self._staged.popleft()
+        source.state = "in_use"
+        return CopyJob(group, None, source, self._gpu_homes[group])
+
+    def _streamed_copy(self) -> CopyJob | None:
+        self._pin_retained(self._gpu_cycles, self._gpu_pools, self._gpu_started, self._gpu_fetched)
+        heads = {kind: self._copy_head(kind) for kind in self._gpu_cycles}
+        kind = choose(heads, self._balance)
+        if kind is None:
+            return None
+        group = self._gpu_cycles[kind].group(self._gpu_started[kind])
+        source = self._cpu_slot(group)
+        assert source is not None
+        source.state = "in_use"
+        self._gpu_started[kind] += 1
+        return CopyJob(group, heads[kind].step, source, self._gpu_pools[kind].take(group))
+
+    def _copy_head(self, kind: Kind) -> Head:
+        ordinal = self._gpu_started[kind]
+        source = self._cpu_slot(self._gpu_cycles[kind].group(ordinal))
+        ready = source is not None and source.state == "ready" and self._gpu_pools[kind].has_room()
+        return Head(self._gpu_cycles[kind].step(ordinal), ready, ordinal - self._gpu_used[kind])
+
+    def _cpu_slot(self, group: GroupId) -> Slot | None:
+        home = self._cpu_homes.get(group)
+        return home if home is not None else self._cpu_pools[group.kind].find(group)
+
+    def copied(self, job: CopyJob, end: Event) -> bool:
+        """The copy is queued up to its event ``end``; True when this was the last GPU resident."""
+        with self._changed:
+            job.destination.filled, job.destination.state = end, "ready"
+            job.source.drained = end
+            kind = job.group.kind
+            if job.step is None:
+                self._staging_pool(kind).free(job.source)
+                self._gpu_to_load -= 1
+                self._loaded(job.group)
+            else:
+                self._gpu_fetched[kind] += 1
+                if job.group in self._cpu_homes:
+                    job.source.state = "ready"
+                else:
+                    self._held.append((job.step, kind, job.source))
+                    self._free_passed()
+            self._changed.notify_all()
+            return job.step is None and self._gpu_to_load == 0
+
+    # -- what the reader asks and tells
+
+    def next_read(self) -> ReadJob | None:
+        """Wait for a read that has room now and claim it; None once closing."""
+        with self._changed:
+            while not self._closing:
+                job = self._resident_read() if self._to_read else None
+                if job is None and not self._gpu_to_read:
+                    job = self._streamed_read()
+                if job is not None:
+                    return job
+                self._changed.wait()
+        return None
+
+    def _resident_read(self) -> ReadJob | None:
+        group = self._to_read[0]
+        if group in self._cpu_homes:
+            destination = self._cpu_homes[group]
+            destination.state, destination.group = "loading", group
+        else:
+            pool = self._staging_pool(group.kind)
+            if not pool.has_room():
+                return None
+            destination = pool.take(group)
+            self._gpu_to_read -= 1
+        self._to_read.popleft()
+        return ReadJob(group, None, destination)
+
+    def _staging_pool(self, kind: Kind) -> Pool:
+        return self._loading_pools[kind] if self._loading_pools else self._cpu_pools[kind]
+
+    def _streamed_read(self) -> ReadJob | None:
+        self._pin_retained(self._ssd_cycles, self._cpu_pools, self._ssd_started, None)
+        heads = {kind: self._read_head(kind) for kind in self._ssd_cycles}
+        kind = choose(heads, self._balance)
+        if kind is None:
+            return None
+        group = self._ssd_cycles[kind].group(self._ssd_started[kind])
+        self._ssd_started[kind] += 1
+        return ReadJob(group, heads[kind].step, self._cpu_pools[kind].take(group))
+
+    def _read_head(self, kind: Kind) -> Head:
+        ordinal = self._ssd_started[kind]
+        step, ahead = self._ssd_cycles[kind].step(ordinal), ordinal - self._ssd_passed[kind]
+        room = self._cpu_pools[kind].has_room() and ahead < self._plan.read_ahead_layers
+        return Head(step, room and self._may_read(step), ahead)
+
+    def _may_read(self, step: int) -> bool:
+        if not self._settings.cpu_rolling_mode:
+            return step <= self._entered
+        pass_now = max(self._entered, 0) // len(self._order)
+        return self._settings.cpu_wrap_around or step // len(self._order) <= pass_now
+
+    def read(self, job: ReadJob, failure: BaseException | None) -> None:
+        """All bytes of a read are in their slot (or never will be)."""
+        if failure is not None:
+            self.fail(failure)
+            return
+        with self._changed:
+            job.destination.state = "ready"
+            if job.step is None:
+                if job.group in self._gpu_homes:
+                    self._staged.append((job.group, job.destination))
+                else:
+                    self._loaded(job.group)
+            self._changed.notify_all()
+
+    # -- what the computation asks and tells
+
+    @property
+    def next_step(self) -> int:
+        return self._step
+
+    def expected(self) -> GroupId:
+        """The group that the pass order has next."""
+        return self._order[self._step % len(self._order)]
+
+    def enter(self) -> tuple[int, Slot]:
+        """Step on to the expected group; wait until its copy has been queued and its event recorded."""
+        with self._changed:
+            step, group = self._step, self.expected()
+            self._step, self._entered = step + 1, step
+            self._free_passed()
+            self._changed.notify_all()
+            slot = self._gpu_homes.get(group)
+            if slot is not None:
+                self._wait(lambda: slot.filled is not None)
+            else:
+                ordinal = self._gpu_used[group.kind]
+                self._wait(lambda: self._gpu_fetched[group.kind] > ordinal)
+                slot = self._gpu_pools[group.kind].find(group)
+                assert slot is not None
+                self._gpu_used[group.kind] += 1
+            slot.state = "in_use"
+            return step, slot
+
+    def leave(self, group: GroupId, slot: Slot, done: Event) -> None:
+        """The computation on ``slot`` is queued up to its event ``done``."""
+        with self._changed:
+            slot.drained = done
+            if group in self._gpu_homes:
+                slot.state = "ready"
+            else:
+                self._gpu_pools[group.kind].free(slot)
+            self._changed.notify_all()
+
+    def _free_passed(self) -> None:
+        """Free the CPU slots that were copied out and, with WSM_CPU_ROLL_SYNC, whose layer has been entered."""
+        kept: deque[tuple[int, Kind, Slot]] = deque()
+        for step, kind, slot in self._held:
+            if self._settings.cpu_roll_sync and step - step % len(KINDS) > self._entered:
+                kept.append((step, kind, slot))
+            else:
+                self._cpu_pools[kind].free(slot)
+                self._ssd_passed[kind] += 1
+        self._held = kept
+
+    # -- shared pieces
+
+    def _pin_retained(
+        self,
+        cycles: Mapping[Kind, Cycle],
+        pools: Pools,
+        started: dict[Kind, int],
+        fetched: dict[Kind, int] | None,
+    ) -> None:
+        """Where the next group of a kind still lies in a free slot, take it without moving a byte."""
+        for kind, cycle in cycles.items():
+            while (slot := pools[kind].find(cycle.group(started[kind]))) is not None and pools[kind].is_free(slot):
+                pools[kind].pin(slot)
+                started[kind] += 1
+                if fetched is not None:
+                    fetched[kind] += 1
+                self._changed.notify_all()
+
+    def _loaded(self, group: GroupId) -> None:
+        self._to_load -= 1
+        if self.on_loaded is not None:
+            self.on_loaded(group)
+
+    def loaded(self) -> bool:
+        """Whether every resident is in its tier."""
+        return self._to_load == 0
+
+    def wait_loaded(self) -> None:
+        with self._changed:
+            self._wait(self.loaded)
+
+    def wait_staged(self, layers: int) -> None:
+        """Wait until the first ``layers`` of the coming pass are on the GPU, as far as they come unasked."""
+        if not self._settings.cpu_rolling_mode:
+            layers = min([layers, *self._plan.residency.ssd])
+        resident = [group for group in self._order if group.layer < layers and group in self._gpu_homes]
+        wanted = dict.fromkeys(KINDS, 0)
+        for kind, cycle in self._gpu_cycles.items():
+            wanted[kind] = min(sum(group.layer < layers for group in cycle.groups), len(self._gpu_pools[kind]))
+        with self._changed:
+            self._wait(
+                lambda: all(self._gpu_homes[group].filled is not None for group in resident)
+                and all(self._gpu_fetched[kind] - self._gpu_used[kind] >= wanted[kind] for kind in KINDS)
+            )
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            self._check()
+            self._changed.wait()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            cause = self._failure
+            if isinstance(cause, StoreError | DoesNotFit):
+                raise type(cause)(str(cause)) from cause
+            raise RuntimeError(f"a thread of the weight streaming manager failed: {cause!r}") from cause
+        if self._closing:
+            raise RuntimeError("the weight streaming manager is closed")
+
+    def fail(self, failure: BaseException) -> None:
+        """Hand an exception of any thread to whoever waits, and to the next caller."""
+        with self._changed:
+            if self._failure is None and not self._closing:
+                self._failure = failure
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def describe(self) -> str:
+        """One line: what the pools of each tier hold (``*`` in use, ``…`` loading)."""
+        with self._changed:
+            gpu = " ".join(_names(self._gpu_pools))
+            cpu = " ".join(_names(self._cpu_pools))
+            heads = [self._ssd_cycles[k].group(self._ssd_started[k]) for k in self._ssd_cycles]
+        residents = len(self._plan.residency.gpu), len(self._plan.residency.cpu)
+        return (
+            f"GPU: {gpu or '-'} (+{residents[0]} resident layers) | CPU: {cpu or '-'} (+{residents[1]} resident layers)"
+            f" | SSD: next {' '.join(str(group) for group in sorted(heads)) or '-'}"
+        )
+
+
+def _names(pools: Pools) -> Iterator[str]:
+    marks = {"in_use": "*", "loading": "…", "ready": "", "absent": ""}
+    entries = sorted(entry for pool in pools.values() for entry in pool.contents())
+    return (f"{group}{marks[state]}" for group, state in entries)

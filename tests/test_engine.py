@@ -21,8 +21,7 @@ from wsm.device import CpuDevice
 from wsm.errors import StoreError
 from wsm.groups import GroupLayout, TensorLayout
 from wsm.manager import WeightStreamingManager
-from wsm.placement import place
-from wsm.plan import Plan
+from wsm.placement import Placement, place
 from wsm.settings import Settings
 from wsm.telemetry import Telemetry
 
@@ -89,14 +88,14 @@ class FakeSource:
 
 
 @contextmanager
-def running(plan: Plan, settings: Settings, source: FakeSource) -> Iterator[WeightStreamingManager]:
+def running(plan: Placement, settings: Settings, source: FakeSource) -> Iterator[WeightStreamingManager]:
     device = CpuDevice()
     with WeightStreamingManager(plan, source, device, settings, Telemetry(device)) as manager:
         manager.start()
         yield manager
 
 
-def plan_for(n_layers: int, settings: Settings) -> Plan:
+def plan_for(n_layers: int, settings: Settings) -> Placement:
     return place(n_layers, settings)
 
 
@@ -143,7 +142,11 @@ def test_every_setting_delivers_every_group_whole_and_in_order(n_layers: int, ch
 def test_ssd_layers_a_pass_are_what_section_9_says(evict: str, cached: int, distance: int) -> None:
     layers, on_gpu, passes = 9, 2, 6
     settings = replace(
-        Settings(), gpu_cached_layers=on_gpu, cpu_cache_layers=cached, prefetch_distance=distance, cpu_evict=evict  # type: ignore[arg-type]
+        Settings(),
+        gpu_cached_layers=on_gpu,
+        cpu_cache_layers=cached,
+        prefetch_distance=distance,
+        cpu_evict=evict,  # type: ignore[arg-type]
     )
     source = FakeSource()
     with running(plan_for(layers, settings), settings, source) as manager:
@@ -160,7 +163,10 @@ def test_ssd_layers_a_pass_are_what_section_9_says(evict: str, cached: int, dist
 
 def test_a_failed_read_reaches_acquire_with_its_cause() -> None:
     settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=2, prefetch_distance=1)
-    with running(plan_for(6, settings), settings, FakeSource(fail_at=9)) as manager, pytest.raises(StoreError) as raised:
+    with (
+        running(plan_for(6, settings), settings, FakeSource(fail_at=9)) as manager,
+        pytest.raises(StoreError) as raised,
+    ):
         run_passes(manager, 3)
     assert isinstance(raised.value.__cause__, StoreError)
 
@@ -176,7 +182,10 @@ def test_close_ends_every_thread_and_gives_back_every_page() -> None:
 
 def test_close_in_the_middle_of_a_pass_does_not_hang() -> None:
     settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)
-    with running(plan_for(6, settings), settings, FakeSource(delay_s=0.01)) as manager, manager.acquire(GroupId(0, "attn")):
+    with (
+        running(plan_for(6, settings), settings, FakeSource(delay_s=0.01)) as manager,
+        manager.acquire(GroupId(0, "attn")),
+    ):
         pass
 
 
@@ -200,9 +209,7 @@ def test_on_demand_reads_wait_for_the_computation() -> None:
 
 
 def test_without_wrap_around_the_next_pass_is_not_read_ahead() -> None:
-    settings = replace(
-        Settings(), gpu_cached_layers=0, cpu_cache_layers=2, prefetch_distance=2, cpu_wrap_around=False
-    )
+    settings = replace(Settings(), gpu_cached_layers=0, cpu_cache_layers=2, prefetch_distance=2, cpu_wrap_around=False)
     source = FakeSource()
     with running(plan_for(4, settings), settings, source) as manager:
         run_passes(manager, 1)

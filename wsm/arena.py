@@ -73,7 +73,10 @@ class PageLockedArena:
         self._whole = torch.from_numpy(whole[skip : skip + self.nbytes])
         self._address = address + skip
         if _libc.madvise(self._address, self.nbytes, _MADV_HUGEPAGE) != 0:
-            self.warnings.append("no transparent huge pages: page-locking takes longer (start-up only); see /sys/kernel/mm/transparent_hugepage/enabled")
+            self.warnings.append(
+                "no transparent huge pages, so page-locking takes longer (load_s only): "
+                "see /sys/kernel/mm/transparent_hugepage/enabled"
+            )
         _libc.madvise(self._address, self.nbytes, _MADV_DONTFORK)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             list(pool.map(self._populate, range(0, self.nbytes, _POPULATE_PIECE)))
@@ -82,7 +85,9 @@ class PageLockedArena:
         nbytes = min(_POPULATE_PIECE, self.nbytes - offset)
         if _libc.madvise(self._address + offset, nbytes, _MADV_POPULATE_WRITE) != 0:
             if ctypes.get_errno() == 12:
-                raise DoesNotFit(f"the system has no {self.nbytes / 2**30:.2f} GiB of CPU memory left for the page-locked tier")
+                raise DoesNotFit(
+                    f"the system has no {self.nbytes / 2**30:.2f} GiB of CPU memory left for the page-locked tier"
+                )
             self._whole[offset : offset + nbytes : PAGE] = 0
 
     def _register(self) -> None:

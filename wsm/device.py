@@ -122,7 +122,9 @@ class CudaDevice:
     pinned = True
 
     def __init__(self, device: torch.device) -> None:
-        self.torch_device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.torch_device = torch.device(
+            "cuda", device.index if device.index is not None else torch.cuda.current_device()
+        )
         self.rebase()
 
     def rebase(self) -> None:

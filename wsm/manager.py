@@ -16,7 +16,7 @@ from llama.checkpoint.names import KINDS, GroupId, Kind, pass_order
 from wsm.arena import PageLockedArena
 from wsm.device import Device, Event
 from wsm.groups import views
-from wsm.plan import Plan
+from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.settings import Settings
 from wsm.source import GroupSource
@@ -49,7 +49,7 @@ class WeightStreamingManager:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Placement,
         source: GroupSource,
         device: Device,
         settings: Settings,
@@ -59,8 +59,7 @@ class WeightStreamingManager:
         on_loaded: Callable[[GroupId], None] | None = None,
     ) -> None:
         self.plan, self.source, self.device, self.telemetry = plan, source, device, telemetry
-        residency = plan.residency
-        self.n_layers = len(residency.gpu) + len(residency.cpu) + len(residency.ssd)
+        self.n_layers = plan.residency.n_layers
         self.order = pass_order(self.n_layers)
         self._known = frozenset(self.order)
         self._on_layer = on_layer
@@ -92,7 +91,9 @@ class WeightStreamingManager:
         }
         cpu_pools = self._cpu_pools(self.arena, plan.cpu_slots, retain=settings.cpu_evict == "fifo")
         cpu_homes = {
-            g: Slot(self.arena.take(self.source.slot_bytes(g.kind)), g) for g in self.order if g.layer in set(residency.cpu)
+            g: Slot(self.arena.take(self.source.slot_bytes(g.kind)), g)
+            for g in self.order
+            if g.layer in set(residency.cpu)
         }
         return Tiers(
             plan,
@@ -198,7 +199,9 @@ class WeightStreamingManager:
     def __enter__(self) -> WeightStreamingManager:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # -- the model's side

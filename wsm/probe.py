@@ -74,14 +74,20 @@ def probe_compute(device: Device, dtype: torch.dtype) -> dict[str, Ceiling]:
     reads = [_seconds(device, data.sum) for _ in range(SAMPLES + 2)][2:]
     del data
     n = sizes.matmul_n
-    a, b = (torch.randn(n, n, dtype=torch.float32, device=device.torch_device).to(dtype) for _ in range(2))
-    products = [_seconds(device, lambda: torch.mm(a, b)) for _ in range(SAMPLES + 3)][3:]
-    del a, b
+    factors = [torch.randn(n, n, dtype=torch.float32, device=device.torch_device).to(dtype) for _ in range(2)]
+    products = [_seconds(device, lambda: torch.mm(*factors)) for _ in range(SAMPLES + 3)][3:]
+    factors.clear()
     if device.torch_device.type == "cuda":
         torch.cuda.empty_cache()
     return {
-        "hbm": _ceiling([sizes.hbm_bytes / s / 1e6 for s in reads], "MBps", f"sum of {sizes.hbm_bytes >> 20} MiB, {SAMPLES} samples"),
-        "matmul": _ceiling([2 * n**3 / s / 1e12 for s in products], "TFLOPs", f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples"),
+        "hbm": _ceiling(
+            [sizes.hbm_bytes / s / 1e6 for s in reads], "MBps", f"sum of {sizes.hbm_bytes >> 20} MiB, {SAMPLES} samples"
+        ),
+        "matmul": _ceiling(
+            [2 * n**3 / s / 1e12 for s in products],
+            "TFLOPs",
+            f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples",
+        ),
     }
 
 
@@ -108,21 +114,27 @@ def probe_link(device: Device, host: Tensor, slot: Tensor) -> dict[str, Ceiling]
     how = f"{total >> 20} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
     h2d = [total / _copies(device, slot[:piece], host[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
     d2h = [total / _copies(device, host[:piece], slot[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
-    both = []
-    for _ in range(SAMPLES):
-        seconds: list[float] = []
-        other = threading.Thread(
-            target=lambda: seconds.append(_copies(device, host[piece : 2 * piece], slot[piece : 2 * piece], total))
-        )
-        other.start()
-        seconds.append(_copies(device, slot[:piece], host[:piece], total))
-        other.join()
-        both.append(2 * total / max(seconds) / 1e6)
+    both = [_both_ways(device, host, slot, piece, total) for _ in range(SAMPLES)]
     return {
         "h2d": _ceiling(h2d, "MBps", how),
         "d2h": _ceiling(d2h, "MBps", how),
         "h2d_d2h": _ceiling(both, "MBps", how + ", both ways at once, their sum"),
     }
+
+
+def _both_ways(device: Device, host: Tensor, slot: Tensor, piece: int, total: int) -> float:
+    """MB/s of both directions together, each moving ``total`` bytes."""
+    seconds: list[float] = []
+
+    def bring_back() -> None:
+        device.enter_thread()
+        seconds.append(_copies(device, host[piece : 2 * piece], slot[piece : 2 * piece], total))
+
+    other = threading.Thread(target=bring_back)
+    other.start()
+    seconds.append(_copies(device, slot[:piece], host[:piece], total))
+    other.join()
+    return 2 * total / max(seconds) / 1e6
 
 
 def probe_ssd(
@@ -155,7 +167,8 @@ def probe_ssd(
         copier.join()
         source.on_read = None
     rates = _window_rates(chunks)
-    how = f"O_DIRECT, the run's chunks and depth, {sum(n for n, _, _ in chunks) / 1e6:.0f} MB, {len(rates)} windows, while H2D runs"
+    read_MB = sum(nbytes for nbytes, _, _ in chunks) / 1e6
+    how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
     return {
         "ssd": _ceiling(rates, "MBps", how),
         "h2d_with_ssd": _ceiling(link, "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
@@ -198,6 +211,8 @@ def _window_rates(chunks: Sequence[tuple[int, float, float]]) -> list[float]:
     rates = []
     for window in range(SAMPLES):
         low, high = first + window * width, first + (window + 1) * width
-        moved = sum(n * max(0.0, min(end, high) - max(start, low)) / (end - start) for n, start, end in chunks if end > start)
+        moved = sum(
+            n * max(0.0, min(end, high) - max(start, low)) / (end - start) for n, start, end in chunks if end > start
+        )
         rates.append(moved / width / 1e6)
     return rates

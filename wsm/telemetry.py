@@ -165,7 +165,12 @@ class Telemetry:
             name=name,
             passes=len(steps) // steps_a_pass,
             wall_ms=wall_s * 1e3,
-            bytes={"ssd_read": _for_steps(reads, steps), "weight_h2d": _for_steps(copies, steps), "kv_h2d": 0, "kv_d2h": 0},
+            bytes={
+                "ssd_read": _for_steps(reads, steps),
+                "weight_h2d": _for_steps(copies, steps),
+                "kv_h2d": 0,
+                "kv_d2h": 0,
+            },
             bytes_moved={
                 "ssd_read": moved_bytes(reads, window),
                 "weight_h2d": moved_bytes(copies, window),

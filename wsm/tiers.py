@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llama.checkpoint.names import KINDS, GroupId, Kind
 from wsm.device import Event
 from wsm.errors import DoesNotFit, StoreError
-from wsm.plan import Plan
+from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
@@ -57,7 +57,7 @@ class Tiers:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Placement,
         settings: Settings,
         order: list[GroupId],
         *,
@@ -241,17 +241,18 @@ class Tiers:
             self._step, self._entered = step + 1, step
             self._free_passed()
             self._changed.notify_all()
-            slot = self._gpu_homes.get(group)
-            if slot is not None:
-                self._wait(lambda: slot.filled is not None)
-            else:
-                ordinal = self._gpu_used[group.kind]
-                self._wait(lambda: self._gpu_fetched[group.kind] > ordinal)
-                slot = self._gpu_pools[group.kind].find(group)
-                assert slot is not None
-                self._gpu_used[group.kind] += 1
+            slot = self._gpu_homes[group] if group in self._gpu_homes else self._fetched(group)
+            self._wait(lambda: slot.filled is not None)
             slot.state = "in_use"
             return step, slot
+
+    def _fetched(self, group: GroupId) -> Slot:
+        ordinal = self._gpu_used[group.kind]
+        self._wait(lambda: self._gpu_fetched[group.kind] > ordinal)
+        self._gpu_used[group.kind] += 1
+        slot = self._gpu_pools[group.kind].find(group)
+        assert slot is not None
+        return slot
 
     def leave(self, group: GroupId, slot: Slot, done: Event) -> None:
         """The computation on ``slot`` is queued up to its event ``done``."""
@@ -315,8 +316,10 @@ class Tiers:
             wanted[kind] = min(sum(group.layer < layers for group in cycle.groups), len(self._gpu_pools[kind]))
         with self._changed:
             self._wait(
-                lambda: all(self._gpu_homes[group].filled is not None for group in resident)
-                and all(self._gpu_fetched[kind] - self._gpu_used[kind] >= wanted[kind] for kind in KINDS)
+                lambda: (
+                    all(self._gpu_homes[group].filled is not None for group in resident)
+                    and all(self._gpu_fetched[kind] - self._gpu_used[kind] >= wanted[kind] for kind in KINDS)
+                )
             )
 
     def _wait(self, ready: Callable[[], bool]) -> None:

@@ -1,0 +1,70 @@
+"""The image of a group: where each tensor lies in it, on the SSD, in a CPU slot and in a GPU slot alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.names import Kind, TensorSpec, global_specs, group_specs
+from llama.config import ModelConfig
+
+BLOCK = 4096
+"""Extents and slots are aligned to this: what O_DIRECT asks for on every common drive."""
+TENSOR_ALIGNMENT = 512
+"""As torch's own CUDA allocations, so that every mode runs the same kernels."""
+
+
+def round_up(nbytes: int, unit: int) -> int:
+    """``nbytes`` rounded up to a multiple of ``unit``."""
+    return -(-nbytes // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """A tensor inside an image: ``offset`` and ``nbytes`` in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """An image: ``nbytes`` in all (a multiple of 4096) and its tensors."""
+
+    nbytes: int
+    tensors: tuple[TensorLayout, ...]
+
+
+def image_layout(specs: Sequence[TensorSpec], dtype: torch.dtype) -> GroupLayout:
+    """The tensors one after the other, each aligned to 512 bytes, the whole padded to 4096."""
+    tensors, offset = [], 0
+    for spec in specs:
+        nbytes = math.prod(spec.shape) * dtype.itemsize
+        tensors.append(TensorLayout(spec.name, dtype, spec.shape, offset, nbytes))
+        offset = round_up(offset + nbytes, TENSOR_ALIGNMENT)
+    return GroupLayout(round_up(offset, BLOCK), tuple(tensors))
+
+
+def group_layout(config: ModelConfig, kind: Kind, dtype: torch.dtype) -> GroupLayout:
+    """The image of a group of ``kind``."""
+    return image_layout(group_specs(config, kind), dtype)
+
+
+def globals_layout(config: ModelConfig, dtype: torch.dtype) -> GroupLayout:
+    """The image of embedding, final norm and head."""
+    return image_layout(global_specs(config), dtype)
+
+
+def views(image: Tensor, layout: GroupLayout) -> dict[str, Tensor]:
+    """Typed views of the tensors in ``image`` (``uint8 [>= layout.nbytes]``), by short name; no copy."""
+    return {
+        tensor.name: image[tensor.offset : tensor.offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor in layout.tensors
+    }

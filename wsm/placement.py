@@ -1,0 +1,124 @@
+"""Which layer lives in which tier, and how many slots the rest passes through.
+
+Keeping a fixed set and streaming the rest is what Belady's rule gives for a cyclic scan; residents are spread evenly
+over the pass so that the SSD and the link are asked for bytes at a steady rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wsm.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """The layers of each tier, ascending. ``ssd`` layers pass through CPU slots, ``cpu`` layers stay there."""
+
+    gpu: tuple[int, ...]
+    cpu: tuple[int, ...]
+    ssd: tuple[int, ...]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.gpu) + len(self.cpu) + len(self.ssd)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Residency and pools of a run. Slots are counted a kind; ``notes`` say what was clipped."""
+
+    mode: str
+    residency: Residency
+    gpu_slots: int
+    cpu_slots: int
+    read_ahead_layers: int
+    staged_layers: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ssd_layers_a_pass(self) -> int:
+        """Layers read from the SSD in a steady pass: none where the fifo window holds them all."""
+        streamed = len(self.residency.ssd)
+        return streamed if self.cpu_slots < streamed else 0
+
+    @property
+    def cpu_layers(self) -> int:
+        """Layers of page-locked memory in all."""
+        return len(self.residency.cpu) + self.cpu_slots
+
+
+def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of ``layers``, at even distances over their cycle (Bresenham's line)."""
+    n = len(layers)
+    return tuple(layers[(2 * i + 1) * n // (2 * count)] for i in range(count))
+
+
+def gpu_slots_for(settings: Settings, streamed_layers: int) -> int:
+    """GPU slots a kind: from the look-ahead in groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all."""
+    depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
+    return min(depth // 2 + 1, settings.gpu_max_groups // 2, streamed_layers)
+
+
+def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
+    if value > limit:
+        notes.append(f"{name} {value} clipped to {limit}")
+    return min(value, limit)
+
+
+def place(n_layers: int, settings: Settings) -> Placement:
+    """Residency and pools for a model of ``n_layers``.
+
+    With L layers, G on the GPU, C layers of CPU memory and P read ahead: `belady` keeps C - P residents and P slots,
+    `fifo` one window of C slots; neither needs the SSD where C >= L - G.
+    """
+    notes: list[str] = []
+    mode = settings.mode
+    if mode in ("full", "preload"):
+        everything = tuple(range(n_layers))
+        return Placement(mode, Residency(everything, (), ()), 0, 0, 0, n_layers)
+    gpu_count = _clip("--gpu-cached-layers", settings.gpu_cached_layers, n_layers, notes)
+    gpu = spread(range(n_layers), gpu_count)
+    rest = [layer for layer in range(n_layers) if layer not in set(gpu)]
+    cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
+    residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in set(cpu)))
+    gpu_slots = gpu_slots_for(settings, len(rest))
+    return Placement(
+        mode,
+        residency,
+        gpu_slots,
+        slots,
+        ahead,
+        _staged(settings.warmup_layers, n_layers, gpu, gpu_slots, notes),
+        tuple(notes),
+    )
+
+
+def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) -> tuple[tuple[int, ...], int, int]:
+    """CPU residents, CPU slots a kind, and layers read ahead."""
+    if mode == "stream":
+        return tuple(rest), 0, 0
+    cached = max(1, _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)) if rest else 0
+    ahead = min(settings.prefetch_distance, cached)
+    if settings.cpu_evict == "fifo":
+        return (), cached, ahead
+    if cached >= len(rest):
+        return tuple(rest), 0, 0
+    if settings.prefetch_distance > cached:
+        notes.append(f"--prefetch-distance {settings.prefetch_distance} clipped to {cached}, the layers of CPU memory")
+    return spread(rest, cached - ahead), ahead, ahead
+
+
+def _staged(wanted: int, n_layers: int, gpu: tuple[int, ...], gpu_slots: int, notes: list[str]) -> int:
+    """The longest stretch of first layers that residents and slots hold at once, at most ``wanted``."""
+    staged, free = 0, gpu_slots
+    resident = set(gpu)
+    for layer in range(min(wanted, n_layers)):
+        free -= layer not in resident
+        if free < 0:
+            break
+        staged += 1
+    if staged < wanted:
+        notes.append(f"--warmup-layers {wanted} clipped to {staged}, what residents and slots hold")
+    return staged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,19 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
-            raise UnusableInput(f"RoPE scaling of type {self.kind!r} is not supported; linear and llama3 are")
-        if self.factor <= 0 or self.high_freq_factor <= self.low_freq_factor:
+            raise UnusableInput(f"RoPE scaling of type {self.kind!r} does not run here; linear and llama3 do")
+        factors = (self.factor, self.low_freq_factor, self.high_freq_factor)
+        if not all(map(_is_positive, (*factors, self.original_max_position))) or factors[2] <= factors[1]:
             raise UnusableInput(f"RoPE scaling with impossible factors: {self}")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything about a LLaMA that its weights' shapes and its arithmetic depend on."""
+    """Everything about a LLaMA that its weights' shapes and its arithmetic depend on.
+
+    Raises:
+        UnusableInput: for sizes that make no LLaMA.
+    """
 
     name: str
     dim: int
@@ -59,8 +65,9 @@ class ModelConfig:
             raise UnusableInput(f"{self.name}: {self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:
             raise UnusableInput(f"{self.name}: head_dim must be even for RoPE, not {self.head_dim}")
-        if not (self.norm_eps > 0 and self.rope_theta > 0):
-            raise UnusableInput(f"{self.name}: norm_eps and rope_theta must be above 0")
+        for field in ("norm_eps", "rope_theta"):
+            if not _is_positive(getattr(self, field)):
+                raise UnusableInput(f"{self.name}: {field} must be a number above 0, not {getattr(self, field)!r}")
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], name: str, *, vocab_size: int | None = None) -> ModelConfig:
@@ -69,34 +76,37 @@ class ModelConfig:
         Raises:
             UnusableInput: for a missing field, or a model that is not a plain LLaMA.
         """
+        fields = _Fields(params, f"{name}/params.json")
         for field in ("quantization_args", "lora_args", "moe_args", "vision_chunk_size"):
             if params.get(field):
                 raise UnusableInput(
-                    f"{name}: params.json has {field}: only plain LLaMA text models in float weights run here"
+                    f"{fields.file} sets {field}: quantised, LoRA, mixture-of-experts and vision models do not run "
+                    "here; take the plain text model in bfloat16"
                 )
-        dim, n_heads = _need(params, "dim", name), _need(params, "n_heads", name)
-        vocab = params.get("vocab_size", -1)
-        if vocab is None or int(vocab) <= 0:
+        dim, n_heads = fields.whole("dim"), fields.whole("n_heads")
+        vocab = params.get("vocab_size")
+        if vocab is None or vocab == -1:
             vocab = vocab_size
         if vocab is None:
-            raise UnusableInput(f"{name}: params.json gives no vocab_size and no embedding was found to take it from")
+            raise UnusableInput(f"{fields.file} gives no vocab_size and no embedding was found to take it from")
         scaling = None
         if params.get("use_scaled_rope"):
-            scaling = RopeScaling("llama3", float(params.get("rope_scaling_factor", 8.0)))
-        head_dim = params.get("head_dim") or dim // n_heads
+            scaling = RopeScaling("llama3", fields.number("rope_scaling_factor", 8.0))
+        # LLaMA 2 was trained on 4096 positions and names no rope_theta; LLaMA 3 on 8192 and does.
+        unscaled = 8192 if params.get("rope_theta") else 4096
         return cls(
             name=name,
             dim=dim,
-            n_layers=_need(params, "n_layers", name),
+            n_layers=fields.whole("n_layers"),
             n_heads=n_heads,
-            n_kv_heads=int(params.get("n_kv_heads") or n_heads),
-            head_dim=int(head_dim),
-            ffn_dim=_meta_ffn_dim(dim, int(params.get("multiple_of", 256)), params.get("ffn_dim_multiplier")),
-            vocab_size=int(vocab),
-            norm_eps=float(params.get("norm_eps", 1e-5)),
-            rope_theta=float(params.get("rope_theta", 10000.0)),
+            n_kv_heads=fields.whole("n_kv_heads", n_heads),
+            head_dim=fields.whole("head_dim", dim // n_heads),
+            ffn_dim=_meta_ffn_dim(dim, fields.whole("multiple_of", 256), fields.number("ffn_dim_multiplier", 1.0)),
+            vocab_size=vocab,
+            norm_eps=fields.number("norm_eps", 1e-5),
+            rope_theta=fields.number("rope_theta", 10000.0),
             rope_scaling=scaling,
-            max_position=131072 if scaling else 8192,
+            max_position=131072 if scaling else unscaled,
         )
 
     @classmethod
@@ -106,22 +116,26 @@ class ModelConfig:
         Raises:
             UnusableInput: for a missing field, another architecture, or a feature that does not run here, by name.
         """
-        _refuse_hf(config, name)
-        dim, n_heads = _need(config, "hidden_size", name), _need(config, "num_attention_heads", name)
+        fields = _Fields(config, f"{name}/config.json")
+        _refuse_hf(fields)
+        dim, n_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+        max_position = fields.whole("max_position_embeddings", 2048)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        max_position = int(config.get("max_position_embeddings", 2048))
+        if not isinstance(rope, Mapping):
+            raise UnusableInput(f"{fields.file}: RoPE parameters must be an object, not {rope!r}")
+        rope_fields = _Fields(rope, f"{fields.file} (RoPE)")
         return cls(
             name=name,
             dim=dim,
-            n_layers=_need(config, "num_hidden_layers", name),
+            n_layers=fields.whole("num_hidden_layers"),
             n_heads=n_heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-            head_dim=int(config.get("head_dim") or dim // n_heads),
-            ffn_dim=_need(config, "intermediate_size", name),
-            vocab_size=_need(config, "vocab_size", name),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=_hf_rope_scaling(rope, max_position, name),
+            n_kv_heads=fields.whole("num_key_value_heads", n_heads),
+            head_dim=fields.whole("head_dim", dim // n_heads),
+            ffn_dim=fields.whole("intermediate_size"),
+            vocab_size=fields.whole("vocab_size"),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=rope_fields.number("rope_theta", fields.number("rope_theta", 10000.0)),
+            rope_scaling=_hf_rope_scaling(rope_fields, max_position),
             max_position=max_position,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
@@ -132,65 +146,116 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_json`."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise UnusableInput(f"a model description has unknown fields: {', '.join(unknown)}")
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            UnusableInput: unless ``fields`` has every field, and no other, with values that make a LLaMA.
+        """
         values = dict(fields)
-        try:
-            if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            return cls(**values)
-        except TypeError as error:
-            raise UnusableInput(f"a model description lacks fields: {error}") from error
+        _same_fields(cls, values)
+        if values["rope_scaling"] is not None:
+            scaling = values["rope_scaling"]
+            if not isinstance(scaling, Mapping):
+                raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r}")
+            _same_fields(RopeScaling, scaling)
+            values["rope_scaling"] = RopeScaling(**scaling)
+        return cls(**values)
 
 
-def _need(fields: Mapping[str, Any], field: str, name: str) -> int:
-    value = fields.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = "is missing" if value is None else f"must be a whole number above 0, not {value!r}"
-        raise UnusableInput(f"{name}: field {field} {said}; take the file from the original checkpoint again")
-    return value
+def _same_fields(cls: type[ModelConfig] | type[RopeScaling], found: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(found) - known):
+        raise UnusableInput(f"a model description has unknown fields: {', '.join(unknown)}")
+    if missing := sorted(known - set(found)):
+        raise UnusableInput(f"a model description lacks fields: {', '.join(missing)}")
 
 
-def _meta_ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+def _is_positive(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+
+
+class _Fields:
+    """Typed reading of a checkpoint's JSON; a field that is absent or null takes its default, if it has one."""
+
+    def __init__(self, values: Mapping[str, Any], file: str) -> None:
+        self.values, self.file = values, file
+
+    def whole(self, field: str, default: int | None = None) -> int:
+        value = self._value(field, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnusableInput(f"{self.file}: field {field} must be a whole number above 0, not {value!r}")
+        return value
+
+    def number(self, field: str, default: float | None = None) -> float:
+        value = self._value(field, default)
+        if not _is_positive(value):
+            raise UnusableInput(f"{self.file}: field {field} must be a number above 0, not {value!r}")
+        return float(value)
+
+    def _value(self, field: str, default: float | None) -> Any:
+        value = self.values.get(field)
+        if value is None:
+            value = default
+        if value is None:
+            raise UnusableInput(
+                f"{self.file}: field {field} is missing; take the file from the original checkpoint again"
+            )
+        return value
+
+
+def _meta_ffn_dim(dim: int, multiple_of: int, multiplier: float) -> int:
     """Meta's rule: two thirds of 4·dim, times the multiplier, rounded up to ``multiple_of``."""
-    hidden = int(2 * (4 * dim) / 3)
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
+    hidden = int(multiplier * int(2 * (4 * dim) / 3))
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-def _refuse_hf(config: Mapping[str, Any], name: str) -> None:
-    architectures = config.get("architectures") or []
-    if (architectures and architectures != ["LlamaForCausalLM"]) or config.get("model_type", "llama") != "llama":
-        found = ", ".join(architectures) or config.get("model_type")
-        raise UnusableInput(f"{name}: architecture {found} does not run here; LlamaForCausalLM does")
-    for field in ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "num_local_experts"):
+_UNSUPPORTED = (
+    "attention_bias",
+    "mlp_bias",
+    "quantization_config",
+    "compression_config",
+    "sliding_window",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+)
+
+
+def _refuse_hf(fields: _Fields) -> None:
+    config = fields.values
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    if architectures not in (None, [], ["LlamaForCausalLM"]) or model_type not in (None, "llama"):
+        named = architectures if isinstance(architectures, list) and architectures else [model_type]
+        raise UnusableInput(
+            f"{fields.file}: architecture {', '.join(map(str, named))} does not run here; LlamaForCausalLM does"
+        )
+    if not architectures and not model_type:
+        raise UnusableInput(f"{fields.file} names neither architectures nor model_type: it is no model's config.json")
+    for field in _UNSUPPORTED:
         if config.get(field):
             raise UnusableInput(
-                f"{name}: config.json sets {field}, which does not run here; plain LLaMA float weights do"
+                f"{fields.file} sets {field}, which does not run here; plain LLaMA models in float weights do"
             )
     if config.get("hidden_act", "silu") != "silu":
-        raise UnusableInput(f"{name}: activation {config['hidden_act']!r} does not run here; silu does")
+        raise UnusableInput(f"{fields.file}: activation {config['hidden_act']!r} does not run here; silu does")
+    if config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise UnusableInput(f"{fields.file} sets partial_rotary_factor, which does not run here; full RoPE does")
 
 
-def _hf_rope_scaling(rope: Mapping[str, Any], max_position: int, name: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _hf_rope_scaling(rope: _Fields, max_position: int) -> RopeScaling | None:
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise UnusableInput(f"{name}: RoPE scaling of type {kind!r} does not run here; linear and llama3 do")
-    try:
-        return RopeScaling(
-            kind,
-            float(rope["factor"]),
-            float(rope.get("low_freq_factor", 1.0)),
-            float(rope.get("high_freq_factor", 4.0)),
-            int(rope.get("original_max_position_embeddings") or max_position),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableInput(f"{name}: RoPE scaling is incomplete: {error}") from error
+        raise UnusableInput(f"{rope.file}: scaling of type {kind!r} does not run here; default, linear and llama3 do")
+    return RopeScaling(
+        kind,
+        rope.number("factor"),
+        rope.number("low_freq_factor", 1.0),
+        rope.number("high_freq_factor", 4.0),
+        rope.whole("original_max_position_embeddings", max_position),
+    )
 
 
 def _llama3(name: str, dim: int, layers: int, heads: int, ffn: int, **more: Any) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,30 +19,44 @@ class Segment:
     length: int
     offset: int
 
+    @property
+    def end_pos(self) -> int:
+        """Tokens of the row up to and with this segment."""
+        return self.start_pos + self.length
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Packed tokens and where each belongs; built on the host, uploaded once a pass.
+    """Packed tokens and where each belongs; built on the host, uploaded at most once a pass.
 
-    ``tokens`` and ``positions`` are int64 ``[N]`` on the device, ``last`` int64 ``[rows]`` the place of each row's
-    last token. A decode batch (one token in every row of the cache) also has ``lengths``, the KV tokens of each row
-    with the new one, on the host.
+    ``tokens`` and ``positions`` are int64 ``[N]`` on the device; ``last``, int64 ``[rows]``, is the place of each
+    row's last token in them.
     """
 
     tokens: Tensor
     positions: Tensor
     last: Tensor
     segments: tuple[Segment, ...]
-    lengths: tuple[int, ...] | None = None
 
     @property
     def n_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
+    def followed_by(self, tokens: Tensor) -> TokenBatch:
+        """The batch of the next pass: one new token (int64 ``[rows]``, on the device) behind each row's last.
 
-def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    on_host = torch.tensor(values, dtype=torch.int64)
-    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+        Nothing is uploaded: a small upload would queue behind the weights on the copy engine.
+        """
+        return TokenBatch(
+            tokens=tokens,
+            positions=self.positions[self.last] + 1,
+            last=torch.arange(len(self.segments), device=tokens.device),
+            segments=tuple(Segment(s.row, s.end_pos, 1, place) for place, s in enumerate(self.segments)),
+        )
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def prefill_batch(prompts: Sequence[Sequence[int]], rows: Sequence[int], device: torch.device) -> TokenBatch:
@@ -50,28 +65,29 @@ def prefill_batch(prompts: Sequence[Sequence[int]], rows: Sequence[int], device:
     for row, prompt in zip(rows, prompts, strict=True):
         segments.append(Segment(row, 0, len(prompt), offset))
         offset += len(prompt)
-    return TokenBatch(
-        tokens=_upload([token for prompt in prompts for token in prompt], device),
-        positions=_upload([place for prompt in prompts for place in range(len(prompt))], device),
-        last=_upload([segment.offset + segment.length - 1 for segment in segments], device),
-        segments=tuple(segments),
-    )
+    tokens = torch.tensor(list(chain.from_iterable(prompts)), dtype=torch.int64)
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+    last = torch.tensor([segment.offset + segment.length - 1 for segment in segments], dtype=torch.int64)
+    uploaded = _upload(torch.cat((tokens, positions, last)), device)
+    tokens, positions, last = uploaded.split((offset, offset, len(segments)))
+    return TokenBatch(tokens, positions, last, tuple(segments))
 
 
 def decode_batch(tokens: Tensor, lengths: Sequence[int], device: torch.device) -> TokenBatch:
-    """One new token (int64 ``[B]`` on the device) for every row; ``lengths`` are the KV tokens before it."""
+    """One new token (int64 ``[B]``, on the device) for each of the first B rows; ``lengths``: the tokens before it."""
     rows = range(len(lengths))
     return TokenBatch(
         tokens=tokens,
-        positions=_upload(lengths, device),
-        last=_upload(rows, device),
+        positions=_upload(torch.tensor(lengths, dtype=torch.int64), device),
+        last=torch.arange(len(lengths), device=device),
         segments=tuple(Segment(row, length, 1, row) for row, length in zip(rows, lengths, strict=True)),
-        lengths=tuple(length + 1 for length in lengths),
     )
 
 
 def cut(segments: Sequence[Segment], chunk_tokens: int) -> list[tuple[Segment, ...]]:
     """Chunks of at most ``chunk_tokens`` tokens; a long row is cut, short rows share a chunk."""
+    if chunk_tokens < 1:
+        raise ValueError(f"a chunk must hold at least one token, not {chunk_tokens}")
     chunks: list[tuple[Segment, ...]] = []
     chunk: list[Segment] = []
     room = chunk_tokens

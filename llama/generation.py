@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.batch import decode_batch, prefill_batch
+from llama.batch import TokenBatch, decode_batch, prefill_batch
 from llama.config import UnusableInput
 from llama.kv_cache import KVCache
 from llama.model import Transformer
@@ -37,14 +37,21 @@ class Generation:
     """New tokens of each row (a stop token ends a row and is counted), and the passes that they took."""
 
     tokens: list[list[int]]
+    prefill_tokens: int
     prefill_passes: int
     decode_passes: int
+
+    @property
+    def decode_tokens(self) -> int:
+        """New tokens of all rows; those of rows past their end do not count."""
+        return sum(map(len, self.tokens))
 
 
 def _nothing(mark: str) -> None:
     """The observer of nobody."""
 
 
+@torch.inference_mode()
 def generate(
     model: Transformer,
     kv: KVCache,
@@ -52,57 +59,79 @@ def generate(
     options: GenerationOptions,
     observer: Observer = _nothing,
 ) -> Generation:
-    """New tokens for every prompt (one row each).
+    """New tokens for every prompt (one row each); ``kv`` is emptied first.
 
     Token 1 comes from the prefill's last logits, so n tokens take n - 1 decode passes. Rows that ended keep their
     place in the batch, for fixed shapes, but their tokens are dropped.
 
     Raises:
-        UnusableInput: for an empty prompt, one that ``kv`` has no room for, or impossible sampling options.
+        UnusableInput: for an empty prompt, one that ``kv`` has no room for, or impossible options.
     """
-    _check(kv, prompts, options)
+    _check(model, kv, prompts, options)
+    kv.reset()
     generator = torch.Generator(model.device).manual_seed(options.seed)
+    rows = [_Row(options) for _ in prompts]
     observer("start")
     logits, waves = _prefill(model, kv, prompts, options, observer)
     _finish(model.device)
     observer("prefill_done")
-    tokens: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
+    batch: TokenBatch | None = None
     passes = 0
     while True:
         picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
-        for row, token in enumerate(picked.tolist()):
-            if running[row]:
-                tokens[row].append(token)
-                ended = token in options.stop_ids and not options.ignore_eos
-                running[row] = not ended and len(tokens[row]) < options.max_new_tokens
+        for row, token in zip(rows, picked.tolist(), strict=True):
+            row.take(token)
         observer("token")
-        if not any(running):
+        if all(row.ended for row in rows):
             break
         observer("pass")
-        logits = model.forward(
-            decode_batch(picked, lengths, model.device), kv, chunk_tokens=options.chunk_tokens, logits="last"
-        )
-        lengths = [length + 1 for length in lengths]
+        batch = batch.followed_by(picked) if batch else decode_batch(picked, kv.lengths[: len(rows)], model.device)
+        logits = model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last")
         passes += 1
     observer("done")
-    return Generation(tokens, waves, passes)
+    return Generation([row.tokens for row in rows], sum(map(len, prompts)), waves, passes)
 
 
-def _check(kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
+class _Row:
+    """The new tokens of one row, up to its end."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+        self._most = options.max_new_tokens
+        self._stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
+
+    def take(self, token: int) -> None:
+        """Append a token, unless the row has ended."""
+        if not self.ended:
+            self.tokens.append(token)
+            self.ended = token in self._stop_ids or len(self.tokens) >= self._most
+
+
+def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
     check_sampling(options.temperature, options.top_p)
-    if options.max_new_tokens < 1:
-        raise UnusableInput(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
-    if not prompts or len(prompts) != kv.batch:
+    for flag, value in (
+        ("--max-new-tokens", options.max_new_tokens),
+        ("--prefill-chunk-tokens", options.chunk_tokens),
+        ("rows a wave", options.wave_rows),
+    ):
+        if value < 1:
+            raise UnusableInput(f"{flag} must be 1 or more, not {value}")
+    if not 0 < len(prompts) <= kv.batch:
         raise UnusableInput(f"{len(prompts)} prompts for a KV cache of {kv.batch} rows")
+    room = min(kv.tokens, model.max_tokens)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UnusableInput(f"prompt {row} is empty")
-        if len(prompt) + options.max_new_tokens > kv.tokens:
+        if len(prompt) + options.max_new_tokens > room:
             raise UnusableInput(
                 f"prompt {row} has {len(prompt)} tokens; with {options.max_new_tokens} new ones that is more "
-                f"than the {kv.tokens} that the KV cache holds: raise --max-seq-len"
+                f"than the {room} that the KV cache holds: raise --max-seq-len"
+            )
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise UnusableInput(
+                f"prompt {row} has token ids from {min(prompt)} to {max(prompt)}; {model.config.name} knows "
+                f"0 to {model.config.vocab_size - 1}: use the tokenizer of this model"
             )
 
 

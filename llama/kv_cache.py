@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from llama.batch import Segment
 from llama.config import ModelConfig
 
 BLOCK_TOKENS = 256
@@ -30,12 +33,14 @@ class KVCache:
         tokens: the most a row may hold; rounded up to whole blocks.
 
     Each layer's ``keys`` and ``values`` are ``[batch, n_kv_heads, tokens, head_dim]``: a row's prefix and the whole
-    batch's prefix are both views.
+    batch's prefix are both views. ``lengths`` are the tokens that each row holds in every layer, kept on the host.
     """
 
     def __init__(self, config: ModelConfig, batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self.batch, self.tokens = batch, padded_tokens(tokens)
+        self.lengths = [0] * batch
         shape = (config.n_layers, 2, batch, config.n_kv_heads, self.tokens, config.head_dim)
+        # Zeros, not whatever was there: a masked place counts nothing times its value, and nothing times NaN is NaN.
         self._data = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
@@ -47,3 +52,21 @@ class KVCache:
 
     def values(self, layer: int) -> Tensor:
         return self._data[layer, 1]
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Raises ValueError unless each segment goes on where its row ends, and fits."""
+        for segment in segments:
+            if segment.start_pos != self.lengths[segment.row] or segment.end_pos > self.tokens:
+                raise ValueError(
+                    f"row {segment.row} of the KV cache holds {self.lengths[segment.row]} of {self.tokens} tokens; "
+                    f"a pass cannot add positions {segment.start_pos} to {segment.end_pos}"
+                )
+
+    def extend(self, segments: Sequence[Segment]) -> None:
+        """Count the tokens that a pass has added in every layer."""
+        for segment in segments:
+            self.lengths[segment.row] = segment.end_pos
+
+    def reset(self) -> None:
+        """Empty every row."""
+        self.lengths = [0] * self.batch

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from llama.config import UnusableInput
 
+ROWS_AT_ONCE = 16
+"""Sorting takes some five times the logits' memory; a batch is sampled so many rows at a time."""
+MASS = 2**40
+"""Probability 1 in whole units."""
+
 
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raises UnusableInput unless ``temperature >= 0`` and ``0 < top_p <= 1``."""
@@ -24,7 +29,21 @@ def sample(logits: Tensor, *, temperature: float, top_p: float, generator: torch
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
-    mass_before = probs.cumsum(dim=-1) - probs
-    picked = torch.multinomial(probs.masked_fill(mass_before >= top_p, 0.0), 1, generator=generator)
+    return torch.cat([_draw(rows, temperature, top_p, generator) for rows in logits.split(ROWS_AT_ONCE)])
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    # The largest logit is taken off first: next to temperature 0 nothing overflows, and the likeliest is left.
+    below = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    probs, order = torch.softmax(below, dim=-1).sort(dim=-1, descending=True, stable=True)
+    picked = torch.multinomial(probs * nucleus(probs, top_p), 1, generator=generator)
     return order.gather(-1, picked).squeeze(-1)
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Which of the probabilities ``[B, vocab]``, largest first, are the fewest that reach ``top_p``; bool.
+
+    The sums are of whole numbers: a GPU may add floats in another order each time, and the modes must agree.
+    """
+    mass = (probs.double() * MASS).long()
+    return mass.cumsum(dim=-1) - mass < top_p * MASS

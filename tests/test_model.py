@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llama.batch import Segment, cut, prefill_batch
 from llama.checkpoint import open_checkpoint
-from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, generate
 from llama.kv_cache import KVCache, kv_bytes
 from llama.model import Transformer
@@ -106,40 +105,6 @@ def test_chunked_prefill_gives_the_logits_of_one_chunk(chunk_tokens: int, tmp_pa
     model = ours(hf_directory(tmp_path, hf_model()))
     for chunked, whole in zip(our_logits(model, PROMPTS, chunk_tokens), our_logits(model, PROMPTS), strict=True):
         assert_close(chunked, whole)
-
-
-def test_a_stop_token_ends_its_row_alone(tmp_path: Path) -> None:
-    model = ours(hf_directory(tmp_path, hf_model()))
-    free = run(model, PROMPTS)
-    stop = free.tokens[0][3]
-    ended = run(model, PROMPTS, stop_ids=frozenset({stop}), ignore_eos=False)
-    for row, tokens in enumerate(ended.tokens):
-        place = free.tokens[row].index(stop) + 1 if stop in free.tokens[row] else 24
-        assert tokens == free.tokens[row][:place]
-    assert run(model, PROMPTS, stop_ids=frozenset({stop}), ignore_eos=True).tokens == free.tokens
-
-
-def test_sampling_follows_its_seed(tmp_path: Path) -> None:
-    model = ours(hf_directory(tmp_path, hf_model()))
-    first = run(model, PROMPTS, temperature=1.5, top_p=0.95, seed=3)
-    assert run(model, PROMPTS, temperature=1.5, top_p=0.95, seed=3).tokens == first.tokens
-    assert run(model, PROMPTS, temperature=1.5, top_p=0.95, seed=4).tokens != first.tokens
-
-
-def test_what_cannot_be_generated_is_refused(tmp_path: Path) -> None:
-    model = ours(hf_directory(tmp_path, hf_model()))
-    for prompts, changes, said in (
-        ([[]], {}, "empty"),
-        ([[1]], {"temperature": -1.0}, "temperature"),
-        ([[1]], {"top_p": 0.0}, "top-p"),
-        ([[1]], {"max_new_tokens": 0}, "max-new-tokens"),
-    ):
-        with pytest.raises(UnusableInput, match=said):
-            run(model, prompts, **changes)
-    kv = KVCache(model.config, 1, 10, CPU, torch.float32)
-    options = GenerationOptions(10, 0.0, 1.0, 0, frozenset(), True, 64, 1)
-    with pytest.raises(UnusableInput, match="max-seq-len"):
-        generate(model, kv, [[1] * 250], options)
 
 
 def test_kv_bytes_are_what_the_cache_takes(tmp_path: Path) -> None:

@@ -1,28 +1,45 @@
-"""Named tensors of a model, lazily: Meta .pth shards, Hugging Face safetensors, synthetic weights."""
+"""Named tensors of a model, lazily: Meta .pth shards, Hugging Face safetensors, synthetic, the built-in model."""
 
 from pathlib import Path
 
 from llama.checkpoint.base import Checkpoint, SourceFile
+from llama.checkpoint.builtin import builtin_checkpoint
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from llama.config import UnusableInput
 
-__all__ = ["Checkpoint", "SourceFile", "SyntheticCheckpoint", "open_checkpoint", "synthetic_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "SourceFile",
+    "SyntheticCheckpoint",
+    "builtin_checkpoint",
+    "open_checkpoint",
+    "synthetic_checkpoint",
+]
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in ``directory``: Meta's if it holds params.json, Hugging Face's if it holds config.json.
+    """The checkpoint in ``directory``: Meta's if it holds params.json and shards, else Hugging Face's.
 
     Raises:
         UnusableInput: if there is no such directory, or nothing in it that runs here.
     """
-    if not directory.is_dir():
+    if not directory.exists():
         raise UnusableInput(f"--checkpoints {directory}: no such directory")
-    if (directory / "params.json").exists():
+    if not directory.is_dir():
+        raise UnusableInput(f"--checkpoints {directory}: this is a file; name the directory that it lies in")
+    has_shards = any(directory.glob("consolidated.*.pth"))
+    has_config = (directory / "config.json").exists()
+    if (directory / "params.json").exists() and (has_shards or not has_config):
         return MetaCheckpoint(directory)
-    if (directory / "config.json").exists():
+    if has_config:
         return HFCheckpoint(directory)
+    if has_shards:
+        raise UnusableInput(f"--checkpoints {directory}: params.json is missing beside the shards; download it too")
+    if (directory / "adapter_config.json").exists():
+        raise UnusableInput(f"--checkpoints {directory}: a LoRA adapter alone; merge it into its base model first")
     raise UnusableInput(
-        f"--checkpoints {directory}: neither params.json (Meta) nor config.json (Hugging Face) is in it"
+        f"--checkpoints {directory}: neither params.json (Meta) nor config.json (Hugging Face) is in it; "
+        "name the directory that holds the model's files"
     )

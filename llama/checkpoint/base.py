@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from llama.checkpoint.names import full_name, global_specs, group_specs, pass_order
 from llama.config import ModelConfig, UnusableInput
 
 
@@ -28,6 +31,7 @@ class Checkpoint(Protocol):
     dtype: torch.dtype
     """Of the stored weights."""
     directory: Path | None
+    """None for weights that lie in no file."""
 
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""
@@ -36,14 +40,87 @@ class Checkpoint(Protocol):
         """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
 
         Raises:
-            UnusableInput: if the checkpoint has no such tensor, or one of another shape, or a file is damaged.
+            UnusableInput: if the model has no such tensor, or one of another shape.
         """
 
     def close(self) -> None:
         """Let go of the files."""
 
 
-SAMPLES, SAMPLE_BYTES = 16, 64 << 10
+class Stored(NamedTuple):
+    """A tensor as the files describe it: the file's path, what the file calls it, its dtype and shape."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AGAIN = "download it from the original checkpoint again"
+_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
+_POINTER = b"version https://git-lfs"
+
+
+def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Full name and shape of every tensor of the model, globals first, then in pass order."""
+    for spec in global_specs(config):
+        yield full_name(None, spec.name), spec.shape
+    for group in pass_order(config.n_layers):
+        for spec in group_specs(config, group.kind):
+            yield full_name(group, spec.name), spec.shape
+
+
+def check_stored(stored: Stored, shape: tuple[int, ...], config_file: str) -> None:
+    """Refuse a tensor that is no float or has another shape than ``config_file`` asks for.
+
+    Raises:
+        UnusableInput: naming the file and the tensor.
+    """
+    if stored.dtype not in FLOATS:
+        raise UnusableInput(
+            f"{stored.path}: {stored.name} is of dtype {stored.dtype}; only {', '.join(FLOATS)} weights run here, "
+            "so take the unquantised checkpoint"
+        )
+    if stored.shape != shape:
+        raise UnusableInput(
+            f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but {config_file} asks for {list(shape)}: "
+            "the two are not of the same model"
+        )
+
+
+def weights_dtype(matrices: Iterable[Stored]) -> torch.dtype:
+    """The dtype that holds every matrix without loss; norms do not count, they are often wider than the rest."""
+    return functools.reduce(torch.promote_types, {FLOATS[stored.dtype] for stored in matrices if len(stored.shape) > 1})
+
+
+def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
+    """Refuse tensors that would change the result if they were left out: biases and LoRA adapters.
+
+    Raises:
+        UnusableInput: naming the file and the first such tensor.
+    """
+    for name in names:
+        if name.endswith(".bias") or "lora_" in name:
+            raise UnusableInput(
+                f"{path}: tensor {name} belongs to no plain LLaMA; biases do not run here, and LoRA adapters have to "
+                "be merged into the weights first"
+            )
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse what git leaves in place of a large file that it has not downloaded.
+
+    Raises:
+        UnusableInput: if ``path`` is such a pointer, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+    if is_pointer:
+        raise UnusableInput(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that directory")
 
 
 def sampled_digest(path: Path) -> str:
@@ -51,9 +128,9 @@ def sampled_digest(path: Path) -> str:
     size = path.stat().st_size
     digest = xxhash.xxh3_128(str(size).encode())
     with path.open("rb") as file:
-        for place in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+        for place in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * place // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -72,25 +149,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UnusableInput(
-            f"{path} is damaged (no JSON: {error}); take it from the original checkpoint again"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableInput(f"{path} is damaged (no JSON: {error}); {AGAIN}") from error
     if not isinstance(content, dict):
-        raise UnusableInput(f"{path} holds no JSON object; take it from the original checkpoint again")
+        raise UnusableInput(f"{path} holds no JSON object; {AGAIN}")
     return content
-
-
-def one_float_dtype(dtypes: set[torch.dtype], where: Path) -> torch.dtype:
-    """The dtype of the weights: the widest of a mixture.
-
-    Raises:
-        UnusableInput: for a dtype that is not bfloat16, float16 or float32.
-    """
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if dtype in dtypes:
-            found = dtype
-            break
-    if odd := dtypes - {torch.float32, torch.bfloat16, torch.float16}:
-        raise UnusableInput(f"{where} holds weights of dtype {odd.pop()}; bfloat16, float16 and float32 run here")
-    return found

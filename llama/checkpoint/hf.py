@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.checkpoint.base import SourceFile, one_float_dtype, read_json, source_file
+from llama.checkpoint.base import (
+    AGAIN,
+    SourceFile,
+    Stored,
+    all_tensors,
+    check_stored,
+    read_json,
+    refuse_foreign_tensors,
+    refuse_pointer,
+    source_file,
+    weights_dtype,
+)
 from llama.config import ModelConfig, UnusableInput
 
 _LAYER_NAMES = {
@@ -29,8 +38,8 @@ _GLOBAL_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def hf_name(name: str) -> str:
@@ -47,8 +56,14 @@ def to_interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, rows // heads // 2, dim).transpose(1, 2)
 
 
+def to_halves(weight: Tensor, heads: int) -> Tensor:
+    """The inverse, as a new matrix: q or k rows in HF's order from Meta's."""
+    rows, dim = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
 class HFCheckpoint:
-    """Every file is mapped once, when first needed; a tensor is copied once, into the place where it is wanted.
+    """Every file is mapped once; a tensor is copied once, into the place where it is wanted.
 
     Raises:
         UnusableInput: for a missing or damaged file, a missing tensor, or a model that does not run here.
@@ -57,73 +72,78 @@ class HFCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory: Path | None = directory
         self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.name)
-        self._files: dict[Path, Any] = {}
-        self._lock = threading.Lock()
-        self._where = self._index(directory)
-        dtypes = {self._slice(name)[1] for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight")}
-        if odd := [dtype for dtype in dtypes if dtype not in _DTYPES]:
-            raise UnusableInput(f"{directory} holds weights of dtype {odd[0]}; bfloat16, float16 and float32 run here")
-        self.dtype = one_float_dtype({_DTYPES[dtype] for dtype in dtypes}, directory)
-        if not self.config.tied_embeddings and "lm_head.weight" not in self._where:
-            raise UnusableInput(f"{directory} has no lm_head.weight and config.json does not tie it to the embedding")
+        if (directory / "adapter_config.json").exists():
+            raise UnusableInput(f"{directory} holds a LoRA adapter; merge it into the weights and save the whole model")
+        self._paths = _weight_files(directory)
+        self._files = {path: _open_file(path) for path in self._paths}
+        self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
 
-    def _index(self, directory: Path) -> dict[str, Path]:
-        index = directory / INDEX
-        if index.exists():
-            content = read_json(index).get("weight_map")
-            if not isinstance(content, dict) or not content:
-                raise UnusableInput(f"{index} has no weight_map; take it from the original checkpoint again")
-            where = {name: directory / file for name, file in content.items()}
-            for path in sorted(set(where.values())):
-                if not path.is_file():
-                    raise UnusableInput(f"{index} names {path.name}, which is not there: the download is incomplete")
-            return where
-        paths = sorted(directory.glob("*.safetensors"))
-        if not paths:
-            other = next(iter(sorted(directory.glob("*.bin"))), None)
-            hint = f" ({other.name} has to be converted to safetensors first)" if other else ""
-            raise UnusableInput(f"{directory} holds no .safetensors file{hint}")
-        return {name: path for path in paths for name in self._open(path).keys()}  # noqa: SIM118 - no mapping
-
-    def _open(self, path: Path) -> Any:
-        with self._lock:
-            if path not in self._files:
-                try:
-                    self._files[path] = safe_open(path, framework="pt", device="cpu")
-                except (SafetensorError, OSError) as error:
-                    raise UnusableInput(
-                        f"{path} is damaged or cut short ({error}); download it from the original checkpoint again"
-                    ) from error
-            return self._files[path]
-
-    def _slice(self, name: str) -> tuple[Any, str]:
+    def _check(self, name: str, shape: tuple[int, ...]) -> Stored:
         theirs = hf_name(name)
-        path = self._where.get(theirs)
-        if path is None:
-            raise UnusableInput(f"{self.directory} has no tensor {theirs}: the checkpoint is incomplete")
-        try:
-            found = self._open(path).get_slice(theirs)
-        except SafetensorError as error:
-            raise UnusableInput(f"{path} does not hold {theirs}, which its index names: {error}") from error
-        return found, found.get_dtype()
+        if theirs not in self._where:
+            raise UnusableInput(
+                f"{self.directory} has no tensor {theirs}: the checkpoint is incomplete or of another model"
+            )
+        path = self._where[theirs]
+        found = self._files[path].get_slice(theirs)
+        dtype = _DTYPES.get(found.get_dtype(), found.get_dtype())
+        stored = Stored(path, theirs, dtype, tuple(found.get_shape()))
+        check_stored(stored, shape, "config.json")
+        return stored
 
     def sources(self) -> tuple[SourceFile, ...]:
-        return tuple(source_file(path) for path in sorted(set(self._where.values())))
+        return tuple(source_file(path) for path in self._paths)
 
     def read_into(self, name: str, out: Tensor) -> None:
-        found, dtype = self._slice(name)
-        if tuple(found.get_shape()) != tuple(out.shape) or dtype not in _DTYPES:
-            raise UnusableInput(
-                f"{self._where[hf_name(name)]}: {hf_name(name)} is {dtype} {found.get_shape()}, "
-                f"config.json asks for floats of {list(out.shape)}"
-            )
-        weight = self._open(self._where[hf_name(name)]).get_tensor(hf_name(name))
+        theirs = hf_name(name)
+        if theirs not in self._where:
+            raise UnusableInput(f"{self.directory} has no tensor {theirs}")
+        weight = self._files[self._where[theirs]].get_tensor(theirs)  # a view of the mapped file
+        if weight.shape != out.shape:
+            raise UnusableInput(f"{theirs} has shape {list(weight.shape)} in the checkpoint, not {list(out.shape)}")
         heads = {"wq": self.config.n_heads, "wk": self.config.n_kv_heads}.get(name.split(".")[-2])
         if heads is None:
             out.copy_(weight)
         else:
-            theirs = to_interleaved(weight, heads)
-            out.view(theirs.shape).copy_(theirs)
+            interleaved = to_interleaved(weight, heads)
+            out.view(interleaved.shape).copy_(interleaved)
 
     def close(self) -> None:
-        self._files.clear()
+        self._files, self._where = {}, {}
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that the index names; without an index ``model.safetensors``, or else every safetensors file."""
+    index = directory / INDEX
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
+            raise UnusableInput(f"{index} has no weight_map; {AGAIN}")
+        paths = sorted({directory / file for file in shards.values()})
+        for path in paths:
+            if not path.is_file():
+                raise UnusableInput(f"{index} names {path.name}, which is not there: the download is incomplete")
+        return paths
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
+        if pickled:
+            raise UnusableInput(
+                f"{directory} holds {pickled[0].name} but no .safetensors file; convert it first: load it with "
+                "transformers and call save_pretrained"
+            )
+        raise UnusableInput(f"{directory} holds no .safetensors file: the download is incomplete")
+    return paths
+
+
+def _open_file(path: Path) -> Any:
+    refuse_pointer(path)
+    try:
+        file: Any = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UnusableInput(f"{path} is damaged or cut short ({error}); {AGAIN}") from error
+    refuse_foreign_tensors(path, file.keys())
+    return file

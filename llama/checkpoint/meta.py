@@ -10,12 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import SourceFile, one_float_dtype, read_json, source_file
+from llama.checkpoint.base import (
+    AGAIN,
+    SourceFile,
+    Stored,
+    all_tensors,
+    check_stored,
+    read_json,
+    refuse_foreign_tensors,
+    refuse_pointer,
+    source_file,
+    weights_dtype,
+)
 from llama.config import ModelConfig, UnusableInput
 
-_MOST_SHARDS = 8
+MOST_SHARDS = 8
 _EMBEDDING = "tok_embeddings.weight"
-_ROW_PARALLEL = ("attention.wo.weight", "feed_forward.w2.weight")
+_CUT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
+_ZIP_MAGIC = b"PK\x03\x04"
 
 
 class MetaCheckpoint:
@@ -30,77 +42,101 @@ class MetaCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory: Path | None = directory
-        self._paths = sorted(directory.glob("consolidated.*.pth"))
-        if not self._paths:
-            raise UnusableInput(f"{directory} has params.json but no consolidated.NN.pth")
-        if len(self._paths) > _MOST_SHARDS:
-            raise UnusableInput(f"{directory} has {len(self._paths)} shards; at most {_MOST_SHARDS} are read")
-        expected = [directory / f"consolidated.{number:02d}.pth" for number in range(len(self._paths))]
-        if missing := sorted(set(expected) - set(self._paths)):
-            raise UnusableInput(f"{directory} lacks {missing[0].name}: the download is incomplete")
-        self._shards = [self._open(path) for path in self._paths]
-        embedding = self._parts(_EMBEDDING)[0]
-        self.config = ModelConfig.from_meta(
-            read_json(directory / "params.json"), directory.name, vocab_size=self._vocab_size(directory)
-        )
-        self.dtype = one_float_dtype({embedding.dtype, self._parts("layers.0.attention.wq.weight")[0].dtype}, directory)
-        if "output.weight" not in self._shards[0]:
+        self._paths = _shard_paths(directory)
+        params = read_json(directory / "params.json")
+        # Before the shards are opened, so that what params.json refuses is named first; the 1 stands for "not known".
+        ModelConfig.from_meta(params, directory.name, vocab_size=1)
+        self._shards = [_open_shard(path) for path in self._paths]
+        self.config = ModelConfig.from_meta(params, directory.name, vocab_size=self._vocab_size(int(params["dim"])))
+        if not any("output.weight" in shard for shard in self._shards):
             self.config = dataclasses.replace(self.config, tied_embeddings=True)
+        self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
 
-    def _open(self, path: Path) -> Mapping[str, Tensor]:
-        try:
-            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UnusableInput(
-                f"{path} is damaged or cut short ({reason}); download it from the original checkpoint again"
-            ) from error
-        if not isinstance(shard, dict):
-            raise UnusableInput(f"{path} holds no dictionary of tensors")
-        return shard
+    def _parts(self, name: str) -> list[Tensor]:
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            if not isinstance(shard.get(name), Tensor):
+                raise UnusableInput(f"{path} has no tensor {name}: the checkpoint is incomplete or of another model")
+        return [shard[name] for shard in self._shards]
 
-    def _vocab_size(self, directory: Path) -> int:
+    def _vocab_size(self, dim: int) -> int:
         """Rows of the whole embedding: a shard holds all of them where it was cut by columns."""
         parts = self._parts(_EMBEDDING)
-        dim = read_json(directory / "params.json").get("dim")
+        if any(part.dim() != 2 for part in parts):
+            raise UnusableInput(f"{self._paths[0]}: {_EMBEDDING} is no matrix; {AGAIN}")
         by_rows = parts[0].shape[1] == dim
         return sum(int(part.shape[0]) for part in parts) if by_rows else int(parts[0].shape[0])
 
-    def _parts(self, name: str) -> list[Tensor]:
-        parts = []
-        for path, shard in zip(self._paths, self._shards, strict=True):
-            if name not in shard:
-                raise UnusableInput(f"{path} has no tensor {name}: the checkpoint is incomplete or of another model")
-            parts.append(shard[name])
-        return parts
+    def _cut_axis(self, name: str, part: Tensor, shape: tuple[int, ...]) -> int:
+        """The axis along which the shards cut a matrix of ``shape``."""
+        return int(name.endswith(_CUT_BY_COLUMNS) or (name == _EMBEDDING and part.shape[1] != shape[1]))
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> Stored:
+        parts = self._parts(name)
+        expected = shape
+        if len(parts) > 1 and len(shape) == 2 and parts[0].dim() == 2:
+            axis = self._cut_axis(name, parts[0], shape)
+            if shape[axis] % len(parts):
+                raise UnusableInput(
+                    f"{self.directory}: dimension {axis} of {name}, {shape[axis]}, cannot be cut in {len(parts)} "
+                    "shards: params.json and shards are not of the same model"
+                )
+            expected = tuple(size // len(parts) if axis == place else size for place, size in enumerate(shape))
+        found = [
+            Stored(path, name, str(part.dtype).removeprefix("torch."), tuple(part.shape))
+            for path, part in zip(self._paths, parts, strict=True)
+        ]
+        for stored in found:
+            check_stored(stored, expected, f"params.json, over {len(parts)} shard(s),")
+        return found[0]
 
     def sources(self) -> tuple[SourceFile, ...]:
         return tuple(source_file(path) for path in self._paths)
 
     def read_into(self, name: str, out: Tensor) -> None:
         parts = self._parts(name)
-        if not all(part.is_floating_point() for part in parts):
-            raise UnusableInput(f"{self._paths[0]}: {name} is {parts[0].dtype}, and only float weights run here")
         if len(parts) == 1 or out.dim() == 1:
-            self._copy(name, out, parts[0])
+            _copy(name, out, parts[0])
             return
-        columns = name.endswith(_ROW_PARALLEL) or (name == _EMBEDDING and parts[0].shape[1] != out.shape[1])
-        axis, start = int(columns), 0
-        if sum(part.shape[axis] for part in parts) != out.shape[axis]:
-            raise UnusableInput(
-                f"{self.directory}: the shards of {name} make {sum(part.shape[axis] for part in parts)} "
-                f"along dimension {axis}, params.json asks for {out.shape[axis]}"
-            )
+        axis, start = self._cut_axis(name, parts[0], tuple(out.shape)), 0
         for part in parts:
-            self._copy(name, out.narrow(axis, start, part.shape[axis]), part)
+            _copy(name, out.narrow(axis, start, part.shape[axis]), part)
             start += part.shape[axis]
 
-    def _copy(self, name: str, out: Tensor, part: Tensor) -> None:
-        if out.shape != part.shape:
-            raise UnusableInput(
-                f"{self.directory}: {name} is {list(part.shape)}, params.json asks for {list(out.shape)}"
-            )
-        out.copy_(part)
-
     def close(self) -> None:
-        self._shards = []
+        self._shards = [{} for _ in self._paths]
+
+
+def _shard_paths(directory: Path) -> list[Path]:
+    paths = sorted(directory.glob("consolidated.*.pth"))
+    if not paths:
+        raise UnusableInput(f"{directory} has params.json but no consolidated.NN.pth: the download is incomplete")
+    if len(paths) > MOST_SHARDS:
+        raise UnusableInput(f"{directory} has {len(paths)} shards; at most {MOST_SHARDS} are read")
+    expected = [directory / f"consolidated.{number:02d}.pth" for number in range(len(paths))]
+    if missing := sorted(set(expected) - set(paths)):
+        raise UnusableInput(f"{directory} lacks {missing[0].name}: the download is incomplete")
+    return paths
+
+
+def _open_shard(path: Path) -> Mapping[str, Tensor]:
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            raise UnusableInput(f"{path} is damaged, or saved in the format of torch before 1.6; {AGAIN}")
+    try:
+        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnusableInput(f"{path} holds other things than tensors, or is damaged; {AGAIN}") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnusableInput(f"{path} is damaged or cut short ({reason}); {AGAIN}") from error
+    if not isinstance(shard, dict):
+        raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")
+    refuse_foreign_tensors(path, map(str, shard))
+    return shard
+
+
+def _copy(name: str, out: Tensor, part: Tensor) -> None:
+    if out.shape != part.shape:
+        raise UnusableInput(f"{name} has shape {list(part.shape)} in the checkpoint, not {list(out.shape)}")
+    out.copy_(part)

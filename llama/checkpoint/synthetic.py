@@ -1,51 +1,54 @@
 """Random weights in a real model's shape: no file, and the same on every machine.
 
-One block of seeded normal numbers is tiled over every tensor, each from a start of its own. The block's length is
-odd, so that no two rows of a matrix are alike, and filling is a copy: as fast as memory.
+One block of seeded numbers is tiled over every tensor, each from a start of its own. The block's length is odd, so
+that no two rows of a matrix are alike, and filling is a copy: as fast as memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import threading
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import SourceFile
+from llama.checkpoint.base import SourceFile, all_tensors
 from llama.config import PRESETS, ModelConfig, UnusableInput
 
-BLOCK_VALUES = (4 << 20) + 1
-STD = 0.02
+BLOCK_VALUES = (1 << 20) + 1
+"""2 MiB in bfloat16: stays in a core's cache while it is copied out."""
 NORM_STD = 0.05
+_SUMMED = 4
 
 
 class SyntheticCheckpoint:
-    """Weights drawn from N(0, 0.02^2), norms around 1, from ``seed``."""
+    """Matrices around 0 with a standard deviation of 1 / sqrt(dim), norms around 1, from ``seed``.
+
+    So the activations and the logits of a model of any depth are of the order of 1.
+    """
 
     def __init__(self, config: ModelConfig, *, seed: int, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, dtype
         self.directory: Path | None = None
         self._seed = seed
-        generator = torch.Generator().manual_seed(seed)
-        self._normal = torch.randn(BLOCK_VALUES, generator=generator) * STD
-        self._blocks: dict[torch.dtype, Tensor] = {}
+        self._shapes = dict(all_tensors(config))
+        self._unit = _unit_block(seed)
+        self._blocks: dict[tuple[str, torch.dtype], Tensor] = {}
         self._lock = threading.Lock()
 
     def sources(self) -> tuple[SourceFile, ...]:
-        recipe = f"{self.config.to_json()} seed={self._seed} block={BLOCK_VALUES} std={STD}"
+        recipe = f"1 {self.config.to_json()} seed={self._seed} block={BLOCK_VALUES} norm={NORM_STD}"
         return (SourceFile(f"synthetic:{self.config.name}", 0, hashlib.sha256(recipe.encode()).hexdigest()[:32]),)
 
     def read_into(self, name: str, out: Tensor) -> None:
-        start = self._start(name)
-        if "norm" in name:
-            values = self._normal[start : start + 65536]
-            repeats = -(-out.numel() // values.numel())
-            out.view(-1).copy_(1 + values.repeat(repeats)[: out.numel()] * (NORM_STD / STD))
-            return
-        block, flat, filled = self._block(out.dtype), out.view(-1), 0
+        if self._shapes.get(name) != tuple(out.shape):
+            raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
+        block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
+        flat, filled, start = out.view(-1), 0, self._start(name)
         while filled < flat.numel():
             take = min(block.numel() - start, flat.numel() - filled)
             flat[filled : filled + take].copy_(block[start : start + take])
@@ -53,16 +56,29 @@ class SyntheticCheckpoint:
 
     def _start(self, name: str) -> int:
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") % (BLOCK_VALUES - 65536)
+        return int.from_bytes(digest[:8], "little") % BLOCK_VALUES
 
-    def _block(self, dtype: torch.dtype) -> Tensor:
+    def _block(self, role: Literal["norm", "matrix"], dtype: torch.dtype) -> Tensor:
         with self._lock:
-            if dtype not in self._blocks:
-                self._blocks[dtype] = self._normal.to(dtype)
-            return self._blocks[dtype]
+            if (role, dtype) not in self._blocks:
+                values = 1 + self._unit * NORM_STD if role == "norm" else self._unit / math.sqrt(self.config.dim)
+                self._blocks[role, dtype] = values.to(dtype)
+            return self._blocks[role, dtype]
 
     def close(self) -> None:
         """There are no files."""
+
+
+def _unit_block(seed: int) -> Tensor:
+    """Nearly normal numbers of variance 1, float32: sums of four uniform ones.
+
+    Whole numbers are drawn and summed, so every machine gets the same bits; torch's own normal numbers differ in the
+    last ones with the processor's vector instructions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(_SUMMED, BLOCK_VALUES, dtype=torch.int16).random_(generator=generator)  # 0 … 2^15 - 1
+    middle, std = _SUMMED * (2**15 - 1) // 2, 2**15 * math.sqrt(_SUMMED / 12)
+    return (drawn.sum(0, dtype=torch.int32) - middle).to(torch.float32) / std
 
 
 def synthetic_checkpoint(spec: str, *, seed: int, dtype: torch.dtype) -> SyntheticCheckpoint:
@@ -71,13 +87,13 @@ def synthetic_checkpoint(spec: str, *, seed: int, dtype: torch.dtype) -> Synthet
     Raises:
         UnusableInput: for an unknown name or option.
     """
-    name, _, option = spec.partition(":")
+    name, colon, option = spec.partition(":")
     config = PRESETS.get(name)
     if config is None:
         raise UnusableInput(f"--synthetic {spec}: {name!r} is no known model; known are {', '.join(PRESETS)}")
-    if option:
+    if colon:
         key, _, count = option.partition("=")
-        if key != "layers" or not count.isdecimal() or int(count) < 1:
+        if key != "layers" or not (count.isascii() and count.isdecimal()) or len(count) > 6 or int(count) < 1:
             raise UnusableInput(f"--synthetic {spec}: after the name only :layers=N is understood, N at least 1")
         config = dataclasses.replace(config, name=f"{name}:layers={int(count)}", n_layers=int(count))
     return SyntheticCheckpoint(config, seed=seed, dtype=dtype)

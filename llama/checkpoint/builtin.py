@@ -1,0 +1,108 @@
+"""The built-in model: 48 tiny layers of seeded random weights, written once and then opened like any other model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama.checkpoint.base import Checkpoint, all_tensors
+from llama.checkpoint.hf import SINGLE, HFCheckpoint, hf_name, to_halves
+from llama.checkpoint.synthetic import SyntheticCheckpoint
+from llama.config import ModelConfig, UnusableInput
+
+BUILTIN = ModelConfig(
+    name="builtin-v1",  # part of the cache directory's name: change it when the weights change
+    dim=256,
+    n_layers=48,
+    n_heads=8,
+    n_kv_heads=4,
+    head_dim=32,
+    ffn_dim=768,
+    vocab_size=320,
+    rope_theta=10000.0,
+    max_position=8192,
+)
+"""Layers enough for the default flags to leave some on every tier; room in the vocabulary for the byte tokenizer."""
+
+_SEED = 0
+
+
+def builtin_checkpoint(cache_dir: Path) -> Checkpoint:
+    """The built-in model, bfloat16, about 80 MB; made in ``cache_dir`` at the first call.
+
+    It is written beside its place and then renamed, so an interrupted call leaves no half of a model, and of two
+    processes that make it at once one wins and both go on.
+
+    Raises:
+        UnusableInput: if it cannot be written.
+    """
+    directory = cache_dir / BUILTIN.name
+    if not directory.is_dir():
+        try:
+            _make(directory)
+        except OSError as error:
+            raise UnusableInput(
+                f"the built-in model cannot be written to {directory} ({error.strerror}); name another --cache-dir"
+            ) from error
+    try:
+        return HFCheckpoint(directory)
+    except UnusableInput as error:
+        raise UnusableInput(f"the built-in model in {directory} is damaged; delete that directory ({error})") from error
+
+
+def _make(directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        save_file(_weights(), beside / SINGLE, metadata={"format": "pt"})
+        (beside / "config.json").write_text(json.dumps(_hf_config(), indent=2) + "\n", encoding="utf-8")
+        # The temporary directory and safetensors' file are the owner's alone, which would hide a shared cache.
+        (beside / SINGLE).chmod(0o644)
+        beside.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was first, and its copy is the same
+            os.rename(beside, directory)
+        if not directory.is_dir():
+            raise OSError(None, "the finished directory could not be renamed")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _weights() -> dict[str, Tensor]:
+    synthetic = SyntheticCheckpoint(BUILTIN, seed=_SEED, dtype=torch.bfloat16)
+    heads = {"wq": BUILTIN.n_heads, "wk": BUILTIN.n_kv_heads}
+    tensors = {}
+    for name, shape in all_tensors(BUILTIN):
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        synthetic.read_into(name, out)
+        short = name.split(".")[-2]
+        tensors[hf_name(name)] = to_halves(out, heads[short]) if short in heads else out
+    return tensors
+
+
+def _hf_config() -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": BUILTIN.dim,
+        "num_hidden_layers": BUILTIN.n_layers,
+        "num_attention_heads": BUILTIN.n_heads,
+        "num_key_value_heads": BUILTIN.n_kv_heads,
+        "head_dim": BUILTIN.head_dim,
+        "intermediate_size": BUILTIN.ffn_dim,
+        "vocab_size": BUILTIN.vocab_size,
+        "rms_norm_eps": BUILTIN.norm_eps,
+        "rope_theta": BUILTIN.rope_theta,
+        "max_position_embeddings": BUILTIN.max_position,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }

@@ -1,0 +1,96 @@
+"""The packed file in the cache directory: what ``mixed`` streams from where no device is named."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from llama.checkpoint import Checkpoint
+from llama.config import UnusableInput
+from wsm.errors import DoesNotFit, StoreError
+from wsm.manifest import DTYPE_NAMES, VERSION, StoreDescription, plan_store, read_manifest
+from wsm.pack import PackRequest, Progress, pack
+from wsm.store import PackedStore
+
+
+def store_path(checkpoint: Checkpoint, dtype: torch.dtype, cache_dir: Path) -> Path:
+    """Where a checkpoint's packed file lies: one a dtype, named after the content of its sources."""
+    content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), [list(file) for file in checkpoint.sources()]]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
+    return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{digest}.wsm"
+
+
+def cached_store(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[int], Progress],
+) -> StoreDescription:
+    """The checkpoint's packed file, packed now if it is not there or not whole.
+
+    Args:
+        say: told the size and the free space before anything is written.
+        progress: given the bytes to come; what it returns is called with the bytes of each group.
+
+    Raises:
+        DoesNotFit: if the filesystem has too little room.
+    """
+    path = store_path(checkpoint, dtype, cache_dir)
+    manifest = path.with_suffix(".json")
+    with _locked(path.with_suffix(".lock")):
+        found = _sound(manifest, path)
+        if found is not None:
+            return found
+        path.unlink(missing_ok=True)
+        size = plan_store(checkpoint.config, dtype, 1).target_bytes
+        usage = os.statvfs(cache_dir)
+        free = usage.f_bavail * usage.f_frsize
+        say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
+        if free < size:
+            raise DoesNotFit(
+                f"{cache_dir} has {free / 1e9:.2f} GB free, the packed model takes {size / 1e9:.2f} GB: "
+                "free some space, or name another --cache-dir"
+            )
+        pack(
+            checkpoint,
+            PackRequest((str(path),), manifest, dtype),
+            confirm=lambda question: True,
+            progress=progress(size),
+        )
+        return read_manifest(manifest)
+
+
+def _sound(manifest: Path, path: Path) -> StoreDescription | None:
+    """The store, if its manifest and superblock are there and fit each other."""
+    if not manifest.exists() or not path.exists():
+        return None
+    try:
+        description = read_manifest(manifest, raw_device=str(path))
+        PackedStore(description, staging_bytes=1 << 20).close()
+    except (UnusableInput, StoreError):
+        return None
+    return description
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """Two runs that start together pack once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file

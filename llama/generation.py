@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class Generation:
     prefill_tokens: int
     prefill_passes: int
     decode_passes: int
+    texts: list[str] | None = None
+
+    def with_texts(self, texts: Sequence[str]) -> Generation:
+        """The same, with each row's tokens as text."""
+        return replace(self, texts=list(texts))
 
     @property
     def decode_tokens(self) -> int:

@@ -64,6 +64,7 @@ class WeightStreamingManager:
         self._known = frozenset(self.order)
         self._on_layer = on_layer
         self._threads: list[threading.Thread] = []
+        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
         self._queued: deque[Event] = deque()
         self._globals: dict[str, Tensor] = {}
         self.globals_s = 0.0
@@ -125,6 +126,16 @@ class WeightStreamingManager:
     def page_locked_bytes(self) -> int:
         """CPU memory held now, loading buffers included."""
         return sum(arena.nbytes for arena in self._arenas)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went worse than it could while memory was taken."""
+        return [warning for arena in self._arenas for warning in arena.warnings]
+
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """Page-locked CPU memory and a buffer on the device, for a probe before :meth:`start`; both ``uint8``."""
+        largest = max(self._arenas, key=lambda arena: arena.nbytes)
+        return largest.whole(), self._tiers.device_buffer()
 
     # -- life
 
@@ -195,6 +206,7 @@ class WeightStreamingManager:
         self.device.synchronize()
         self._free_memory()
         self._globals = {}
+        self._views.clear()
 
     def __enter__(self) -> WeightStreamingManager:
         return self
@@ -245,11 +257,18 @@ class WeightStreamingManager:
         self.device.wait(stream, slot.filled)
         granted = self.device.record(stream)
         try:
-            yield views(slot.buffer, self.source.layout(group))
+            yield self._tensors(slot, group)
         finally:
             done = self.device.record(stream)
             self._tiers.leave(group, slot, done)
             self.telemetry.used(group, step, asked, granted, done)
+
+    def _tensors(self, slot: Slot, group: GroupId) -> dict[str, Tensor]:
+        layout = self.source.layout(group)
+        key = id(slot), id(layout)
+        if key not in self._views:
+            self._views[key] = views(slot.buffer, layout)
+        return self._views[key]
 
     # -- the threads
 

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from llama.checkpoint.names import KINDS, GroupId, Kind
 from wsm.device import Event
 from wsm.errors import DoesNotFit, StoreError
@@ -239,8 +241,9 @@ class Tiers:
         with self._changed:
             step, group = self._step, self.expected()
             self._step, self._entered = step + 1, step
-            self._free_passed()
-            self._changed.notify_all()
+            if self._ssd_cycles:
+                self._free_passed()
+                self._changed.notify_all()
             slot = self._gpu_homes[group] if group in self._gpu_homes else self._fetched(group)
             self._wait(lambda: slot.filled is not None)
             slot.state = "in_use"
@@ -257,11 +260,11 @@ class Tiers:
     def leave(self, group: GroupId, slot: Slot, done: Event) -> None:
         """The computation on ``slot`` is queued up to its event ``done``."""
         with self._changed:
-            slot.drained = done
             if group in self._gpu_homes:
                 slot.state = "ready"
-            else:
-                self._gpu_pools[group.kind].free(slot)
+                return
+            slot.drained = done
+            self._gpu_pools[group.kind].free(slot)
             self._changed.notify_all()
 
     def _free_passed(self) -> None:
@@ -343,6 +346,11 @@ class Tiers:
             if self._failure is None and not self._closing:
                 self._failure = failure
             self._changed.notify_all()
+
+    def device_buffer(self) -> Tensor:
+        """The largest slot or resident's buffer on the device."""
+        slots = [slot for pool in self._gpu_pools.values() for slot in pool.slots] or list(self._gpu_homes.values())
+        return max((slot.buffer for slot in slots), key=lambda buffer: buffer.nbytes)
 
     def close(self) -> None:
         with self._changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,9 +169,12 @@ def _same_fields(cls: type[ModelConfig] | type[RopeScaling], found: Mapping[str,
         raise UnusableInput(f"a model description lacks fields: {', '.join(missing)}")
 
 
+_BEYOND_ANY_MODEL = 1e15  # so products of two fields stay finite
+
+
 def _is_positive(value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+    return is_number and 0 < value < _BEYOND_ANY_MODEL  # type: ignore[operator]
 
 
 class _Fields:

@@ -33,6 +33,7 @@ BUILTIN = ModelConfig(
 """Layers enough for the default flags to leave some on every tier; room in the vocabulary for the byte tokenizer."""
 
 _SEED = 0
+_TOKENIZER: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
 
 
 def builtin_checkpoint(cache_dir: Path) -> Checkpoint:
@@ -63,7 +64,8 @@ def _make(directory: Path) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         save_file(_weights(), beside / SINGLE, metadata={"format": "pt"})
-        (beside / "config.json").write_text(json.dumps(_hf_config(), indent=2) + "\n", encoding="utf-8")
+        for file, content in (("config.json", _hf_config()), ("tokenizer_config.json", _TOKENIZER)):
+            (beside / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         # The temporary directory and safetensors' file are the owner's alone, which would hide a shared cache.
         (beside / SINGLE).chmod(0o644)
         beside.chmod(0o755)

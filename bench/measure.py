@@ -1,0 +1,168 @@
+"""The timing loop: rounds of generation, clocked from outside, and the phases that they consist of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llama.build import LLaMA
+from llama.config import ModelConfig
+from llama.generation import Generation
+from wsm.telemetry import Interval, PhaseStats
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the tokens of every round are picked, and how many."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One generation, in seconds of the host's clock; ``steps`` are places in the endless pass order.
+
+    Attributes:
+        tokens_at: when each token had been read back; the first one closes ``first_token``.
+        steps: at the start, at the end of the prefill, at the end.
+        complete_at_start: whether every resident was in its tier when the clock started.
+    """
+
+    generation: Generation
+    start: float
+    prefill_done: float
+    tokens_at: tuple[float, ...]
+    done: float
+    steps: tuple[int, int, int]
+    complete_at_start: bool
+
+    @property
+    def prefill_ms(self) -> float:
+        return (self.prefill_done - self.start) * 1e3
+
+    @property
+    def first_token_ms(self) -> float:
+        """Sampling and read-back of token 1, whose logits the prefill made."""
+        return (self.tokens_at[0] - self.prefill_done) * 1e3
+
+    @property
+    def decode_ms(self) -> float:
+        return (self.done - self.prefill_done) * 1e3
+
+    @property
+    def pass_ms(self) -> list[float]:
+        """Time of each decode pass, from token to token."""
+        return [(later - earlier) * 1e3 for earlier, later in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
+
+
+class _Clock:
+    """An observer of the generation loop."""
+
+    def __init__(self, llm: LLaMA) -> None:
+        self._llm = llm
+        self.at: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+        self.tokens_at: list[float] = []
+
+    def __call__(self, mark: str) -> None:
+        now = time.perf_counter()
+        if mark == "token":
+            self.tokens_at.append(now)
+        elif mark != "pass":
+            self.at[mark] = now
+            self.steps[mark] = self._llm.manager.next_step if self._llm.manager is not None else 0
+
+
+def run_round(llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Round:
+    """Generate once, from an empty KV cache."""
+    complete = llm.manager.loaded() if llm.manager is not None else True
+    clock = _Clock(llm)
+    generation = llm.generate(
+        prompts,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
+        observer=clock,
+    )
+    return Round(
+        generation=generation,
+        start=clock.at["start"],
+        prefill_done=clock.at["prefill_done"],
+        tokens_at=tuple(clock.tokens_at),
+        done=clock.at["done"],
+        steps=(clock.steps["start"], clock.steps["prefill_done"], clock.steps["done"]),
+        complete_at_start=complete,
+    )
+
+
+def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """One untimed round: the prefill and two decode passes."""
+    run_round(llm, prompts, replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens), ignore_eos=True))
+
+
+def phases_of(llm: LLaMA, timed: Round, prompts: Sequence[Sequence[int]]) -> tuple[PhaseStats, PhaseStats]:
+    """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
+    windows = (timed.start, timed.prefill_done), (timed.prefill_done, timed.done)
+    spans = range(timed.steps[0], timed.steps[1]), range(timed.steps[1], timed.steps[2])
+    passes = timed.generation.prefill_passes, timed.generation.decode_passes
+    lengths = [len(prompt) for prompt in prompts]
+    itemsize = llm.inputs.dtype.itemsize
+    work = (
+        _prefill_work(llm.config, lengths, passes[0], itemsize),
+        _decode_work(llm.config, lengths, passes[1], itemsize),
+    )
+    prefill, decode = (
+        replace(_phase(llm, name, window, steps, n), flops=flops, hbm_bytes=hbm_bytes)
+        for name, window, steps, n, (flops, hbm_bytes) in zip(
+            ("prefill", "decode"), windows, spans, passes, work, strict=True
+        )
+    )
+    return prefill, decode
+
+
+def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: int) -> PhaseStats:
+    if llm.manager is not None:
+        return llm.telemetry.phase(name, window, steps, 2 * llm.config.n_layers)
+    nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h"), 0)
+    unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h"))
+    return PhaseStats(
+        name=name,
+        passes=passes,
+        wall_ms=(window[1] - window[0]) * 1e3,
+        bytes=nothing,
+        bytes_moved=nothing,
+        busy_ms=unmeasured,
+        stall_ms=dict.fromkeys(("compute", "h2d", "ssd")),
+    )
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Weights of one layer's matrices."""
+    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
+    return attention + 3 * config.dim * config.ffn_dim
+
+
+def _prefill_work(config: ModelConfig, lengths: Sequence[int], passes: int, itemsize: int) -> tuple[int, int]:
+    """Floating-point operations, and the fewest bytes of device memory: each weight once a pass."""
+    head = config.dim * config.vocab_size
+    matrices = config.n_layers * layer_weights(config)
+    attention = sum(4 * config.n_layers * config.n_heads * config.head_dim * n * (n + 1) // 2 for n in lengths)
+    flops = 2 * matrices * sum(lengths) + attention + 2 * head * len(lengths)
+    return flops, (matrices + head) * itemsize * passes
+
+
+def _decode_work(config: ModelConfig, lengths: Sequence[int], passes: int, itemsize: int) -> tuple[int, int]:
+    """As for the prefill; a decode pass also reads all KV so far."""
+    rows, head = len(lengths), config.dim * config.vocab_size
+    matrices = config.n_layers * layer_weights(config)
+    kv_tokens = sum(n * passes + passes * (passes + 1) // 2 for n in lengths)
+    attention = 4 * config.n_layers * config.n_heads * config.head_dim * kv_tokens
+    kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * kv_tokens
+    return 2 * (matrices + head) * rows * passes + attention, (matrices + head) * itemsize * passes + kv_bytes

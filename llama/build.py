@@ -1,0 +1,450 @@
+"""LLaMA.build: the one place where the model and the weight streaming manager meet."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.batch import prefill_batch
+from llama.checkpoint import Checkpoint, builtin_checkpoint, open_checkpoint, synthetic_checkpoint
+from llama.config import UnusableInput
+from llama.generation import Generation, GenerationOptions, Observer, generate
+from llama.kv_cache import KVCache
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.weights import TensorWeights, WeightSource
+from wsm.advice import check_fits
+from wsm.budget import limit_device_memory, measure_hardware
+from wsm.cached_store import cached_store
+from wsm.device import Device, open_device
+from wsm.manager import WeightStreamingManager
+from wsm.manifest import DTYPE_NAMES, DTYPES, StoreDescription, plan_store, read_manifest
+from wsm.plan import Plan, PlanInputs, RunShape, make_plan
+from wsm.settings import Settings
+from wsm.source import CheckpointSource, GroupSource
+from wsm.store import PackedStore
+from wsm.telemetry import Telemetry
+
+MODES = ("mixed", "stream", "preload", "full")
+DEFAULT_CACHE = Path("~/.cache/wsm-bench")
+LOADING_THREADS = 8
+
+
+class Reporter:
+    """Told what happens while a model is built; this one keeps silent."""
+
+    verbose = False
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+
+    def bar(self, total: int, unit: str, what: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar over ``total`` units; the callable inside moves it."""
+        return contextlib.nullcontext(lambda done: None)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Which model, from where, onto what; ``settings`` say how it is paged."""
+
+    settings: Settings
+    checkpoints: Path | None = None
+    synthetic: str | None = None
+    raw_device: str | None = None
+    manifest: Path | None = None
+    cache_dir: Path = DEFAULT_CACHE
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 0
+    prefill_chunk_tokens: int | None = None
+    micro_batch: int | None = None
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What a run reads: opened and checked, nothing large allocated."""
+
+    options: BuildOptions
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    description: StoreDescription | None
+    _tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; bytes for the built-in and the synthetic models.
+
+        Raises:
+            UnusableInput: if the checkpoint has none, or one that does not fit its vocabulary.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+        return self._tokenizer
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the first CUDA device, or the CPU."""
+    if name in (None, "auto"):
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        raise UnusableInput(f"--device {name} is not known; cpu and cuda[:N] are") from None
+    if device.type == "cuda":
+        index, count = device.index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UnusableInput(f"--device {name} is not supported; cpu and cuda[:N] are")
+    return device
+
+
+def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
+    if options.checkpoints is not None and options.synthetic is not None:
+        raise UnusableInput("--checkpoints and --synthetic exclude each other: give one")
+    if options.checkpoints is not None:
+        return open_checkpoint(options.checkpoints.expanduser())
+    if options.synthetic is not None:
+        dtype = _dtype_named(options.dtype) or torch.bfloat16
+        return synthetic_checkpoint(options.synthetic, seed=options.seed, dtype=dtype)
+    return builtin_checkpoint(options.cache_dir.expanduser())
+
+
+def _dtype_named(name: str | None) -> torch.dtype | None:
+    if name in (None, "auto"):
+        return None
+    if name not in DTYPES:
+        raise UnusableInput(f"--dtype {name} is not known; {', '.join(DTYPES)} are")
+    return DTYPES[str(name)]
+
+
+def open_inputs(options: BuildOptions) -> Inputs:
+    """Open and check everything that the run reads.
+
+    Raises:
+        UnusableInput: for a checkpoint, manifest, device or dtype that cannot be used.
+    """
+    if options.settings.mode not in MODES:
+        raise UnusableInput(f"--mode {options.settings.mode} is not known; {', '.join(MODES)} are")
+    if options.raw_device and not options.manifest:
+        raise UnusableInput("--raw-device needs --manifest, which says what lies where on it")
+    device = choose_device(options.device)
+    checkpoint = _choose_checkpoint(options)
+    wanted = _dtype_named(options.dtype)
+    description = None
+    if options.manifest is not None and options.settings.mode != "full":
+        description = read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint)
+        _check_store(description, checkpoint, wanted, options)
+    dtype = description.dtype if description is not None else wanted or checkpoint.dtype
+    return Inputs(options, checkpoint, device, dtype, description)
+
+
+def _check_store(
+    description: StoreDescription, checkpoint: Checkpoint, wanted: torch.dtype | None, options: BuildOptions
+) -> None:
+    shape = [f for f in fields(checkpoint.config) if f.name != "name"]
+    for part in shape:
+        stored, asked = getattr(description.config, part.name), getattr(checkpoint.config, part.name)
+        if stored != asked:
+            raise UnusableInput(
+                f"--manifest {description.path} holds {description.config.name} ({part.name} {stored}), "
+                f"the model is {checkpoint.config.name} ({part.name} {asked}): give the checkpoint that was packed"
+            )
+    if wanted is not None and wanted != description.dtype:
+        model = f"--checkpoints {options.checkpoints}" if options.checkpoints else f"--synthetic {options.synthetic}"
+        raise UnusableInput(
+            f"the store of {description.path} holds {DTYPE_NAMES[description.dtype]}; pack another: "
+            f"bench_infer.py pack {model} --dtype {DTYPE_NAMES[wanted]} --to TARGET --manifest FILE"
+        )
+
+
+def plan_run(inputs: Inputs, shape: RunShape) -> Plan:
+    """What will lie where, and how much memory it takes; allocates nothing."""
+    if inputs.description is not None:
+        layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
+    else:
+        layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1).layouts)
+    return make_plan(
+        PlanInputs(
+            config=inputs.checkpoint.config,
+            dtype=inputs.dtype,
+            layouts=layouts,
+            settings=inputs.options.settings,
+            shape=shape,
+            hardware=measure_hardware(inputs.device),
+            chunk_tokens=inputs.options.prefill_chunk_tokens,
+            micro_batch=inputs.options.micro_batch,
+        )
+    )
+
+
+@dataclass(slots=True)
+class LoadTimes:
+    """Seconds of each part of the start-up; None for a part that did not take place."""
+
+    parts: dict[str, float | None] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[part] = (self.parts.get(part) or 0.0) + time.perf_counter() - started
+
+
+class LLaMA:
+    """A model, ready to generate; a context manager, since it holds threads and page-locked memory.
+
+    Made by :meth:`build`, or by :meth:`assemble` from inputs and a plan.
+    """
+
+    def __init__(self, inputs: Inputs, plan: Plan, device: Device, settings: Settings) -> None:
+        self.inputs, self.plan, self.device, self.settings = inputs, plan, device, settings
+        self.config = inputs.checkpoint.config
+        self.telemetry = Telemetry(device)
+        self.manager: WeightStreamingManager | None = None
+        self.load_times = LoadTimes()
+        self.warnings: list[str] = []
+        self.model: Transformer
+        self.kv: KVCache
+
+    # -- construction
+
+    @classmethod
+    def build(
+        cls,
+        checkpoints_dir: str | Path | None,
+        mode: str = "mixed",
+        mode_config: Mapping[str, Any] | None = None,
+        load_model: bool = False,
+        device: str | None = None,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 1,
+        topk_blk: int = 8,
+    ) -> LLaMA:
+        """A model from a checkpoint directory (None: the built-in one).
+
+        Args:
+            mode: ``mixed``, ``stream``, ``preload`` or ``full``.
+            mode_config: fields of ``Settings`` (``gpu_cached_layers``, ``cpu_cache_layers``, …) and of
+                ``BuildOptions`` (``raw_device``, ``manifest``, ``cache_dir``, ``dtype``, ``synthetic``, …).
+            load_model: whether the whole checkpoint may be loaded, which only ``full`` and ``preload`` do.
+            device: ``cpu``, ``cuda`` or ``cuda:N``; None for the best there is.
+            max_seq_len: the most tokens of a row, prompt and new ones together.
+            max_batch_size: the most rows.
+            topk_blk: KV blocks that a decode step may fetch from below the GPU; all KV is on the device, so any
+                value gives exact results.
+
+        Raises:
+            UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.
+        """
+        options = _options_of(checkpoints_dir, mode, mode_config or {}, device)
+        if load_model and mode in ("mixed", "stream"):
+            raise UnusableInput(
+                f"load_model=True contradicts mode {mode}, which never loads the whole model on the device"
+            )
+        if topk_blk < 0 or topk_blk == 1:
+            raise UnusableInput(f"--topk-blk must be 0 (all blocks) or at least 2, not {topk_blk}")
+        inputs = open_inputs(options)
+        shape = RunShape(max_batch_size, max_seq_len - 1, 1, max_batch_size * (max_seq_len - 1))
+        return cls.assemble(inputs, plan_run(inputs, shape), Reporter())
+
+    @classmethod
+    def assemble(
+        cls,
+        inputs: Inputs,
+        plan: Plan,
+        reporter: Reporter,
+        *,
+        before_load: Callable[[LLaMA], None] = lambda llm: None,
+    ) -> LLaMA:
+        """Allocate what the plan says, load, and be ready.
+
+        Args:
+            before_load: called when all memory is there and nothing is loaded yet (the benchmark's probe).
+        """
+        check_fits(plan)
+        limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
+        llm = cls(inputs, plan, open_device(inputs.device), inputs.options.settings)
+        try:
+            llm._load(reporter, before_load)
+        except BaseException:
+            llm.close()
+            raise
+        return llm
+
+    def _load(self, reporter: Reporter, before_load: Callable[[LLaMA], None]) -> None:
+        inputs, plan = self.inputs, self.plan
+        with self.load_times.timed("kv_s"):
+            self.kv = KVCache(self.config, plan.shape.batch, plan.kv_tokens, inputs.device, inputs.dtype)
+        weights: WeightSource
+        with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
+            progress = _LayerProgress(advance)
+            if self.settings.mode == "full":
+                before_load(self)
+                with self.load_times.timed("residents_s"):
+                    weights = TensorWeights(inputs.checkpoint, inputs.device, inputs.dtype, on_loaded=progress)
+            else:
+                weights = self.manager = self._start_manager(reporter, before_load, progress)
+        self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens)
+
+    def _start_manager(
+        self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
+    ) -> WeightStreamingManager:
+        with self.load_times.timed("open_store_s"):
+            source = self._source(reporter)
+        self.warnings += source.warnings
+        try:
+            with self.load_times.timed("allocate_s"):
+                manager = WeightStreamingManager(
+                    self.plan.placement,
+                    source,
+                    self.device,
+                    self.settings,
+                    self.telemetry,
+                    on_layer=(lambda line: reporter.say(f"[WSM][groups] {line}")) if reporter.verbose else None,
+                    on_loaded=progress,
+                )
+        except BaseException:
+            source.close()
+            raise
+        self.manager = manager
+        self.warnings += manager.warnings
+        self.load_times.parts["populate_s"] = manager.arena.populate_s
+        self.load_times.parts["page_lock_s"] = manager.arena.register_s if self.device.pinned else None
+        before_load(self)
+        manager.start()
+        self.load_times.parts["globals_s"] = manager.globals_s
+        with self.load_times.timed("residents_s"):
+            if not self.settings.skip_preload_wait or self.settings.mode in ("preload", "stream"):
+                manager.wait_loaded()
+            manager.stage()
+        return manager
+
+    def _source(self, reporter: Reporter) -> GroupSource:
+        inputs, settings = self.inputs, self.settings
+        description = inputs.description
+        if description is None and settings.mode != "mixed":
+            return CheckpointSource(inputs.checkpoint, inputs.dtype, threads=LOADING_THREADS)
+        if description is None:
+            with contextlib.ExitStack() as stack:
+                description = cached_store(
+                    inputs.checkpoint,
+                    inputs.dtype,
+                    inputs.options.cache_dir.expanduser(),
+                    say=lambda line: reporter.say(f"[INFO] {line}"),
+                    progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
+                )
+            inputs.description = description
+        return PackedStore(
+            description,
+            staging_bytes=settings.staging_mb * 10**6,
+            verify="always" if settings.verify_weights else "first",
+        )
+
+    # -- use
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.inputs.tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 32,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        observer: Observer | None = None,
+    ) -> Generation:
+        """New tokens for every prompt (texts, which get a BOS, or lists of token ids); ``.tokens`` and ``.texts``."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else list(p) for p in prompts]
+        stop_ids = self.tokenizer.stop_ids if not ignore_eos else frozenset[int]()
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_ids=stop_ids,
+            ignore_eos=ignore_eos,
+            chunk_tokens=self.plan.chunk_tokens,
+            wave_rows=self.plan.wave_rows,
+        )
+        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None))
+        if texts:
+            kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
+            return found.with_texts([self.tokenizer.decode(row) for row in kept])
+        return found
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """float32 ``[B, T, vocab]`` after every token of equally long rows."""
+        lengths = {len(row) for row in tokens}
+        if len(lengths) != 1 or not 0 < max(lengths) <= self.kv.tokens or not 0 < len(tokens) <= self.kv.batch:
+            raise UnusableInput(
+                f"logits take 1 to {self.kv.batch} rows of one length, 1 to {self.kv.tokens} tokens, "
+                f"not {sorted(lengths)}"
+            )
+        self.kv.reset()
+        batch = prefill_batch(tokens, range(len(tokens)), self.inputs.device)
+        logits = self.model.forward(batch, self.kv, chunk_tokens=self.plan.chunk_tokens, logits="all")
+        return logits.view(len(tokens), lengths.pop(), -1)
+
+    def close(self) -> None:
+        """Join every thread, free every page, close every file."""
+        if self.manager is not None:
+            self.manager.close()
+        self.inputs.close()
+
+    def __enter__(self) -> LLaMA:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _LayerProgress:
+    """Moves a bar by one when both groups of a layer are loaded."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._half = advance, set[int]()
+
+    def __call__(self, group: Any) -> None:
+        if group.layer in self._half:
+            self._advance(1)
+        self._half.add(group.layer)
+
+
+def _options_of(
+    directory: str | Path | None, mode: str, mode_config: Mapping[str, Any], device: str | None
+) -> BuildOptions:
+    settings = {f.name for f in fields(Settings)}
+    others = {f.name for f in fields(BuildOptions)} - {"settings", "checkpoints", "device"}
+    if unknown := sorted(set(mode_config) - settings - others):
+        raise UnusableInput(f"mode_config has unknown entries: {', '.join(unknown)}")
+    paths = {name: Path(mode_config[name]) for name in ("manifest", "cache_dir") if mode_config.get(name)}
+    return BuildOptions(
+        settings=Settings(**{"mode": mode, **{k: v for k, v in mode_config.items() if k in settings}}),
+        checkpoints=Path(directory) if directory is not None else None,
+        device=device,
+        **{**{k: v for k, v in mode_config.items() if k in others}, **paths},
+    )

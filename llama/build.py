@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from llama.batch import prefill_batch
-from llama.checkpoint import Checkpoint, builtin_checkpoint, open_checkpoint, synthetic_checkpoint
+from llama.checkpoint import (
+    Checkpoint,
+    WeightlessCheckpoint,
+    builtin_checkpoint,
+    has_weights,
+    open_checkpoint,
+    synthetic_checkpoint,
+)
 from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.kv_cache import KVCache
@@ -32,6 +39,7 @@ from wsm.plan import Plan, PlanInputs, RunShape, make_plan
 from wsm.settings import Settings
 from wsm.source import CheckpointSource, GroupSource
 from wsm.store import PackedStore
+from wsm.store_heads import compare_heads
 from wsm.telemetry import Telemetry
 
 MODES = ("mixed", "stream", "preload", "full")
@@ -117,7 +125,10 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
     if options.checkpoints is not None and options.synthetic is not None:
         raise UnusableInput("--checkpoints and --synthetic exclude each other: give one")
     if options.checkpoints is not None:
-        return open_checkpoint(options.checkpoints.expanduser())
+        directory = options.checkpoints.expanduser()
+        if options.manifest is not None and directory.is_dir() and not has_weights(directory):
+            return WeightlessCheckpoint(directory)
+        return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = _dtype_named(options.dtype) or torch.bfloat16
         return synthetic_checkpoint(options.synthetic, seed=options.seed, dtype=dtype)
@@ -351,11 +362,17 @@ class LLaMA:
                     progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
                 )
             inputs.description = description
-        return PackedStore(
+        store = PackedStore(
             description,
             staging_bytes=settings.staging_mb * 10**6,
             verify="always" if settings.verify_weights else "first",
         )
+        try:
+            compare_heads(store, inputs.checkpoint)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     # -- use
 

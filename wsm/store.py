@@ -19,7 +19,7 @@ from llama.checkpoint.names import GroupId, Kind
 from llama.config import UnusableInput
 from wsm import superblock
 from wsm.errors import StoreError
-from wsm.groups import BLOCK, GroupLayout
+from wsm.groups import BLOCK, GroupLayout, round_up
 from wsm.manifest import Extent, StoreDescription, StoredGroup
 from wsm.source import ChunkRead, Done
 
@@ -145,6 +145,24 @@ class PackedStore:
         finished.wait()
         if failures[0] is not None:
             raise failures[0]
+
+    def peek(self, group: GroupId | None, slot_offset: int, nbytes: int) -> bytes:
+        """``nbytes`` of a group's image from ``slot_offset`` on, all of them in one extent."""
+        extent = next(
+            e for e in self.description.groups[group].extents if e.slot_offset <= slot_offset < e.slot_offset + e.nbytes
+        )
+        start = extent.offset + slot_offset - extent.slot_offset
+        first, end = start - start % BLOCK, round_up(start + nbytes, BLOCK)
+        block = memoryview(mmap.mmap(-1, end - first))
+        try:
+            got = self._pread(self._files[extent.target], [block], first)
+        except OSError as error:
+            raise StoreError(f"{self.description.targets[extent.target]} at byte {first}: {error.strerror}") from error
+        if got < start + nbytes - first:
+            raise StoreError(
+                f"{self.description.targets[extent.target]} ends at byte {first + got}: it was cut short; pack again"
+            )
+        return bytes(block[start - first : start - first + nbytes])
 
     def close(self) -> None:
         with self._changed:

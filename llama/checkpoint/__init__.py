@@ -7,13 +7,16 @@ from llama.checkpoint.builtin import builtin_checkpoint
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
+from llama.checkpoint.weightless import WeightlessCheckpoint, has_weights
 from llama.config import UnusableInput
 
 __all__ = [
     "Checkpoint",
     "SourceFile",
     "SyntheticCheckpoint",
+    "WeightlessCheckpoint",
     "builtin_checkpoint",
+    "has_weights",
     "open_checkpoint",
     "synthetic_checkpoint",
 ]

@@ -43,6 +43,9 @@ class Checkpoint(Protocol):
             UnusableInput: if the model has no such tensor, or one of another shape.
         """
 
+    def first_row(self, name: str) -> Tensor | None:
+        """The first row of a matrix, or a whole vector, without reading the rest; None where there are no weights."""
+
     def close(self) -> None:
         """Let go of the files."""
 

@@ -109,6 +109,11 @@ class HFCheckpoint:
             interleaved = to_interleaved(weight, heads)
             out.view(interleaved.shape).copy_(interleaved)
 
+    def first_row(self, name: str) -> Tensor:
+        theirs = hf_name(name)
+        weight: Tensor = self._files[self._where[theirs]].get_tensor(theirs)
+        return weight[0] if weight.dim() == 2 else weight  # un-permuting leaves row 0 where it is
+
     def close(self) -> None:
         self._files, self._where = {}, {}
 

@@ -102,6 +102,14 @@ class MetaCheckpoint:
             _copy(name, out.narrow(axis, start, part.shape[axis]), part)
             start += part.shape[axis]
 
+    def first_row(self, name: str) -> Tensor:
+        parts = self._parts(name)
+        shape = dict(all_tensors(self.config))[name]
+        if len(shape) == 1:
+            return parts[0]
+        by_columns = len(parts) > 1 and self._cut_axis(name, parts[0], shape) == 1
+        return torch.cat([part[0] for part in parts]) if by_columns else parts[0][0]
+
     def close(self) -> None:
         self._shards = [{} for _ in self._paths]
 

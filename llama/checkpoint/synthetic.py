@@ -47,8 +47,11 @@ class SyntheticCheckpoint:
     def read_into(self, name: str, out: Tensor) -> None:
         if self._shapes.get(name) != tuple(out.shape):
             raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
-        block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
-        flat, filled, start = out.view(-1), 0, self._start(name)
+        self._fill(name, out.view(-1))
+
+    def _fill(self, name: str, flat: Tensor) -> None:
+        block = self._block("norm" if name.endswith("norm.weight") else "matrix", flat.dtype)
+        filled, start = 0, self._start(name)
         while filled < flat.numel():
             take = min(block.numel() - start, flat.numel() - filled)
             flat[filled : filled + take].copy_(block[start : start + take])
@@ -64,6 +67,11 @@ class SyntheticCheckpoint:
                 values = 1 + self._unit * NORM_STD if role == "norm" else self._unit / math.sqrt(self.config.dim)
                 self._blocks[role, dtype] = values.to(dtype)
             return self._blocks[role, dtype]
+
+    def first_row(self, name: str) -> Tensor:
+        row = torch.empty(self._shapes[name][-1], dtype=self.dtype)
+        self._fill(name, row)
+        return row
 
     def close(self) -> None:
         """There are no files."""

@@ -1,0 +1,48 @@
+"""A checkpoint directory without its weights: the model's shape and tokenizer, beside a packed store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.base import SourceFile, read_json
+from llama.config import ModelConfig, UnusableInput
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether any file in ``directory`` can hold weights that run here."""
+    return any(directory.glob("consolidated.*.pth")) or any(directory.glob("*.safetensors"))
+
+
+class WeightlessCheckpoint:
+    """Enough of a checkpoint for a run from a packed store, which people keep when they delete the shards.
+
+    Raises:
+        UnusableInput: if the directory says no model's shape either.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory: Path | None = directory
+        self.dtype = torch.bfloat16
+        if (directory / "params.json").exists():
+            self.config = ModelConfig.from_meta(read_json(directory / "params.json"), directory.name)
+        elif (directory / "config.json").exists():
+            self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.name)
+        else:
+            raise UnusableInput(f"--checkpoints {directory}: neither params.json nor config.json is in it")
+
+    def sources(self) -> tuple[SourceFile, ...]:
+        return ()
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        raise UnusableInput(
+            f"{self.directory} holds no weights: only a packed store of mode mixed, stream or preload runs"
+        )
+
+    def first_row(self, name: str) -> None:
+        return None
+
+    def close(self) -> None:
+        """There are no files."""

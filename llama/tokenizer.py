@@ -37,13 +37,13 @@ def load_tokenizer(directory: Path | None, config: ModelConfig) -> Tokenizer:
         UnusableInput: if there is none that can be read, or it does not fit ``config.vocab_size``.
     """
     if directory is None:
-        return ByteTokenizer(config.vocab_size)
+        return ByteTokenizer(config)
     if (directory / "tokenizer.json").is_file():
-        return HFTokenizer(directory, config.vocab_size)
+        return HFTokenizer(directory, config)
     if (directory / "tokenizer.model").is_file():
-        return Llama3Tokenizer(directory / "tokenizer.model", config.vocab_size)
+        return Llama3Tokenizer(directory / "tokenizer.model", config)
     if _json_if_any(directory / "tokenizer_config.json").get("tokenizer_class") == "ByteTokenizer":
-        return ByteTokenizer(config.vocab_size)
+        return ByteTokenizer(config)
     raise UnusableInput(f"{directory} has neither tokenizer.json nor tokenizer.model; copy the model's tokenizer there")
 
 
@@ -58,10 +58,10 @@ class ByteTokenizer:
     bos_id = 256
     stop_ids = frozenset({257})
 
-    def __init__(self, model_vocab_size: int) -> None:
-        if model_vocab_size < self.vocab_size:
+    def __init__(self, config: ModelConfig) -> None:
+        if config.vocab_size < self.vocab_size:
             raise UnusableInput(
-                f"the byte tokenizer needs a vocabulary of {self.vocab_size} ids, the model has {model_vocab_size}"
+                f"the byte tokenizer needs a vocabulary of {self.vocab_size} ids; {config.name} has {config.vocab_size}"
             )
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
@@ -97,14 +97,14 @@ class Llama3Tokenizer:
     Special tokens in a text are read as plain text, as Meta's own code does.
 
     Raises:
-        UnusableInput: for a damaged file, LLaMA 2's SentencePiece, or a size other than ``model_vocab_size``.
+        UnusableInput: for a damaged file, LLaMA 2's SentencePiece, or a size other than ``config.vocab_size``.
     """
 
-    def __init__(self, path: Path, model_vocab_size: int) -> None:
+    def __init__(self, path: Path, config: ModelConfig) -> None:
         ranks = _read_ranks(path)
         self.vocab_size = len(ranks) + SPECIAL_TOKENS
-        if self.vocab_size != model_vocab_size:
-            raise _wrong_size(path, self.vocab_size, model_vocab_size)
+        if self.vocab_size != config.vocab_size:
+            raise _wrong_size(path, self.vocab_size, config)
         special = {
             _NAMED_SPECIAL.get(place, f"<|special_{place}|>"): len(ranks) + place for place in range(SPECIAL_TOKENS)
         }
@@ -127,7 +127,7 @@ class Llama3Tokenizer:
 
 
 MOST_CHARS, LONGEST_RUN = 400_000, 25_000
-_LONG_RUN = re.compile(rf"\s{{{LONGEST_RUN + 1},}}|\S{{{LONGEST_RUN + 1},}}")
+_RUN = re.compile(r"\s+|\S+")
 
 
 def digestible_pieces(text: str) -> Iterator[str]:
@@ -137,7 +137,7 @@ def digestible_pieces(text: str) -> Iterator[str]:
     """
     for start in range(0, len(text), MOST_CHARS):
         chunk = text[start : start + MOST_CHARS]
-        cuts = [cut for run in _LONG_RUN.finditer(chunk) for cut in range(run.start(), run.end(), LONGEST_RUN)[1:]]
+        cuts = [cut for run in _RUN.finditer(chunk) for cut in range(run.start(), run.end(), LONGEST_RUN)[1:]]
         yield from (chunk[a:b] for a, b in zip([0, *cuts], [*cuts, len(chunk)], strict=True))
 
 
@@ -166,27 +166,28 @@ class HFTokenizer:
     Special tokens in a text are recognised, as transformers does.
 
     Raises:
-        UnusableInput: for a damaged file, a size that does not fit ``model_vocab_size``, or no begin id.
+        UnusableInput: for a damaged file, a size that does not fit ``config.vocab_size``, or no begin id.
     """
 
-    def __init__(self, directory: Path, model_vocab_size: int) -> None:
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
         path = directory / "tokenizer.json"
         self._tokenizer = _open_hf(path)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Embeddings are often padded, to a multiple of 64 or so; a gap beyond 5 % is another model's tokenizer.
-        if not 0.95 * model_vocab_size <= self.vocab_size <= model_vocab_size:
-            raise _wrong_size(path, self.vocab_size, model_vocab_size)
+        if not 0.95 * config.vocab_size <= self.vocab_size <= config.vocab_size:
+            raise _wrong_size(path, self.vocab_size, config)
         stops = self._special_ids(directory, "eos")
         # Models that mark only the end of a text use the same mark before the first one.
         begins = self._special_ids(directory, "bos") or stops
         if not begins:
             raise UnusableInput(
-                f"{directory}: no JSON file names bos_token_id or eos_token_id; add them to config.json"
+                f"{directory}: no file names the begin or the end of a text (bos_token_id, eos_token_id); put the "
+                "model's tokenizer_config.json beside tokenizer.json"
             )
         self.bos_id, self.stop_ids = begins[0], frozenset(stops)
-        if self.bos_id >= model_vocab_size:
+        if self.bos_id >= config.vocab_size:
             raise UnusableInput(
-                f"{directory}: bos_token_id {self.bos_id} is no token of a vocabulary of {model_vocab_size}"
+                f"{directory}: bos_token_id {self.bos_id} is no token of a vocabulary of {config.vocab_size}"
             )
 
     def _special_ids(self, directory: Path, role: str) -> list[int]:
@@ -232,8 +233,8 @@ def _json_if_any(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _wrong_size(path: Path, tokens: int, model_vocab_size: int) -> UnusableInput:
+def _wrong_size(path: Path, tokens: int, config: ModelConfig) -> UnusableInput:
     return UnusableInput(
-        f"{path} has {tokens} tokens, but the model's vocabulary has {model_vocab_size}: it is another model's "
+        f"{path} has {tokens} tokens, but the model's vocabulary has {config.vocab_size}: it is another model's "
         "tokenizer; take the one that came with these weights"
     )

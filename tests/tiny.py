@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,4 +105,32 @@ def meta_directory(
             by_columns = name.endswith(("wo.weight", "w2.weight")) or (columns_embedding and "tok_embeddings" in name)
             cut[name] = tensor.chunk(shards, dim=int(by_columns))[shard].clone()
         torch.save(cut, directory / f"consolidated.{shard:02d}.pth")
+    return directory
+
+
+def llama3_tokenizer(path: Path, merges: int = 40) -> int:
+    """A ``tokenizer.model`` as Llama 3's: 256 bytes and ``merges`` pairs of letters; gives the number of its ids."""
+    pairs = [bytes((first, second)) for first in b" abcdefghi" for second in b"etaoinshr"]
+    tokens = [bytes([byte]) for byte in range(256)] + pairs[:merges]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    path.write_text("\n".join(lines) + "\n")
+    return len(tokens) + 256
+
+
+def hf_tokenizer(directory: Path, size: int = 300, **tokenizer_config: Any) -> Path:
+    """A byte-level ``tokenizer.json`` of ``size`` ids, most of them bytes.
+
+    256 and 257 are ``<s>`` and ``</s>``, which tokenizer_config.json names unless told otherwise.
+    """
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = {letter: place for place, letter in enumerate(letters)} | {"<s>": 256, "</s>": 257}
+    vocabulary |= {f"token{place}": place for place in range(258, size)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = tokenizer_config or {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(named))
     return directory

@@ -24,6 +24,11 @@ class Residency:
     def n_layers(self) -> int:
         return len(self.gpu) + len(self.cpu) + len(self.ssd)
 
+    @property
+    def streamed_layers(self) -> int:
+        """Layers that pass through GPU slots."""
+        return len(self.cpu) + len(self.ssd)
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -50,7 +55,7 @@ class Placement:
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of ``layers``, at even distances over their cycle (Bresenham's line)."""
+    """``count`` of ``layers``, at distances over their cycle that differ by at most 1 (Bresenham's line)."""
     n = len(layers)
     return tuple(layers[(2 * i + 1) * n // (2 * count)] for i in range(count))
 
@@ -59,12 +64,6 @@ def gpu_slots_for(settings: Settings, streamed_layers: int) -> int:
     """GPU slots a kind: from the look-ahead in groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all."""
     depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
     return min(depth // 2 + 1, settings.gpu_max_groups // 2, streamed_layers)
-
-
-def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
-    if value > limit:
-        notes.append(f"{name} {value} clipped to {limit}")
-    return min(value, limit)
 
 
 def place(n_layers: int, settings: Settings) -> Placement:
@@ -78,44 +77,56 @@ def place(n_layers: int, settings: Settings) -> Placement:
     if mode in ("full", "preload"):
         everything = tuple(range(n_layers))
         return Placement(mode, Residency(everything, (), ()), 0, 0, 0, n_layers)
-    gpu_count = _clip("--gpu-cached-layers", settings.gpu_cached_layers, n_layers, notes)
-    gpu = spread(range(n_layers), gpu_count)
-    rest = [layer for layer in range(n_layers) if layer not in set(gpu)]
+    gpu = spread(range(n_layers), _clip("--gpu-cached-layers", settings.gpu_cached_layers, n_layers, notes))
+    on_gpu = set(gpu)
+    rest = [layer for layer in range(n_layers) if layer not in on_gpu]
     cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
-    residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in set(cpu)))
+    on_cpu = set(cpu)
     gpu_slots = gpu_slots_for(settings, len(rest))
     return Placement(
         mode,
-        residency,
+        Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu)),
         gpu_slots,
         slots,
         ahead,
-        _staged(settings.warmup_layers, n_layers, gpu, gpu_slots, notes),
+        _staged(settings.warmup_layers, n_layers, on_gpu, gpu_slots, notes),
         tuple(notes),
     )
 
 
+def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
+    if value > limit:
+        notes.append(f"{name} {value} clipped to {limit}")
+    return min(value, limit)
+
+
 def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) -> tuple[tuple[int, ...], int, int]:
     """CPU residents, CPU slots a kind, and layers read ahead."""
-    if mode == "stream":
+    if mode == "stream" or not rest:
         return tuple(rest), 0, 0
-    cached = max(1, _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)) if rest else 0
-    ahead = min(settings.prefetch_distance, cached)
+    cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)
+    ahead = settings.prefetch_distance
+    if cached < 1:
+        notes.append("--cpu-cache-layers 0 raised to 1: what comes from the SSD passes through CPU memory")
+        cached = 1
+    if settings.cpu_evict == "belady" and cached >= len(rest):
+        return tuple(rest), 0, 0
+    if ahead < 1:
+        notes.append("--prefetch-distance 0 raised to 1: what comes from the SSD needs a slot")
+        ahead = 1
+    if ahead > cached:
+        notes.append(f"--prefetch-distance {ahead} clipped to {cached}, the layers of CPU memory")
+        ahead = cached
     if settings.cpu_evict == "fifo":
         return (), cached, ahead
-    if cached >= len(rest):
-        return tuple(rest), 0, 0
-    if settings.prefetch_distance > cached:
-        notes.append(f"--prefetch-distance {settings.prefetch_distance} clipped to {cached}, the layers of CPU memory")
     return spread(rest, cached - ahead), ahead, ahead
 
 
-def _staged(wanted: int, n_layers: int, gpu: tuple[int, ...], gpu_slots: int, notes: list[str]) -> int:
+def _staged(wanted: int, n_layers: int, on_gpu: set[int], gpu_slots: int, notes: list[str]) -> int:
     """The longest stretch of first layers that residents and slots hold at once, at most ``wanted``."""
     staged, free = 0, gpu_slots
-    resident = set(gpu)
     for layer in range(min(wanted, n_layers)):
-        free -= layer not in resident
+        free -= layer not in on_gpu
         if free < 0:
             break
         staged += 1

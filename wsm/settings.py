@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llama.config import UnusableInput
+
+MODES = ("mixed", "stream", "preload", "full")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Flags (the guide's command line as defaults), then variables; DESIGN sections 8 and 9 say what each does."""
+    """Flags (the guide's command line as defaults), then variables; DESIGN sections 8 and 9 say what each does.
+
+    Raises:
+        UnusableInput: for a value that is not allowed, naming the flag or variable, the value and what is allowed.
+    """
 
     mode: str = "mixed"
     prefetch_distance: int = 6
@@ -41,70 +48,109 @@ class Settings:
     pair_ahead: int = 2
     kind_ahead_cap: int = 2
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, value = KINDS_OF_VALUE[field.name], getattr(self, field.name)
+            if not kind.allowed(value):
+                raise UnusableInput(f"{spelled(field.name)} must be {kind.says}, not {value!r}")
 
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """An environment variable: its preset, the text of what it allows, and how it is read (ValueError if it cannot)."""
 
-    preset: str
-    allows: str
+class KindOfValue(NamedTuple):
+    """What a setting takes: in words, as a test of a value, and how a variable's text is read (ValueError if not)."""
+
+    says: str
+    allowed: Callable[[Any], bool]
     read: Callable[[str], Any]
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise ValueError(text)
-        return value
-
-    return read
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _switch(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+def _whole(least: int) -> KindOfValue:
+    def allowed(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    return KindOfValue(f"a whole number of at least {least}", allowed, int)
 
 
-def _milliseconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
+def _one_of(*words: str) -> KindOfValue:
+    return KindOfValue(f"{', '.join(words[:-1])} or {words[-1]}", lambda value: value in words, str)
+
+
+def _read_switch(text: str) -> bool:
+    if text not in ("0", "1"):
         raise ValueError(text)
-    return value
+    return text == "1"
 
 
-def _policy(text: str) -> str:
-    return {"belady": "belady", "fifo": "fifo"}[text]
+_SWITCH = KindOfValue("0 or 1", lambda value: isinstance(value, bool), _read_switch)
+_MILLISECONDS = KindOfValue("milliseconds, 0 or more", lambda value: _is_number(value) and value >= 0, float)
+_GIBIBYTES = KindOfValue(
+    "a number of GiB above 0", lambda value: value is None or (_is_number(value) and value > 0), float
+)
 
+KINDS_OF_VALUE: Mapping[str, KindOfValue] = {
+    "mode": _one_of(*MODES),
+    "prefetch_distance": _whole(0),
+    "group_prefetch_depth": _whole(0),
+    "gpu_cached_layers": _whole(0),
+    "cpu_cache_layers": _whole(0),
+    "warmup_layers": _whole(0),
+    "staging_mb": _whole(1),
+    "verify_weights": _SWITCH,
+    "gpu_mem_gb": _GIBIBYTES,
+    "cpu_mem_gb": _GIBIBYTES,
+    "cpu_rolling_mode": _SWITCH,
+    "cpu_evict": _one_of("belady", "fifo"),
+    "cpu_wrap_around": _SWITCH,
+    "cpu_roll_sync": _SWITCH,
+    "aggressive_gpu_prefetch": _whole(0),
+    "gpu_max_groups": _whole(2),
+    "skip_preload_wait": _SWITCH,
+    "evict_finished": _SWITCH,
+    "kv_throttle_threshold": _whole(1),
+    "kv_throttle_ms": _MILLISECONDS,
+    "balance_prefetch": _SWITCH,
+    "balance_tol": _whole(0),
+    "pair_ahead": _whole(0),
+    "kind_ahead_cap": _whole(0),
+}
+"""By field of :class:`Settings`."""
 
-def _flag(preset: str) -> Variable:
-    return Variable(preset, "0 or 1", _switch)
-
-
-def _count(preset: str, least: int) -> Variable:
-    return Variable(preset, f"a whole number of at least {least}", _whole(least))
-
-
-VARIABLES: Mapping[str, Variable] = {
-    "WSM_CPU_ROLLING_MODE": _flag("1"),
-    "WSM_CPU_EVICT": Variable("belady", "belady or fifo", _policy),
-    "WSM_CPU_WRAP_AROUND": _flag("1"),
-    "WSM_CPU_ROLL_SYNC": _flag("1"),
-    "WSM_AGGRESSIVE_GPU_PREFETCH": _count("2", 0),
-    "WSM_GPU_MAX_GROUPS": _count("10", 2),
-    "WSM_SKIP_PRELOAD_WAIT": _flag("1"),
-    "WSM_EVICT_FINISHED": _flag("1"),
-    "WSM_KV_THROTTLE_THRESHOLD": _count("8", 1),
-    "WSM_KV_THROTTLE_MS": Variable("16", "milliseconds, 0 or more", _milliseconds),
-    "WSM_BALANCE_PREFETCH": _flag("1"),
-    "WSM_BALANCE_TOL": _count("1", 0),
-    "WSM_PAIR_AHEAD": _count("2", 0),
-    "WSM_KIND_AHEAD_CAP": _count("2", 0),
+WSM_PRESETS: Mapping[str, str] = {
+    "WSM_CPU_ROLLING_MODE": "1",
+    "WSM_CPU_EVICT": "belady",
+    "WSM_CPU_WRAP_AROUND": "1",
+    "WSM_CPU_ROLL_SYNC": "1",
+    "WSM_AGGRESSIVE_GPU_PREFETCH": "2",
+    "WSM_GPU_MAX_GROUPS": "10",
+    "WSM_SKIP_PRELOAD_WAIT": "1",
+    "WSM_EVICT_FINISHED": "1",
+    "WSM_KV_THROTTLE_THRESHOLD": "8",
+    "WSM_KV_THROTTLE_MS": "16",
+    "WSM_BALANCE_PREFETCH": "1",
+    "WSM_BALANCE_TOL": "1",
+    "WSM_PAIR_AHEAD": "2",
+    "WSM_KIND_AHEAD_CAP": "2",
 }
 PRESETS: Mapping[str, str] = {
-    "OMP_NUM_THREADS": str(min(8, os.cpu_count() or 1)),
+    "OMP_NUM_THREADS": str(min(8, len(os.sched_getaffinity(0)))),
     "MALLOC_ARENA_MAX": "2",
-    **{name: variable.preset for name, variable in VARIABLES.items()},
+    **WSM_PRESETS,
 }
+"""What the script sets where the user has not: DESIGN section 9."""
+
+
+def field_of(variable: str) -> str:
+    """The field of :class:`Settings` that a ``WSM_*`` variable sets."""
+    return variable.removeprefix("WSM_").lower()
+
+
+def spelled(field: str) -> str:
+    """How the user spells a field: as the variable or the flag that sets it."""
+    variable = f"WSM_{field.upper()}"
+    return variable if variable in WSM_PRESETS else f"--{field.replace('_', '-')}"
 
 
 def preset_environment(environ: MutableMapping[str, str]) -> None:
@@ -113,34 +159,49 @@ def preset_environment(environ: MutableMapping[str, str]) -> None:
         environ.setdefault(name, preset)
 
 
-def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """Settings from flags (by field name; None counts as not given) and variables; and warnings.
-
-    Raises:
-        UnusableInput: for a variable with a value that it does not allow.
-    """
-    values: dict[str, Any] = {}
-    for name, variable in VARIABLES.items():
-        text = environ.get(name, variable.preset)
-        try:
-            values[name.removeprefix("WSM_").lower()] = variable.read(text)
-        except (ValueError, KeyError):
-            raise UnusableInput(f"{name}={text} cannot be used: it takes {variable.allows}") from None
-    known = {field.name for field in fields(Settings)}
-    values.update({name: value for name, value in flags.items() if name in known and value is not None})
-    return Settings(**values), _unknown_variables(environ)
-
-
-def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    warnings = []
-    for name in sorted(environ):
-        if name.startswith("WSM_") and name not in VARIABLES:
-            close = difflib.get_close_matches(name, VARIABLES, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            warnings.append(f"the variable {name} is not known and has no effect{hint}")
-    return warnings
+def set_by_user(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The presets' names that are in ``environ`` already; ask before :func:`preset_environment`."""
+    return tuple(name for name in PRESETS if name in environ)
 
 
 def environment_echo(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables in force, for the JSON."""
     return {name: environ.get(name, preset) for name, preset in PRESETS.items()}
+
+
+def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """Settings from flags (by field name; None counts as not given, other names are passed over) and variables.
+
+    Returns:
+        The settings, and warnings about ``WSM_*`` names that nothing reads.
+
+    Raises:
+        UnusableInput: for a flag or variable with a value that it does not allow.
+    """
+    for name in ("OMP_NUM_THREADS", "MALLOC_ARENA_MAX"):
+        _read(name, environ.get(name, PRESETS[name]), _whole(1))
+    values: dict[str, Any] = {}
+    for name, preset in WSM_PRESETS.items():
+        values[field_of(name)] = _read(name, environ.get(name, preset), KINDS_OF_VALUE[field_of(name)])
+    given = {name: value for name, value in flags.items() if name in KINDS_OF_VALUE and value is not None}
+    return Settings(**{**values, **given}), _unknown_variables(environ)
+
+
+def _read(name: str, text: str, kind: KindOfValue) -> Any:
+    try:
+        value = kind.read(text)
+        if kind.allowed(value):
+            return value
+    except ValueError:
+        pass
+    raise UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}")
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    warnings = []
+    for name in sorted(environ):
+        if name.startswith("WSM_") and name not in WSM_PRESETS:
+            close = difflib.get_close_matches(name, WSM_PRESETS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            warnings.append(f"the variable {name} is not known and has no effect{hint}")
+    return warnings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from llama.build import LLaMA
@@ -63,8 +63,8 @@ class Round:
 class _Clock:
     """An observer of the generation loop."""
 
-    def __init__(self, llm: LLaMA) -> None:
-        self._llm = llm
+    def __init__(self, llm: LLaMA, on_token: Callable[[], None]) -> None:
+        self._llm, self._on_token = llm, on_token
         self.at: dict[str, float] = {}
         self.steps: dict[str, int] = {}
         self.tokens_at: list[float] = []
@@ -73,15 +73,18 @@ class _Clock:
         now = time.perf_counter()
         if mark == "token":
             self.tokens_at.append(now)
+            self._on_token()
         elif mark != "pass":
             self.at[mark] = now
             self.steps[mark] = self._llm.manager.next_step if self._llm.manager is not None else 0
 
 
-def run_round(llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Round:
-    """Generate once, from an empty KV cache."""
+def run_round(
+    llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[], None] = lambda: None
+) -> Round:
+    """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
     complete = llm.manager.loaded() if llm.manager is not None else True
-    clock = _Clock(llm)
+    clock = _Clock(llm, on_token)
     generation = llm.generate(
         prompts,
         max_new_tokens=sampling.max_new_tokens,

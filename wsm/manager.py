@@ -69,6 +69,7 @@ class WeightStreamingManager:
         self._globals: dict[str, Tensor] = {}
         self.globals_s = 0.0
         self._arenas: list[PageLockedArena] = []
+        self.page_locked_peak_bytes = 0
         try:
             self._tiers = self._allocate(settings)
         except BaseException:
@@ -110,6 +111,7 @@ class WeightStreamingManager:
     def _new_arena(self, nbytes: int) -> PageLockedArena:
         arena = PageLockedArena(nbytes, self.device)
         self._arenas.append(arena)
+        self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
         return arena
 
     def _gpu_buffer(self, kind: Kind) -> Tensor:

@@ -1,0 +1,60 @@
+"""The ceilings of a run: probed in its own memory, or taken from the last probe of the same hardware."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from llama.build import LLaMA
+from llama.checkpoint.names import GroupId
+from wsm.atomic import write_atomically
+from wsm.probe import Ceiling, probe_compute, probe_link, probe_ssd
+from wsm.store import PackedStore
+
+
+def probe(llm: LLaMA) -> dict[str, Ceiling]:
+    """Measure every ceiling that the mode uses; to be called when memory is taken and nothing is loaded."""
+    found = probe_compute(llm.device, llm.inputs.dtype)
+    manager = llm.manager
+    if manager is None:
+        return found
+    host, slot = manager.scratch()
+    found |= probe_link(llm.device, host, slot)
+    source, ssd = manager.source, manager.plan.residency.ssd
+    if isinstance(source, PackedStore) and ssd:
+        size = source.slot_bytes("attn")
+        buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:3]
+        if len(buffers) == 3:
+            found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in ssd], buffers, slot)
+    return found
+
+
+def _cache_file(llm: LLaMA) -> Path:
+    device = llm.inputs.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    targets = llm.inputs.description.targets if llm.inputs.description is not None else ()
+    key = json.dumps([gpu, llm.inputs.dtype.__repr__(), targets, llm.settings.staging_mb, llm.settings.mode])
+    return llm.inputs.options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def remember(llm: LLaMA, ceilings: dict[str, Ceiling]) -> None:
+    """Keep the ceilings for a later ``--no-probe``."""
+    path = _cache_file(llm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def recall(llm: LLaMA) -> dict[str, Ceiling]:
+    """The ceilings of the last probe of this hardware and mode; empty if there are none."""
+    try:
+        content = json.loads(_cache_file(llm).read_text(encoding="utf-8"))
+        return {
+            name: Ceiling(**{**entry, "how": f"{entry['how']} (of an earlier run)"}) for name, entry in content.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}

@@ -1,0 +1,55 @@
+"""From the command line to an exit code: the one place that knows them (DESIGN section 11)."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions, parse
+from bench.run import run
+from bench.verbs import run_pack, run_plan, run_prompts, run_table, run_verify
+from llama.config import UnusableInput
+from wsm.errors import DoesNotFit, StoreError
+
+UNUSABLE, TOO_LARGE, BAD_STORE, INTERRUPTED = 2, 3, 4, 130
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one verb; what goes wrong is one sentence on stderr, with ``--verbose`` the traceback too."""
+    try:
+        verb, options = parse(argv)
+        if isinstance(options, RunOptions):
+            return run_plan(options) if verb == "plan" else run(options, argv)
+        if isinstance(options, PackOptions):
+            return run_pack(options)
+        if isinstance(options, VerifyOptions):
+            return run_verify(options)
+        if isinstance(options, PromptsOptions):
+            return run_prompts(options)
+        assert isinstance(options, TableOptions)
+        return run_table(options)
+    except UnusableInput as error:
+        return _fail(argv, error, UNUSABLE)
+    except (DoesNotFit, torch.OutOfMemoryError) as error:
+        return _fail(argv, error, TOO_LARGE)
+    except StoreError as error:
+        return _fail(argv, error, BAD_STORE)
+    except KeyboardInterrupt as error:
+        return _fail(argv, error, INTERRUPTED)
+
+
+def _fail(argv: Sequence[str], error: BaseException, code: int) -> int:
+    if "--verbose" in argv:
+        traceback.print_exception(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        sentence = (
+            f"the GPU ran out of memory: {str(error).splitlines()[0]} "
+            "Lower --gpu-cached-layers, then --group-prefetch-depth, then --batch-size"
+        )
+    else:
+        sentence = "interrupted; nothing half-written was left" if isinstance(error, KeyboardInterrupt) else str(error)
+    print(f"bench_infer.py: {sentence}", file=sys.stderr)
+    return code

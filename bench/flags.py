@@ -1,0 +1,303 @@
+"""The command line: verbs and flags, parsed once into frozen options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llama.config import UnusableInput
+
+VERBS = ("run", "pack", "verify", "plan", "prompts", "table")
+DEFAULT_CACHE = Path("~/.cache/wsm-bench")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Everything that ``run`` and ``plan`` take. ``engine`` holds the flags that are fields of ``Settings``."""
+
+    checkpoints: Path | None
+    synthetic: str | None
+    raw_device: str | None
+    manifest: Path | None
+    prompts: Path | None
+    prompt: str | None
+    prompt_len: int | None
+    batch_size: int
+    max_new_tokens: int
+    max_seq_len: int
+    temperature: float
+    top_p: float
+    seed: int
+    warmup_rounds: int
+    repeats: int
+    topk_blk: int
+    prefill_chunk_tokens: int | None
+    micro_batch: int | None
+    device: str | None
+    dtype: str | None
+    load_model: bool | None
+    no_probe: bool
+    cache_dir: Path
+    out_json: Path
+    output: str | None
+    print_text: bool
+    ignore_eos: bool
+    verbose: bool
+    engine: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    checkpoints: Path | None
+    synthetic: str | None
+    to: tuple[str, ...]
+    manifest: Path
+    dtype: str | None
+    seed: int
+    force: bool
+    yes: bool
+    cache_dir: Path
+    verbose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    manifest: Path
+    raw_device: str | None
+    checkpoints: Path | None
+    staging_mb: int
+    verbose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsOptions:
+    out: Path
+    count: int
+    tokens: int
+    checkpoints: Path | None
+    seed: int
+    cache_dir: Path
+    verbose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TableOptions:
+    files: tuple[Path, ...]
+    verbose: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Hands its complaints on as one sentence instead of printing usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UnusableInput(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+        return value
+
+    read.__name__ = "whole number"
+    return read
+
+
+def _number(above: float, most: float = float("inf"), *, or_equal: bool = False) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not (above < value <= most or (or_equal and value == above)):
+            bounds = f"{'at least' if or_equal else 'above'} {above:g}" + (
+                f" and at most {most:g}" if most < 1e308 else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    read.__name__ = "number"
+    return read
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text}")
+    return values[text.lower()]
+
+
+def _topk(text: str) -> int:
+    value = int(text)
+    if value < 0 or value == 1:
+        raise argparse.ArgumentTypeError(f"must be 0 (all blocks) or at least 2, not {value}")
+    return value
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="Meta or Hugging Face directory (built-in model)"
+    )
+    group.add_argument("--synthetic", metavar="NAME[:layers=N]", help="random weights in a real model's shape")
+    group.add_argument("--seed", type=_whole(0), default=0, help="of synthetic weights, random ids and sampling (0)")
+    group.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (as stored)")
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=DEFAULT_CACHE,
+        metavar="DIR",
+        help=f"packed files and the built-in model ({DEFAULT_CACHE})",
+    )
+    parser.add_argument("--verbose", action="store_true", help="tell more, and give tracebacks")
+
+
+def _add_paging(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("paging")
+    group.add_argument("--mode", choices=("mixed", "stream", "preload", "full"), default="mixed", help="(mixed)")
+    group.add_argument("--raw-device", metavar="DEV[,DEV]", help="overrides the devices that the manifest names")
+    group.add_argument("--manifest", type=Path, metavar="FILE", help="of the packed store (a packed file in the cache)")
+    for flag, default, least, text in (
+        ("--prefetch-distance", 6, 1, "SSD layers read ahead: sizes the CPU pools"),
+        ("--group-prefetch-depth", 4, 1, "groups of CPU to GPU look-ahead: sizes the GPU pools"),
+        ("--gpu-cached-layers", 4, 0, "layers resident on the GPU"),
+        ("--cpu-cache-layers", 40, 1, "layers of page-locked memory in all"),
+        ("--warmup-layers", 4, 0, "layers staged on the GPU before the first pass"),
+        ("--staging-mb", 64, 1, "SSD bytes in flight, in MB"),
+    ):
+        group.add_argument(flag, type=_whole(least), default=default, metavar="N", help=f"{text} ({default})")
+    group.add_argument(
+        "--gpu-mem-gb", type=_number(0), metavar="GIB", help="GPU memory to use, context included (all free)"
+    )
+    group.add_argument("--cpu-mem-gb", type=_number(0), metavar="GIB", help="CPU memory to use (all free)")
+    group.add_argument("--verify-weights", action="store_true", help="check a group's checksum at every read")
+    group.add_argument("--topk-blk", type=_topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
+    group.add_argument("--prefill-chunk-tokens", type=_whole(1), metavar="N", help="tokens a chunk (auto)")
+    group.add_argument("--micro-batch", type=_whole(1), metavar="ROWS", help="rows in one wave of the prefill (auto)")
+    group.add_argument("--device", metavar="DEV", help="cpu, cuda or cuda:N (auto)")
+    group.add_argument(
+        "--load-model", "--load_model", type=_boolean, metavar="BOOL", help="whole model on the device (by mode)"
+    )
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("work")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file (the one in prompts/)")
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    group.add_argument("--prompt-len", type=_whole(1), metavar="N", help="N random ids a prompt, no tokenizer needed")
+    group.add_argument("--batch-size", type=_whole(1), default=1, metavar="N", help="rows (1)")
+    group.add_argument("--max-new-tokens", type=_whole(1), default=32, metavar="N", help="(32)")
+    group.add_argument("--max-seq-len", type=_whole(2), default=2048, metavar="N", help="(2048)")
+    group.add_argument("--temperature", type=_number(0, or_equal=True), default=0.6, help="0 is greedy (0.6)")
+    group.add_argument("--top-p", type=_number(0, 1), default=0.9, help="(0.9)")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after a stop token")
+    group.add_argument("--warmup-rounds", type=_whole(0), default=1, metavar="N", help="(1)")
+    group.add_argument("--repeats", type=_whole(1), default=1, metavar="N", help="timed rounds (1)")
+    group.add_argument("--no-probe", action="store_true", help="take the ceilings from the cache")
+    group.add_argument("--out-json", type=Path, default=Path("bench_results.json"), metavar="FILE")
+    group.add_argument("-o", "--output", choices=("md", "csv", "json"), help="print a row instead of the summary")
+    group.add_argument("--print-text", action="store_true", help="print the generated texts, and keep them in the JSON")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; ``run`` is the default one, see :func:`parse`."""
+    parser = _Parser(
+        prog="bench_infer.py", description="Runs LLaMA models larger than the GPU and tells where the time went."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+    run = verbs.add_parser("run", help="run and measure (the default verb)")
+    plan = verbs.add_parser("plan", help="what would lie where, in how much memory, bound by what")
+    for verb in (run, plan):
+        _add_model(verb)
+        _add_paging(verb)
+        _add_work(verb)
+    pack = verbs.add_parser("pack", help="checkpoint to packed device or file")
+    _add_model(pack)
+    pack.add_argument(
+        "--to", required=True, metavar="TARGET[,TARGET]", help="file or block device; several are striped"
+    )
+    pack.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    pack.add_argument("--force", action="store_true", help="overwrite a device that bears a filesystem or the like")
+    pack.add_argument("--yes", action="store_true", help="do not ask")
+    verify = verbs.add_parser("verify", help="read a packed store back and check it")
+    verify.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    verify.add_argument("--raw-device", metavar="DEV[,DEV]")
+    verify.add_argument("--checkpoints", type=Path, metavar="DIR", help="for a manifest of version 1")
+    verify.add_argument("--staging-mb", type=_whole(1), default=64, metavar="N")
+    verify.add_argument("--verbose", action="store_true")
+    prompts = verbs.add_parser("prompts", help="make a prompt file of exactly N tokens a prompt")
+    prompts.add_argument("--out", type=Path, required=True, metavar="FILE")
+    prompts.add_argument("--count", type=_whole(1), default=512, metavar="N", help="(512)")
+    prompts.add_argument("--tokens", type=_whole(1), default=2048, metavar="N", help="(2048)")
+    prompts.add_argument("--checkpoints", type=Path, metavar="DIR", help="whose tokenizer counts (bytes)")
+    prompts.add_argument("--seed", type=_whole(0), default=0, help="(0)")
+    prompts.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR")
+    prompts.add_argument("--verbose", action="store_true")
+    table = verbs.add_parser("table", help="several result files as one Markdown table")
+    table.add_argument("files", type=Path, nargs="+", metavar="JSON")
+    table.add_argument("--verbose", action="store_true")
+    return parser
+
+
+Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | TableOptions
+_ENGINE = (
+    "mode",
+    "prefetch_distance",
+    "group_prefetch_depth",
+    "gpu_cached_layers",
+    "cpu_cache_layers",
+    "warmup_layers",
+    "staging_mb",
+    "verify_weights",
+    "gpu_mem_gb",
+    "cpu_mem_gb",
+)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Options]:
+    """The verb (``run`` if the first argument is none) and its options.
+
+    Raises:
+        UnusableInput: for an argument that cannot be used, in one sentence.
+    """
+    if not argv or (argv[0] not in VERBS and argv[0] not in ("-h", "--help")):
+        argv = ["run", *argv]
+    values = vars(build_parser().parse_args(list(argv)))
+    verb = str(values.pop("verb"))
+    if verb in ("run", "plan"):
+        engine = {name: values.pop(name) for name in _ENGINE}
+        options = RunOptions(**values, engine=engine)
+        _check_run(options)
+        return verb, options
+    if verb == "pack":
+        return verb, PackOptions(**{**values, "to": tuple(values["to"].split(","))})
+    if verb == "verify":
+        return verb, VerifyOptions(**values)
+    if verb == "prompts":
+        return verb, PromptsOptions(**values)
+    return verb, TableOptions(**{**values, "files": tuple(values["files"])})
+
+
+def _check_run(options: RunOptions) -> None:
+    given = [
+        flag
+        for flag, value in (
+            ("--prompts", options.prompts),
+            ("--prompt", options.prompt),
+            ("--prompt-len", options.prompt_len),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
+    if options.max_new_tokens >= options.max_seq_len:
+        raise UnusableInput(
+            f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in --max-seq-len "
+            f"{options.max_seq_len}: lower the first or raise the second"
+        )
+    if options.load_model and options.engine["mode"] in ("mixed", "stream"):
+        raise UnusableInput(
+            f"--load-model=True contradicts --mode {options.engine['mode']}, which never loads the whole model "
+            "on the device: leave it out, or use --mode full"
+        )

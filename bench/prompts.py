@@ -1,0 +1,124 @@
+"""Prompts: read from files, cut to length, made at random or to an exact number of tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama.config import ModelConfig, UnusableInput
+from llama.tokenizer import Tokenizer
+
+DEFAULT_FILE = Path(__file__).resolve().parent.parent / "prompts" / "prompts_default.txt"
+_HEADER = re.compile(r"^=====\s*PROMPT\b.*=====\s*$")
+_WORDS = Path(__file__).with_name("words.txt")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: ``.jsonl``; blocks under ``===== PROMPT … =====`` headers; else one a line.
+
+    Raises:
+        UnusableInput: if it is missing, not UTF-8, empty, or a line of ``.jsonl`` holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UnusableInput(f"--prompts {path}: no such file; bench_infer.py prompts --out {path} makes one") from None
+    except OSError as error:
+        raise UnusableInput(f"--prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UnusableInput(f"--prompts {path} is not UTF-8 text: {error}") from error
+    lines = text.splitlines()
+    if path.suffix == ".jsonl":
+        prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    elif any(_HEADER.match(line) for line in lines):
+        prompts = _blocks(path, lines)
+    else:
+        prompts = [line.strip() for line in lines]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UnusableInput(f"--prompts {path} holds no prompt")
+    return prompts
+
+
+def _json_prompt(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UnusableInput(f"--prompts {path}, line {number} is no JSON: {error}") from error
+    found = entry if isinstance(entry, str) else None
+    if isinstance(entry, dict):
+        found = entry.get("prompt", entry.get("text"))
+    if not isinstance(found, str):
+        raise UnusableInput(
+            f'--prompts {path}, line {number} holds no prompt: {{"prompt": "…"}} or a string is expected'
+        )
+    return found
+
+
+def _blocks(path: Path, lines: Sequence[str]) -> list[str]:
+    blocks: list[list[str]] = []
+    for number, line in enumerate(lines, 1):
+        if _HEADER.match(line):
+            blocks.append([])
+        elif blocks:
+            blocks[-1].append(line)
+        elif line.strip():
+            raise UnusableInput(f"--prompts {path}, line {number}: text before the first ===== PROMPT … ===== header")
+    return ["\n".join(block).strip() for block in blocks]
+
+
+def fill_batch(prompts: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
+    """The first ``batch`` prompts, repeated to fill it."""
+    return [list(prompts[row % len(prompts)]) for row in range(batch)]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    """Token ids of each text: BOS in front and counted in, the last ``most - 1`` tokens behind it."""
+    rows = []
+    for text in texts:
+        ids = tokenizer.encode(text, bos=False)
+        rows.append([tokenizer.bos_id, *ids[max(0, len(ids) - (most - 1)) :]])
+    return rows
+
+
+def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:
+    """``count`` prompts of ``length`` random ids; the last 256 of a real vocabulary, often special, are left out."""
+    ordinary = min(config.vocab_size, max(1, config.vocab_size - 256) if config.vocab_size > 1024 else 256)
+    numbers = random.Random(seed)
+    return [[numbers.randrange(ordinary) for _ in range(length)] for _ in range(count)]
+
+
+def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> list[str]:
+    """``count`` texts of random words that the tokenizer cuts into exactly ``tokens`` tokens each, BOS not counted."""
+    numbers, words = random.Random(seed), _WORDS.read_text(encoding="utf-8").split()
+    return [_exact_text(tokenizer, tokens, numbers, words) for _ in range(count)]
+
+
+def _exact_text(tokenizer: Tokenizer, tokens: int, numbers: random.Random, words: Sequence[str]) -> str:
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text, bos=False))
+
+    text = numbers.choice(words)
+    while (short := tokens - length(text)) > 16:
+        text += " " + " ".join(numbers.choice(words) for _ in range(max(1, short // 8)))
+        while length(text) > tokens:
+            text = text.rpartition(" ")[0]
+    for _ in range(2000):
+        missing = tokens - length(text)
+        if missing == 0:
+            return text
+        if missing < 0:
+            text = text.rpartition(" ")[0] or numbers.choice("abcdefgh")
+            continue
+        ending = " " + numbers.choice(words) if missing > 1 and numbers.random() < 0.5 else numbers.choice("abcdefgh.")
+        if length(text + ending) <= tokens:
+            text += ending
+    raise UnusableInput(f"no text of exactly {tokens} tokens was found with this tokenizer; try another --tokens")
+
+
+def prompt_file(texts: Sequence[str], tokens: int) -> str:
+    """The text of a prompt file: one headed block a prompt."""
+    return "".join(f"===== PROMPT {n:04d} | tokens={tokens} =====\n{text}\n\n" for n, text in enumerate(texts))

@@ -1,0 +1,234 @@
+"""The result: one JSON, built from measurements, described by schema.json, read back for tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.measure import Round
+from llama.config import UnusableInput
+from wsm.probe import Ceiling
+from wsm.telemetry import PhaseStats
+
+SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("schema.json")
+FIXED_KEYS = (
+    "batch_size",
+    "max_new_tokens",
+    "prompt_lens",
+    "prefill_tokens_total",
+    "decode_tokens_total",
+    "prefill_ms",
+    "first_token_decode_ms",
+    "ttft_ms",
+    "decode_ms",
+    "e2e_ms",
+    "throughput_tok_s",
+    "end_to_end_tok_s",
+    "io_bw_MBps",
+    "gpu_mem_GB",
+    "mode",
+    "device",
+    "wsm",
+)
+METRICS = (
+    "prefill_ms",
+    "first_token_decode_ms",
+    "ttft_ms",
+    "decode_ms",
+    "e2e_ms",
+    "throughput_tok_s",
+    "end_to_end_tok_s",
+)
+SIGNIFICANT_DIGITS = 6
+
+
+def significant(value: Any) -> Any:
+    """Floats anywhere in ``value`` rounded to six significant digits; what is not finite becomes None."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {str(key): significant(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [significant(item) for item in value]
+    return value
+
+
+def round_metrics(timed: Round) -> dict[str, Any]:
+    """The fixed times and rates of a round."""
+    tokens, prompt_tokens = timed.generation.decode_tokens, timed.generation.prefill_tokens
+    decode_s = timed.decode_ms / 1e3
+    e2e_s = (timed.prefill_ms + timed.decode_ms) / 1e3
+    return {
+        "prefill_tokens_total": prompt_tokens,
+        "decode_tokens_total": tokens,
+        "prefill_ms": timed.prefill_ms,
+        "first_token_decode_ms": timed.first_token_ms,
+        "ttft_ms": timed.prefill_ms + timed.first_token_ms,
+        "decode_ms": timed.decode_ms,
+        "e2e_ms": timed.prefill_ms + timed.decode_ms,
+        "throughput_tok_s": tokens / decode_s,
+        "end_to_end_tok_s": tokens / e2e_s,
+        "total_tok_s": (tokens + prompt_tokens) / e2e_s,
+    }
+
+
+def median_round(rounds: Sequence[Round]) -> int:
+    """The index of the round of median ``e2e_ms`` (the lower of two)."""
+    order = sorted(range(len(rounds)), key=lambda i: rounds[i].prefill_ms + rounds[i].decode_ms)
+    return order[(len(order) - 1) // 2]
+
+
+def repeats_part(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Every round's metrics, and for each metric n, median, mean, sample standard deviation, least and most."""
+    raw = [{name: round_metrics(timed)[name] for name in METRICS} for timed in rounds]
+    return {
+        "n": len(rounds),
+        "raw": raw,
+        "statistics": {
+            name: {
+                "n": len(raw),
+                "median": statistics.median(r[name] for r in raw),
+                "mean": statistics.fmean(r[name] for r in raw),
+                "stdev": statistics.stdev(r[name] for r in raw) if len(raw) > 1 else None,
+                "min": min(r[name] for r in raw),
+                "max": max(r[name] for r in raw),
+            }
+            for name in METRICS
+        },
+    }
+
+
+def tpot_part(pass_ms: Sequence[float]) -> dict[str, Any] | None:
+    """Time of a decode pass: mean, p50, p90, max and n; None without decode passes."""
+    if not pass_ms:
+        return None
+    ordered = sorted(pass_ms)
+
+    def percentile(share: float) -> float:
+        return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+    return {
+        "mean": statistics.fmean(ordered),
+        "p50": percentile(0.5),
+        "p90": percentile(0.9),
+        "max": ordered[-1],
+        "n": len(ordered),
+    }
+
+
+def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float | None, str | None]:
+    """The shortest time that the phase's bytes and operations allow (DESIGN section 2), and what sets it.
+
+    T >= max(B_ssd / ssd, B_h2d / h2d, B_d2h / d2h, B_hbm / hbm, FLOPs / peak), from bytes that moved inside the phase.
+    Where the SSD is read, the link's ceiling is the one measured while the SSD was read too.
+    """
+    reads = stats.bytes_moved["ssd_read"] > 0
+    link = "h2d_with_ssd" if reads and "h2d_with_ssd" in ceilings else "h2d"
+    demands = {
+        "ssd": (stats.bytes_moved["ssd_read"], "ssd", 1e6),
+        "h2d": (stats.bytes_moved["weight_h2d"] + stats.bytes_moved["kv_h2d"], link, 1e6),
+        "d2h": (stats.bytes_moved["kv_d2h"], "d2h", 1e6),
+        "hbm": (stats.hbm_bytes, "hbm", 1e6),
+        "compute": (stats.flops, "matmul", 1e12),
+    }
+    times = {}
+    for bound, (amount, name, unit) in demands.items():
+        if amount and name not in ceilings:
+            return None, None
+        if amount:
+            times[bound] = amount / (ceilings[name].value * unit) * 1e3
+    if not times:
+        return None, None
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
+def phase_part(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
+    """One entry of ``phases``."""
+    floor_ms, bound_by = floor_of(stats, ceilings)
+    spread = _spread(bound_by, ceilings)
+    roofline = None if floor_ms is None or stats.wall_ms == 0 else 100 * floor_ms / stats.wall_ms
+    return {
+        "wall_ms": stats.wall_ms,
+        "passes": stats.passes,
+        "bytes": stats.bytes,
+        "bytes_moved": stats.bytes_moved,
+        "busy_ms": stats.busy_ms,
+        "stall_ms": stats.stall_ms,
+        "flops": stats.flops,
+        "hbm_bytes": stats.hbm_bytes,
+        "floor_ms": floor_ms,
+        "bound_by": bound_by,
+        "roofline_pct": roofline,
+        "ceiling_spread_pct": spread if spread is not None and spread > 5 else None,
+    }
+
+
+def _spread(bound_by: str | None, ceilings: Mapping[str, Ceiling]) -> float | None:
+    name = {"compute": "matmul"}.get(bound_by or "", bound_by or "")
+    return ceilings[name].spread_pct if name in ceilings else None
+
+
+def io_part(stats: Sequence[PhaseStats]) -> dict[str, float | None]:
+    """Bytes over the time that the copies were busy, both phases together; None where nothing moved."""
+
+    def rate(moved: str, busy: str) -> float | None:
+        nbytes = sum(phase.bytes_moved[moved] for phase in stats)
+        busy_ms = sum(phase.busy_ms.get(busy) or 0.0 for phase in stats)
+        return nbytes / busy_ms / 1e3 if nbytes and busy_ms else None
+
+    return {
+        "weight_h2d_MBps": rate("weight_h2d", "h2d"),
+        "kv_h2d_MBps": rate("kv_h2d", "kv_h2d"),
+        "kv_d2h_MBps": rate("kv_d2h", "kv_d2h"),
+    }
+
+
+def plan_warnings(phases: Mapping[str, PhaseStats], bytes_per_pass: Mapping[str, int]) -> list[str]:
+    """A line for each phase whose passes used other bytes than planned, by more than 1 %."""
+    warnings = []
+    for name, stats in phases.items():
+        for tier in ("ssd_read", "weight_h2d"):
+            planned, used = bytes_per_pass[tier] * stats.passes, stats.bytes[tier]
+            if abs(used - planned) > 0.01 * max(planned, 1):
+                warnings.append(
+                    f"{name}: {used / 1e6:.1f} MB of {tier} were used, {planned / 1e6:.1f} MB were planned: "
+                    "paging did not go as planned"
+                )
+    return warnings
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result from its file.
+
+    Raises:
+        UnusableInput: if it is missing, damaged, no result, or of another schema.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UnusableInput(f"{path} is no JSON ({error}): was the run broken off?") from error
+    version = result.get("schema_version") if isinstance(result, dict) else None
+    if not isinstance(version, int) or not set(FIXED_KEYS) <= set(result):
+        raise UnusableInput(f"{path} is no result of bench_infer.py")
+    if version != SCHEMA_VERSION:
+        age = "a newer" if version > SCHEMA_VERSION else "an older"
+        raise UnusableInput(
+            f"{path} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
+        )
+    return result
+
+
+def dump(result: Mapping[str, Any]) -> str:
+    """The JSON text of a result: fixed keys first, six significant digits."""
+    ordered = {key: result[key] for key in (*FIXED_KEYS, *[key for key in result if key not in FIXED_KEYS])}
+    return json.dumps(significant(ordered), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,112 @@
+"""The other verbs: pack, verify, plan, prompts, table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions
+from bench.prompts import make_prompts, prompt_file
+from bench.results import read_result
+from bench.run import batch_prompts, build_options, shape_of
+from bench.summary import ConsoleReporter, table
+from llama.build import BuildOptions, open_inputs, plan_run
+from llama.checkpoint import builtin_checkpoint, open_checkpoint
+from llama.config import UnusableInput
+from llama.tokenizer import load_tokenizer
+from wsm.advice import check_fits
+from wsm.atomic import write_atomically
+from wsm.manifest import plan_store, read_manifest
+from wsm.pack import PackRequest, pack
+from wsm.plan_text import describe
+from wsm.settings import Settings
+from wsm.store import PackedStore
+from wsm.verify import verify
+
+
+def run_pack(options: PackOptions) -> int:
+    """Pack a checkpoint."""
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    inputs = open_inputs(
+        BuildOptions(
+            settings=Settings(mode="full"),
+            checkpoints=options.checkpoints,
+            synthetic=options.synthetic,
+            cache_dir=options.cache_dir,
+            device="cpu",
+            dtype=options.dtype,
+            seed=options.seed,
+        )
+    )
+    size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to)).target_bytes
+    reporter.say(
+        f"[INFO] packing {inputs.checkpoint.config.name}: {size / 1e9:.3f} GB on each of {len(options.to)} target(s)"
+    )
+
+    def confirm(question: str) -> bool:
+        if options.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UnusableInput(f"{question} There is no terminal to ask on: --yes confirms; nothing was written")
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    with reporter.bar(size * len(options.to), "B", "packing") as advance:
+        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force)
+        pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
+    reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
+    return 0
+
+
+def run_verify(options: VerifyOptions) -> int:
+    """Read a store back; exit code 4 if any group is bad."""
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    checkpoint = open_checkpoint(options.checkpoints) if options.checkpoints is not None else None
+    description = read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint)
+    store = PackedStore(description, staging_bytes=options.staging_mb * 10**6, verify="always")
+    try:
+        with reporter.bar(description.nbytes, "B", "verifying") as advance:
+            bad = verify(store, progress=advance)
+    finally:
+        store.close()
+    for warning in store.warnings:
+        reporter.say(f"[WARNING] {warning}")
+    for sentence in bad:
+        print(sentence, file=sys.stderr)
+    what = "read back" if description.version == 1 else "sound"
+    good, groups = len(description.groups) - len(bad), len(description.groups)
+    reporter.say(f"[INFO] {good} of {groups} groups {what}, {description.nbytes / 1e9:.3f} GB")
+    return 4 if bad else 0
+
+
+def run_plan(options: RunOptions) -> int:
+    """Print what would lie where; exit code 3 if it does not fit."""
+    built, warnings = build_options(options)
+    inputs = open_inputs(built)
+    plan = plan_run(inputs, shape_of(batch_prompts(options, inputs), options))
+    print(describe(plan))
+    for warning in warnings:
+        print(f"[WARNING] {warning}")
+    check_fits(plan)
+    return 0
+
+
+def run_prompts(options: PromptsOptions) -> int:
+    """Make a prompt file."""
+    checkpoint = (
+        open_checkpoint(options.checkpoints)
+        if options.checkpoints is not None
+        else builtin_checkpoint(options.cache_dir)
+    )
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config)
+    if not options.out.absolute().parent.is_dir():
+        raise UnusableInput(f"--out {options.out}: its directory does not exist")
+    texts = make_prompts(tokenizer, options.count, options.tokens, options.seed)
+    write_atomically(options.out, prompt_file(texts, options.tokens))
+    print(f"[INFO] {options.count} prompts of {options.tokens} tokens in {options.out}")
+    return 0
+
+
+def run_table(options: TableOptions) -> int:
+    """Print several results as one table."""
+    print(table([read_result(Path(path)) for path in options.files]))
+    return 0

@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""Runs LLaMA models larger than the GPU and tells where the time went; see README.md."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from wsm.settings import preset_environment
+
+
+def main() -> int:
+    """The command line's exit code."""
+    preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
+    from bench.cli import main as command_line
+
+    return command_line(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""On a CUDA device: the modes are bit-equal, and what is moved and taken is what the plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.build import LLaMA
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here"),
+]
+MODEL = "Llama-3.2-1B:layers=8"
+PROMPTS = [list(range(100, 164)), list(range(7, 30))]
+PLACES: dict[str, Any] = {"gpu_cached_layers": 2, "cpu_cache_layers": 3, "prefetch_distance": 2}
+
+
+def build(mode: str, cache: Path, **config: Any) -> LLaMA:
+    return LLaMA.build(
+        None,
+        mode=mode,
+        mode_config={"synthetic": MODEL, "cache_dir": cache, **PLACES, **config},
+        device="cuda",
+        max_seq_len=512,
+        max_batch_size=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_all_modes_give_bit_equal_logits_and_the_same_tokens(temperature: float, cache: Path) -> None:
+    with build("full", cache) as llm:
+        tokens = llm.generate(PROMPTS, max_new_tokens=24, temperature=temperature, ignore_eos=True).tokens
+        logits = llm.logits([PROMPTS[0]])
+    for mode in ("preload", "stream", "mixed"):
+        with build(mode, cache) as llm:
+            assert llm.generate(PROMPTS, max_new_tokens=24, temperature=temperature, ignore_eos=True).tokens == tokens
+            assert torch.equal(llm.logits([PROMPTS[0]]), logits), mode
+
+
+@pytest.mark.parametrize("mode", ["preload", "stream", "mixed"])
+def test_page_locked_memory_is_what_the_plan_says(mode: str, cache: Path) -> None:
+    with build(mode, cache) as llm:
+        llm.generate(PROMPTS, max_new_tokens=4, temperature=0.0)
+        assert llm.manager is not None
+        planned = sum(line.nbytes for line in llm.plan.cpu_lines)
+        assert llm.manager.page_locked_peak_bytes <= planned * 1.01 + (64 << 20)
+        assert planned <= llm.manager.page_locked_peak_bytes * 1.01 + (64 << 20)
+
+
+def test_device_memory_stays_within_the_budget(cache: Path) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with build("mixed", cache, gpu_mem_gb=4.0) as llm:
+        llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0)
+        taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
+    assert taken <= 4 * 2**30

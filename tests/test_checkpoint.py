@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -220,6 +221,12 @@ def test_a_tensor_of_another_shape_or_name_is_not_read(hf: Path, meta: Path) -> 
             checkpoint.read_into("layers.9.attention.wq.weight", torch.empty(96, 64))
 
 
+def test_a_model_in_the_working_directory_has_a_name(hf: Path, meta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for directory in (hf, meta):
+        monkeypatch.chdir(directory)
+        assert open_checkpoint(Path()).config.name == directory.name
+
+
 # Damage and what does not run, each with its sentence
 
 
@@ -383,6 +390,27 @@ def test_a_damaged_meta_directory_is_refused_with_a_sentence(damage: str, meta: 
     directory = copy(meta, tmp_path)
     change(directory)
     assert said in refusal(directory)
+
+
+FLIPS = st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=4)
+FILES = ["params.json", "consolidated.01.pth", "config.json", "model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.sampled_from(FILES), flips=FLIPS)
+def test_flipped_bytes_give_a_model_or_a_sentence(
+    file: str, flips: list[tuple[int, int]], hf: Path, meta: Path, tmp_path: Path
+) -> None:
+    source, directory = (hf if (hf / file).exists() else meta), tmp_path / "flipped"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(source, directory)
+    content = bytearray((directory / file).read_bytes())
+    for place, value in flips:
+        content[place % len(content)] = value
+    (directory / file).write_bytes(content)
+    with contextlib.suppress(UnusableInput):
+        tensors_of(open_checkpoint(directory))
 
 
 def test_places_that_hold_no_model_are_refused(hf: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class HFCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory: Path | None = directory
-        self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.name)
+        self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.resolve().name)
         if (directory / "adapter_config.json").exists():
             raise UnusableInput(f"{directory} holds a LoRA adapter; merge it into the weights and save the whole model")
         self._paths = _weight_files(directory)

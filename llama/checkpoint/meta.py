@@ -43,11 +43,11 @@ class MetaCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory: Path | None = directory
         self._paths = _shard_paths(directory)
-        params = read_json(directory / "params.json")
+        params, name = read_json(directory / "params.json"), directory.resolve().name
         # Before the shards are opened, so that what params.json refuses is named first; the 1 stands for "not known".
-        ModelConfig.from_meta(params, directory.name, vocab_size=1)
+        ModelConfig.from_meta(params, name, vocab_size=1)
         self._shards = [_open_shard(path) for path in self._paths]
-        self.config = ModelConfig.from_meta(params, directory.name, vocab_size=self._vocab_size(int(params["dim"])))
+        self.config = ModelConfig.from_meta(params, name, vocab_size=self._vocab_size(params["dim"]))
         if not any("output.weight" in shard for shard in self._shards):
             self.config = dataclasses.replace(self.config, tied_embeddings=True)
         self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
@@ -135,8 +135,8 @@ def _open_shard(path: Path) -> Mapping[str, Tensor]:
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnusableInput(f"{path} holds other things than tensors, or is damaged; {AGAIN}") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # what a flipped byte makes the unpickler raise is of every kind
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnusableInput(f"{path} is damaged or cut short ({reason}); {AGAIN}") from error
     if not isinstance(shard, dict):
         raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import grp
 import os
+import re
+import shutil
 import stat
 import struct
 import subprocess
@@ -12,12 +16,15 @@ from pathlib import Path
 from llama.config import UnusableInput
 
 _BLKGETSIZE64, _BLKSSZGET = 0x80081272, 0x1268
+_TOOL_PATH = f"{os.defpath}:/usr/sbin:/sbin"
+"""blkid lies in /usr/sbin, which is not on every user's PATH."""
+_BLKID_TIMEOUT_S = 60
 
 
 def is_block_device(path: str) -> bool:
     try:
         return stat.S_ISBLK(os.stat(path).st_mode)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -27,95 +34,137 @@ def device_size(file: int) -> int:
 
 
 def logical_block(file: int) -> int:
-    """The device's unit of I/O in bytes."""
+    """The unit of I/O of an open block device in bytes."""
     return int(struct.unpack("I", fcntl.ioctl(file, _BLKSSZGET, b"\0" * 4))[0])
 
 
-def _number(path: str) -> str:
+def target_size(file: int) -> int:
+    """Bytes of an open file or block device."""
+    status = os.fstat(file)
+    return device_size(file) if stat.S_ISBLK(status.st_mode) else status.st_size
+
+
+def device_number(path: str) -> str:
+    """major:minor of a block device, as /proc and /sys write it."""
     number = os.stat(path).st_rdev
     return f"{os.major(number)}:{os.minor(number)}"
 
 
-def _family(path: str, sys_block: Path) -> dict[str, str]:
-    """The device and, where it is a whole disk, its partitions: major:minor -> name."""
-    name = Path(os.path.realpath(path)).name
-    family = {_number(path): name}
-    for entry in sorted((sys_block / name).glob(f"{name}*/dev")):
-        family[entry.read_text().strip()] = entry.parent.name
-    return family
+def unusable_target(target: str, error: OSError) -> UnusableInput:
+    """The sentence for a target that cannot be opened; for a refused device it names the group that has it."""
+    if error.errno == errno.EBUSY:
+        return UnusableInput(f"{target} is in use: nothing was written; choose a free device")
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return UnusableInput(f"{target} cannot be opened: {error.strerror}")
+    if not is_block_device(target):
+        return UnusableInput(f"no permission on {target}: change its mode or its owner, or name another place")
+    status = os.stat(target)
+    try:
+        group = grp.getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    return UnusableInput(
+        f"no permission on {target}: it belongs to group {group}; run `sudo usermod -aG {group} $USER` and log in again"
+    )
 
 
-def why_busy(path: str, *, mountinfo: Path, swaps: Path, sys_dev: Path, sys_block: Path) -> str | None:
-    """Why a device is in use, itself or one of its partitions; None if it is not.
+def _relatives(path: str, sys_dev: Path) -> dict[str, str]:
+    """major:minor -> name of what writing to a device would hurt: itself, its partitions, the disk that it is part of.
 
-    The paths are those of /proc/self/mountinfo, /proc/swaps, /sys/dev/block and /sys/block.
+    The other partitions of that disk are not among them.
     """
-    family = _family(path, sys_block)
-    for line in mountinfo.read_text().splitlines():
-        fields = line.split()
-        if fields[2] in family:
-            return f"{family[fields[2]]} is mounted on {fields[4]}"
-    for line in swaps.read_text().splitlines()[1:]:
-        used = line.split()[0]
-        if os.path.exists(used) and is_block_device(used) and _number(used) in family:
+    number = device_number(path)
+    node = (sys_dev / number).resolve()
+    relatives = {number: node.name}
+    for partition in sorted(node.glob("*/partition")):
+        relatives[(partition.parent / "dev").read_text().strip()] = partition.parent.name
+    if (node / "partition").exists():
+        relatives[(node.parent / "dev").read_text().strip()] = node.parent.name
+    return relatives
+
+
+def why_busy(path: str, *, root: Path = Path("/")) -> str | None:
+    """Why a device is in use, itself, one of its partitions or its whole disk; None if it is not.
+
+    Args:
+        root: where /proc and /sys lie.
+    """
+    sys_dev = root / "sys/dev/block"
+    relatives = _relatives(path, sys_dev)
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        number, where = fields.split()[2], _unescaped(fields.split()[4])
+        # btrfs mounts under a number of its own, and only the source tells which device is behind it.
+        source = _unescaped(rest.split()[1]) if len(rest.split()) > 1 else ""
+        for mounted in (number, device_number(source) if is_block_device(source) else ""):
+            if mounted in relatives:
+                return f"{relatives[mounted]} is mounted on {where}"
+    for line in (root / "proc/swaps").read_text().splitlines()[1:]:
+        used = _unescaped(line.split()[0])
+        if is_block_device(used) and device_number(used) in relatives:
             return f"{used} is in use as swap"
-    for number, name in family.items():
+    for number, name in relatives.items():
         holders = sys_dev / number / "holders"
         if holders.is_dir() and (held := sorted(os.listdir(holders))):
             return f"{name} is held by {', '.join(held)} (LVM, RAID or encryption)"
     return None
 
 
+def _unescaped(text: str) -> str:
+    r"""The kernel writes a space in a path as \040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
 def signatures(path: str) -> list[str]:
-    """What blkid finds on a device: filesystem, partition table, LVM or RAID member, by type.
+    """What blkid finds on a device, by type: "ext4 signature", "gpt partition table", "LVM2_member signature".
 
     Raises:
-        UnusableInput: if blkid (util-linux) is not installed or cannot tell.
+        UnusableInput: if blkid (util-linux) is not installed or cannot read the device.
     """
-    found: list[str] = []
-    for probe in (["-u", "filesystem,raid,crypto,other"], []):
-        try:
-            answer = subprocess.run(
-                ["blkid", "-p", *probe, "-o", "export", path], capture_output=True, text=True, timeout=60, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UnusableInput(
-                f"blkid (of util-linux) is needed to see whether {path} bears a filesystem: {error}; "
-                "install it, or give --force"
-            ) from error
-        if answer.returncode == 8:
-            raise UnusableInput(f"blkid finds several signatures on {path}: clear it with wipefs, or give --force")
-        if answer.returncode not in (0, 2):
-            raise UnusableInput(
-                f"blkid could not read {path}: {answer.stderr.strip()}; clear the device, or give --force"
-            )
-        for line in answer.stdout.splitlines():
-            key, _, value = line.partition("=")
-            if key in ("TYPE", "PTTYPE"):
-                kind = "partition table" if key == "PTTYPE" else "signature"
-                if f"{value} {kind}" not in found:
-                    found.append(f"{value} {kind}")
-    return found
+    blkid = shutil.which("blkid", path=_TOOL_PATH)
+    if blkid is None:
+        raise UnusableInput(
+            f"blkid, which tells whether {path} bears a filesystem, is not installed: nothing was written; "
+            "install util-linux, or give --force"
+        )
+    command = [blkid, "-p", "-o", "export", path]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_BLKID_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnusableInput(
+            f"blkid did not answer about {path} ({error}): clear the device, or give --force"
+        ) from error
+    if answer.returncode == 8:
+        return ["more than one signature"]
+    # blkid answers 2 both for a bare device and for one that it cannot read.
+    if answer.returncode not in (0, 2) or answer.stderr.strip():
+        raise UnusableInput(
+            f"blkid could not read {path} ({answer.stderr.strip() or answer.returncode}): nothing was written; "
+            "look at the device, or give --force"
+        )
+    what = {"TYPE": "signature", "PTTYPE": "partition table"}
+    entries = (line.partition("=") for line in answer.stdout.splitlines())
+    return [f"{value} {what[key]}" for key, _, value in entries if key in what]
 
 
-def check_writable(path: str, *, force: bool, root: Path = Path("/")) -> None:
-    """Refuse a device that is in use or that bears something.
+def check_writable(path: str, *, force: bool, root: Path = Path("/")) -> list[str]:
+    """Refuse a device that is in use or that bears something; what it bears, if that is forced.
 
     Args:
-        force: write although it bears a signature; never although it is in use.
+        force: let a device with a signature pass; never one in use.
         root: where /proc and /sys lie.
 
     Raises:
         UnusableInput: with what was found.
     """
-    busy = why_busy(
-        path,
-        mountinfo=root / "proc/self/mountinfo",
-        swaps=root / "proc/swaps",
-        sys_dev=root / "sys/dev/block",
-        sys_block=root / "sys/block",
-    )
+    busy = why_busy(path, root=root)
     if busy is not None:
         raise UnusableInput(f"{path} is in use ({busy}): nothing was written; choose a free device")
-    if not force and (found := signatures(path)):
+    if force:
+        try:
+            return signatures(path)
+        except UnusableInput:
+            return []
+    if found := signatures(path):
         raise UnusableInput(f"{path} bears a {' and a '.join(found)}: nothing was written; --force overwrites it")
+    return []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from llama.checkpoint import Checkpoint, SourceFile
 from llama.checkpoint.names import KINDS, GroupId, pass_order
 from llama.config import ModelConfig, UnusableInput
 from wsm.groups import BLOCK, GroupLayout, globals_layout, group_layout, round_up
-from wsm.superblock import Superblock
+from wsm.superblock import AGAIN, Superblock
 
 FORMAT, VERSION = "wsm-packed-store", 2
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORE_ID_BYTES = 16
+_CHECKSUM = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,11 @@ class StoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class StoreDescription:
-    """A manifest, read and checked. ``warnings`` are for the user."""
+    """A manifest, read and checked. ``warnings`` are for the user.
+
+    ``reference`` stands in for the superblock and the checksums that version 1 lacks: the first bytes of every tensor
+    are compared with it when the store is opened.
+    """
 
     version: int
     path: Path
@@ -59,7 +66,8 @@ class StoreDescription:
     groups: Mapping[GroupId | None, StoredGroup]
     superblocks: tuple[Superblock, ...] = ()
     sources: tuple[SourceFile, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+    reference: Checkpoint | None = None
 
     @property
     def nbytes(self) -> int:
@@ -171,34 +179,41 @@ def load_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"--manifest {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UnusableInput(f"--manifest {path} is damaged (no JSON: {error}): pack again") from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableInput(f"--manifest {path} is damaged (no JSON: {error}); {AGAIN}") from error
     if not isinstance(content, dict) or "version" not in content:
-        raise UnusableInput(f"--manifest {path} is no manifest of a packed store: it has no version")
+        raise UnusableInput(f"--manifest {path} is no manifest of a packed store: it has no field version")
     return content
 
 
 def read_manifest(
-    path: Path, *, raw_device: str | None = None, checkpoint: Checkpoint | None = None
+    path: Path,
+    *,
+    raw_device: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    config: ModelConfig | None = None,
 ) -> StoreDescription:
     """The description of the store that ``path`` names, of version 2 or 1.
 
     Args:
         raw_device: overrides the manifest's devices (comma-separated where it is striped).
-        checkpoint: gives the model's shape to a version 1 manifest, which has none.
+        checkpoint: gives a version 1 manifest, which has neither, the model's shape and something to compare with.
+        config: the model's shape alone, for version 1 where the weights are not there.
 
     Raises:
         UnusableInput: for a manifest that cannot be used, naming the field.
     """
     manifest = load_json(path)
     targets = tuple(raw_device.split(",")) if raw_device else None
-    if manifest["version"] == 1:
+    if targets is not None and not all(targets):
+        raise UnusableInput(f"--raw-device {raw_device} names an empty device")
+    if manifest["version"] == 1 and "format" not in manifest:
         from wsm.manifest_v1 import describe_v1
 
-        return describe_v1(manifest, path, targets, checkpoint)
+        return describe_v1(manifest, path, targets, checkpoint, config)
     if manifest.get("format") != FORMAT or manifest["version"] != VERSION:
         raise UnusableInput(
-            f"--manifest {path}: version {manifest['version']} of {manifest.get('format')!r} is not known; "
+            f"--manifest {path}: version {manifest['version']!r} of format {manifest.get('format')!r} is not known; "
             f"versions 1 and {VERSION} are"
         )
     return _describe_v2(manifest, path, targets)
@@ -206,59 +221,82 @@ def read_manifest(
 
 def _describe_v2(manifest: dict[str, Any], path: Path, targets: tuple[str, ...] | None) -> StoreDescription:
     try:
-        named = tuple(str(target) for target in manifest["targets"])
-        if manifest["dtype"] not in DTYPES:
-            raise UnusableInput(f"--manifest {path}: dtype {manifest['dtype']!r} is not known; {', '.join(DTYPES)} are")
-        config = ModelConfig.from_json(manifest["model"])
-        plan = plan_store(config, DTYPES[manifest["dtype"]], len(named))
-        checksums = {
-            _group_of(entry, path): str(entry["checksum"]) for entry in [manifest["globals"], *manifest["groups"]]
-        }
-        if set(checksums) != set(plan.offsets):
-            raise UnusableInput(f"--manifest {path} does not list each group of {config.n_layers} layers once")
-        rebuilt = [_entry(plan, group, checksums[group]) for group in plan.offsets]
-        _check_entries([manifest["globals"], *manifest["groups"]], rebuilt, path)
+        named = tuple(manifest["targets"])
+        if (
+            not named
+            or isinstance(manifest["targets"], str)
+            or not all(name and isinstance(name, str) for name in named)
+        ):
+            raise UnusableInput(f"--manifest {path}: field targets must list the devices, not {manifest['targets']!r}")
+        plan, checksums = _checked_plan(manifest, path, len(named))
         sources = tuple(SourceFile(**source) for source in manifest["source"])
-        store_id = str(manifest["store_id"])
-        digest = manifest_digest(manifest)
-        superblocks = tuple(Superblock(store_id, digest, number, len(named)) for number in range(len(named)))
-        bytes.fromhex(store_id)
+        store_id, digest = manifest["store_id"], manifest_digest(manifest)
+        if len(bytes.fromhex(store_id)) != STORE_ID_BYTES:
+            raise UnusableInput(f"--manifest {path}: field store_id is not {STORE_ID_BYTES} bytes in hexadecimal")
     except KeyError as error:
-        raise UnusableInput(f"--manifest {path} is damaged: field {error} is missing; pack again") from error
+        raise UnusableInput(f"--manifest {path} is damaged: field {error} is missing; {AGAIN}") from error
     except (TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UnusableInput):
             raise
-        raise UnusableInput(f"--manifest {path} is damaged: {error}; pack again") from error
+        raise UnusableInput(f"--manifest {path} is damaged: {error}; {AGAIN}") from error
     if targets is not None and len(targets) != len(named):
         raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {len(named)}")
     groups = {
-        group: StoredGroup(
-            group, plan.layouts[group], stripes(plan.layouts[group].nbytes, offset, len(named)), checksums[group]
-        )
-        for group, offset in plan.offsets.items()
+        group: StoredGroup(group, layout, stripes(layout.nbytes, plan.offsets[group], len(named)), checksums[group])
+        for group, layout in plan.layouts.items()
     }
-    return StoreDescription(VERSION, path, targets or named, config, plan.dtype, groups, superblocks, sources)
+    superblocks = tuple(Superblock(store_id, digest, number, len(named)) for number in range(len(named)))
+    return StoreDescription(VERSION, path, targets or named, plan.config, plan.dtype, groups, superblocks, sources)
 
 
-def _group_of(entry: Mapping[str, Any], path: Path) -> GroupId | None:
-    if entry["kind"] == "globals":
-        return None
-    if entry["kind"] not in KINDS:
-        raise UnusableInput(f"--manifest {path}: kind {entry['kind']!r} of a group is not known")
-    return GroupId(int(entry["layer"]), entry["kind"])
+def _checked_plan(manifest: Mapping[str, Any], path: Path, targets: int) -> tuple[StorePlan, dict[GroupId | None, str]]:
+    """The one layout that a version 2 store of this model can have, and the checksums; anything else is damage."""
+    if manifest["dtype"] not in DTYPES:
+        raise UnusableInput(
+            f"--manifest {path}: field dtype: {manifest['dtype']!r} is not known; {', '.join(DTYPES)} are"
+        )
+    if manifest["block_size"] != BLOCK:
+        raise UnusableInput(f"--manifest {path}: field block_size is {manifest['block_size']!r}, not {BLOCK}; {AGAIN}")
+    try:
+        config = ModelConfig.from_json(manifest["model"])
+    except UnusableInput as error:
+        raise UnusableInput(f"--manifest {path}: field model: {error}") from error
+    found = manifest["groups"]
+    if not isinstance(found, list) or len(found) != len(KINDS) * config.n_layers:
+        raise UnusableInput(f"--manifest {path}: field groups does not list the groups of {config.n_layers} layers")
+    plan = plan_store(config, DTYPES[manifest["dtype"]], targets)
+    checksums: dict[GroupId | None, str] = {}
+    for group, entry in zip(plan.offsets, [manifest["globals"], *found], strict=True):
+        where = f"--manifest {path}: {'globals' if group is None else f'group {group}'}"
+        if not isinstance(entry, dict):
+            raise UnusableInput(f"{where} is no object; {AGAIN}")
+        checksums[group] = _checksum(entry.get("checksum"), where)
+        _check_same(entry, _entry(plan, group, checksums[group]), where)
+    return plan, checksums
 
 
-def _check_entries(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A version 2 store has one layout only, so an entry that differs from it in any field is damage."""
-    for mine, theirs in zip(expected, found, strict=True):
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                where = f"group L{mine['layer']}.{mine['kind']}" if mine["layer"] >= 0 else "globals"
-                raise UnusableInput(
-                    f"--manifest {path}: {where}: field {key} does not fit the model's shape and dtype; pack again"
-                )
+def _checksum(value: object, where: str) -> str:
+    if not isinstance(value, str) or not _CHECKSUM.fullmatch(value):
+        raise UnusableInput(f"{where}: field checksum must be 32 hexadecimal digits, not {value!r}; {AGAIN}")
+    return value
 
 
-def with_warnings(description: StoreDescription, warnings: Sequence[str]) -> StoreDescription:
-    """The same description with more warnings."""
-    return replace(description, warnings=(*description.warnings, *warnings))
+def _check_same(found: Any, expected: Any, where: str) -> None:
+    """Compare an entry with what it has to be, field by field, so that the sentence names the one that differs."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        if missing := [key for key in expected if key not in found]:
+            raise UnusableInput(f"{where}: field {missing[0]} is missing; {AGAIN}")
+        for key, value in expected.items():
+            _check_same(
+                found[key], value, f"{where}: field {key}" if not isinstance(value, list) else f"{where}: {key}"
+            )
+    elif isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
+        for number, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
+            _check_same(theirs, mine, f"{where}[{number}]")
+    elif found != expected or isinstance(found, bool):
+        raise UnusableInput(f"{where} is {_brief(found)}; the model and its dtype ask for {_brief(expected)}; {AGAIN}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +13,20 @@ import torch
 
 from llama.checkpoint import Checkpoint
 from llama.checkpoint.names import GroupId, TensorSpec, full_name, global_specs, group_specs, pass_order
-from llama.config import UnusableInput
+from llama.config import ModelConfig, UnusableInput
+from wsm.blockdev import is_block_device, logical_block
 from wsm.groups import BLOCK, TENSOR_ALIGNMENT, GroupLayout, TensorLayout, round_up
 from wsm.manifest import DTYPES, Extent, StoreDescription, StoredGroup
 
 _EMBEDDING = ("tok_embeddings.weight", "embed_tokens.weight")
+_NEEDED = ("name", "dtype", "shape", "offset", "nbytes")
+_AGAIN = "pack the model anew with `bench_infer.py pack`"
 
 
 class _Param(NamedTuple):
-    short: str
+    """A tensor of the manifest, found to be what the model needs; ``name`` is short."""
+
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -27,82 +34,147 @@ class _Param(NamedTuple):
 
 
 def describe_v1(
-    manifest: Mapping[str, Any], path: Path, targets: tuple[str, ...] | None, checkpoint: Checkpoint | None
+    manifest: Mapping[str, Any],
+    path: Path,
+    targets: tuple[str, ...] | None,
+    checkpoint: Checkpoint | None,
+    config: ModelConfig | None,
 ) -> StoreDescription:
-    """The store behind a version 1 manifest.
+    """The store behind a version 1 manifest. Its ``policy`` is not read: the plan decides what is resident.
 
     Raises:
         UnusableInput: for a missing tensor or field, a shape that is not the model's, an unknown dtype, or a
-            misaligned offset.
+            misaligned or overlapping offset.
     """
-    if checkpoint is None:
+    config = checkpoint.config if checkpoint is not None else config
+    if config is None:
         raise UnusableInput(
             f"--manifest {path} is of version 1, which does not say the model's shape: give --checkpoints too"
         )
-    try:
-        device = str(manifest["raw_device"])
-        block = int(manifest["block_size"])
-        params = {str(entry["name"]): entry for entry in manifest["params"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableInput(f"--manifest {path} is damaged: {error!r}") from error
-    if block < 1 or block % TENSOR_ALIGNMENT:
-        raise UnusableInput(f"--manifest {path}: block_size {block} is no multiple of {TENSOR_ALIGNMENT}: pack again")
-    config = checkpoint.config
-    groups: dict[GroupId | None, StoredGroup] = {None: _group(None, global_specs(config), params, path)}
-    for group in pass_order(config.n_layers):
-        groups[group] = _group(group, group_specs(config, group.kind), params, path)
-    if beyond := [name for name in params if name.startswith(f"layers.{config.n_layers}.")]:
+    if targets is not None and len(targets) != 1:
+        raise UnusableInput(f"--raw-device names {len(targets)} devices, a version 1 store lies on one")
+    target = targets[0] if targets is not None else _device(manifest, path)
+    _check_block_size(manifest, path)
+    entries = _entries(manifest, path)
+    names: list[GroupId | None] = [None, *pass_order(config.n_layers)]
+    params = {
+        group: [
+            _param(full_name(group, spec.name), spec, entries, path)
+            for spec in (global_specs(config) if group is None else group_specs(config, group.kind))
+        ]
+        for group in names
+    }
+    if beyond := [name for name in entries if name.startswith(f"layers.{config.n_layers}.")]:
         raise UnusableInput(f"--manifest {path} has {beyond[0]}, but the model has {config.n_layers} layers")
-    dtypes = {tensor.dtype for group in groups.values() for tensor in group.layout.tensors}
+    _check_apart(params, path)
+    dtypes = {param.dtype for group in params.values() for param in group}
     if len(dtypes) != 1:
-        raise UnusableInput(f"--manifest {path} mixes dtypes: pack again")
-    return StoreDescription(1, path, targets or (device,), config, dtypes.pop(), groups)
+        raise UnusableInput(f"--manifest {path}: field dtype differs from tensor to tensor; {_AGAIN}")
+    unit = _read_unit(target)
+    groups = {group: place(group, found, unit) for group, found in params.items()}
+    warnings = () if checkpoint is not None else (_unchecked(path),)
+    return StoreDescription(1, path, (target,), config, dtypes.pop(), groups, warnings=warnings, reference=checkpoint)
 
 
-def _group(
-    group: GroupId | None, specs: Sequence[TensorSpec], params: Mapping[str, Mapping[str, Any]], path: Path
-) -> StoredGroup:
-    return _placed(group, [_param(full_name(group, spec.name), spec, params, path) for spec in specs])
+def _unchecked(path: Path) -> str:
+    return (
+        f"--manifest {path} is of version 1, without checksums, and there are no weights to compare with: a wrong or "
+        "overwritten device would not be noticed"
+    )
 
 
-def _param(name: str, spec: TensorSpec, params: Mapping[str, Mapping[str, Any]], path: Path) -> _Param:
-    names = _EMBEDDING if name in _EMBEDDING else (name,)
-    entry = next((params[known] for known in names if known in params), None)
+def _device(manifest: Mapping[str, Any], path: Path) -> str:
+    device = manifest.get("raw_device")
+    if not isinstance(device, str) or not device:
+        raise UnusableInput(f"--manifest {path}: field raw_device must name a device, not {device!r}")
+    return device
+
+
+def _check_block_size(manifest: Mapping[str, Any], path: Path) -> None:
+    block: Any = manifest.get("block_size")
+    if not _is_whole(block) or block == 0 or block % TENSOR_ALIGNMENT:
+        raise UnusableInput(
+            f"--manifest {path}: field block_size must be a multiple of {TENSOR_ALIGNMENT}, not {block!r}; {_AGAIN}"
+        )
+
+
+def _entries(manifest: Mapping[str, Any], path: Path) -> dict[str, Mapping[str, Any]]:
+    params = manifest.get("params")
+    if not isinstance(params, list):
+        raise UnusableInput(f"--manifest {path} is damaged: field params must list the tensors")
+    entries: dict[str, Mapping[str, Any]] = {}
+    for number, entry in enumerate(params):
+        if not isinstance(entry, dict):
+            raise UnusableInput(f"--manifest {path} is damaged: params[{number}] is no object")
+        if missing := [field for field in _NEEDED if field not in entry]:
+            raise UnusableInput(f"--manifest {path}: params[{number}]: field {missing[0]} is missing")
+        if not isinstance(entry["name"], str):
+            raise UnusableInput(f"--manifest {path}: params[{number}]: field name is {entry['name']!r}, no text")
+        if entry["name"] in entries:
+            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry['name']} comes twice")
+        entries[entry["name"]] = entry
+    return entries
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _param(name: str, spec: TensorSpec, entries: Mapping[str, Mapping[str, Any]], path: Path) -> _Param:
+    known = _EMBEDDING if name in _EMBEDDING else (name,)
+    entry = next((entries[alias] for alias in known if alias in entries), None)
     if entry is None:
         raise UnusableInput(f"--manifest {path} has no tensor {name}, which the model needs")
-    try:
-        dtype = DTYPES.get(entry["dtype"])
-        shape, offset, nbytes = tuple(entry["shape"]), int(entry["offset"]), int(entry["nbytes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableInput(f"--manifest {path}: {name}: {error!r}") from error
+    where = f"--manifest {path}: {entry['name']}"
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise UnusableInput(f"--manifest {path}: {name} has dtype {entry['dtype']!r}; {', '.join(DTYPES)} run here")
-    if shape != spec.shape or nbytes != math.prod(shape) * dtype.itemsize:
-        raise UnusableInput(
-            f"--manifest {path}: {name} is {list(shape)} in {nbytes} bytes, the model has {list(spec.shape)}"
-        )
-    if offset < 0 or offset % TENSOR_ALIGNMENT:
-        raise UnusableInput(
-            f"--manifest {path}: {name} lies at {offset}, no multiple of {TENSOR_ALIGNMENT}: pack again"
-        )
-    return _Param(spec.name, dtype, shape, offset, nbytes)
+        raise UnusableInput(f"{where}: field dtype: {entry['dtype']!r} is not known; {', '.join(DTYPES)} are")
+    if entry["shape"] != list(spec.shape):
+        raise UnusableInput(f"{where}: field shape is {entry['shape']!r}, the model has {list(spec.shape)}")
+    offset, nbytes = entry["offset"], math.prod(spec.shape) * dtype.itemsize
+    if entry["nbytes"] != nbytes:
+        raise UnusableInput(f"{where}: field nbytes is {entry['nbytes']!r}, its shape and dtype make {nbytes}")
+    if not _is_whole(offset) or offset % TENSOR_ALIGNMENT:
+        raise UnusableInput(f"{where}: field offset must be a multiple of {TENSOR_ALIGNMENT}, not {offset!r}; {_AGAIN}")
+    return _Param(spec.name, dtype, spec.shape, offset, nbytes)
 
 
-def _placed(group: GroupId | None, params: list[_Param]) -> StoredGroup:
-    """Reads widened to whole blocks, adjacent ones merged, each with its own aligned room in the slot."""
+def _check_apart(params: Mapping[GroupId | None, Sequence[_Param]], path: Path) -> None:
+    everything = [(p.offset, p.nbytes, full_name(group, p.name)) for group, found in params.items() for p in found]
+    everything.sort()
+    for (offset, nbytes, name), (start, _, following) in itertools.pairwise(everything):
+        if offset + nbytes > start:
+            raise UnusableInput(f"--manifest {path}: {following}: field offset: {start} lies within {name}; {_AGAIN}")
+
+
+def _read_unit(target: str) -> int:
+    """What reads are widened to; a device that cannot be opened is told of when the store is."""
+    if not is_block_device(target):
+        return BLOCK
+    try:
+        file = os.open(target, os.O_RDONLY)
+    except OSError:
+        return BLOCK
+    try:
+        return max(BLOCK, logical_block(file))
+    finally:
+        os.close(file)
+
+
+def place(group: GroupId | None, params: Sequence[_Param], unit: int) -> StoredGroup:
+    """Reads widened to whole units, adjacent ones merged, each with its own aligned room in the slot."""
     extents: list[Extent] = []
     tensors: dict[str, TensorLayout] = {}
     for param in sorted(params, key=lambda param: param.offset):
-        low, end = param.offset - param.offset % BLOCK, param.offset + param.nbytes
+        low, end = param.offset - param.offset % unit, param.offset + param.nbytes
         last = extents[-1] if extents else None
         if last is not None and low <= last.offset + last.nbytes:
-            high = max(last.offset + last.nbytes, round_up(end, BLOCK))
-            needed = max(last.needed, end - last.offset)
-            extents[-1] = Extent(0, last.offset, high - last.offset, last.slot_offset, needed)
+            high = max(last.offset + last.nbytes, round_up(end, unit))
+            extents[-1] = Extent(0, last.offset, high - last.offset, last.slot_offset, end - last.offset)
         else:
             room = last.slot_offset + last.nbytes if last is not None else 0
-            extents.append(Extent(0, low, round_up(end, BLOCK) - low, room, end - low))
-        place = extents[-1].slot_offset + param.offset - extents[-1].offset
-        tensors[param.short] = TensorLayout(param.short, param.dtype, param.shape, place, param.nbytes)
+            extents.append(Extent(0, low, round_up(end, unit) - low, room, end - low))
+        where = extents[-1].slot_offset + param.offset - extents[-1].offset
+        tensors[param.name] = TensorLayout(param.name, param.dtype, param.shape, where, param.nbytes)
     nbytes = extents[-1].slot_offset + extents[-1].nbytes
-    return StoredGroup(group, GroupLayout(nbytes, tuple(tensors[p.short] for p in params)), tuple(extents), None)
+    return StoredGroup(group, GroupLayout(nbytes, tuple(tensors[p.name] for p in params)), tuple(extents), None)

@@ -8,8 +8,8 @@ import json
 import mmap
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,16 +18,15 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import Checkpoint, SourceFile
 from llama.checkpoint.names import GroupId, full_name
 from llama.config import UnusableInput
 from wsm.atomic import sync_directory, write_atomically
-from wsm.blockdev import check_writable, device_size, is_block_device, logical_block
 from wsm.errors import DoesNotFit, StoreError
 from wsm.groups import BLOCK, views
-from wsm.manifest import StorePlan, manifest_digest, manifest_json, plan_store, stripes
-from wsm.store import unusable_target
+from wsm.manifest import DTYPE_NAMES, StorePlan, manifest_digest, manifest_json, plan_store, stripes
 from wsm.superblock import Superblock
+from wsm.targets import check_targets, opened
 
 WRITE_BYTES = 8 << 20
 READERS = 4
@@ -59,112 +58,88 @@ def pack(
         progress: called with the bytes of each group written.
 
     Raises:
-        UnusableInput: for a target that must not be written.
+        UnusableInput: for a target that must not be written, or an answer of no.
         DoesNotFit: if a target is too small.
+        StoreError: if a target cannot be written.
     """
+    if request.dtype not in DTYPE_NAMES:
+        raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
     plan = plan_store(checkpoint.config, request.dtype, len(request.targets))
-    _check_targets(request, plan, confirm)
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_opened(target)) for target in request.targets]
-        with contextlib.suppress(FileNotFoundError):
-            request.manifest.unlink()
-        empty = memoryview(mmap.mmap(-1, BLOCK))
-        for file in files:
-            _write(file, empty, 0)
-            os.fsync(file)
-        checksums = _write_groups(checkpoint, plan, files, progress)
-        for file in files:
-            os.fsync(file)
-        manifest = manifest_json(
-            plan,
-            store_id=uuid.uuid4().hex,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            targets=[os.path.abspath(target) for target in request.targets],
-            sources=checkpoint.sources(),
-            checksums=checksums,
-        )
-        _write_superblocks(files, manifest["store_id"], manifest_digest(manifest))
-        write_atomically(request.manifest, json.dumps(manifest, indent=1) + "\n")
-
-
-def _check_targets(request: PackRequest, plan: StorePlan, confirm: Confirm) -> None:
-    """In the order of DESIGN section 7: in use, bears a signature, too small; then ask."""
-    if len({os.path.realpath(target) for target in request.targets}) != len(request.targets):
-        raise UnusableInput("--to names one target twice")
-    overwritten = []
-    for target in request.targets:
-        try:
-            if is_block_device(target):
-                check_writable(target, force=request.force)
-        except PermissionError as error:
-            raise unusable_target(target, error) from error
-        _check_size(target, plan.target_bytes)
-        if os.path.exists(target):
-            overwritten.append(target)
-    if not request.manifest.parent.is_dir():
-        raise UnusableInput(f"--manifest {request.manifest}: its directory does not exist")
-    if overwritten and not confirm(
-        f"This overwrites {plan.target_bytes / 1e9:.2f} GB at the start of {', '.join(overwritten)}. Go on?"
-    ):
+    sources = checkpoint.sources()
+    _check_places(checkpoint, sources, request)
+    lost = check_targets(request.targets, plan.target_bytes, force=request.force)
+    if request.manifest.exists():
+        lost.append(f"the manifest {request.manifest}")
+    if lost and not confirm(f"This writes {plan.target_bytes / 1e9:.2f} GB over {', '.join(lost)}. Go on?"):
         raise UnusableInput("not confirmed: nothing was written; --yes confirms")
-
-
-def _check_size(target: str, needed: int) -> None:
-    if is_block_device(target):
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(opened(target)) for target in request.targets]
         try:
-            file = os.open(target, os.O_RDONLY)
-        except OSError as error:
-            raise unusable_target(target, error) from error
-        try:
-            room, block = device_size(file), logical_block(file)
-        finally:
-            os.close(file)
-        if block > BLOCK:
-            raise UnusableInput(f"{target} has logical blocks of {block} bytes; up to {BLOCK} are supported")
-        have = "it has"
-    else:
-        path = Path(target)
-        if path.exists() and not path.is_file():
-            raise UnusableInput(f"--to {target} is neither a file nor a block device")
-        if not path.absolute().parent.is_dir():
-            raise UnusableInput(f"--to {target}: its directory does not exist")
-        usage = os.statvfs(path.absolute().parent)
-        room = usage.f_bavail * usage.f_frsize + (path.stat().st_blocks * 512 if path.exists() else 0)
-        have = "its filesystem has"
-    if room < needed:
-        raise DoesNotFit(
-            f"{target} is too small: the store takes {needed / 1e9:.3f} GB, {have} {room / 1e9:.3f} GB; "
-            "nothing was written"
-        )
+            _write_store(checkpoint, sources, request, plan, files, progress)
+        except BaseException:
+            _withdraw(request.manifest, files)
+            raise
 
 
-@contextlib.contextmanager
-def _opened(target: str) -> Iterator[int]:
-    """The target, open for writing, O_EXCL; a file that this made goes again if packing fails."""
-    device = is_block_device(target)
-    new = not os.path.exists(target)
-    flags = os.O_RDWR | (os.O_EXCL if device else os.O_CREAT)
+def _write_store(
+    checkpoint: Checkpoint,
+    sources: Sequence[SourceFile],
+    request: PackRequest,
+    plan: StorePlan,
+    files: Sequence[int],
+    progress: Progress,
+) -> None:
+    """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
+    request.manifest.unlink(missing_ok=True)
+    sync_directory(request.manifest.absolute().parent)
+    _write_blocks(files, [b"\0" * BLOCK] * len(files))
+    checksums = _write_groups(checkpoint, plan, files, progress)
+    for file in files:
+        _sync(file)
+    manifest = manifest_json(
+        plan,
+        store_id=uuid.uuid4().hex,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        targets=[os.path.abspath(target) for target in request.targets],
+        sources=sources,
+        checksums=checksums,
+    )
+    store_id, digest = manifest["store_id"], manifest_digest(manifest)
+    numbers = range(len(files))
+    _write_blocks(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in numbers])
     try:
-        try:
-            file = os.open(target, flags | os.O_DIRECT, 0o644)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            file = os.open(target, flags, 0o644)
+        write_atomically(request.manifest, json.dumps(manifest, indent=1) + "\n")
     except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise UnusableInput(f"{target} is in use: nothing was written; choose a free device") from error
-        raise unusable_target(target, error) from error
-    try:
-        yield file
-    except BaseException:
-        if new and not device:
-            os.unlink(target)
-        raise
-    finally:
-        os.close(file)
-    if new and not device:
-        sync_directory(Path(target).absolute().parent)
+        raise UnusableInput(
+            f"--manifest {request.manifest} cannot be written: {error.strerror}; nothing was packed"
+        ) from error
+
+
+def _withdraw(manifest: Path, files: Sequence[int]) -> None:
+    """A failure may come after the superblock, even after the manifest: take both back."""
+    with contextlib.suppress(OSError):
+        manifest.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, StoreError, DoesNotFit):
+        _write_blocks(files, [b"\0" * BLOCK] * len(files))
+
+
+def _check_places(checkpoint: Checkpoint, sources: Sequence[SourceFile], request: PackRequest) -> None:
+    """The manifest can be written, and nothing that is written is also read."""
+    manifest = Path(os.path.realpath(request.manifest))
+    if manifest.exists() and not manifest.is_file():
+        raise UnusableInput(f"--manifest {request.manifest} is no file: name one to be written")
+    if not manifest.parent.is_dir():
+        raise UnusableInput(f"--manifest {request.manifest}: its directory does not exist")
+    if not os.access(manifest.parent, os.W_OK):
+        raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
+    read = {Path(os.path.realpath(checkpoint.directory / s.name)) for s in sources if checkpoint.directory is not None}
+    for target in (Path(os.path.realpath(target)) for target in request.targets):
+        if target == manifest:
+            raise UnusableInput(f"--to and --manifest both name {target}: the store and its manifest are two files")
+        if target in read:
+            raise UnusableInput(f"--to {target} is a file of the checkpoint itself: name another place")
+    if manifest in read:
+        raise UnusableInput(f"--manifest {manifest} is a file of the checkpoint itself: name another place")
 
 
 def _write_groups(
@@ -173,27 +148,26 @@ def _write_groups(
     """Groups in order, one being read while the one before it is written; their checksums."""
     groups = list(plan.layouts)
     largest = max(layout.nbytes for layout in plan.layouts.values())
+    # Mapped, so aligned as O_DIRECT asks, and only as much of it in memory as the groups that pass through it need.
     buffers = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2)]
     checksums: dict[GroupId | None, str] = {}
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
         coming = ahead.submit(_make_image, checkpoint, plan, groups[0], buffers[0], readers)
         for number, group in enumerate(groups):
             image = memoryview(coming.result().numpy().data)
             if number + 1 < len(groups):
-                coming = ahead.submit(
-                    _make_image, checkpoint, plan, groups[number + 1], buffers[(number + 1) % 2], readers
-                )
+                other = buffers[(number + 1) % 2]
+                coming = ahead.submit(_make_image, checkpoint, plan, groups[number + 1], other, readers)
             checksums[group] = xxhash.xxh3_128_hexdigest(image)
-            for extent in stripes(len(image), plan.offsets[group], plan.targets):
-                part = image[extent.slot_offset : extent.slot_offset + extent.nbytes]
-                _write(files[extent.target], part, extent.offset)
+            _write_stripes(plan, group, image, files, out)
             progress(len(image))
     return checksums
 
 
 def _make_image(
-    checkpoint: Checkpoint, plan: StorePlan, group: GroupId | None, buffer: Tensor, readers: ThreadPoolExecutor
+    checkpoint: Checkpoint, plan: StorePlan, group: GroupId | None, buffer: Tensor, readers: Executor
 ) -> Tensor:
+    """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
     layout = plan.layouts[group]
     image = buffer[: layout.nbytes]
     tensors = views(image, layout)
@@ -206,20 +180,52 @@ def _make_image(
     return image
 
 
-def _write_superblocks(files: Sequence[int], store_id: str, digest: str) -> None:
-    for number, file in enumerate(files):
-        block = memoryview(mmap.mmap(-1, BLOCK))
-        block[:] = Superblock(store_id, digest, number, len(files)).to_bytes()
-        _write(file, block, 0)
-        os.fsync(file)
+def _write_stripes(
+    plan: StorePlan, group: GroupId | None, image: memoryview, files: Sequence[int], threads: Executor
+) -> None:
+    """The parts of an image, to all targets at once."""
+    writes = [
+        threads.submit(
+            _write,
+            files[extent.target],
+            image[extent.slot_offset : extent.slot_offset + extent.nbytes],
+            extent.offset,
+        )
+        for extent in stripes(len(image), plan.offsets[group], plan.targets)
+    ]
+    for write in writes:
+        write.result()
+
+
+def _write_blocks(files: Sequence[int], contents: Sequence[bytes]) -> None:
+    """The first 4096 bytes of every target, on the drive when this returns."""
+    for file, content in zip(files, contents, strict=True):
+        block = mmap.mmap(-1, BLOCK)
+        block[:] = content
+        _write(file, memoryview(block), 0)
+        _sync(file)
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         try:
-            done += os.pwrite(file, data[done : done + WRITE_BYTES], offset + done)
+            wrote = os.pwrite(file, data[done : done + WRITE_BYTES], offset + done)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise DoesNotFit(f"the target is full after {offset + done} bytes; the store is void") from error
-            raise StoreError(f"write error at byte {offset + done}: {error.strerror}; the store is void") from error
+            raise _write_error(error, offset + done) from error
+        if wrote < BLOCK:
+            raise StoreError(f"the target took {wrote} bytes at byte {offset + done} and no more; nothing was packed")
+        done += wrote - wrote % BLOCK  # O_DIRECT goes on at a whole block only
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        raise _write_error(error, 0) from error
+
+
+def _write_error(error: OSError, offset: int) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DoesNotFit(f"the target is full after {offset / 1e9:.3f} GB; nothing was packed: make room, then again")
+    return StoreError(f"write error at byte {offset} of the target: {error.strerror}; nothing was packed")

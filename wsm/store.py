@@ -2,52 +2,82 @@
 
 from __future__ import annotations
 
-import errno
-import grp
 import mmap
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Literal, NamedTuple
 
 import xxhash
 from torch import Tensor
 
 from llama.checkpoint.names import GroupId, Kind
-from llama.config import UnusableInput
 from wsm import superblock
+from wsm.blockdev import target_size
 from wsm.errors import StoreError
+from wsm.first_bytes import check_first_bytes
 from wsm.groups import BLOCK, GroupLayout, round_up
 from wsm.manifest import Extent, StoreDescription, StoredGroup
 from wsm.source import ChunkRead, Done
+from wsm.superblock import AGAIN
+from wsm.targets import open_for_reading
 
 LARGEST_CHUNK = 4 << 20
 SMALLEST_CHUNK = 256 << 10
+CHUNK_UNIT = 64 << 10
+"""A multiple of every logical block size."""
 MOST_THREADS = 32
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
 
 
+class _Chunk(NamedTuple):
+    extent: Extent
+    start: int
+    nbytes: int
+
+
 class _Request:
-    """One group's read: the chunks not dealt out yet, and how many have not come in."""
+    """One group's read: the chunks not dealt out yet, how many have not come in, and the first failure."""
 
     def __init__(self, group: StoredGroup, image: memoryview, done: Done, chunk_bytes: int) -> None:
         self.group, self.image, self.done = group, image, done
-        self.chunks = deque(
-            (extent, start, min(chunk_bytes, extent.nbytes - start))
-            for extent in group.extents
-            for start in range(0, extent.nbytes, chunk_bytes)
-        )
+        self.chunks = deque(_chunks(group.extents, chunk_bytes))
         self.left = len(self.chunks)
+        self.failure: BaseException | None = None
+
+    def give_up(self, failure: BaseException) -> None:
+        """Deal out no more of it. Chunks under way still write into the buffer, so ``done`` waits for them."""
+        if self.failure is None:
+            self.failure = failure
+        self.left -= len(self.chunks)
+        self.chunks.clear()
+
+
+def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[_Chunk]:
+    """The extents in pieces; those of several targets in turn, so that every drive is at work."""
+    by_target: dict[int, list[_Chunk]] = {}
+    for extent in extents:
+        pieces = range(0, extent.nbytes, chunk_bytes)
+        by_target.setdefault(extent.target, []).extend(
+            _Chunk(extent, start, min(chunk_bytes, extent.nbytes - start)) for start in pieces
+        )
+    for row in zip_longest(*by_target.values()):
+        yield from (chunk for chunk in row if chunk is not None)
 
 
 class PackedStore:
     """Reads a packed store's groups; a ``GroupSource``.
 
-    A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes``. Requests are served in the order
-    asked, the next one's chunks beginning while the last of this one's are under way.
+    A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Requests
+    are served in the order asked, the next one's chunks beginning while the last of this one's are under way.
+
+    Threads share the requests under ``_changed``: ``_requests`` holds those with chunks to deal, in order;
+    ``_open_requests`` those whose ``done`` has not been called; a request leaves it exactly once, by whoever brings
+    ``left`` to 0.
 
     Args:
         staging_bytes: SSD bytes in flight.
@@ -56,7 +86,7 @@ class PackedStore:
 
     Raises:
         UnusableInput: if a target cannot be opened.
-        StoreError: if a target does not bear the manifest's store.
+        StoreError: if a target does not bear the manifest's store, or not all of it.
     """
 
     def __init__(
@@ -73,18 +103,19 @@ class PackedStore:
         self._verify, self._pread = verify, pread
         self._verified: set[GroupId | None] = set()
         wanted = max(SMALLEST_CHUNK, staging_bytes // 16)
-        self.chunk_bytes = min(LARGEST_CHUNK, wanted - wanted % BLOCK)
+        self.chunk_bytes = min(LARGEST_CHUNK, wanted - wanted % CHUNK_UNIT)
         self.threads = max(1, min(MOST_THREADS, staging_bytes // self.chunk_bytes))
         self._requests: deque[_Request] = deque()
         self._open_requests: set[_Request] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._files: list[int] = []
+        self._buffered: set[int] = set()
         self._workers: list[threading.Thread] = []
         try:
             for target in description.targets:
                 self._files.append(self._open(target))
-            self._check_superblocks()
+            self._check_identity()
         except BaseException:
             self._close_files()
             raise
@@ -93,25 +124,46 @@ class PackedStore:
             self._workers.append(worker)
             worker.start()
 
-    def _open(self, target: str) -> int:
-        try:
-            return os.open(target, os.O_RDONLY | os.O_DIRECT)
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                self.warnings.append(
-                    f"the filesystem of {target} has no O_DIRECT: reads go through the page cache, so ssd figures are "
-                    "not the drive's; put the store on ext4, XFS or a partition of its own"
-                )
-                return os.open(target, os.O_RDONLY)
-            raise unusable_target(target, error) from error
+    # -- opening
 
-    def _check_superblocks(self) -> None:
-        for file, expected, target in zip(
-            self._files, self.description.superblocks, self.description.targets, strict=False
-        ):
-            buffer = _aligned_block()
-            got = os.preadv(file, [buffer], 0)
-            superblock.check(bytes(buffer[:got]), expected, target)
+    def _open(self, target: str) -> int:
+        file, buffered = open_for_reading(target)
+        if buffered:
+            self._buffered.add(file)
+            self.warnings.append(
+                f"the filesystem of {target} has no O_DIRECT: reads go through the page cache, so ssd figures are "
+                "not the drive's; put the store on ext4, XFS or a partition of its own"
+            )
+        return file
+
+    def _check_identity(self) -> None:
+        """That these are the manifest's targets, whole; once, before anything is read."""
+        targets = self.description.targets
+        for number, expected in enumerate(self.description.superblocks):
+            superblock.check(self._read_few(number, 0, BLOCK), expected, targets[number])
+        sizes = [target_size(file) for file in self._files]
+        for stored in self.description.groups.values():
+            for extent in stored.extents:
+                if sizes[extent.target] < extent.offset + extent.needed:
+                    raise StoreError(
+                        f"{targets[extent.target]} ends at byte {sizes[extent.target]}, before the end of "
+                        f"{stored.name} at byte {extent.offset + extent.needed}: it was cut short, or is another "
+                        f"device; {AGAIN}"
+                    )
+        if self.description.reference is not None:
+            check_first_bytes(self.description, self.description.reference, self._read_few)
+
+    def _read_few(self, target: int, offset: int, nbytes: int) -> bytes:
+        """A few bytes from anywhere, through an aligned buffer of their own."""
+        low = offset - offset % CHUNK_UNIT
+        buffer = mmap.mmap(-1, round_up(offset + nbytes, CHUNK_UNIT) - low)
+        try:
+            got = os.preadv(self._files[target], [buffer], low)
+        except OSError as error:
+            raise StoreError(
+                f"{self.description.targets[target]} at byte {low}: read error: {error.strerror}; check the drive"
+            ) from error
+        return buffer[offset - low : min(got, offset - low + nbytes)]
 
     # -- GroupSource
 
@@ -122,8 +174,20 @@ class PackedStore:
         return max(g.layout.nbytes for g in self.description.groups.values() if g.group and g.group.kind == kind)
 
     def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
+        """Queue a group's read into ``buffer`` (CPU ``uint8``, contiguous, 4096-aligned, at least the image's bytes).
+
+        ``done(None)`` or ``done(error)`` is called once, on an I/O thread, when nothing writes into the buffer any
+        more; it must not raise.
+
+        Raises:
+            ValueError: for a buffer that is too small or misaligned.
+            RuntimeError: if the store is closed.
+        """
         stored = self.description.groups[group]
-        image = memoryview(buffer.numpy().data)[: stored.layout.nbytes]
+        nbytes = stored.layout.nbytes
+        if buffer.nbytes < nbytes or buffer.data_ptr() % BLOCK:
+            raise ValueError(f"{stored.name} needs {nbytes} bytes, {BLOCK}-aligned, not {buffer.nbytes}")
+        image = memoryview(buffer.numpy().data)[:nbytes]
         with self._changed:
             if self._closing:
                 raise RuntimeError("the packed store is closed")
@@ -146,35 +210,23 @@ class PackedStore:
         if failures[0] is not None:
             raise failures[0]
 
-    def peek(self, group: GroupId | None, slot_offset: int, nbytes: int) -> bytes:
-        """``nbytes`` of a group's image from ``slot_offset`` on, all of them in one extent."""
-        extent = next(
-            e for e in self.description.groups[group].extents if e.slot_offset <= slot_offset < e.slot_offset + e.nbytes
-        )
-        start = extent.offset + slot_offset - extent.slot_offset
-        first, end = start - start % BLOCK, round_up(start + nbytes, BLOCK)
-        block = memoryview(mmap.mmap(-1, end - first))
-        try:
-            got = self._pread(self._files[extent.target], [block], first)
-        except OSError as error:
-            raise StoreError(f"{self.description.targets[extent.target]} at byte {first}: {error.strerror}") from error
-        if got < start + nbytes - first:
-            raise StoreError(
-                f"{self.description.targets[extent.target]} ends at byte {first + got}: it was cut short; pack again"
-            )
-        return bytes(block[start - first : start - first + nbytes])
-
     def close(self) -> None:
+        """Join every thread; reads that were not done end with a StoreError. A second call does nothing."""
         with self._changed:
             self._closing = True
             self._requests.clear()
-            left = list(self._open_requests)
-            self._open_requests.clear()
+            untouched = []
+            for request in list(self._open_requests):
+                if request.chunks:
+                    request.give_up(StoreError("the packed store was closed before the read was done"))
+                    if request.left == 0:
+                        self._open_requests.discard(request)
+                        untouched.append(request)
             self._changed.notify_all()
+        for request in untouched:
+            request.done(request.failure)
         for worker in self._workers:
             worker.join()
-        for request in left:
-            request.done(RuntimeError("the packed store was closed before the read was done"))
         self._close_files()
 
     def _close_files(self) -> None:
@@ -184,64 +236,63 @@ class PackedStore:
 
     # -- the I/O threads
 
-    def _next_chunk(self) -> tuple[_Request, Extent, int, int] | None:
+    def _next_chunk(self) -> tuple[_Request, _Chunk] | None:
         with self._changed:
             while not self._closing:
                 while self._requests and not self._requests[0].chunks:
                     self._requests.popleft()
                 if self._requests:
-                    return (self._requests[0], *self._requests[0].chunks.popleft())
+                    return self._requests[0], self._requests[0].chunks.popleft()
                 self._changed.wait()
         return None
 
     def _serve(self) -> None:
         while (work := self._next_chunk()) is not None:
-            request, extent, start, nbytes = work
+            request, chunk = work
             failure: BaseException | None = None
             began = time.perf_counter()
             try:
-                self._read_chunk(request, extent, start, nbytes)
+                self._read_chunk(request, chunk)
+                if self.on_read is not None:
+                    self.on_read(request.group.group, chunk.nbytes, began, time.perf_counter())
             except BaseException as error:
                 failure = error
-            if self.on_read is not None and failure is None:
-                self.on_read(request.group.group, nbytes, began, time.perf_counter())
             self._finish_chunk(request, failure)
 
-    def _read_chunk(self, request: _Request, extent: Extent, start: int, nbytes: int) -> None:
-        done = 0
-        place = extent.slot_offset + start
-        while done < nbytes:
+    def _read_chunk(self, request: _Request, chunk: _Chunk) -> None:
+        """Read on after a short read; only the end of a target may keep the last block from being whole."""
+        extent, file = chunk.extent, self._files[chunk.extent.target]
+        place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
+        done, tried = 0, False
+        while done < chunk.nbytes:
             try:
-                got = self._pread(
-                    self._files[extent.target],
-                    [request.image[place + done : place + nbytes]],
-                    extent.offset + start + done,
-                )
+                got = self._pread(file, [request.image[place + done : place + chunk.nbytes]], offset + done)
             except OSError as error:
-                raise self._error(request, extent, start + done, f"read error: {error.strerror}") from error
-            done += got
-            if got == 0 or done % BLOCK:
-                # Only the end of a target is met in the middle of a block.
-                if start + done >= extent.needed:
-                    return
-                raise self._error(request, extent, start + done, "the store ends here (short read): it was cut short")
+                raise self._error(request, extent, offset + done, f"read error: {error.strerror}") from error
+            if got > 0 and chunk.start + done + got >= extent.needed:
+                break
+            whole = got - got % BLOCK
+            if got <= 0 or (whole == 0 and tried):
+                raise self._error(request, extent, offset + done, "the store ends here (short read): it was cut short")
+            # Part of a block is read again from its beginning, as O_DIRECT asks; once, for it may be the target's end.
+            done, tried = done + whole, whole == 0
+        if file in self._buffered:
+            os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _error(self, request: _Request, extent: Extent, start: int, what: str) -> Exception:
+    def _error(self, request: _Request, extent: Extent, offset: int, what: str) -> StoreError:
         target = self.description.targets[extent.target]
-        return StoreError(
-            f"{target} at byte {extent.offset + start}, in {request.group.name}: {what}; check the drive, or pack again"
-        )
+        return StoreError(f"{target} at byte {offset}, in {request.group.name}: {what}; check the drive, or {AGAIN}")
 
     def _finish_chunk(self, request: _Request, failure: BaseException | None) -> None:
-        """Tell the asker once: at the first failure, or when the last chunk is in and the checksum is right."""
+        """Tell the asker once, when no chunk is under way: the first failure, or whether the checksum is right."""
         with self._changed:
             request.left -= 1
-            over = failure is not None or request.left == 0
-            if not over or request not in self._open_requests:
+            if failure is not None:
+                request.give_up(failure)
+            if request.left > 0:
                 return
             self._open_requests.discard(request)
-            request.chunks.clear()
-        request.done(failure if failure is not None else self._checksum_failure(request))
+        request.done(request.failure if request.failure is not None else self._checksum_failure(request))
 
     def _checksum_failure(self, request: _Request) -> BaseException | None:
         stored = request.group
@@ -252,23 +303,5 @@ class PackedStore:
             return None
         where = ", ".join(f"{self.description.targets[e.target]} at byte {e.offset}" for e in stored.extents)
         return StoreError(
-            f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; pack again"
+            f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"
         )
-
-
-def _aligned_block() -> memoryview:
-    return memoryview(mmap.mmap(-1, BLOCK))
-
-
-def unusable_target(target: str, error: OSError) -> UnusableInput:
-    """The sentence for a target that cannot be opened; for a refused device it names the group that has it."""
-    if error.errno in (errno.EACCES, errno.EPERM):
-        try:
-            group = grp.getgrgid(os.stat(target).st_gid).gr_name
-        except (OSError, KeyError):
-            group = "its"
-        return UnusableInput(
-            f"no permission on {target}: it belongs to group {group}; "
-            f"run `sudo usermod -aG {group} $USER` and log in again"
-        )
-    return UnusableInput(f"{target} cannot be opened: {error.strerror}")

@@ -12,6 +12,7 @@ from wsm.groups import BLOCK
 
 MAGIC = b"WSMSTORE"
 VERSION = 2
+AGAIN = "re-pack with `bench_infer.py pack`"
 _FIELDS = struct.Struct("<8sIII16s16s")
 
 
@@ -39,23 +40,31 @@ def parse(block: bytes, where: str) -> Superblock:
     """
     fields, check = block[: _FIELDS.size], block[_FIELDS.size : _FIELDS.size + 8]
     if len(block) < BLOCK or not block.startswith(MAGIC):
-        raise StoreError(f"{where} bears no packed store (or one that was not finished): pack it again")
+        raise StoreError(f"{where} bears no packed store: it was overwritten, or packing was broken off; {AGAIN}")
     if xxhash.xxh3_64_digest(fields) != check:
-        raise StoreError(f"{where}: the superblock is damaged: pack it again")
+        raise StoreError(f"{where}: the superblock of the packed store is damaged; {AGAIN}")
     _, version, target, targets, store_id, digest = _FIELDS.unpack(fields)
     if version != VERSION:
-        raise StoreError(f"{where} bears a packed store of version {version}; this program reads version {VERSION}")
+        raise StoreError(f"{where} bears a packed store of version {version}, version {VERSION} is read here; {AGAIN}")
     return Superblock(store_id.hex(), digest.hex(), target, targets)
 
 
 def check(block: bytes, expected: Superblock, where: str) -> None:
-    """Raises StoreError unless ``block`` is the superblock that the manifest calls for."""
+    """Refuse a target that is not the one that the manifest calls for.
+
+    Raises:
+        StoreError: if ``block`` is not the ``expected`` superblock.
+    """
     found = parse(block, where)
     if found.store_id != expected.store_id:
         raise StoreError(
-            f"{where} bears another store ({found.store_id}) than the manifest names ({expected.store_id})"
+            f"{where} is another store or was overwritten: it bears {found.store_id}, the manifest names "
+            f"{expected.store_id}; name the right device, or {AGAIN}"
         )
     if (found.target, found.targets) != (expected.target, expected.targets):
-        raise StoreError(f"{where} is part {found.target} of {found.targets} of the store, not part {expected.target}")
+        raise StoreError(
+            f"{where} is part {found.target + 1} of {found.targets} of the store, not part {expected.target + 1} of "
+            f"{expected.targets}; name the devices in the order of `pack --to`"
+        )
     if found.manifest_digest != expected.manifest_digest:
-        raise StoreError(f"{where} was packed with another manifest than this one: use that one, or pack again")
+        raise StoreError(f"{where} was packed with another manifest than this one: use that one, or {AGAIN}")

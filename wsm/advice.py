@@ -2,107 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from wsm.budget import GIB
 from wsm.errors import DoesNotFit
-from wsm.plan import Plan, PlanInputs, RunShape, make_plan
-
-_FLAGS = {
-    "mode": "--mode",
-    "gpu_cached_layers": "--gpu-cached-layers",
-    "group_prefetch_depth": "--group-prefetch-depth",
-    "cpu_cache_layers": "--cpu-cache-layers",
-    "prefetch_distance": "--prefetch-distance",
-}
+from wsm.plan import Plan, PlanInputs, make_plan
+from wsm.settings import spelled
 
 
 def check_fits(plan: Plan) -> None:
-    """Raises DoesNotFit with both budgets and the smallest change of flags that fits, unless the plan does."""
-    if plan.fits:
-        return
-    if plan.gpu_short_bytes:
-        budget = (plan.gpu_budget_bytes or 0) / GIB
-        short = f"{plan.gpu_bytes / GIB:.2f} GiB of GPU memory are needed, the budget is {budget:.2f} GiB"
-    else:
-        budget = plan.cpu_budget_bytes / GIB
-        short = f"{plan.cpu_bytes / GIB:.2f} GiB of CPU memory are needed, the budget is {budget:.2f} GiB"
-    fitting = smallest_change(plan.inputs)
-    if fitting is None:
-        advice = (
-            "no change of mode, layers, slots or batch makes it fit: use a smaller model, shorter rows, or more memory"
-        )
-    else:
-        advice = f"it fits with {' '.join(changed_flags(plan.inputs, fitting))}"
-    raise DoesNotFit(f"does not fit: {short}; {advice}\n{plan.budget_text()}")
+    """Nothing, if the plan fits.
+
+    Raises:
+        DoesNotFit: with a line that says what is short and the smallest change of flags that fits, then both budgets.
+    """
+    if not plan.fits:
+        raise DoesNotFit(f"the run does not fit: {_shortage(plan)}; {advice(plan.inputs)}\n{plan.budget_text()}")
+
+
+def _shortage(plan: Plan) -> str:
+    short = []
+    if plan.gpu_short_bytes and plan.gpu_budget_bytes is not None:
+        short.append(_of("GPU", plan.gpu_bytes, plan.gpu_budget_bytes))
+    if plan.cpu_short_bytes:
+        short.append(_of("CPU", plan.cpu_bytes, plan.cpu_budget_bytes))
+    return ", and ".join(short)
+
+
+def _gib(nbytes: int) -> str:
+    """Rounded up: what is printed is to suffice."""
+    return f"{math.ceil(100 * nbytes / GIB) / 100:.2f} GiB"
+
+
+def _of(tier: str, needed: int, budget: int) -> str:
+    return f"it takes {_gib(needed)} of {tier} memory and the budget is {budget / GIB:.2f} GiB"
+
+
+def advice(inputs: PlanInputs) -> str:
+    """The smallest change that fits, as flags to type; or the least memory that would do."""
+    fitting = smallest_change(inputs)
+    if fitting is not None:
+        return f"it fits with {' '.join(changed_flags(inputs, fitting))}"
+    least = least_memory(inputs)
+    needed = f"{_gib(least.cpu_bytes)} of CPU memory"
+    if least.gpu_budget_bytes is not None:
+        needed = f"{_gib(least.gpu_bytes)} of GPU memory and {needed}"
+    flags = " ".join(changed_flags(inputs, least.inputs))
+    return f"no setting of these flags fits: the least that would do is {needed}{f', with {flags}' if flags else ''}"
+
+
+# -- the flags that free memory
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A flag that takes less memory the smaller its value; ``least`` is the smallest that still changes anything."""
+
+    flag: str
+    value: Callable[[PlanInputs], int]
+    least: Callable[[PlanInputs], int]
+    change: Callable[[PlanInputs, int], PlanInputs]
+
+
+def _setting(field: str, *, at_most: Callable[[PlanInputs], int], least: Callable[[PlanInputs], int]) -> Lever:
+    def change(inputs: PlanInputs, value: int) -> PlanInputs:
+        changes: dict[str, Any] = {field: value}
+        return replace(inputs, settings=replace(inputs.settings, **changes))
+
+    return Lever(spelled(field), lambda inputs: min(getattr(inputs.settings, field), at_most(inputs)), least, change)
+
+
+def _layers(inputs: PlanInputs) -> int:
+    return inputs.config.n_layers
+
+
+RESIDENTS = _setting("gpu_cached_layers", at_most=_layers, least=lambda inputs: 0)
+# WSM_AGGRESSIVE_GPU_PREFETCH is a floor under the depth, so a smaller depth would free nothing; nor would one that
+# WSM_GPU_MAX_GROUPS caps anyway.
+DEPTH = _setting(
+    "group_prefetch_depth",
+    at_most=lambda inputs: max(1, inputs.settings.gpu_max_groups, inputs.settings.aggressive_gpu_prefetch),
+    least=lambda inputs: max(1, inputs.settings.aggressive_gpu_prefetch),
+)
+BATCH = Lever(
+    "--batch-size",
+    lambda inputs: inputs.shape.batch,
+    lambda inputs: 1,
+    lambda inputs, value: replace(inputs, shape=inputs.shape.with_batch(value)),
+)
+# The pools are part of --cpu-cache-layers, so a smaller --prefetch-distance only turns slots into residents: it frees
+# nothing, and is never advised.
+CPU_LAYERS = _setting("cpu_cache_layers", at_most=_layers, least=lambda inputs: 1)
+GPU_LEVERS = (RESIDENTS, DEPTH, BATCH)
+
+_OTHER_MODES = {"full": ("stream", "mixed"), "preload": ("stream", "mixed"), "stream": ("mixed",), "mixed": ()}
+_LEVERS_OF = {"full": (BATCH,), "preload": (BATCH,), "stream": GPU_LEVERS, "mixed": (*GPU_LEVERS, CPU_LAYERS)}
 
 
 def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
-    """The flags that lead from one set of inputs to the other."""
-    flags = [
-        f"{flag} {getattr(after.settings, name)}"
-        for name, flag in _FLAGS.items()
-        if getattr(before.settings, name) != getattr(after.settings, name)
+    """The flags that lead from one set of inputs to the other, as they are typed."""
+    flags = [] if before.settings.mode == after.settings.mode else [f"--mode {after.settings.mode}"]
+    levers = (*GPU_LEVERS, CPU_LAYERS)
+    return flags + [
+        f"{lever.flag} {lever.value(after)}" for lever in levers if lever.value(before) != lever.value(after)
     ]
-    if before.shape.batch != after.shape.batch:
-        flags.append(f"--batch-size {after.shape.batch}")
-    return flags
+
+
+# -- the search
 
 
 def smallest_change(inputs: PlanInputs) -> PlanInputs | None:
-    """The inputs that fit and give up least, in this order: for the GPU fewer resident layers, a smaller look-ahead, a
-    smaller batch; for the CPU fewer layers of CPU memory, a smaller read-ahead. A mode is changed only where its own
-    rule (everything on the GPU; all the rest in CPU memory) is what does not fit.
+    """The inputs that fit and give up least; None if nothing does.
+
+    Another mode alone is tried first, where the mode's own rule (everything on the GPU; all the rest in CPU memory)
+    may be what does not fit. Then flags, each as large as fits, and each only once those before it are used up: for the
+    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory.
     """
-    for mode in _modes_from(inputs.settings.mode):
-        candidate = replace(inputs, settings=replace(inputs.settings, mode=mode))
-        for cpu_step in _cpu_steps(candidate):
-            if candidate.hardware.gpu_total_bytes is not None and make_plan(cpu_step).cpu_short_bytes:
-                continue  # no change for the GPU frees page-locked memory
-            found = _first(_gpu_steps(cpu_step), lambda plan: plan.fits)
-            if found is not None:
-                return found
+    own = inputs.settings.mode
+    others = [_with_mode(inputs, mode) for mode in _OTHER_MODES[own]]
+    for candidate in (inputs, *others):
+        if make_plan(candidate).fits:
+            return candidate
+    for candidate in (inputs, *others):
+        found = _reduced(candidate)
+        if found is not None:
+            return found
     return None
 
 
-def _modes_from(mode: str) -> tuple[str, ...]:
-    return {"full": ("full", "stream", "mixed"), "preload": ("preload", "stream", "mixed")}.get(
-        mode, ("stream", "mixed") if mode == "stream" else ("mixed",)
+def _with_mode(inputs: PlanInputs, mode: str) -> PlanInputs:
+    return replace(inputs, settings=replace(inputs.settings, mode=mode))
+
+
+def _reduced(inputs: PlanInputs) -> PlanInputs | None:
+    """The flags turned down until all fits, then up again as far as they can be: the last one turned down first."""
+    usable = _LEVERS_OF[inputs.settings.mode]
+    for_gpu = [lever for lever in usable if lever is not CPU_LAYERS]
+    for_cpu = [lever for lever in usable if lever is CPU_LAYERS]
+    if not inputs.hardware.has_gpu:
+        for_cpu += for_gpu
+    found = _turn_down(inputs, for_gpu, lambda plan: plan.gpu_bytes, lambda plan: plan.gpu_short_bytes == 0)
+    found = _turn_down(found, for_cpu, lambda plan: plan.cpu_bytes, lambda plan: plan.cpu_short_bytes == 0)
+    if not make_plan(found).fits:
+        return None
+    for lever in reversed((*for_gpu, *for_cpu)):
+        found = _turn_up(found, lever, inputs)
+    return found
+
+
+def _turn_down(
+    inputs: PlanInputs, levers: Sequence[Lever], size: Callable[[Plan], int], good: Callable[[Plan], bool]
+) -> PlanInputs:
+    """Each flag at the largest value that is good, or else at the one that takes least; then the next flag."""
+    for lever in levers:
+        best = make_plan(inputs)
+        for value in range(lever.value(inputs) - 1, lever.least(inputs) - 1, -1):
+            if good(best):
+                break
+            plan = make_plan(lever.change(inputs, value))
+            best = plan if size(plan) < size(best) else best
+        inputs = best.inputs
+    return inputs
+
+
+def _turn_up(inputs: PlanInputs, lever: Lever, original: PlanInputs) -> PlanInputs:
+    """The flag at the largest value up to the original one that fits."""
+    for value in range(lever.value(original), lever.value(inputs), -1):
+        larger = lever.change(inputs, value)
+        # The rows' lengths are known for the original batch alone, so every batch is cut from that one.
+        larger = replace(larger, shape=original.shape.with_batch(larger.shape.batch))
+        if make_plan(larger).fits:
+            return larger
+    return inputs
+
+
+def least_memory(inputs: PlanInputs) -> Plan:
+    """The plan with every flag turned down, for budgets of just what it takes."""
+    inputs = _with_mode(inputs, "mixed")
+    for lever in (*GPU_LEVERS, CPU_LAYERS):
+        inputs = lever.change(inputs, min(lever.value(inputs), lever.least(inputs)))
+    plan = make_plan(inputs)
+    while not plan.fits:  # a larger budget may make larger chunks: until both agree
+        plan = make_plan(_with_memory(plan))
+    return plan
+
+
+def _with_memory(plan: Plan) -> PlanInputs:
+    """The same run on a machine, and with budgets, of what the plan takes."""
+    hardware, has_budget = plan.inputs.hardware, plan.gpu_budget_bytes is not None
+    gpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0)
+    return replace(
+        plan.inputs,
+        settings=replace(
+            plan.inputs.settings,
+            gpu_mem_gb=gpu / GIB if has_budget else None,
+            cpu_mem_gb=None,
+        ),
+        hardware=replace(
+            hardware,
+            gpu_available_bytes=gpu if hardware.has_gpu else None,
+            cpu_available_bytes=max(plan.cpu_bytes, plan.cpu_budget_bytes),
+        ),
     )
-
-
-def _first(candidates: Iterable[PlanInputs], good: Callable[[Plan], bool]) -> PlanInputs | None:
-    return next((candidate for candidate in candidates if good(make_plan(candidate))), None)
-
-
-def _gpu_steps(inputs: PlanInputs) -> Iterable[PlanInputs]:
-    """From the flags as they are to the least GPU memory, each flag only once the one before it is used up."""
-    yield inputs
-    settings = inputs.settings
-    if settings.mode in ("stream", "mixed"):
-        for layers in range(min(settings.gpu_cached_layers, inputs.config.n_layers) - 1, -1, -1):
-            yield replace(inputs, settings=replace(settings, gpu_cached_layers=layers))
-        settings = replace(settings, gpu_cached_layers=0)
-        for depth in range(settings.group_prefetch_depth - 1, settings.aggressive_gpu_prefetch - 1, -1):
-            yield replace(inputs, settings=replace(settings, group_prefetch_depth=max(1, depth)))
-        least = max(1, min(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch))
-        settings = replace(settings, group_prefetch_depth=least)
-    for batch in range(inputs.shape.batch - 1, 0, -1):
-        yield replace(inputs, settings=settings, shape=_smaller(inputs.shape, batch))
-
-
-def _smaller(shape: RunShape, batch: int) -> RunShape:
-    return RunShape(
-        batch, shape.prompt_tokens, shape.new_tokens, min(shape.prefill_tokens, batch * shape.prompt_tokens)
-    )
-
-
-def _cpu_steps(inputs: PlanInputs) -> Iterable[PlanInputs]:
-    yield inputs
-    settings = inputs.settings
-    if settings.mode != "mixed":
-        return
-    most = min(settings.cpu_cache_layers, inputs.config.n_layers)
-    for layers in range(most - 1, 0, -1):
-        yield replace(inputs, settings=replace(settings, cpu_cache_layers=layers))

@@ -1,16 +1,27 @@
-"""The plan of a run: residency, pools, memory to the byte, bytes a pass and the bound that follows from them."""
+"""The plan of a run: residency, pools, memory to the byte, and the bytes of a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from llama.checkpoint.names import KINDS, GroupId
+from llama.checkpoint.names import KINDS, GroupId, Kind
 from llama.config import ModelConfig
-from wsm.budget import GIB, LIBRARIES_BYTES, Hardware, MemoryLine, activation_bytes, chunk_bytes, table
-from wsm.groups import GroupLayout
+from wsm.budget import (
+    GIB,
+    MIB,
+    WORKSPACE_BYTES,
+    Hardware,
+    MemoryLine,
+    Work,
+    activation_bytes,
+    allocator_bytes,
+    chunk_bytes,
+    table,
+)
+from wsm.groups import GroupLayout, TensorLayout
 from wsm.placement import Placement, place
 from wsm.settings import Settings
 
@@ -28,10 +39,19 @@ class RunShape:
     new_tokens: int
     prefill_tokens: int
 
+    def with_batch(self, batch: int) -> RunShape:
+        """The same with fewer rows; which ones is not known, so the longest are assumed."""
+        tokens = min(self.prefill_tokens, batch * self.prompt_tokens)
+        return RunShape(batch, self.prompt_tokens, self.new_tokens, tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """Everything that a plan follows from; to plan again with other flags, replace ``settings`` or ``shape``."""
+    """Everything that a plan follows from; to plan again with other flags, replace ``settings`` or ``shape``.
+
+    ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
+    a wave) are chosen where they are None.
+    """
 
     config: ModelConfig
     dtype: torch.dtype
@@ -44,12 +64,30 @@ class PlanInputs:
 
     def slot_bytes(self) -> int:
         """Bytes of a slot of each kind together: a layer."""
-        return sum(max(la.nbytes for g, la in self.layouts.items() if g and g.kind == kind) for kind in KINDS)
+        return sum(self.kind_bytes(kind) for kind in KINDS)
+
+    def kind_bytes(self, kind: Kind) -> int:
+        """Bytes of a slot of ``kind``: its largest image."""
+        return max(layout.nbytes for group, layout in self.layouts.items() if group and group.kind == kind)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV a row, in whole blocks."""
+        return -(-(self.shape.prompt_tokens + self.shape.new_tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        return 2 * self.config.n_layers * self.config.n_kv_heads * self.config.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will lie where and how much memory it takes. ``kv_tokens`` are a row's, in whole blocks."""
+    """What will lie where and how much memory it takes.
+
+    ``kv_tokens`` are a row's. ``bytes_per_pass`` has ``ssd_read``, ``weight_h2d`` and ``hbm_read`` (weights only) of a
+    pass in the steady state.
+    """
 
     inputs: PlanInputs
     placement: Placement
@@ -61,25 +99,31 @@ class Plan:
     gpu_budget_bytes: int | None
     cpu_budget_bytes: int
     bytes_per_pass: Mapping[str, int]
+    notes: tuple[str, ...]
 
     @property
     def shape(self) -> RunShape:
         return self.inputs.shape
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What was clipped."""
-        return self.placement.notes
+    def waves(self) -> int:
+        """Passes of the prefill."""
+        return -(-self.shape.batch // self.wave_rows)
 
     @property
     def gpu_bytes(self) -> int:
         return sum(line.nbytes for line in self.gpu_lines)
 
     @property
+    def page_locked_bytes(self) -> int:
+        """CPU memory of the engine, what only loading needs included."""
+        return 0 if self.placement.mode == "full" else sum(line.nbytes for line in self.cpu_lines)
+
+    @property
     def cpu_bytes(self) -> int:
         """CPU memory in all; where the CPU is the compute device, with what stands for the GPU tier."""
         on_cpu = sum(line.nbytes for line in self.cpu_lines)
-        return on_cpu if self.inputs.hardware.gpu_total_bytes is not None else on_cpu + self.gpu_bytes
+        return on_cpu if self.inputs.hardware.has_gpu else on_cpu + self.gpu_bytes
 
     @property
     def gpu_short_bytes(self) -> int:
@@ -96,93 +140,123 @@ class Plan:
 
     def budget_text(self) -> str:
         """Both budgets, line by line."""
-        where = "GPU memory" if self.inputs.hardware.gpu_total_bytes is not None else "GPU tier (ordinary memory here)"
-        return "\n".join(
-            (
-                table(where, self.gpu_lines, self.gpu_budget_bytes),
+        if self.inputs.hardware.has_gpu:
+            tables = (
+                table("GPU memory", self.gpu_lines, self.gpu_budget_bytes),
                 table("CPU memory", self.cpu_lines, self.cpu_budget_bytes),
             )
-        )
+        else:
+            in_all = (MemoryLine("GPU tier, from above", self.gpu_bytes), *self.cpu_lines)
+            tables = (
+                table("GPU tier (ordinary memory here)", self.gpu_lines, self.gpu_budget_bytes),
+                table("CPU memory", in_all, self.cpu_budget_bytes),
+            )
+        return "\n".join(tables)
 
 
 def make_plan(inputs: PlanInputs) -> Plan:
     """The plan for these inputs; it may not fit (see :func:`wsm.advice.check_fits`)."""
+    notes: list[str] = []
     placement = place(inputs.config.n_layers, inputs.settings)
-    gpu_budget, cpu_budget = _budgets(inputs)
-    for_activations = gpu_budget if gpu_budget is not None else cpu_budget
-    chunk = inputs.chunk_tokens or _auto_chunk(inputs, for_activations // 8)
-    rows = min(inputs.shape.batch, inputs.micro_batch or _auto_rows(inputs, for_activations // 16))
-    blocks = -(-(inputs.shape.prompt_tokens + inputs.shape.new_tokens) // KV_BLOCK_TOKENS)
-    plan = Plan(
+    gpu_budget, cpu_budget = _budgets(inputs, notes)
+    chunk, rows = _portions(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
+    return Plan(
         inputs=inputs,
         placement=placement,
         chunk_tokens=chunk,
         wave_rows=rows,
-        kv_tokens=blocks * KV_BLOCK_TOKENS,
-        gpu_lines=(),
-        cpu_lines=(),
+        kv_tokens=inputs.kv_tokens,
+        gpu_lines=_gpu_lines(inputs, placement, chunk, rows),
+        cpu_lines=_cpu_lines(inputs, placement),
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
         bytes_per_pass=_bytes_per_pass(inputs, placement),
+        notes=(*placement.notes, *notes),
     )
-    return replace(plan, gpu_lines=_gpu_lines(plan), cpu_lines=_cpu_lines(inputs, placement))
 
 
-def _budgets(inputs: PlanInputs) -> tuple[int | None, int]:
+def _budgets(inputs: PlanInputs, notes: list[str]) -> tuple[int | None, int]:
+    """GPU and CPU budget: what the flags say, never more than there is. On the CPU only a flag limits the GPU tier."""
     settings, hardware = inputs.settings, inputs.hardware
-    asked_gpu = None if settings.gpu_mem_gb is None else int(settings.gpu_mem_gb * GIB)
-    asked_cpu = None if settings.cpu_mem_gb is None else int(settings.cpu_mem_gb * GIB)
-    limits = [limit for limit in (asked_gpu, hardware.gpu_available_bytes) if limit is not None]
-    cpu = hardware.cpu_available_bytes if asked_cpu is None else min(asked_cpu, hardware.cpu_available_bytes)
-    return min(limits, default=None), cpu
+    gpu = _asked("--gpu-mem-gb", settings.gpu_mem_gb, hardware.gpu_available_bytes, notes)
+    cpu = _asked("--cpu-mem-gb", settings.cpu_mem_gb, hardware.cpu_available_bytes, notes)
+    return gpu, hardware.cpu_available_bytes if cpu is None else cpu
 
 
-def _auto_chunk(inputs: PlanInputs, room: int) -> int:
-    """The largest power of two up to 2048 whose activations fit in ``room``; never depends on the mode."""
-    chunk = MOST_CHUNK_TOKENS
-    while chunk > FEWEST_CHUNK_TOKENS and chunk_bytes(inputs.config, chunk, inputs.dtype.itemsize) > room:
-        chunk //= 2
-    return chunk
+def _asked(flag: str, gib: float | None, available: int | None, notes: list[str]) -> int | None:
+    if gib is None or available is None:
+        return available if gib is None else int(gib * GIB)
+    if gib * GIB > available:
+        notes.append(f"{flag} {gib:g} clipped to {available / GIB:.2f}, what is free")
+    return min(int(gib * GIB), available)
 
 
-def _auto_rows(inputs: PlanInputs, room: int) -> int:
-    """As many rows a wave as keep its residual within ``room``, at least one."""
-    row = max(1, inputs.shape.prompt_tokens) * inputs.config.dim * inputs.dtype.itemsize
-    return max(1, room // row)
+def _portions(inputs: PlanInputs, budget: int) -> tuple[int, int]:
+    """Tokens a chunk and rows a wave. They never depend on the mode, since the modes are to be bit-equal.
+
+    The chunk is the largest power of two up to 2048 whose activations take at most 1/8 of the budget, a wave has as
+    many rows as keep its residual within 1/16. The budget is rounded down to a power of two first: what is free
+    differs a little from run to run, and two runs are to choose the same.
+    """
+    config, itemsize, shape = inputs.config, inputs.dtype.itemsize, inputs.shape
+    steady = 1 << max(0, budget.bit_length() - 1)
+    chunk = inputs.chunk_tokens or MOST_CHUNK_TOKENS
+    if inputs.chunk_tokens is None:
+        while chunk > FEWEST_CHUNK_TOKENS and chunk_bytes(config, chunk, itemsize) > steady // 8:
+            chunk //= 2
+    rows = inputs.micro_batch or steady // 16 // (max(1, shape.prompt_tokens) * config.dim * itemsize)
+    return chunk, max(1, min(shape.batch, rows))
 
 
-def _gpu_lines(plan: Plan) -> tuple[MemoryLine, ...]:
-    inputs, placement = plan.inputs, plan.placement
-    config, itemsize, layer = inputs.config, inputs.dtype.itemsize, inputs.slot_bytes()
-    kv_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize
-    wave_tokens = min(inputs.shape.prefill_tokens, plan.wave_rows * inputs.shape.prompt_tokens)
-    activations = activation_bytes(
-        config, chunk_tokens=plan.chunk_tokens, wave_tokens=wave_tokens, batch=inputs.shape.batch, itemsize=itemsize
-    )
+def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) -> tuple[MemoryLine, ...]:
+    shape, on_gpu, residents = inputs.shape, inputs.hardware.has_gpu, len(placement.residency.gpu)
+    layer = inputs.slot_bytes()
+    wave_tokens = min(shape.prefill_tokens, rows * shape.prompt_tokens)
+    work = Work(chunk, wave_tokens, shape.batch, shape.prompt_tokens, inputs.kv_tokens, inputs.dtype.itemsize, on_gpu)
+    activations = activation_bytes(inputs.config, work)
     lines = [
-        MemoryLine(f"weights, {len(placement.residency.gpu)} resident layers", len(placement.residency.gpu) * layer),
+        MemoryLine(f"weights resident, {residents} layers", residents * layer),
         MemoryLine(f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
         MemoryLine("embedding, final norm and head", inputs.layouts[None].nbytes),
-        MemoryLine(
-            f"KV cache, {inputs.shape.batch} x {plan.kv_tokens} tokens", inputs.shape.batch * plan.kv_tokens * kv_token
-        ),
-        MemoryLine(f"activations, chunks of {plan.chunk_tokens} tokens", activations),
+        MemoryLine(f"KV, {shape.batch} x {inputs.kv_tokens} tokens", _kv_bytes(inputs)),
+        MemoryLine(f"activations, {wave_tokens} tokens in chunks of {chunk}", activations),
     ]
-    if inputs.hardware.gpu_total_bytes is not None:
-        lines.append(MemoryLine("CUDA context and libraries", inputs.hardware.gpu_context_bytes + LIBRARIES_BYTES))
+    if on_gpu:
+        lines.append(MemoryLine("CUDA context", inputs.hardware.gpu_context_bytes))
+        lines.append(MemoryLine("library workspaces", WORKSPACE_BYTES))
+        lines.append(MemoryLine("allocator slack", _rounding(inputs, placement) + activations // 8 + 32 * MIB))
     return tuple(lines)
+
+
+def _kv_bytes(inputs: PlanInputs) -> int:
+    return inputs.shape.batch * inputs.kv_tokens * inputs.kv_token_bytes
+
+
+def _rounding(inputs: PlanInputs, placement: Placement) -> int:
+    """What torch's allocator adds to weights, slots and KV."""
+
+    def added(nbytes: int) -> int:
+        return allocator_bytes(nbytes) - nbytes
+
+    if placement.mode == "full":
+        tensors = [tensor for layout in inputs.layouts.values() for tensor in layout.tensors]
+        return sum(added(tensor.nbytes) for tensor in tensors) + added(_kv_bytes(inputs))
+    layers = len(placement.residency.gpu) + placement.gpu_slots
+    slots = layers * sum(added(inputs.kind_bytes(kind)) for kind in KINDS)
+    return slots + added(inputs.layouts[None].nbytes) + added(_kv_bytes(inputs))
 
 
 def _cpu_lines(inputs: PlanInputs, placement: Placement) -> tuple[MemoryLine, ...]:
     if placement.mode == "full":
-        return ()
+        largest = max(tensor.nbytes for layout in inputs.layouts.values() for tensor in layout.tensors)
+        return (MemoryLine("loading, one tensor at a time", largest),) if inputs.hardware.has_gpu else ()
     layer, residents = inputs.slot_bytes(), len(placement.residency.cpu)
     lines = [
-        MemoryLine(f"weights, {residents} resident layers (page-locked)", residents * layer),
-        MemoryLine(f"pools, {placement.cpu_slots} slots a kind (page-locked)", placement.cpu_slots * layer),
+        MemoryLine(f"weights resident, {residents} layers", residents * layer),
+        MemoryLine(f"pools, {placement.cpu_slots} slots a kind", placement.cpu_slots * layer),
     ]
     if loading := loading_bytes(inputs, placement):
-        lines.append(MemoryLine("loading buffers, freed after loading (page-locked)", loading))
+        lines.append(MemoryLine("loading buffers, freed after loading", loading))
     return tuple(lines)
 
 
@@ -198,13 +272,23 @@ def loading_bytes(inputs: PlanInputs, placement: Placement) -> int:
 
 
 def _bytes_per_pass(inputs: PlanInputs, placement: Placement) -> Mapping[str, int]:
-    layer = {kind: inputs.layouts[GroupId(0, kind)].nbytes for kind in KINDS}
-    streamed = len(placement.residency.cpu) + len(placement.residency.ssd)
-    kept = not inputs.settings.evict_finished and placement.gpu_slots >= streamed
-    weights = sum(layout.nbytes for group, layout in inputs.layouts.items() if group is not None)
-    head = inputs.layouts[None].nbytes if inputs.config.tied_embeddings else inputs.layouts[None].nbytes // 2
+    residency = placement.residency
+    # Nothing moves where finished groups stay in their slots and there is a slot for each.
+    kept = not inputs.settings.evict_finished and placement.gpu_slots >= residency.streamed_layers
+    from_ssd = residency.ssd if placement.ssd_layers_a_pass and not kept else ()
+    streamed = () if kept else (*residency.cpu, *residency.ssd)
+    tied = inputs.config.tied_embeddings
+    head = [t for t in inputs.layouts[None].tensors if tied or t.name != "tok_embeddings"]
     return {
-        "ssd_read": placement.ssd_layers_a_pass * sum(layer.values()),
-        "weight_h2d": 0 if kept else streamed * sum(layer.values()),
-        "hbm_read": weights + head,
+        "ssd_read": _layers_bytes(inputs, from_ssd),
+        "weight_h2d": _layers_bytes(inputs, streamed),
+        "hbm_read": _layers_bytes(inputs, range(inputs.config.n_layers)) + _tensor_bytes(head),
     }
+
+
+def _layers_bytes(inputs: PlanInputs, layers: Sequence[int]) -> int:
+    return sum(inputs.layouts[GroupId(layer, kind)].nbytes for layer in layers for kind in KINDS)
+
+
+def _tensor_bytes(tensors: Sequence[TensorLayout]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

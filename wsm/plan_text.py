@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from wsm.budget import GIB
+from wsm.forecast import predicted_floor
 from wsm.plan import Plan
 
+_RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
 
-def describe(plan: Plan) -> str:
-    """Tiers, pools, both budgets and what a pass moves."""
-    inputs, placement = plan.inputs, plan.placement
-    layer = inputs.slot_bytes()
-    lines = [
-        f"{inputs.config.name}, {inputs.dtype}, mode {placement.mode}, "
-        f"{inputs.config.n_layers} layers of {layer / 1e6:.1f} MB",
-        "",
-    ]
-    for tier, layers in (
-        ("GPU", placement.residency.gpu),
-        ("CPU", placement.residency.cpu),
-        ("SSD", placement.residency.ssd),
-    ):
-        where = " ".join(map(str, layers)) if layers else "-"
-        lines.append(f"{tier}: {len(layers):3d} layers, {len(layers) * layer / GIB:8.3f} GiB: {where}")
-    lines += [
-        f"pools: {placement.gpu_slots} GPU slots a kind, {placement.cpu_slots} CPU slots a kind, "
+
+def describe(plan: Plan, ceilings: Mapping[str, float] | None = None) -> str:
+    """The plan for people: tiers, pools, both budgets, bytes a pass and, with ceilings, the floor."""
+    config, residency, placement = plan.inputs.config, plan.placement.residency, plan.placement
+    layer = plan.inputs.slot_bytes()
+    tiers = (("GPU", residency.gpu), ("CPU", residency.cpu), ("SSD", residency.ssd))
+    sections = [
+        f"{config.name}, mode {placement.mode}: {config.n_layers} layers of {layer / 1e6:.1f} MB",
+        "\n".join(f"  {name}  {_layers_text(layers, layer)}" for name, layers in tiers),
+        f"pools: {placement.gpu_slots} GPU slots and {placement.cpu_slots} CPU slots a kind, "
         f"{placement.read_ahead_layers} layers read ahead, {placement.staged_layers} staged before the first pass",
-        f"prefill: chunks of {plan.chunk_tokens} tokens, waves of {plan.wave_rows} rows",
-        "",
+        f"prefill: {plan.waves} {_plural(plan.waves, 'pass', 'passes')} of up to {plan.wave_rows} "
+        f"{_plural(plan.wave_rows, 'row', 'rows')}, in chunks of {plan.chunk_tokens} tokens",
+        *(f"note: {note}" for note in plan.notes),
         plan.budget_text(),
-        "",
-        "a decode pass moves:",
-        *(f"  {name:<12}{nbytes / 1e6:14.1f} MB" for name, nbytes in plan.bytes_per_pass.items()),
+        _moved_text(plan),
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    sections += [
+        f"{phase}: at least {floor.ms:.2f} ms a pass, bound by {_RESOURCE[floor.bound_by]} "
+        f"({', '.join(f'{part} {ms:.2f} ms' for part, ms in floor.parts_ms.items())})"
+        for phase, floor in predicted_floor(plan, ceilings or {}).items()
+    ]
+    return "\n".join(sections)
+
+
+def _layers_text(layers: tuple[int, ...], layer_bytes: int) -> str:
+    if not layers:
+        return "0 layers"
+    return f"{len(layers)} layers, {len(layers) * layer_bytes / GIB:.3f} GiB: {_ranges(layers)}"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Ascending numbers, neighbours drawn together: ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _moved_text(plan: Plan) -> str:
+    names = {"ssd_read": "from the SSD", "weight_h2d": "CPU to GPU", "hbm_read": "read from device memory"}
+    return "a pass moves " + ", ".join(f"{plan.bytes_per_pass[k] / 1e6:.1f} MB {text}" for k, text in names.items())
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many

@@ -34,11 +34,12 @@ def _shortage(plan: Plan) -> str:
 
 def _gib(nbytes: int) -> str:
     """Rounded up: what is printed is to suffice."""
-    return f"{math.ceil(100 * nbytes / GIB) / 100:.2f} GiB"
+    digits = 2 if nbytes >= GIB else 4
+    return f"{math.ceil(10**digits * nbytes / GIB) / 10**digits:.{digits}f} GiB"
 
 
 def _of(tier: str, needed: int, budget: int) -> str:
-    return f"it takes {_gib(needed)} of {tier} memory and the budget is {budget / GIB:.2f} GiB"
+    return f"it takes {_gib(needed)} of {tier} memory and the budget is {_gib(budget)}"
 
 
 def advice(inputs: PlanInputs) -> str:

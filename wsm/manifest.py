@@ -52,11 +52,7 @@ class StoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class StoreDescription:
-    """A manifest, read and checked. ``warnings`` are for the user.
-
-    ``reference`` stands in for the superblock and the checksums that version 1 lacks: the first bytes of every tensor
-    are compared with it when the store is opened.
-    """
+    """A manifest, read and checked. ``warnings`` are for the user."""
 
     version: int
     path: Path
@@ -67,7 +63,6 @@ class StoreDescription:
     superblocks: tuple[Superblock, ...] = ()
     sources: tuple[SourceFile, ...] = ()
     warnings: tuple[str, ...] = ()
-    reference: Checkpoint | None = None
 
     @property
     def nbytes(self) -> int:
@@ -191,14 +186,12 @@ def read_manifest(
     *,
     raw_device: str | None = None,
     checkpoint: Checkpoint | None = None,
-    config: ModelConfig | None = None,
 ) -> StoreDescription:
     """The description of the store that ``path`` names, of version 2 or 1.
 
     Args:
         raw_device: overrides the manifest's devices (comma-separated where it is striped).
-        checkpoint: gives a version 1 manifest, which has neither, the model's shape and something to compare with.
-        config: the model's shape alone, for version 1 where the weights are not there.
+        checkpoint: gives the model's shape to a version 1 manifest, which has none.
 
     Raises:
         UnusableInput: for a manifest that cannot be used, naming the field.
@@ -210,7 +203,7 @@ def read_manifest(
     if manifest["version"] == 1 and "format" not in manifest:
         from wsm.manifest_v1 import describe_v1
 
-        return describe_v1(manifest, path, targets, checkpoint, config)
+        return describe_v1(manifest, path, targets, checkpoint)
     if manifest.get("format") != FORMAT or manifest["version"] != VERSION:
         raise UnusableInput(
             f"--manifest {path}: version {manifest['version']!r} of format {manifest.get('format')!r} is not known; "

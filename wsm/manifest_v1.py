@@ -13,7 +13,7 @@ import torch
 
 from llama.checkpoint import Checkpoint
 from llama.checkpoint.names import GroupId, TensorSpec, full_name, global_specs, group_specs, pass_order
-from llama.config import ModelConfig, UnusableInput
+from llama.config import UnusableInput
 from wsm.blockdev import is_block_device, logical_block
 from wsm.groups import BLOCK, TENSOR_ALIGNMENT, GroupLayout, TensorLayout, round_up
 from wsm.manifest import DTYPES, Extent, StoreDescription, StoredGroup
@@ -38,7 +38,6 @@ def describe_v1(
     path: Path,
     targets: tuple[str, ...] | None,
     checkpoint: Checkpoint | None,
-    config: ModelConfig | None,
 ) -> StoreDescription:
     """The store behind a version 1 manifest. Its ``policy`` is not read: the plan decides what is resident.
 
@@ -46,11 +45,11 @@ def describe_v1(
         UnusableInput: for a missing tensor or field, a shape that is not the model's, an unknown dtype, or a
             misaligned or overlapping offset.
     """
-    config = checkpoint.config if checkpoint is not None else config
-    if config is None:
+    if checkpoint is None:
         raise UnusableInput(
             f"--manifest {path} is of version 1, which does not say the model's shape: give --checkpoints too"
         )
+    config = checkpoint.config
     if targets is not None and len(targets) != 1:
         raise UnusableInput(f"--raw-device names {len(targets)} devices, a version 1 store lies on one")
     target = targets[0] if targets is not None else _device(manifest, path)
@@ -72,15 +71,7 @@ def describe_v1(
         raise UnusableInput(f"--manifest {path}: field dtype differs from tensor to tensor; {_AGAIN}")
     unit = _read_unit(target)
     groups = {group: place(group, found, unit) for group, found in params.items()}
-    warnings = () if checkpoint is not None else (_unchecked(path),)
-    return StoreDescription(1, path, (target,), config, dtypes.pop(), groups, warnings=warnings, reference=checkpoint)
-
-
-def _unchecked(path: Path) -> str:
-    return (
-        f"--manifest {path} is of version 1, without checksums, and there are no weights to compare with: a wrong or "
-        "overwritten device would not be noticed"
-    )
+    return StoreDescription(1, path, (target,), config, dtypes.pop(), groups)
 
 
 def _device(manifest: Mapping[str, Any], path: Path) -> str:

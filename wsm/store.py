@@ -18,7 +18,6 @@ from llama.checkpoint.names import GroupId, Kind
 from wsm import superblock
 from wsm.blockdev import target_size
 from wsm.errors import StoreError
-from wsm.first_bytes import check_first_bytes
 from wsm.groups import BLOCK, GroupLayout, round_up
 from wsm.manifest import Extent, StoreDescription, StoredGroup
 from wsm.source import ChunkRead, Done
@@ -150,20 +149,33 @@ class PackedStore:
                         f"{stored.name} at byte {extent.offset + extent.needed}: it was cut short, or is another "
                         f"device; {AGAIN}"
                     )
-        if self.description.reference is not None:
-            check_first_bytes(self.description, self.description.reference, self._read_few)
 
     def _read_few(self, target: int, offset: int, nbytes: int) -> bytes:
-        """A few bytes from anywhere, through an aligned buffer of their own."""
+        """A few bytes from anywhere, through an aligned buffer of their own; fewer where the target ends."""
         low = offset - offset % CHUNK_UNIT
         buffer = mmap.mmap(-1, round_up(offset + nbytes, CHUNK_UNIT) - low)
         try:
-            got = os.preadv(self._files[target], [buffer], low)
+            got = self._pread(self._files[target], [memoryview(buffer)], low)
         except OSError as error:
             raise StoreError(
                 f"{self.description.targets[target]} at byte {low}: read error: {error.strerror}; check the drive"
             ) from error
         return buffer[offset - low : min(got, offset - low + nbytes)]
+
+    def peek(self, group: GroupId | None, slot_offset: int, nbytes: int) -> bytes:
+        """``nbytes`` of a group's image from ``slot_offset`` on, all of them in one extent; unchecked.
+
+        Raises:
+            StoreError: if they cannot be read.
+        """
+        extents = self.description.groups[group].extents
+        extent = next(e for e in extents if e.slot_offset <= slot_offset < e.slot_offset + e.nbytes)
+        start = extent.offset + slot_offset - extent.slot_offset
+        found = self._read_few(extent.target, start, nbytes)
+        if len(found) < nbytes:
+            target = self.description.targets[extent.target]
+            raise StoreError(f"{target} ends at byte {start + len(found)}: it was cut short; {AGAIN}")
+        return found
 
     # -- GroupSource
 

@@ -81,7 +81,7 @@ class PackedStore:
     Args:
         staging_bytes: SSD bytes in flight.
         verify: check a group's checksum the first time it is read, or always.
-        pread: reads like ``os.preadv``; a test's fake drive.
+        pread: reads groups as ``os.preadv`` does; a test's fake drive.
 
     Raises:
         UnusableInput: if a target cannot be opened.
@@ -155,7 +155,7 @@ class PackedStore:
         low = offset - offset % CHUNK_UNIT
         buffer = mmap.mmap(-1, round_up(offset + nbytes, CHUNK_UNIT) - low)
         try:
-            got = self._pread(self._files[target], [memoryview(buffer)], low)
+            got = os.preadv(self._files[target], [buffer], low)
         except OSError as error:
             raise StoreError(
                 f"{self.description.targets[target]} at byte {low}: read error: {error.strerror}; check the drive"

@@ -222,7 +222,7 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) 
         MemoryLine(f"activations, {wave_tokens} tokens in chunks of {chunk}", activations),
     ]
     if on_gpu:
-        lines.append(MemoryLine("CUDA context", inputs.hardware.gpu_context_bytes))
+        lines.append(MemoryLine("CUDA context and kernels", inputs.hardware.gpu_context_bytes))
         lines.append(MemoryLine("library workspaces", WORKSPACE_BYTES))
         lines.append(MemoryLine("allocator slack", _rounding(inputs, placement) + activations // 8 + 32 * MIB))
     return tuple(lines)

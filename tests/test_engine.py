@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ switches = st.fixed_dictionaries(
 
 
 @given(n_layers=st.integers(1, 9), chosen=switches)
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=400, deadline=None)
 def test_every_setting_delivers_every_group_whole_and_in_order(n_layers: int, chosen: dict[str, object]) -> None:
     settings = replace(Settings(), **chosen)  # type: ignore[arg-type]
     with running(plan_for(n_layers, settings), settings, FakeSource()) as manager:
@@ -169,6 +170,19 @@ def test_a_failed_read_reaches_acquire_with_its_cause() -> None:
     ):
         run_passes(manager, 3)
     assert isinstance(raised.value.__cause__, StoreError)
+
+
+@pytest.mark.parametrize("evict", ["belady", "fifo"])
+@pytest.mark.parametrize("distance", [1, 2])
+def test_staging_never_waits_for_slots_that_only_a_pass_can_free(
+    distance: int, evict: Literal["belady", "fifo"]
+) -> None:
+    settings = replace(
+        Settings(), gpu_cached_layers=2, cpu_cache_layers=distance + 1, prefetch_distance=distance, cpu_evict=evict
+    )
+    with running(plan_for(8, settings), settings, FakeSource()) as manager:
+        manager.stage()
+        run_passes(manager, 2)
 
 
 def test_close_ends_every_thread_and_gives_back_every_page() -> None:

@@ -82,16 +82,10 @@ def place(n_layers: int, settings: Settings) -> Placement:
     rest = [layer for layer in range(n_layers) if layer not in on_gpu]
     cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
     on_cpu = set(cpu)
+    residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu))
     gpu_slots = gpu_slots_for(settings, len(rest))
-    return Placement(
-        mode,
-        Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu)),
-        gpu_slots,
-        slots,
-        ahead,
-        _staged(settings.warmup_layers, n_layers, on_gpu, gpu_slots, notes),
-        tuple(notes),
-    )
+    staged = _staged(n_layers, residency, gpu_slots, settings, ahead, notes)
+    return Placement(mode, residency, gpu_slots, slots, ahead, staged, tuple(notes))
 
 
 def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
@@ -122,12 +116,19 @@ def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) 
     return spread(rest, cached - ahead), ahead, ahead
 
 
-def _staged(wanted: int, n_layers: int, on_gpu: set[int], gpu_slots: int, notes: list[str]) -> int:
-    """The longest stretch of first layers that residents and slots hold at once, at most ``wanted``."""
-    staged, free = 0, gpu_slots
+def _staged(
+    n_layers: int, residency: Residency, gpu_slots: int, settings: Settings, ahead: int, notes: list[str]
+) -> int:
+    """The longest stretch of first layers that can be on the GPU before the first pass, at most ``warmup_layers``.
+
+    Residents and slots bound it; so does the read-ahead where a CPU slot is held until the compute enters its layer.
+    """
+    wanted, staged = settings.warmup_layers, 0
+    slots, reads = gpu_slots, ahead if settings.cpu_roll_sync else n_layers
     for layer in range(min(wanted, n_layers)):
-        free -= layer not in on_gpu
-        if free < 0:
+        slots -= layer not in residency.gpu
+        reads -= layer in residency.ssd
+        if slots < 0 or reads < 0:
             break
         staged += 1
     if staged < wanted:

@@ -27,9 +27,9 @@ class WeightlessCheckpoint:
         self.directory: Path | None = directory
         self.dtype = torch.bfloat16
         if (directory / "params.json").exists():
-            self.config = ModelConfig.from_meta(read_json(directory / "params.json"), directory.name)
+            self.config = ModelConfig.from_meta(read_json(directory / "params.json"), directory.resolve().name)
         elif (directory / "config.json").exists():
-            self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.name)
+            self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.resolve().name)
         else:
             raise UnusableInput(f"--checkpoints {directory}: neither params.json nor config.json is in it")
 

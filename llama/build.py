@@ -34,7 +34,7 @@ from wsm.budget import limit_device_memory, measure_hardware
 from wsm.cached_store import cached_store
 from wsm.device import Device, open_device
 from wsm.manager import WeightStreamingManager
-from wsm.manifest import DTYPE_NAMES, DTYPES, StoreDescription, plan_store, read_manifest
+from wsm.manifest import DTYPE_NAMES, DTYPES, StoreDescription, plan_store, read_manifest, stored_config
 from wsm.plan import Plan, PlanInputs, RunShape, make_plan
 from wsm.settings import Settings
 from wsm.source import CheckpointSource, GroupSource
@@ -127,7 +127,7 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
     if options.checkpoints is not None:
         directory = options.checkpoints.expanduser()
         if options.manifest is not None and directory.is_dir() and not has_weights(directory):
-            return WeightlessCheckpoint(directory)
+            return WeightlessCheckpoint(directory, stored_config(options.manifest))
         return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = _dtype_named(options.dtype) or torch.bfloat16

@@ -181,6 +181,11 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def stored_config(path: Path) -> ModelConfig | None:
+    """The model that a manifest describes; None for version 1, which does not."""
+    return read_manifest(path).config if load_json(path)["version"] != 1 else None
+
+
 def read_manifest(
     path: Path,
     *,

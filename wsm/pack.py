@@ -74,6 +74,7 @@ def pack(
         raise UnusableInput("not confirmed: nothing was written; --yes confirms")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(opened(target)) for target in request.targets]
+        _remove(request.manifest)
         try:
             _write_store(checkpoint, sources, request, plan, files, progress)
         except BaseException:
@@ -90,8 +91,6 @@ def _write_store(
     progress: Progress,
 ) -> None:
     """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
-    request.manifest.unlink(missing_ok=True)
-    sync_directory(request.manifest.absolute().parent)
     _write_blocks(files, [b"\0" * BLOCK] * len(files))
     checksums = _write_groups(checkpoint, plan, files, progress)
     for file in files:
@@ -112,6 +111,17 @@ def _write_store(
     except OSError as error:
         raise UnusableInput(
             f"--manifest {request.manifest} cannot be written: {error.strerror}; nothing was packed"
+        ) from error
+
+
+def _remove(manifest: Path) -> None:
+    """The old manifest goes, for good, before what it names is touched."""
+    try:
+        manifest.unlink(missing_ok=True)
+        sync_directory(manifest.absolute().parent)
+    except OSError as error:
+        raise UnusableInput(
+            f"--manifest {manifest} cannot be replaced: {error.strerror}; the target was not written"
         ) from error
 
 

@@ -19,14 +19,19 @@ def has_weights(directory: Path) -> bool:
 class WeightlessCheckpoint:
     """Enough of a checkpoint for a run from a packed store, which people keep when they delete the shards.
 
+    Args:
+        config: what the store's manifest says; version 1 says nothing, and then the directory's own file counts.
+
     Raises:
         UnusableInput: if the directory says no model's shape either.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, config: ModelConfig | None = None) -> None:
         self.directory: Path | None = directory
         self.dtype = torch.bfloat16
-        if (directory / "params.json").exists():
+        if config is not None:
+            self.config = config
+        elif (directory / "params.json").exists():
             self.config = ModelConfig.from_meta(read_json(directory / "params.json"), directory.resolve().name)
         elif (directory / "config.json").exists():
             self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.resolve().name)

@@ -1,0 +1,33 @@
+# make bench, make test, make lint: each makes .venv and installs what it needs.
+PYTHON ?= python3
+TORCH ?= torch
+VENV := .venv
+BIN := $(VENV)/bin
+MODES := full preload stream mixed
+
+.PHONY: bench test lint clean
+
+# torch comes first and alone, so that the build chosen with TORCH is the one that stays.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+bench: $(VENV)/.installed
+	set -e; for mode in $(MODES); do \
+	  $(BIN)/python bench_infer.py --mode $$mode --out-json bench_results_$$mode.json; \
+	done
+	$(BIN)/python bench_infer.py table $(MODES:%=bench_results_%.json)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict llama wsm bench bench_infer.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -166,11 +166,13 @@ def write_v1(
     return path
 
 
-def edit_param(manifest: Path, name: str, **fields: Any) -> Path:
-    """Change fields of one tensor of a version 1 manifest; None takes one away."""
+def edit_param(manifest: Path, tensor: str, **fields: Any) -> Path:
+    """Change fields of one tensor of a version 1 manifest; None takes one away; ``rename`` changes the name."""
+    if "rename" in fields:
+        fields["name"] = fields.pop("rename")
     content = json.loads(manifest.read_text())
     for param in content["params"]:
-        if param["name"] == name:
+        if param["name"] == tensor:
             param.update(fields)
             for field in [field for field, value in fields.items() if value is None]:
                 del param[field]

@@ -102,7 +102,7 @@ def opened(target: str) -> Iterator[int]:
     try:
         _lock(file, target)
         if new:
-            sync_directory(Path(path).parent)
+            _sync_directory(path)
         yield file
     except BaseException:
         if new:
@@ -110,6 +110,13 @@ def opened(target: str) -> Iterator[int]:
         raise
     finally:
         os.close(file)
+
+
+def _sync_directory(path: str) -> None:
+    try:
+        sync_directory(Path(path).parent)
+    except OSError as error:
+        raise unusable_target(path, error) from error
 
 
 def _open_direct(path: str, flags: int) -> int:

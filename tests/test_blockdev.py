@@ -130,7 +130,7 @@ def test_blkid_s_answers_are_understood(monkeypatch: pytest.MonkeyPatch) -> None
     fake_blkid(monkeypatch, 2)
     assert signatures("/dev/x") == []
     fake_blkid(monkeypatch, 0, "DEVNAME=/dev/x\nTYPE=LVM2_member\nPTTYPE=gpt\n")
-    assert signatures("/dev/x") == ["LVM2_member signature", "gpt partition table"]
+    assert signatures("/dev/x") == ["a signature of type LVM2_member", "a partition table of type gpt"]
     fake_blkid(monkeypatch, 8)
     assert signatures("/dev/x") == ["more than one signature"]
 
@@ -153,9 +153,9 @@ def test_without_blkid_only_force_writes(root: Path, monkeypatch: pytest.MonkeyP
 
 def test_use_is_refused_before_a_signature_is_looked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_blkid(monkeypatch, 0, "TYPE=ext4\n")
-    with pytest.raises(UnusableInput, match=r"bears a ext4 signature.*--force overwrites it"):
+    with pytest.raises(UnusableInput, match=r"bears a signature of type ext4.*--force overwrites it"):
         check_writable("/dev/sda", force=False, root=root)
-    assert check_writable("/dev/sda", force=True, root=root) == ["ext4 signature"]
+    assert check_writable("/dev/sda", force=True, root=root) == ["a signature of type ext4"]
     mount(root, OTHER, "/data", "/dev/sda")
     with pytest.raises(UnusableInput, match="mounted on /data"):
         check_writable("/dev/sda", force=False, root=root)
@@ -238,9 +238,9 @@ def test_a_version_1_store_on_a_block_device_is_read(tmp_path: Path, device: str
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (["mkfs.ext4", "-q"], "ext4 signature"),
-        (["mkswap"], "swap signature"),
-        (["pvcreate", "-y"], "LVM2_member signature"),
+        (["mkfs.ext4", "-q"], "ext4"),
+        (["mkswap"], "swap"),
+        (["pvcreate", "-y"], "LVM2_member"),
     ],
 )
 def test_a_device_that_bears_something_stays_as_it_is(
@@ -251,7 +251,7 @@ def test_a_device_that_bears_something_stays_as_it_is(
         pytest.skip(f"{command[0]} is not installed")
     subprocess.run([program, *command[1:], device], check=True, capture_output=True)
     before = bytes_of(device)
-    with pytest.raises(UnusableInput, match=f"{device} bears a {named}.*--force"):
+    with pytest.raises(UnusableInput, match=f"{device} bears a signature of type {named}.*--force"):
         pack_tiny(tmp_path, targets=[device])
     assert bytes_of(device) == before
     pack_tiny(tmp_path, targets=[device], force=True)
@@ -262,7 +262,7 @@ def test_a_partition_table_is_seen(tmp_path: Path, device: str) -> None:
     entry = bytes([0, 0, 2, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (8192).to_bytes(4, "little")
     with open(device, "r+b") as file:
         file.write(b"\0" * 446 + entry + b"\0" * 48 + b"\x55\xaa")
-    with pytest.raises(UnusableInput, match="dos partition table"):
+    with pytest.raises(UnusableInput, match="bears a partition table of type dos"):
         pack_tiny(tmp_path, targets=[device])
 
 
@@ -327,5 +327,5 @@ def test_the_question_names_the_device_and_what_it_bears(tmp_path: Path, device:
     request = PackRequest((device,), tmp_path / "m.json", torch.bfloat16, force=True)
     with pytest.raises(UnusableInput, match="not confirmed"):
         pack(checkpoint(), request, confirm=no)
-    assert f"{device} (which bears a swap signature)" in questions[0]
+    assert f"{device} (which bears a signature of type swap)" in questions[0]
     assert bytes_of(device) == before

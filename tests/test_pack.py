@@ -6,6 +6,9 @@ import dataclasses
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -364,3 +367,16 @@ def test_a_damaged_copy_of_a_store_is_told_from_the_store(tmp_path: Path) -> Non
     with pytest.raises(StoreError, match="checksum"):
         store.read_blocking(stored.group, aligned(stored.layout.nbytes))
     store.close()
+
+
+def test_a_killed_pack_leaves_no_manifest_and_no_superblock(tmp_path: Path) -> None:
+    """No handler runs: what protects then is the order of the writes."""
+    kept = pack_tiny(tmp_path).read_text()
+    script = (
+        "import os, signal, sys; from pathlib import Path; from tests.stores import pack_tiny\n"
+        "pack_tiny(Path(sys.argv[1]), progress=lambda nbytes: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "store.json").exists()
+    assert_refuses(tmp_path / "store.wsm", kept)

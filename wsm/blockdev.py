@@ -116,7 +116,7 @@ def _unescaped(text: str) -> str:
 
 
 def signatures(path: str) -> list[str]:
-    """What blkid finds on a device, by type: "ext4 signature", "gpt partition table", "LVM2_member signature".
+    """What blkid finds on a device, by type: "a signature of type ext4", "a partition table of type gpt".
 
     Raises:
         UnusableInput: if blkid (util-linux) is not installed or cannot read the device.
@@ -142,9 +142,9 @@ def signatures(path: str) -> list[str]:
             f"blkid could not read {path} ({answer.stderr.strip() or answer.returncode}): nothing was written; "
             "look at the device, or give --force"
         )
-    what = {"TYPE": "signature", "PTTYPE": "partition table"}
+    what = {"TYPE": "a signature of type", "PTTYPE": "a partition table of type"}
     entries = (line.partition("=") for line in answer.stdout.splitlines())
-    return [f"{value} {what[key]}" for key, _, value in entries if key in what]
+    return [f"{what[key]} {value}" for key, _, value in entries if key in what]
 
 
 def check_writable(path: str, *, force: bool, root: Path = Path("/")) -> list[str]:
@@ -166,5 +166,5 @@ def check_writable(path: str, *, force: bool, root: Path = Path("/")) -> list[st
         except UnusableInput:
             return []
     if found := signatures(path):
-        raise UnusableInput(f"{path} bears a {' and a '.join(found)}: nothing was written; --force overwrites it")
+        raise UnusableInput(f"{path} bears {' and '.join(found)}: nothing was written; --force overwrites it")
     return []

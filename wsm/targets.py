@@ -68,7 +68,7 @@ def _check_device(target: str, nbytes: int, force: bool) -> str:
             f"{target} is too small: the store takes {nbytes / 1e9:.3f} GB, the device has {room / 1e9:.3f} GB; "
             "nothing was written"
         )
-    return f"{target} (which bears a {' and a '.join(found)})" if found else target
+    return f"{target} (which bears {' and '.join(found)})" if found else target
 
 
 def _check_room(paths: Sequence[Path], nbytes: int) -> None:

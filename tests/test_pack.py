@@ -233,6 +233,24 @@ def test_short_writes_are_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store.close()
 
 
+def test_without_o_direct_packing_goes_through_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def no_direct(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        file = real(path, flags & ~os.O_DIRECT, *more, **named)  # the kernel makes the file before it refuses
+        if flags & os.O_DIRECT:
+            os.close(file)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return file
+
+    monkeypatch.setattr(os, "open", no_direct)
+    manifest = pack_tiny(tmp_path)
+    monkeypatch.undo()
+    store = PackedStore(read_manifest(manifest), staging_bytes=MIB)
+    assert_equals(store, checkpoint())
+    store.close()
+
+
 def test_a_target_that_takes_no_more_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: 0)
     with pytest.raises(StoreError, match="took 0 bytes"):

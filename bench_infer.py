@@ -6,15 +6,16 @@ from __future__ import annotations
 import os
 import sys
 
-from wsm.settings import preset_environment
+from wsm.settings import preset_environment, set_by_user
 
 
 def main() -> int:
     """The command line's exit code."""
+    user_set = set_by_user(os.environ)
     preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
     from bench.cli import main as command_line
 
-    return command_line(sys.argv[1:])
+    return command_line(sys.argv[1:], user_set)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama.build import LLaMA
+from llama.build import Inputs, LLaMA
 from llama.checkpoint.names import GroupId
 from wsm.atomic import write_atomically
 from wsm.probe import Ceiling, probe_compute, probe_link, probe_ssd
@@ -18,11 +18,14 @@ from wsm.store import PackedStore
 
 def probe(llm: LLaMA) -> dict[str, Ceiling]:
     """Measure every ceiling that the mode uses; to be called when memory is taken and nothing is loaded."""
-    found = probe_compute(llm.device, llm.inputs.dtype)
     manager = llm.manager
     if manager is None:
+        found = probe_compute(llm.device, llm.inputs.dtype)
+        _release(llm.inputs.device)
         return found
     host, slot = manager.scratch()
+    found = probe_compute(llm.device, llm.inputs.dtype, slot)
+    _release(llm.inputs.device)
     found |= probe_link(llm.device, host, slot)
     source, ssd = manager.source, manager.plan.residency.ssd
     if isinstance(source, PackedStore) and ssd:
@@ -33,28 +36,35 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     return found
 
 
-def _cache_file(llm: LLaMA) -> Path:
-    device = llm.inputs.device
+def _release(device: torch.device) -> None:
+    """Give back what the probe took, so that it counts neither against the budget nor as the run's peak."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _cache_file(inputs: Inputs) -> Path:
+    device, options = inputs.device, inputs.options
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    targets = llm.inputs.description.targets if llm.inputs.description is not None else ()
-    key = json.dumps([gpu, llm.inputs.dtype.__repr__(), targets, llm.settings.staging_mb, llm.settings.mode])
-    return llm.inputs.options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    store = str(options.raw_device or options.manifest or options.cache_dir)
+    key = json.dumps([gpu, str(inputs.dtype), store, options.settings.staging_mb, options.settings.mode])
+    return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def remember(llm: LLaMA, ceilings: dict[str, Ceiling]) -> None:
-    """Keep the ceilings for a later ``--no-probe``."""
-    path = _cache_file(llm)
+def remember(inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
+    """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
+    path = _cache_file(inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def recall(llm: LLaMA) -> dict[str, Ceiling]:
-    """The ceilings of the last probe of this hardware and mode; empty if there are none."""
+def recall_for(inputs: Inputs) -> dict[str, Ceiling]:
+    """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
     try:
-        content = json.loads(_cache_file(llm).read_text(encoding="utf-8"))
+        content = json.loads(_cache_file(inputs).read_text(encoding="utf-8"))
         return {
             name: Ceiling(**{**entry, "how": f"{entry['how']} (of an earlier run)"}) for name, entry in content.items()
         }
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -17,12 +17,12 @@ from wsm.errors import DoesNotFit, StoreError
 UNUSABLE, TOO_LARGE, BAD_STORE, INTERRUPTED = 2, 3, 4, 130
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
     """Run one verb; what goes wrong is one sentence on stderr, with ``--verbose`` the traceback too."""
     try:
         verb, options = parse(argv)
         if isinstance(options, RunOptions):
-            return run_plan(options) if verb == "plan" else run(options, argv)
+            return run_plan(options) if verb == "plan" else run(options, argv, user_set)
         if isinstance(options, PackOptions):
             return run_pack(options)
         if isinstance(options, VerifyOptions):

@@ -40,6 +40,8 @@ class RunOptions:
     dtype: str | None
     load_model: bool | None
     no_probe: bool
+    auto: bool
+    trace: Path | None
     cache_dir: Path
     out_json: Path
     output: str | None
@@ -171,6 +173,7 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
         "--gpu-mem-gb", type=_number(0), metavar="GIB", help="GPU memory to use, context included (all free)"
     )
     group.add_argument("--cpu-mem-gb", type=_number(0), metavar="GIB", help="CPU memory to use (all free)")
+    group.add_argument("--auto", action="store_true", help="choose layers and pools for the budgets")
     group.add_argument("--verify-weights", action="store_true", help="check a group's checksum at every read")
     group.add_argument("--topk-blk", type=_topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
     group.add_argument("--prefill-chunk-tokens", type=_whole(1), metavar="N", help="tokens a chunk (auto)")
@@ -196,6 +199,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repeats", type=_whole(1), default=1, metavar="N", help="timed rounds (1)")
     group.add_argument("--no-probe", action="store_true", help="take the ceilings from the cache")
     group.add_argument("--out-json", type=Path, default=Path("bench_results.json"), metavar="FILE")
+    group.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline (chrome://tracing, Perfetto)")
     group.add_argument("-o", "--output", choices=("md", "csv", "json"), help="print a row instead of the summary")
     group.add_argument("--print-text", action="store_true", help="print the generated texts, and keep them in the JSON")
 

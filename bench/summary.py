@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.results import significant
-from llama.build import Reporter
+from llama.loading import Reporter
 
 _SUMMARY = (
     "ttft_ms",

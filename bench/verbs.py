@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from bench.ceilings import recall_for
 from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions
 from bench.prompts import make_prompts, prompt_file
 from bench.results import read_result
@@ -21,6 +22,7 @@ from wsm.pack import PackRequest, pack
 from wsm.plan_text import describe
 from wsm.settings import Settings
 from wsm.store import PackedStore
+from wsm.store_heads import compare_heads
 from wsm.verify import verify
 
 
@@ -64,6 +66,8 @@ def run_verify(options: VerifyOptions) -> int:
     description = read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint)
     store = PackedStore(description, staging_bytes=options.staging_mb * 10**6, verify="always")
     try:
+        if checkpoint is not None:
+            compare_heads(store, checkpoint)
         with reporter.bar(description.nbytes, "B", "verifying") as advance:
             bad = verify(store, progress=advance)
     finally:
@@ -83,7 +87,8 @@ def run_plan(options: RunOptions) -> int:
     built, warnings = build_options(options)
     inputs = open_inputs(built)
     plan = plan_run(inputs, shape_of(batch_prompts(options, inputs), options))
-    print(describe(plan))
+    ceilings = recall_for(inputs)
+    print(describe(plan, {name: ceiling.value for name, ceiling in ceilings.items()} or None))
     for warning in warnings:
         print(f"[WARNING] {warning}")
     check_fits(plan)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,10 +24,12 @@ from llama.checkpoint import (
 from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.kv_cache import KVCache
+from llama.loading import LayerProgress, LoadTimes, Reporter, choose_device
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer, load_tokenizer
 from llama.weights import TensorWeights, WeightSource
 from wsm.advice import check_fits
+from wsm.auto import choose_settings
 from wsm.budget import limit_device_memory, measure_hardware
 from wsm.cached_store import cached_store
 from wsm.device import Device, open_device
@@ -47,19 +47,6 @@ DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 LOADING_THREADS = 8
 
 
-class Reporter:
-    """Told what happens while a model is built; this one keeps silent."""
-
-    verbose = False
-
-    def say(self, line: str) -> None:
-        """A line for the user."""
-
-    def bar(self, total: int, unit: str, what: str) -> AbstractContextManager[Callable[[int], None]]:
-        """A progress bar over ``total`` units; the callable inside moves it."""
-        return contextlib.nullcontext(lambda done: None)
-
-
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """Which model, from where, onto what; ``settings`` say how it is paged."""
@@ -75,6 +62,7 @@ class BuildOptions:
     seed: int = 0
     prefill_chunk_tokens: int | None = None
     micro_batch: int | None = None
+    auto: bool = False
 
 
 @dataclass(slots=True)
@@ -101,24 +89,6 @@ class Inputs:
 
     def close(self) -> None:
         self.checkpoint.close()
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the first CUDA device, or the CPU."""
-    if name in (None, "auto"):
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(str(name))
-    except RuntimeError:
-        raise UnusableInput(f"--device {name} is not known; cpu and cuda[:N] are") from None
-    if device.type == "cuda":
-        index, count = device.index or 0, torch.cuda.device_count()
-        if index >= count:
-            raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")
-        return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise UnusableInput(f"--device {name} is not supported; cpu and cuda[:N] are")
-    return device
 
 
 def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
@@ -189,33 +159,17 @@ def plan_run(inputs: Inputs, shape: RunShape) -> Plan:
         layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
     else:
         layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1).layouts)
-    return make_plan(
-        PlanInputs(
-            config=inputs.checkpoint.config,
-            dtype=inputs.dtype,
-            layouts=layouts,
-            settings=inputs.options.settings,
-            shape=shape,
-            hardware=measure_hardware(inputs.device),
-            chunk_tokens=inputs.options.prefill_chunk_tokens,
-            micro_batch=inputs.options.micro_batch,
-        )
+    planned = PlanInputs(
+        config=inputs.checkpoint.config,
+        dtype=inputs.dtype,
+        layouts=layouts,
+        settings=inputs.options.settings,
+        shape=shape,
+        hardware=measure_hardware(inputs.device),
+        chunk_tokens=inputs.options.prefill_chunk_tokens,
+        micro_batch=inputs.options.micro_batch,
     )
-
-
-@dataclass(slots=True)
-class LoadTimes:
-    """Seconds of each part of the start-up; None for a part that did not take place."""
-
-    parts: dict[str, float | None] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[part] = (self.parts.get(part) or 0.0) + time.perf_counter() - started
+    return make_plan(choose_settings(planned) if inputs.options.auto else planned)
 
 
 class LLaMA:
@@ -291,7 +245,7 @@ class LLaMA:
         """
         check_fits(plan)
         limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
-        llm = cls(inputs, plan, open_device(inputs.device), inputs.options.settings)
+        llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings)
         try:
             llm._load(reporter, before_load)
         except BaseException:
@@ -305,7 +259,7 @@ class LLaMA:
             self.kv = KVCache(self.config, plan.shape.batch, plan.kv_tokens, inputs.device, inputs.dtype)
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
-            progress = _LayerProgress(advance)
+            progress = LayerProgress(advance)
             if self.settings.mode == "full":
                 before_load(self)
                 with self.load_times.timed("residents_s"):
@@ -437,18 +391,6 @@ class LLaMA:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _LayerProgress:
-    """Moves a bar by one when both groups of a layer are loaded."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance, self._half = advance, set[int]()
-
-    def __call__(self, group: Any) -> None:
-        if group.layer in self._half:
-            self._advance(1)
-        self._half.add(group.layer)
 
 
 def _options_of(

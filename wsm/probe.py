@@ -7,6 +7,7 @@ pieces, the SSD reads its own chunks and depth, and the SSD is read while the li
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import threading
 import time
@@ -67,28 +68,42 @@ def _seconds(device: Device, work: Callable[[], object]) -> float:
     return device.seconds(end) - device.seconds(start)
 
 
-def probe_compute(device: Device, dtype: torch.dtype) -> dict[str, Ceiling]:
-    """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``."""
+def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = None) -> dict[str, Ceiling]:
+    """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``.
+
+    Args:
+        scratch: ``uint8`` on the device, overwritten; used where it is large enough, so that a probe within a tight
+            budget takes no memory of its own.
+    """
     sizes = sizes_for(device)
-    data = torch.zeros(sizes.hbm_bytes // 4, dtype=torch.float32, device=device.torch_device)
+    data = _room(device, sizes.hbm_bytes, scratch).view(torch.float32).zero_()
     reads = [_seconds(device, data.sum) for _ in range(SAMPLES + 2)][2:]
-    del data
     n = sizes.matmul_n
-    factors = [torch.randn(n, n, dtype=torch.float32, device=device.torch_device).to(dtype) for _ in range(2)]
-    products = [_seconds(device, lambda: torch.mm(*factors)) for _ in range(SAMPLES + 3)][3:]
-    factors.clear()
-    if device.torch_device.type == "cuda":
-        torch.cuda.empty_cache()
+    room = _room(device, 3 * n * n * dtype.itemsize, scratch)
+    n = math.isqrt(room.nbytes // (3 * dtype.itemsize)) // 128 * 128
+    a, b, out = room.view(dtype)[: 3 * n * n].view(3, n, n)
+    a.normal_()
+    b.normal_()
+    products = [_seconds(device, lambda: torch.mm(a, b, out=out)) for _ in range(SAMPLES + 3)][3:]
+    hbm_MBps = [data.nbytes / s / 1e6 for s in reads]
+    rates = [2 * n**3 / s / 1e12 for s in products]
     return {
-        "hbm": _ceiling(
-            [sizes.hbm_bytes / s / 1e6 for s in reads], "MBps", f"sum of {sizes.hbm_bytes >> 20} MiB, {SAMPLES} samples"
-        ),
-        "matmul": _ceiling(
-            [2 * n**3 / s / 1e12 for s in products],
-            "TFLOPs",
-            f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples",
-        ),
+        "hbm": _ceiling(hbm_MBps, "MBps", f"sum of {data.nbytes >> 20} MiB, {SAMPLES} samples"),
+        "matmul": _ceiling(rates, "TFLOPs", f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples"),
     }
+
+
+def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
+    """``uint8`` memory for a sample: the scratch memory if it holds half of it, else new, as much as there is."""
+    if scratch is not None and scratch.nbytes >= nbytes // 2:
+        return scratch[: min(nbytes, scratch.nbytes) // 4096 * 4096]
+    while True:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+        except torch.OutOfMemoryError:
+            if nbytes < 1 << 20:
+                raise
+            nbytes //= 2
 
 
 def _copies(device: Device, destination: Tensor, source: Tensor, total_bytes: int) -> float:

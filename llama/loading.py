@@ -1,0 +1,72 @@
+"""What a model's start-up tells: lines, bars, times; and the device that it is for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+
+from llama.checkpoint.names import GroupId
+from llama.config import UnusableInput
+
+
+class Reporter:
+    """Told what happens while a model is built; this one keeps silent."""
+
+    verbose = False
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+
+    def bar(self, total: int, unit: str, what: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar over ``total`` units; the callable inside moves it."""
+        return contextlib.nullcontext(lambda done: None)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the first CUDA device, or the CPU."""
+    if name in (None, "auto"):
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        raise UnusableInput(f"--device {name} is not known; cpu and cuda[:N] are") from None
+    if device.type == "cuda":
+        index, count = device.index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UnusableInput(f"--device {name} is not supported; cpu and cuda[:N] are")
+    return device
+
+
+@dataclass(slots=True)
+class LoadTimes:
+    """Seconds of each part of the start-up; None for a part that did not take place."""
+
+    parts: dict[str, float | None] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[part] = (self.parts.get(part) or 0.0) + time.perf_counter() - started
+
+
+class LayerProgress:
+    """Moves a bar by one when both groups of a layer are loaded."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._half = advance, set[int]()
+
+    def __call__(self, group: GroupId) -> None:
+        if group.layer in self._half:
+            self._advance(1)
+        self._half.add(group.layer)

@@ -1,0 +1,55 @@
+"""``--auto``: the residency and pools that make a pass shortest within the budgets.
+
+A pass is bound by the SSD or by the link, and both carry fewer bytes the more layers are resident, on the GPU above
+all. Two slots a kind keep the link busy (docs/LOG.md), so the pools are kept that small and residents take the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from wsm.plan import Plan, PlanInputs, make_plan
+
+LOOK_AHEAD_GROUPS = 2
+READ_AHEAD_LAYERS = 2
+
+
+def choose_settings(inputs: PlanInputs) -> PlanInputs:
+    """The inputs with layers and pools chosen; where nothing fits, the smallest of them, for the advice to explain.
+
+    The mode stays as it is: ``full`` and ``preload`` have nothing to choose.
+    """
+    settings = inputs.settings
+    if settings.mode not in ("mixed", "stream"):
+        return inputs
+    layers = inputs.config.n_layers
+    small = replace(settings, group_prefetch_depth=LOOK_AHEAD_GROUPS, prefetch_distance=READ_AHEAD_LAYERS)
+    best = inputs
+    for on_gpu in range(layers, -1, -1):
+        best = replace(inputs, settings=replace(small, gpu_cached_layers=on_gpu, cpu_cache_layers=1))
+        if make_plan(best).gpu_short_bytes == 0:
+            break
+    if settings.mode == "stream":
+        return best
+    for in_cpu in range(max(1, layers - best.settings.gpu_cached_layers), 0, -1):
+        candidate = replace(best, settings=replace(best.settings, cpu_cache_layers=in_cpu))
+        if make_plan(candidate).fits:
+            return candidate
+    return best
+
+
+def auto_flags(plan: Plan) -> list[str]:
+    """The choice as flags to keep."""
+    settings = plan.inputs.settings
+    if settings.mode not in ("mixed", "stream"):
+        return []
+    flags = [
+        f"--gpu-cached-layers {settings.gpu_cached_layers}",
+        f"--group-prefetch-depth {settings.group_prefetch_depth}",
+    ]
+    if settings.mode == "mixed":
+        flags += [
+            f"--cpu-cache-layers {settings.cpu_cache_layers}",
+            f"--prefetch-distance {settings.prefetch_distance}",
+        ]
+    return flags

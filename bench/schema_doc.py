@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ _HEAD = """# The JSON of a run
 <!-- Made from bench/schema.json by `python -m bench.schema_doc`; edit the schema instead. -->
 
 {description}
-A key `a.b` stands in the object `a`; `a[]` is an item of the list `a`; a key with *(may be missing)* is left out where
-it does not apply. Times are in milliseconds (`_ms`) or seconds (`_s`), sizes in bytes (`_bytes`), rates in 10^6 bytes a
+A key `a.b` stands in the object `a`, `a.{{b,c}}.d` in both `a.b` and `a.c`, `a.*.d` in every object of `a`; `a[]` is an
+item of the list `a`; a key with *(may be missing)* is left out where it does not apply. Times are in milliseconds (`_ms`) or seconds (`_s`), sizes in bytes (`_bytes`), rates in 10^6 bytes a
 second (`_MBps`) or tokens a second (`_tok_s`), shares in percent (`_pct`). The file is schema version {version};
 `bench/schema.json` is the same for programs (JSON Schema, draft 2020-12).
 """
@@ -49,16 +49,38 @@ def _table(title: str, parts: Mapping[str, Any], schema: Mapping[str, Any]) -> s
     return "\n".join([f"## {title}", "", "| key | type | meaning and unit |", "| --- | --- | --- |", *lines, ""])
 
 
-def _rows(
-    path: str, part: Mapping[str, Any], schema: Mapping[str, Any], *, optional: bool
-) -> Iterator[tuple[str, ...]]:
-    """A row for a key, then one for each key inside it."""
+Row = tuple[str, str, str]
+
+
+def _rows(path: str, part: Mapping[str, Any], schema: Mapping[str, Any], *, optional: bool) -> Iterator[Row]:
+    """A row for a key, then one for each key inside it; keys of the same make share the rows of what is inside them."""
+    yield _row(path, part, schema, optional=optional)
+    yield from _rows_inside(path, part, schema)
+
+
+def _rows_inside(path: str, part: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Row]:
+    required = _followed(part, schema).get("required", ())
+    makes: dict[str, list[str]] = {}
+    inside = _inside(part, schema)
+    for key, content in inside.items():
+        makes.setdefault(content.get("$ref", key), []).append(key)
+    for keys in makes.values():
+        for key in keys:
+            yield _row(path + key, inside[key], schema, optional=key != "[]" and key[1:] not in required)
+        yield from _rows_inside(path + _together(keys), inside[keys[0]], schema)
+
+
+def _together(keys: Sequence[str]) -> str:
+    """How several keys are written as one: ``.{a,b}``, or ``.*`` where they are many."""
+    if len(keys) == 1:
+        return keys[0]
+    return ".*" if len(keys) > 3 else f".{{{','.join(key[1:] for key in keys)}}}"
+
+
+def _row(path: str, part: Mapping[str, Any], schema: Mapping[str, Any], *, optional: bool) -> Row:
     part = _followed(part, schema)
     key = f"`{path}`" + (" *(may be missing)*" if optional else "")
-    yield key, _type_of(part, schema), str(part["description"]).replace("|", "\\|")
-    for inner, (shown, content) in _inside(part, schema).items():
-        may_miss = shown != "[]" and inner not in part.get("required", ())
-        yield from _rows(path + shown, content, schema, optional=may_miss)
+    return key, _type_of(part, schema), str(part["description"]).replace("|", "\\|")
 
 
 def _followed(part: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,13 +90,13 @@ def _followed(part: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, A
     return {**schema["$defs"][part["$ref"].rpartition("/")[2]], **part}
 
 
-def _inside(part: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """The keys of an object, or of a list's items that are objects: how each is written, and its part."""
+def _inside(part: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The parts of an object, or of a list's items that are objects, by how their keys are written."""
     part = _followed(part, schema)
     if "items" in part:
         items = _followed(part["items"], schema)
-        return {"[]": ("[]", items)} if "properties" in items else {}
-    return {key: (f".{key}", content) for key, content in part.get("properties", {}).items()}
+        return {"[]": part["items"]} if "properties" in items else {}
+    return {f".{key}": content for key, content in part.get("properties", {}).items()}
 
 
 def _type_of(part: Mapping[str, Any], schema: Mapping[str, Any]) -> str:

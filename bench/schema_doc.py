@@ -16,9 +16,10 @@ _HEAD = """# The JSON of a run
 
 {description}
 A key `a.b` stands in the object `a`, `a.{{b,c}}.d` in both `a.b` and `a.c`, `a.*.d` in every object of `a`; `a[]` is an
-item of the list `a`; a key with *(may be missing)* is left out where it does not apply. Times are in milliseconds (`_ms`) or seconds (`_s`), sizes in bytes (`_bytes`), rates in 10^6 bytes a
-second (`_MBps`) or tokens a second (`_tok_s`), shares in percent (`_pct`). The file is schema version {version};
-`bench/schema.json` is the same for programs (JSON Schema, draft 2020-12).
+item of the list `a`; a key with *(may be missing)* is left out where it does not apply. Times are in milliseconds
+(`_ms`) or seconds (`_s`), sizes in bytes (`_bytes`), rates in 10^6 bytes a second (`_MBps`) or tokens a second
+(`_tok_s`), shares in percent (`_pct`). The file is of schema version {version}; `bench/schema.json` says the same to
+programs (JSON Schema, draft 2020-12).
 """
 
 

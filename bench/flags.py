@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,10 @@ class TableOptions:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Hands its complaints on as one sentence instead of printing usage and exiting."""
+    """Hands its complaints on as one sentence instead of printing usage and exiting; guesses no abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UnusableInput(f"{self.prog}: {message} (see {self.prog} --help)")
@@ -112,7 +116,7 @@ def _whole(least: int) -> Callable[[str], int]:
 def _number(above: float, most: float = float("inf"), *, or_equal: bool = False) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = float(text)
-        if not (above < value <= most or (or_equal and value == above)):
+        if not math.isfinite(value) or not (above < value <= most or (or_equal and value == above)):
             bounds = f"{'at least' if or_equal else 'above'} {above:g}" + (
                 f" and at most {most:g}" if most < 1e308 else ""
             )
@@ -128,6 +132,13 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be True or False, not {text}")
     return values[text.lower()]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, not {text!r}")
+    return names
 
 
 def _topk(text: str) -> int:
@@ -219,7 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack = verbs.add_parser("pack", help="checkpoint to packed device or file")
     _add_model(pack)
     pack.add_argument(
-        "--to", required=True, metavar="TARGET[,TARGET]", help="file or block device; several are striped"
+        "--to", type=_names, required=True, metavar="TARGET[,TARGET]", help="file or block device; several are striped"
     )
     pack.add_argument("--manifest", type=Path, required=True, metavar="FILE")
     pack.add_argument("--force", action="store_true", help="overwrite a device that bears a filesystem or the like")
@@ -275,7 +286,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
         _check_run(options)
         return verb, options
     if verb == "pack":
-        return verb, PackOptions(**{**values, "to": tuple(values["to"].split(","))})
+        return verb, PackOptions(**values)
     if verb == "verify":
         return verb, VerifyOptions(**values)
     if verb == "prompts":

@@ -127,13 +127,11 @@ def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float 
     """The shortest time that the phase's bytes and operations allow (DESIGN section 2), and what sets it.
 
     T >= max(B_ssd / ssd, B_h2d / h2d, B_d2h / d2h, B_hbm / hbm, FLOPs / peak), from bytes that moved inside the phase.
-    Where the SSD is read, the link's ceiling is the one measured while the SSD was read too.
+    The link's ceiling is its best rate, alone: a floor may not be beaten. ``h2d_with_ssd`` stands beside it in the JSON.
     """
-    reads = stats.bytes_moved["ssd_read"] > 0
-    link = "h2d_with_ssd" if reads and "h2d_with_ssd" in ceilings else "h2d"
     demands = {
         "ssd": (stats.bytes_moved["ssd_read"], "ssd", 1e6),
-        "h2d": (stats.bytes_moved["weight_h2d"] + stats.bytes_moved["kv_h2d"], link, 1e6),
+        "h2d": (stats.bytes_moved["weight_h2d"] + stats.bytes_moved["kv_h2d"], "h2d", 1e6),
         "d2h": (stats.bytes_moved["kv_d2h"], "d2h", 1e6),
         "hbm": (stats.hbm_bytes, "hbm", 1e6),
         "compute": (stats.flops, "matmul", 1e12),

@@ -92,7 +92,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
             got.interrupted = True
             if not got.rounds:
                 raise
-        llm.device.synchronize()
+        llm.stop()
         if options.trace is not None:
             _write_trace(options.trace, llm, got)
         result = result_of(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])

@@ -378,6 +378,12 @@ class LLaMA:
         logits = self.model.forward(batch, self.kv, chunk_tokens=self.plan.chunk_tokens, logits="all")
         return logits.view(len(tokens), lengths.pop(), -1)
 
+    def stop(self) -> None:
+        """Fetch nothing more: after this the telemetry is complete, and nothing can be generated."""
+        if self.manager is not None:
+            self.manager.stop()
+        self.device.synchronize()
+
     def close(self) -> None:
         """Join every thread, free every page, close every file."""
         if self.manager is not None:

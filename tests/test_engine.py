@@ -194,6 +194,21 @@ def test_close_ends_every_thread_and_gives_back_every_page() -> None:
     assert manager.page_locked_bytes == 0
 
 
+def test_telemetry_is_complete_once_the_manager_has_stopped() -> None:
+    """Copies and reads that were under way when it stopped are in it, with an end."""
+    settings = replace(Settings(), gpu_cached_layers=0, cpu_cache_layers=2, prefetch_distance=1, group_prefetch_depth=2)
+    with running(plan_for(6, settings), settings, FakeSource(delay_s=0.002)) as manager:
+        run_passes(manager, 2)
+        manager.stop()
+        copies = manager.telemetry.copies()
+        assert all(copy.end >= copy.start for copy in copies)
+        assert sum(copy.nbytes for copy in copies if copy.step is not None and copy.step < 24) == 12 * sum(
+            SLOT.values()
+        )
+        with pytest.raises(RuntimeError, match="closed"), manager.acquire(GroupId(0, "attn")):
+            pass
+
+
 def test_close_in_the_middle_of_a_pass_does_not_hang() -> None:
     settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)
     with (

@@ -196,16 +196,18 @@ class WeightStreamingManager:
         for arena in list(self._arenas):
             self._drop(arena)
 
-    def close(self) -> None:
-        """Stop, join every thread, free every page. May be called twice, and after a failure."""
-        if not hasattr(self, "_tiers"):
-            return
+    def stop(self) -> None:
+        """Fetch nothing more and join every thread. The telemetry is complete after it; nothing can be acquired."""
         self._tiers.close()
         self.source.close()
         for thread in self._threads:
             thread.join()
         self._threads.clear()
         self.device.synchronize()
+
+    def close(self) -> None:
+        """Stop, and free every page. May be called twice, and after a failure."""
+        self.stop()
         self._free_memory()
         self._globals = {}
         self._views.clear()

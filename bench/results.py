@@ -127,7 +127,7 @@ def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float 
     """The shortest time that the phase's bytes and operations allow (DESIGN section 2), and what sets it.
 
     T >= max(B_ssd / ssd, B_h2d / h2d, B_d2h / d2h, B_hbm / hbm, FLOPs / peak), from bytes that moved inside the phase.
-    The link's ceiling is its best rate, alone: a floor may not be beaten. ``h2d_with_ssd`` stands beside it in the JSON.
+    The link's ceiling is its best rate, alone: a floor may not be beaten. ``h2d_with_ssd`` is in the JSON beside it.
     """
     demands = {
         "ssd": (stats.bytes_moved["ssd_read"], "ssd", 1e6),
@@ -213,10 +213,10 @@ def read_result(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableInput(f"{path} is no JSON ({error}): was the run broken off?") from error
     version = result.get("schema_version") if isinstance(result, dict) else None
-    if not isinstance(version, int) or not set(FIXED_KEYS) <= set(result):
+    if type(version) is not int or not set(FIXED_KEYS) <= set(result):
         raise UnusableInput(f"{path} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
         age = "a newer" if version > SCHEMA_VERSION else "an older"

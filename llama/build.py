@@ -290,8 +290,8 @@ class LLaMA:
             raise
         self.manager = manager
         self.warnings += manager.warnings
-        self.load_times.parts["populate_s"] = manager.arena.populate_s
-        self.load_times.parts["page_lock_s"] = manager.arena.register_s if self.device.pinned else None
+        self.load_times.parts["populate_s"] = manager.populate_s
+        self.load_times.parts["page_lock_s"] = manager.page_lock_s if self.device.pinned else None
         before_load(self)
         manager.start()
         self.load_times.parts["globals_s"] = manager.globals_s

@@ -70,6 +70,7 @@ class WeightStreamingManager:
         self.globals_s = 0.0
         self._arenas: list[PageLockedArena] = []
         self.page_locked_peak_bytes = 0
+        self.populate_s = self.page_lock_s = 0.0
         try:
             self._tiers = self._allocate(settings)
         except BaseException:
@@ -111,6 +112,8 @@ class WeightStreamingManager:
     def _new_arena(self, nbytes: int) -> PageLockedArena:
         arena = PageLockedArena(nbytes, self.device)
         self._arenas.append(arena)
+        self.populate_s += arena.populate_s
+        self.page_lock_s += arena.register_s
         self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
         return arena
 

@@ -159,7 +159,7 @@ class Telemetry:
         copies, uses = self.copies(), [use for use in self.uses() if use.step in steps]
         busy = {"ssd": merged((t.start, t.end) for t in reads), "h2d": merged((t.start, t.end) for t in copies)}
         wall_s = window[1] - window[0]
-        busy_s = {tier: overlap_s(spans, window) if spans else None for tier, spans in busy.items()}
+        busy_s = {tier: overlap_s(spans, window) or None for tier, spans in busy.items()}
         stalls = [use.granted - use.asked for use in uses]
         return PhaseStats(
             name=name,

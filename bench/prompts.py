@@ -23,14 +23,14 @@ def read_prompts(path: Path) -> list[str]:
         UnusableInput: if it is missing, not UTF-8, empty, or a line of ``.jsonl`` holds no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UnusableInput(f"--prompts {path}: no such file; bench_infer.py prompts --out {path} makes one") from None
     except OSError as error:
         raise UnusableInput(f"--prompts {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UnusableInput(f"--prompts {path} is not UTF-8 text: {error}") from error
-    lines = text.splitlines()
+    lines = text.split("\n")  # splitlines() would also cut at U+2028 and the like, which JSON strings may hold
     if path.suffix == ".jsonl":
         prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     elif any(_HEADER.match(line) for line in lines):
@@ -46,7 +46,7 @@ def read_prompts(path: Path) -> list[str]:
 def _json_prompt(path: Path, number: int, line: str) -> str:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableInput(f"--prompts {path}, line {number} is no JSON: {error}") from error
     found = entry if isinstance(entry, str) else None
     if isinstance(entry, dict):

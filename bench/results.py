@@ -229,4 +229,5 @@ def read_result(path: Path) -> dict[str, Any]:
 def dump(result: Mapping[str, Any]) -> str:
     """The JSON text of a result: fixed keys first, six significant digits."""
     ordered = {key: result[key] for key in (*FIXED_KEYS, *[key for key in result if key not in FIXED_KEYS])}
-    return json.dumps(significant(ordered), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(significant(ordered), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")  # arguments may hold bytes of no text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.results import significant
+from llama.config import UnusableInput
 from llama.loading import Reporter
 
 _SUMMARY = (
@@ -49,7 +51,7 @@ class ConsoleReporter(Reporter):
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            print(line, flush=True)
+            print(_printable(line), flush=True)
 
     @contextmanager
     def bar(self, total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
@@ -59,6 +61,12 @@ class ConsoleReporter(Reporter):
                 bar.update(done)
 
             yield advance
+
+
+def _printable(text: str) -> str:
+    """``text`` with escapes for what the terminal's encoding lacks, so that no run ends for want of a letter."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -80,7 +88,10 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _cells(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: significant(read(result)) for name, read in _COLUMNS.items()}
+    try:
+        return {name: significant(read(result)) for name, read in _COLUMNS.items()}
+    except (KeyError, TypeError) as error:
+        raise UnusableInput("a result lacks what a table shows of it: was its file changed by hand?") from error
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -104,7 +115,7 @@ def row(result: Mapping[str, Any], output: str) -> str:
     if output == "md":
         return table([result])
     if output == "json":
-        return json.dumps(significant(dict(result)), ensure_ascii=False)
+        return json.dumps(significant(dict(result)))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(_COLUMNS), lineterminator="\n")
     writer.writeheader()

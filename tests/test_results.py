@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from bench.results import (
     tpot_part,
 )
 from bench.schema_doc import read_schema
-from bench.summary import row, summary, table
+from bench.summary import ConsoleReporter, row, summary, table
 from llama.config import UnusableInput
 from llama.generation import Generation
 from wsm.probe import Ceiling
@@ -326,6 +327,12 @@ def test_text_stays_readable_in_the_file() -> None:
     assert "你好" in dump(result)
 
 
+def test_an_argument_that_is_no_text_costs_no_result() -> None:
+    """Python hands such bytes on as halves of surrogate pairs, which no file can be written with."""
+    result = {**dict.fromkeys(FIXED_KEYS, 0), "argv": ["caf\udce9"]}
+    assert json.loads(dump(result).encode("utf-8"))["argv"] == ["caf\udce9"]
+
+
 # -- reading back
 
 
@@ -518,6 +525,20 @@ def test_texts_are_kept_only_if_asked_for(runs: Mapping[str, Any]) -> None:
 
 
 # -- for the terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_chinese_letters_ends_no_run(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    ConsoleReporter(quiet=False, verbose=False).say("详细 JSON \udce9")
+    assert b"JSON" in written.getvalue()
+
+
+@pytest.mark.parametrize("part", ["phases", "memory", "output", "gpu_mem_GB"])
+def test_a_result_that_was_changed_by_hand_is_refused_in_a_sentence(runs: Mapping[str, Any], part: str) -> None:
+    with pytest.raises(UnusableInput, match="changed by hand"):
+        table([runs["stream"], {**runs["mixed"], part: None}])
 
 
 def test_the_summary_shows_the_guides_figures_and_the_floor(runs: Mapping[str, Any]) -> None:

@@ -171,7 +171,7 @@ _LOAD_PARTS = (
     "page_lock_s",
     "probe_s",
     "globals_s",
-    "residents_s",
+    "stage_s",
     "warmup_s",
 )
 
@@ -179,6 +179,7 @@ _LOAD_PARTS = (
 def _load(llm: LLaMA) -> dict[str, float | None]:
     return {
         **{name: llm.load_times.parts.get(name) for name in _LOAD_PARTS},
+        "residents_s": llm.manager.residents_s if llm.manager is not None else llm.load_times.parts["residents_s"],
         "from_process_start_s": llm.load_times.parts["from_process_start_s"],
     }
 

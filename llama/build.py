@@ -178,10 +178,10 @@ class LLaMA:
     Made by :meth:`build`, or by :meth:`assemble` from inputs and a plan.
     """
 
-    def __init__(self, inputs: Inputs, plan: Plan, device: Device, settings: Settings) -> None:
+    def __init__(self, inputs: Inputs, plan: Plan, device: Device, settings: Settings, measured: bool) -> None:
         self.inputs, self.plan, self.device, self.settings = inputs, plan, device, settings
         self.config = inputs.checkpoint.config
-        self.telemetry = Telemetry(device)
+        self.telemetry = Telemetry(device, keep=measured)
         self.manager: WeightStreamingManager | None = None
         self.load_times = LoadTimes()
         self.warnings: list[str] = []
@@ -227,7 +227,7 @@ class LLaMA:
             raise UnusableInput(f"--topk-blk must be 0 (all blocks) or at least 2, not {topk_blk}")
         inputs = open_inputs(options)
         shape = RunShape(max_batch_size, max_seq_len - 1, 1, max_batch_size * (max_seq_len - 1))
-        return cls.assemble(inputs, plan_run(inputs, shape), Reporter())
+        return cls.assemble(inputs, plan_run(inputs, shape), Reporter(), measured=False)
 
     @classmethod
     def assemble(
@@ -237,15 +237,17 @@ class LLaMA:
         reporter: Reporter,
         *,
         before_load: Callable[[LLaMA], None] = lambda llm: None,
+        measured: bool = True,
     ) -> LLaMA:
         """Allocate what the plan says, load, and be ready.
 
         Args:
             before_load: called when all memory is there and nothing is loaded yet (the benchmark's probe).
+            measured: whether to keep a record of every transfer and wait.
         """
         check_fits(plan)
         limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
-        llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings)
+        llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
         try:
             llm._load(reporter, before_load)
         except BaseException:
@@ -295,9 +297,9 @@ class LLaMA:
         before_load(self)
         manager.start()
         self.load_times.parts["globals_s"] = manager.globals_s
-        with self.load_times.timed("residents_s"):
-            if not self.settings.skip_preload_wait or self.settings.mode in ("preload", "stream"):
-                manager.wait_loaded()
+        if not self.settings.skip_preload_wait:
+            manager.wait_loaded()
+        with self.load_times.timed("stage_s"):
             manager.stage()
         return manager
 

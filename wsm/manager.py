@@ -148,6 +148,7 @@ class WeightStreamingManager:
         """Load the globals, then let the reader and the pager run."""
         self._load_globals()
         self.source.on_read = self.telemetry.chunk_read
+        self._started_at_s = time.perf_counter()
         for name, work in (("wsm-pager", self._page), ("wsm-reader", self._read)):
             thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             self._threads.append(thread)
@@ -160,6 +161,12 @@ class WeightStreamingManager:
     def loaded(self) -> bool:
         """Whether every resident is in its tier."""
         return self._tiers.loaded()
+
+    @property
+    def residents_s(self) -> float | None:
+        """Seconds from the start of the threads until every resident was in its tier; None before that."""
+        loaded_at = self._tiers.loaded_at_s
+        return None if loaded_at is None else loaded_at - self._started_at_s
 
     def stage(self) -> None:
         """Block until the plan's warm-up layers are on the GPU."""

@@ -90,24 +90,20 @@ def moved_bytes(transfers: Iterable[Transfer], window: Interval) -> int:
 class Telemetry:
     """Collects records from every thread of the engine; answers once a run is over.
 
-    The lists are appended to under the interpreter's own lock; ``_reads`` is shared by the I/O threads and has one.
+    The lists are appended to under the interpreter's own lock; what the I/O threads share has one.
+
+    Args:
+        keep: whether to record at all; a model that serves for hours should not.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, *, keep: bool = True) -> None:
+        self._device, self._keep = device, keep
         self._lock = threading.Lock()
         self._open_reads: dict[tuple[GroupId | None, int | None], list[float]] = {}
         self._steps_of_reads: dict[GroupId | None, list[int | None]] = {}
         self.reads: list[Transfer] = []
         self._copies: list[tuple[GroupId, int | None, int, Event, Event]] = []
         self._uses: list[tuple[GroupId, int, Event, Event, Event]] = []
-
-    def clear(self) -> None:
-        """Forget everything so far (residents loaded, warm-up done)."""
-        with self._lock:
-            self.reads.clear()
-        self._copies.clear()
-        self._uses.clear()
 
     # -- recording
 
@@ -119,6 +115,8 @@ class Telemetry:
 
     def chunk_read(self, group: GroupId | None, nbytes: int, start: float, end: float) -> None:
         """An I/O thread finished a chunk; one group is read once at a time, so its oldest queued read is meant."""
+        if not self._keep:
+            return
         with self._lock:
             steps = self._steps_of_reads.get(group)
             if not steps:
@@ -131,14 +129,16 @@ class Telemetry:
         with self._lock:
             step = self._steps_of_reads[group].pop(0)
             start, end, nbytes = self._open_reads.pop((group, step))
-            if nbytes:
+            if nbytes and self._keep:
                 self.reads.append(Transfer(group, step, int(nbytes), start, end))
 
     def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event, end: Event) -> None:
-        self._copies.append((group, step, nbytes, start, end))
+        if self._keep:
+            self._copies.append((group, step, nbytes, start, end))
 
     def used(self, group: GroupId, step: int, asked: Event, granted: Event, done: Event) -> None:
-        self._uses.append((group, step, asked, granted, done))
+        if self._keep:
+            self._uses.append((group, step, asked, granted, done))
 
     # -- answering, when the streams are idle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Tiers:
         self._failure: BaseException | None = None
         self._closing = False
         self.on_loaded: Callable[[GroupId], None] | None = None
+        self.loaded_at_s: float | None = None
 
     # -- what the pager asks and tells
 
@@ -298,6 +300,8 @@ class Tiers:
 
     def _loaded(self, group: GroupId) -> None:
         self._to_load -= 1
+        if self._to_load == 0:
+            self.loaded_at_s = time.perf_counter()
         if self.on_loaded is not None:
             self.on_loaded(group)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bench.flag_types import boolean, names, number, topk, whole
 from llama.config import UnusableInput
 
 VERBS = ("run", "pack", "verify", "plan", "prompts", "table")
@@ -102,59 +102,13 @@ class _Parser(argparse.ArgumentParser):
         raise UnusableInput(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
-        return value
-
-    read.__name__ = "whole number"
-    return read
-
-
-def _number(above: float, most: float = float("inf"), *, or_equal: bool = False) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value) or not (above < value <= most or (or_equal and value == above)):
-            bounds = f"{'at least' if or_equal else 'above'} {above:g}" + (
-                f" and at most {most:g}" if most < 1e308 else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
-        return value
-
-    read.__name__ = "number"
-    return read
-
-
-def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text}")
-    return values[text.lower()]
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"must be names with commas between them, not {text!r}")
-    return names
-
-
-def _topk(text: str) -> int:
-    value = int(text)
-    if value < 0 or value == 1:
-        raise argparse.ArgumentTypeError(f"must be 0 (all blocks) or at least 2, not {value}")
-    return value
-
-
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="Meta or Hugging Face directory (built-in model)"
     )
     group.add_argument("--synthetic", metavar="NAME[:layers=N]", help="random weights in a real model's shape")
-    group.add_argument("--seed", type=_whole(0), default=0, help="of synthetic weights, random ids and sampling (0)")
+    group.add_argument("--seed", type=whole(0), default=0, help="of synthetic weights, random ids and sampling (0)")
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (as stored)")
     group.add_argument(
         "--cache-dir",
@@ -179,19 +133,19 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
         ("--warmup-layers", 4, 0, "layers staged on the GPU before the first pass"),
         ("--staging-mb", 64, 1, "SSD bytes in flight, in MB"),
     ):
-        group.add_argument(flag, type=_whole(least), default=default, metavar="N", help=f"{text} ({default})")
+        group.add_argument(flag, type=whole(least), default=default, metavar="N", help=f"{text} ({default})")
     group.add_argument(
-        "--gpu-mem-gb", type=_number(0), metavar="GIB", help="GPU memory to use, context included (all free)"
+        "--gpu-mem-gb", type=number(0), metavar="GIB", help="GPU memory to use, context included (all free)"
     )
-    group.add_argument("--cpu-mem-gb", type=_number(0), metavar="GIB", help="CPU memory to use (all free)")
+    group.add_argument("--cpu-mem-gb", type=number(0), metavar="GIB", help="CPU memory to use (all free)")
     group.add_argument("--auto", action="store_true", help="choose layers and pools for the budgets")
     group.add_argument("--verify-weights", action="store_true", help="check a group's checksum at every read")
-    group.add_argument("--topk-blk", type=_topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
-    group.add_argument("--prefill-chunk-tokens", type=_whole(1), metavar="N", help="tokens a chunk (auto)")
-    group.add_argument("--micro-batch", type=_whole(1), metavar="ROWS", help="rows in one wave of the prefill (auto)")
+    group.add_argument("--topk-blk", type=topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
+    group.add_argument("--prefill-chunk-tokens", type=whole(1), metavar="N", help="tokens a chunk (auto)")
+    group.add_argument("--micro-batch", type=whole(1), metavar="ROWS", help="rows in one wave of the prefill (auto)")
     group.add_argument("--device", metavar="DEV", help="cpu, cuda or cuda:N (auto)")
     group.add_argument(
-        "--load-model", "--load_model", type=_boolean, metavar="BOOL", help="whole model on the device (by mode)"
+        "--load-model", "--load_model", type=boolean, metavar="BOOL", help="whole model on the device (by mode)"
     )
 
 
@@ -199,15 +153,15 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("work")
     group.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file (the one in prompts/)")
     group.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    group.add_argument("--prompt-len", type=_whole(1), metavar="N", help="N random ids a prompt, no tokenizer needed")
-    group.add_argument("--batch-size", type=_whole(1), default=1, metavar="N", help="rows (1)")
-    group.add_argument("--max-new-tokens", type=_whole(1), default=32, metavar="N", help="(32)")
-    group.add_argument("--max-seq-len", type=_whole(2), default=2048, metavar="N", help="(2048)")
-    group.add_argument("--temperature", type=_number(0, or_equal=True), default=0.6, help="0 is greedy (0.6)")
-    group.add_argument("--top-p", type=_number(0, 1), default=0.9, help="(0.9)")
+    group.add_argument("--prompt-len", type=whole(1), metavar="N", help="N random ids a prompt, no tokenizer needed")
+    group.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="rows (1)")
+    group.add_argument("--max-new-tokens", type=whole(1), default=32, metavar="N", help="(32)")
+    group.add_argument("--max-seq-len", type=whole(2), default=2048, metavar="N", help="(2048)")
+    group.add_argument("--temperature", type=number(0, or_equal=True), default=0.6, help="0 is greedy (0.6)")
+    group.add_argument("--top-p", type=number(0, 1), default=0.9, help="(0.9)")
     group.add_argument("--ignore-eos", action="store_true", help="go on after a stop token")
-    group.add_argument("--warmup-rounds", type=_whole(0), default=1, metavar="N", help="(1)")
-    group.add_argument("--repeats", type=_whole(1), default=1, metavar="N", help="timed rounds (1)")
+    group.add_argument("--warmup-rounds", type=whole(0), default=1, metavar="N", help="(1)")
+    group.add_argument("--repeats", type=whole(1), default=1, metavar="N", help="timed rounds (1)")
     group.add_argument("--no-probe", action="store_true", help="take the ceilings from the cache")
     group.add_argument("--out-json", type=Path, default=Path("bench_results.json"), metavar="FILE")
     group.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline (chrome://tracing, Perfetto)")
@@ -230,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack = verbs.add_parser("pack", help="checkpoint to packed device or file")
     _add_model(pack)
     pack.add_argument(
-        "--to", type=_names, required=True, metavar="TARGET[,TARGET]", help="file or block device; several are striped"
+        "--to", type=names, required=True, metavar="TARGET[,TARGET]", help="file or block device; several are striped"
     )
     pack.add_argument("--manifest", type=Path, required=True, metavar="FILE")
     pack.add_argument("--force", action="store_true", help="overwrite a device that bears a filesystem or the like")
@@ -239,14 +193,14 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--manifest", type=Path, required=True, metavar="FILE")
     verify.add_argument("--raw-device", metavar="DEV[,DEV]")
     verify.add_argument("--checkpoints", type=Path, metavar="DIR", help="for a manifest of version 1")
-    verify.add_argument("--staging-mb", type=_whole(1), default=64, metavar="N")
+    verify.add_argument("--staging-mb", type=whole(1), default=64, metavar="N")
     verify.add_argument("--verbose", action="store_true")
     prompts = verbs.add_parser("prompts", help="make a prompt file of exactly N tokens a prompt")
     prompts.add_argument("--out", type=Path, required=True, metavar="FILE")
-    prompts.add_argument("--count", type=_whole(1), default=512, metavar="N", help="(512)")
-    prompts.add_argument("--tokens", type=_whole(1), default=2048, metavar="N", help="(2048)")
+    prompts.add_argument("--count", type=whole(1), default=512, metavar="N", help="(512)")
+    prompts.add_argument("--tokens", type=whole(1), default=2048, metavar="N", help="(2048)")
     prompts.add_argument("--checkpoints", type=Path, metavar="DIR", help="whose tokenizer counts (bytes)")
-    prompts.add_argument("--seed", type=_whole(0), default=0, help="(0)")
+    prompts.add_argument("--seed", type=whole(0), default=0, help="(0)")
     prompts.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR")
     prompts.add_argument("--verbose", action="store_true")
     table = verbs.add_parser("table", help="several result files as one Markdown table")

@@ -75,13 +75,14 @@ def fill_batch(prompts: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
     return [list(prompts[row % len(prompts)]) for row in range(batch)]
 
 
-def tokenize(texts: Sequence[str], tokenizer: Tokenizer, most: int) -> list[list[int]]:
-    """Token ids of each text: BOS in front and counted in, the last ``most - 1`` tokens behind it."""
-    rows = []
-    for text in texts:
-        ids = tokenizer.encode(text, bos=False)
-        rows.append([tokenizer.bos_id, *ids[max(0, len(ids) - (most - 1)) :]])
-    return rows
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each text, BOS in front."""
+    return [[tokenizer.bos_id, *tokenizer.encode(text, bos=False)] for text in texts]
+
+
+def keep_last(prompt: Sequence[int], most: int) -> list[int]:
+    """A prompt cut to ``most`` tokens: its first, the BOS, and the last ones behind it."""
+    return [prompt[0], *prompt[max(1, len(prompt) - (most - 1)) :]]
 
 
 def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:

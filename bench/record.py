@@ -18,6 +18,7 @@ from bench.measure import Round, phases_of
 from bench.provenance import collect
 from bench.results import (
     SCHEMA_VERSION,
+    beaten_floors,
     io_part,
     median_round,
     phase_part,
@@ -101,7 +102,12 @@ def result_of(
             "texts": [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
         },
         "repeats": repeats_part(got.rounds),
-        "warnings": [*warnings, *plan_warnings(stats, llm.plan.bytes_per_pass), *missing],
+        "warnings": [
+            *warnings,
+            *plan_warnings(stats, llm.plan.bytes_per_pass),
+            *beaten_floors(stats, got.ceilings),
+            *missing,
+        ],
     }
 
 

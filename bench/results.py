@@ -189,6 +189,19 @@ def io_part(stats: Sequence[PhaseStats]) -> dict[str, float | None]:
     }
 
 
+def beaten_floors(phases: Mapping[str, PhaseStats], ceilings: Mapping[str, Ceiling]) -> list[str]:
+    """A line for each phase that was faster than its floor by over 5 %: no floor may be, so its ceiling was wrong."""
+    warnings = []
+    for name, stats in phases.items():
+        floor_ms, bound_by = floor_of(stats, ceilings)
+        if floor_ms is not None and floor_ms > 1.05 * stats.wall_ms:
+            warnings.append(
+                f"{name}: faster than the floor, so the ceiling of {bound_by} was measured too low "
+                "(other work on the machine, or a device that varies): roofline_pct says little"
+            )
+    return warnings
+
+
 def plan_warnings(phases: Mapping[str, PhaseStats], bytes_per_pass: Mapping[str, int]) -> list[str]:
     """A line for each phase whose passes used other bytes than planned, by more than 1 %."""
     warnings = []

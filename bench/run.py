@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import psutil
 from bench import ceilings as ceilings_of
 from bench.flags import RunOptions
 from bench.measure import Sampling, run_round, warm_up
-from bench.prompts import DEFAULT_FILE, fill_batch, random_prompts, read_prompts, tokenize
+from bench.prompts import DEFAULT_FILE, fill_batch, keep_last, random_prompts, read_prompts, tokenize
 from bench.record import Progress, result_of
 from bench.results import dump, median_round
 from bench.summary import ConsoleReporter, row, summary
@@ -46,14 +48,20 @@ def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
     return built, warnings
 
 
-def batch_prompts(options: RunOptions, inputs: Inputs) -> list[list[int]]:
-    """The token ids of every row: at most ``max_seq_len - max_new_tokens``, the last ones, BOS counted in."""
+def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
+    """The token ids of every row: at most ``max_seq_len - max_new_tokens``, the last ones, BOS counted in.
+
+    ``say`` is told what was cut.
+    """
     most = options.max_seq_len - options.max_new_tokens
     if options.prompt_len is not None:
-        length = min(options.prompt_len, most)
-        return random_prompts(inputs.checkpoint.config, length, options.batch_size, options.seed)
-    texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
-    return fill_batch(tokenize(texts[: options.batch_size], inputs.tokenizer, most), options.batch_size)
+        whole = random_prompts(inputs.checkpoint.config, options.prompt_len, options.batch_size, options.seed)
+    else:
+        texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
+        whole = fill_batch(tokenize(texts[: options.batch_size], inputs.tokenizer), options.batch_size)
+    if long := [len(prompt) for prompt in whole if len(prompt) > most]:
+        say(f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)})")
+    return [keep_last(prompt, most) for prompt in whole]
 
 
 def shape_of(prompts: Sequence[Sequence[int]], options: RunOptions) -> RunShape:
@@ -69,7 +77,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
         _check_writable(path)
     reporter.say("[INFO] Global state tracker initialized")
     inputs = open_inputs(built)
-    prompts = batch_prompts(options, inputs)
+    prompts = batch_prompts(options, inputs, reporter.say)
     plan = plan_run(inputs, shape_of(prompts, options))
     if options.auto:
         reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
@@ -132,8 +140,15 @@ def _rounds(
 
 
 def _check_writable(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UnusableInput(f"{path}: no file can be written there; name another --out-json or --trace")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise UnusableInput(
+            f"{path} cannot be written ({error.strerror}); name another --out-json or --trace"
+        ) from error
 
 
 def _write_trace(path: Path, llm: LLaMA, got: Progress) -> None:

@@ -86,7 +86,7 @@ def run_plan(options: RunOptions) -> int:
     """Print what would lie where; exit code 3 if it does not fit."""
     built, warnings = build_options(options)
     inputs = open_inputs(built)
-    plan = plan_run(inputs, shape_of(batch_prompts(options, inputs), options))
+    plan = plan_run(inputs, shape_of(batch_prompts(options, inputs, print), options))
     ceilings = recall_for(inputs)
     print(describe(plan, {name: ceiling.value for name, ceiling in ceilings.items()} or None))
     for warning in warnings:

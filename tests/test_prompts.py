@@ -174,20 +174,20 @@ def test_a_long_prompt_keeps_its_tail_with_bos_in_front_and_counted_in(
     tokenizer = maker(tmp_path)
     text = "the ocean of stars is wider than the page, " * 5
     ids = tokenizer.encode(text, bos=False)
-    [row] = tokenize([text], tokenizer, 10)
+    row = keep_last(tokenize([text], tokenizer)[0], 10)
     assert len(row) == 10
     assert row == [tokenizer.bos_id, *ids[-9:]]
 
 
 def test_the_guides_prompt_of_2048_tokens_becomes_one_of_2016() -> None:
     """max_seq_len 2048 - max_new_tokens 32."""
-    [row] = tokenize(["x" * 2048], ByteTokenizer(config_of(300)), 2048 - 32)
+    row = keep_last(tokenize(["x" * 2048], ByteTokenizer(config_of(300)))[0], 2048 - 32)
     assert len(row) == 2016
 
 
 @given(st.text(string.ascii_letters, max_size=40), st.integers(1, 50))
 def test_a_row_is_never_longer_than_allowed_and_always_begins_with_bos(text: str, most: int) -> None:
-    [row] = tokenize([text], ByteTokenizer(config_of(300)), most)
+    row = keep_last(tokenize([text], ByteTokenizer(config_of(300)))[0], most)
     assert len(row) == min(most, 1 + len(text))
     assert row[0] == ByteTokenizer.bos_id
     assert bytes(row[1:]).decode() == text[len(text) - len(row) + 1 :]
@@ -234,7 +234,7 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
     texts = make_prompts(tokenizer, 5, tokens, seed=3)
     read = read_prompts(written(tmp_path / "p.txt", prompt_file(texts, tokens)))
     assert [len(tokenizer.encode(text, bos=False)) for text in read] == [tokens] * 5
-    assert [len(row) for row in tokenize(read, tokenizer, tokens + 1)] == [tokens + 1] * 5
+    assert [len(row) for row in tokenize(read, tokenizer)] == [tokens + 1] * 5
 
 
 @given(tokens=st.integers(1, 80), seed=st.integers(0, 2**32))

@@ -39,6 +39,8 @@ def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
         return _fail(argv, error, BAD_STORE)
     except KeyboardInterrupt as error:
         return _fail(argv, error, INTERRUPTED)
+    except BrokenPipeError:
+        return _fail(argv, UnusableInput("standard output was closed before the end"), UNUSABLE)
     except OSError as error:
         return _fail(argv, UnusableInput(f"{error.filename or 'a file'}: {error.strerror or error}"), UNUSABLE)
 

@@ -19,6 +19,7 @@ from bench.cli import main
 from bench.prompts import (
     DEFAULT_FILE,
     fill_batch,
+    keep_last,
     make_prompts,
     prompt_file,
     random_prompts,

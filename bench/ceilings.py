@@ -15,6 +15,8 @@ from wsm.atomic import write_atomically
 from wsm.probe import Ceiling, probe_compute, probe_link, probe_ssd
 from wsm.store import PackedStore
 
+MOST_BUFFERS = 9
+
 
 def probe(llm: LLaMA) -> dict[str, Ceiling]:
     """Measure every ceiling that the mode uses; to be called when memory is taken and nothing is loaded."""
@@ -30,8 +32,8 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     source, ssd = manager.source, manager.plan.residency.ssd
     if isinstance(source, PackedStore) and ssd:
         size = source.slot_bytes("attn")
-        buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:3]
-        if len(buffers) == 3:
+        buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:MOST_BUFFERS]
+        if len(buffers) > 2:
             found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in ssd], buffers, slot)
     return found
 
@@ -47,7 +49,9 @@ def _cache_file(inputs: Inputs) -> Path:
     device, options = inputs.device, inputs.options
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     store = str(options.raw_device or options.manifest or options.cache_dir)
-    key = json.dumps([gpu, str(inputs.dtype), store, options.settings.staging_mb, options.settings.mode])
+    settings = options.settings
+    sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
+    key = json.dumps([gpu, str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json()], sort_keys=True)
     return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

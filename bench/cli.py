@@ -14,7 +14,7 @@ from bench.verbs import run_pack, run_plan, run_prompts, run_table, run_verify
 from llama.config import UnusableInput
 from wsm.errors import DoesNotFit, StoreError
 
-UNUSABLE, TOO_LARGE, BAD_STORE, INTERRUPTED = 2, 3, 4, 130
+FAILED, UNUSABLE, TOO_LARGE, BAD_STORE, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
@@ -39,6 +39,8 @@ def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
         return _fail(argv, error, BAD_STORE)
     except KeyboardInterrupt as error:
         return _fail(argv, error, INTERRUPTED)
+    except RuntimeError as error:
+        return _fail(argv, error, FAILED)
     except BrokenPipeError:
         return _fail(argv, UnusableInput("standard output was closed before the end"), UNUSABLE)
     except OSError as error:

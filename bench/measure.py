@@ -142,7 +142,8 @@ def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: int) -
         bytes=nothing,
         bytes_moved=nothing,
         busy_ms=unmeasured,
-        stall_ms=dict.fromkeys(("compute", "h2d", "ssd")),
+        stall_ms=dict.fromkeys(("ssd", "h2d")),
+        idle_ms=dict.fromkeys(("ssd", "h2d")),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,10 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
     if options.auto:
         reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     _announce(reporter, built, inputs, plan)
+    if without_effect := sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")):
+        warnings.append(
+            f"{', '.join(without_effect)}: no effect, since all KV is on the compute device: nothing is written back"
+        )
     got = Progress({}, [])
 
     def before_load(llm: LLaMA) -> None:
@@ -100,11 +107,13 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
             got.interrupted = True
             if not got.rounds:
                 raise
-        llm.stop()
-        if options.trace is not None:
-            _write_trace(options.trace, llm, got)
-        result = result_of(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
-    _finish(options, reporter, result)
+        with _finishing():
+            llm.stop()
+            if options.trace is not None:
+                _write_trace(options.trace, llm, got)
+            result = result_of(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
+            write_atomically(options.out_json, dump(result))
+    _print_result(options, reporter, result)
     return 130 if got.interrupted else 0
 
 
@@ -157,8 +166,20 @@ def _write_trace(path: Path, llm: LLaMA, got: Progress) -> None:
     write_atomically(path, chrome_trace(llm.telemetry, phases) + "\n")
 
 
-def _finish(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
-    write_atomically(options.out_json, dump(result))
+@contextlib.contextmanager
+def _finishing() -> Iterator[None]:
+    """Ctrl-C comes too late to lose finished rounds: what takes a second is let through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_result(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
     if options.output is not None:
         print(row(result, options.output))
         return

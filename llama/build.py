@@ -42,7 +42,6 @@ from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
 from wsm.telemetry import Telemetry
 
-MODES = ("mixed", "stream", "preload", "full")
 DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 LOADING_THREADS = 8
 
@@ -119,8 +118,6 @@ def open_inputs(options: BuildOptions) -> Inputs:
     Raises:
         UnusableInput: for a checkpoint, manifest, device or dtype that cannot be used.
     """
-    if options.settings.mode not in MODES:
-        raise UnusableInput(f"--mode {options.settings.mode} is not known; {', '.join(MODES)} are")
     if options.raw_device and not options.manifest:
         raise UnusableInput("--raw-device needs --manifest, which says what lies where on it")
     device = choose_device(options.device)
@@ -245,14 +242,14 @@ class LLaMA:
             before_load: called when all memory is there and nothing is loaded yet (the benchmark's probe).
             measured: whether to keep a record of every transfer and wait.
         """
-        check_fits(plan)
-        limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
-        llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(inputs.close)
+            check_fits(plan)
+            limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
+            llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
+            on_failure.callback(llm.close)
             llm._load(reporter, before_load)
-        except BaseException:
-            llm.close()
-            raise
+            on_failure.pop_all()
         return llm
 
     def _load(self, reporter: Reporter, before_load: Callable[[LLaMA], None]) -> None:
@@ -388,9 +385,11 @@ class LLaMA:
 
     def close(self) -> None:
         """Join every thread, free every page, close every file."""
-        if self.manager is not None:
-            self.manager.close()
-        self.inputs.close()
+        try:
+            if self.manager is not None:
+                self.manager.close()
+        finally:
+            self.inputs.close()
 
     def __enter__(self) -> LLaMA:
         return self

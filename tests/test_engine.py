@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -18,6 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.checkpoint.names import GroupId, Kind, pass_order
+from llama.config import UnusableInput
+from tests.async_device import AsyncDevice
 from wsm.device import CpuDevice
 from wsm.errors import StoreError
 from wsm.groups import GroupLayout, TensorLayout
@@ -112,8 +116,9 @@ switches = st.fixed_dictionaries(
         "mode": st.sampled_from(["mixed", "stream", "preload"]),
         "gpu_cached_layers": st.integers(0, 9),
         "cpu_cache_layers": st.integers(0, 9),
-        "prefetch_distance": st.integers(1, 5),
-        "group_prefetch_depth": st.integers(1, 7),
+        "prefetch_distance": st.integers(0, 5),
+        "group_prefetch_depth": st.integers(0, 7),
+        "aggressive_gpu_prefetch": st.integers(0, 3),
         "warmup_layers": st.integers(0, 9),
         "cpu_rolling_mode": st.booleans(),
         "cpu_evict": st.sampled_from(["belady", "fifo"]),
@@ -136,6 +141,36 @@ def test_every_setting_delivers_every_group_whole_and_in_order(n_layers: int, ch
     with running(plan_for(n_layers, settings), settings, FakeSource()) as manager:
         manager.stage()
         run_passes(manager, 3)
+
+
+@given(n_layers=st.integers(1, 8), chosen=switches, seed=st.integers(0, 1000))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_late_copies_and_computations_never_meet_another_group(
+    n_layers: int, chosen: dict[str, object], seed: int
+) -> None:
+    """On a device that runs behind the host: a slot is rewritten only when its last reader is done."""
+    settings = replace(Settings(), **chosen)  # type: ignore[arg-type]
+    device, wrong = AsyncDevice(seed), list[GroupId]()
+
+    def compute(weights: Mapping[str, Tensor], group: GroupId) -> None:
+        before = torch.equal(weights["data"], image(group, SLOT[group.kind]))
+        time.sleep(0.0004)
+        if not before or not torch.equal(weights["data"], image(group, SLOT[group.kind])):
+            wrong.append(group)
+
+    with WeightStreamingManager(
+        plan_for(n_layers, settings), FakeSource(), device, settings, Telemetry(device)
+    ) as manager:
+        manager.start()
+        manager.stage()
+        for group in pass_order(n_layers) * 2:
+            with manager.acquire(group) as weights:
+                device.later(partial(compute, weights, group))
+        device.synchronize()
+        manager.stop()
+        manager.telemetry.phase("decode", (0.0, 1e12), range(2 * n_layers), 2 * n_layers)
+    device.end()
+    assert not wrong
 
 
 @pytest.mark.parametrize("evict", ["belady", "fifo"])
@@ -254,3 +289,70 @@ def test_finished_groups_stay_until_their_slot_is_needed() -> None:
             run_passes(manager, 3)
             phase = manager.telemetry.phase("decode", (0.0, 1e12), range(16, 24), 8)
         assert phase.bytes["weight_h2d"] == expected * sum(SLOT.values())
+
+
+def reads_before_the_compute_moves(**changes: object) -> set[GroupId | None]:
+    """Which groups are read while the computation stays in its first layer, long enough for all that may be."""
+    settings = replace(Settings(), gpu_cached_layers=0, cpu_cache_layers=2, prefetch_distance=2, **changes)  # type: ignore[arg-type]
+    source = FakeSource()
+    with running(plan_for(8, settings), settings, source) as manager, manager.acquire(GroupId(0, "attn")):
+        time.sleep(0.2)
+        return set(source.reads) - {None}
+
+
+def test_roll_sync_holds_a_cpu_slot_until_the_compute_enters_its_layer() -> None:
+    layers = {group.layer for group in reads_before_the_compute_moves(cpu_roll_sync=True) if group}
+    assert layers == {0, 1, 2}
+    layers = {group.layer for group in reads_before_the_compute_moves(cpu_roll_sync=False) if group}
+    assert layers == {0, 1, 2, 3, 4}
+
+
+def test_skipping_the_wait_lets_the_first_layers_compute_while_residents_load() -> None:
+    settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=10, prefetch_distance=2, warmup_layers=1)
+    with running(plan_for(16, settings), settings, FakeSource(delay_s=0.01)) as manager:
+        manager.stage()
+        for group in pass_order(3):
+            with manager.acquire(group):
+                pass
+        assert not manager.loaded()
+        manager.wait_loaded()
+        assert manager.loaded()
+        assert manager.residents_s is not None
+
+
+def test_an_interrupted_wait_can_be_entered_again() -> None:
+    settings = replace(Settings(), gpu_cached_layers=0, cpu_cache_layers=2, prefetch_distance=1, cpu_rolling_mode=False)
+    with running(plan_for(4, settings), settings, FakeSource(delay_s=0.3)) as manager:
+        timer = threading.Timer(0.1, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt), manager.acquire(GroupId(0, "attn")):
+            pass
+        timer.join()
+        run_passes(manager, 1)
+
+
+def test_what_cannot_be_used_stays_what_it_is_on_its_way_through_the_threads() -> None:
+    class Unusable(FakeSource):
+        def read(self, group: GroupId | None, buffer: Tensor, done: Callable[[BaseException | None], None]) -> None:
+            if group is None:
+                super().read(group, buffer, done)
+            else:
+                done(UnusableInput("the checkpoint has no such tensor"))
+
+    settings = Settings(gpu_cached_layers=1, cpu_cache_layers=2)
+    with running(plan_for(4, settings), settings, Unusable()) as manager, pytest.raises(UnusableInput):
+        run_passes(manager, 1)
+
+
+def test_a_device_that_fails_still_gives_every_page_back() -> None:
+    class Failing(CpuDevice):
+        def synchronize(self) -> None:
+            raise RuntimeError("device lost")
+
+    device = Failing()
+    settings = Settings(gpu_cached_layers=1, cpu_cache_layers=2)
+    manager = WeightStreamingManager(plan_for(4, settings), FakeSource(), device, settings, Telemetry(device))
+    manager.start()
+    with pytest.raises(RuntimeError, match="device lost"):
+        manager.close()
+    assert manager.page_locked_bytes == 0

@@ -91,14 +91,17 @@ def stats_of(
         bytes={**nothing, **(used or {})},
         bytes_moved={**nothing, **(moved or {})},
         busy_ms={**unmeasured, **(busy or {})},
-        stall_ms={"compute": None, "ssd": None, "h2d": None},
+        stall_ms={"ssd": None, "h2d": None},
+        idle_ms={"ssd": None, "h2d": None},
         flops=flops,
         hbm_bytes=hbm_bytes,
     )
 
 
 def ceilings_of(**values: float) -> dict[str, Ceiling]:
-    return {name: Ceiling(value, "TFLOPs" if name == "matmul" else "MBps", 1.0, "") for name, value in values.items()}
+    return {
+        name: Ceiling(value, value, "TFLOPs" if name == "matmul" else "MBps", 1.0, "") for name, value in values.items()
+    }
 
 
 # -- figures of a round
@@ -246,15 +249,15 @@ def test_roofline_is_the_floors_share_of_the_measured_time() -> None:
 
 @pytest.mark.parametrize(("spread", "told"), [(4.9, None), (5.1, 5.1)])
 def test_a_ceiling_that_varied_by_more_than_5_percent_is_told(spread: float, told: float | None) -> None:
-    ceilings = {"matmul": Ceiling(1.0, "TFLOPs", spread, "")}
+    ceilings = {"matmul": Ceiling(1.0, 1.0, "TFLOPs", spread, "")}
     assert phase_part(stats_of(flops=10**12), ceilings)["ceiling_spread_pct"] == told
 
 
 def test_the_spread_told_is_that_of_the_rate_the_floor_was_made_with() -> None:
     ceilings = {
-        "ssd": Ceiling(1e6, "MBps", 50.0, ""),
-        "h2d": Ceiling(1000.0, "MBps", 30.0, ""),
-        "h2d_with_ssd": Ceiling(1000.0, "MBps", 7.0, ""),
+        "ssd": Ceiling(1e6, 1e6, "MBps", 50.0, ""),
+        "h2d": Ceiling(1000.0, 1000.0, "MBps", 30.0, ""),
+        "h2d_with_ssd": Ceiling(1000.0, 1000.0, "MBps", 7.0, ""),
     }
     part = phase_part(stats_of(moved={"ssd_read": 1000, "weight_h2d": 10**9}), ceilings)
     assert part["bound_by"] == "h2d"

@@ -6,6 +6,7 @@ is populated by several threads with huge pages and registered with CUDA in one 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -103,10 +104,6 @@ class PageLockedArena:
             self.close()
             raise DoesNotFit("CUDA registered the memory but does not report it as page-locked")
 
-    @property
-    def free_bytes(self) -> int:
-        return self.nbytes - self._taken
-
     def whole(self) -> Tensor:
         """All of it, ``uint8 [nbytes]``, whatever was taken."""
         return self._whole
@@ -124,7 +121,8 @@ class PageLockedArena:
         if self._map is None:
             return
         if self._registered:
-            self._device.synchronize()
+            with contextlib.suppress(RuntimeError):  # a device that has failed has no copy under way either
+                self._device.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self._address)
             self._registered = False
         _libc.madvise(self._address, self.nbytes, _MADV_DONTNEED)

@@ -27,7 +27,8 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     best = inputs
     for on_gpu in range(layers, -1, -1):
         best = replace(inputs, settings=replace(small, gpu_cached_layers=on_gpu, cpu_cache_layers=1))
-        if make_plan(best).gpu_short_bytes == 0:
+        plan = make_plan(best)
+        if plan.gpu_short_bytes == 0 and (inputs.hardware.has_gpu or plan.fits):
             break
     if settings.mode == "stream":
         return best

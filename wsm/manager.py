@@ -16,7 +16,7 @@ from llama.checkpoint.names import KINDS, GroupId, Kind, pass_order
 from wsm.arena import PageLockedArena
 from wsm.device import Device, Event
 from wsm.groups import views
-from wsm.placement import Placement
+from wsm.placement import LOADING_SLOTS, Placement
 from wsm.pool import Pool, Slot
 from wsm.settings import Settings
 from wsm.source import GroupSource
@@ -26,7 +26,6 @@ from wsm.tiers import CopyJob, ReadJob, Tiers
 PIECE_BYTES = 64 << 20
 """A copy's unit: large enough for the link's full rate, small enough for a KV piece not to wait long behind it."""
 PIECES_QUEUED = 4
-LOADING_SLOTS = 2
 
 
 class WeightStreamingManager:
@@ -64,7 +63,7 @@ class WeightStreamingManager:
         self._known = frozenset(self.order)
         self._on_layer = on_layer
         self._threads: list[threading.Thread] = []
-        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
         self._queued: deque[Event] = deque()
         self._globals: dict[str, Tensor] = {}
         self.globals_s = 0.0
@@ -77,6 +76,7 @@ class WeightStreamingManager:
             self._free_memory()
             raise
         self._tiers.on_loaded = on_loaded
+        self._tiers.on_starved = telemetry.link_starved
 
     # -- memory
 
@@ -217,8 +217,10 @@ class WeightStreamingManager:
 
     def close(self) -> None:
         """Stop, and free every page. May be called twice, and after a failure."""
-        self.stop()
-        self._free_memory()
+        try:
+            self.stop()
+        finally:
+            self._free_memory()
         self._globals = {}
         self._views.clear()
 
@@ -267,21 +269,20 @@ class WeightStreamingManager:
         stream = self.device.compute_stream()
         asked = self.device.record(stream)
         step, slot = self._tiers.enter()
-        assert slot.filled is not None
-        self.device.wait(stream, slot.filled)
-        granted = self.device.record(stream)
         try:
+            assert slot.filled is not None
+            self.device.wait(stream, slot.filled)
+            granted = self.device.record(stream)
             yield self._tensors(slot, group)
         finally:
             done = self.device.record(stream)
             self._tiers.leave(group, slot, done)
-            self.telemetry.used(group, step, asked, granted, done)
+        self.telemetry.used(group, step, asked, granted, done)
 
     def _tensors(self, slot: Slot, group: GroupId) -> dict[str, Tensor]:
-        layout = self.source.layout(group)
-        key = id(slot), id(layout)
+        key = id(slot), group
         if key not in self._views:
-            self._views[key] = views(slot.buffer, layout)
+            self._views[key] = views(slot.buffer, self.source.layout(group))
         return self._views[key]
 
     # -- the threads
@@ -312,9 +313,10 @@ class WeightStreamingManager:
         while (job := self._tiers.next_copy()) is not None:
             start, end = self._copy(job, stream)
             self.telemetry.copied(job.group, job.step, self.source.layout(job.group).nbytes, start, end)
-            if self._tiers.copied(job, end) and self._loading.nbytes:
-                end.synchronize()
+            if self._loading.nbytes and self._tiers.last_resident(job):
+                end.synchronize()  # before it counts as loaded: the clock may start then
                 self._drop(self._loading)
+            self._tiers.copied(job, end)
 
     def _copy(self, job: CopyJob, stream: object) -> tuple[Event, Event]:
         """Queue one group's copy in pieces, never more than a few at a time; its first and last events."""
@@ -323,9 +325,9 @@ class WeightStreamingManager:
         start = self.device.record(stream)
         nbytes = self.source.layout(job.group).nbytes
         for offset in range(0, nbytes, PIECE_BYTES):
+            if len(self._queued) >= PIECES_QUEUED:
+                self._queued.popleft().synchronize()
             piece = slice(offset, min(offset + PIECE_BYTES, nbytes))
             self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
             self._queued.append(self.device.record(stream))
-            if len(self._queued) > PIECES_QUEUED:
-                self._queued.popleft().synchronize()
         return start, self._queued[-1]

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from wsm.settings import Settings
 
+LOADING_SLOTS = 2
+"""Slots a kind that GPU residents come through while they are loaded, where there is no CPU pool."""
+
 
 @dataclass(frozen=True, slots=True)
 class Residency:

@@ -22,12 +22,11 @@ from wsm.budget import (
     table,
 )
 from wsm.groups import GroupLayout, TensorLayout
-from wsm.placement import Placement, place
+from wsm.placement import LOADING_SLOTS, Placement, place
 from wsm.settings import Settings
 
 MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
 KV_BLOCK_TOKENS = 256
-LOADING_SLOTS = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Ceilings of this machine, measured before the clock in the memory that the run will use.
 
-Each is the median of several samples; its spread is (max - min) / median. The copies have the size of the run's own
-pieces, the SSD reads its own chunks and depth, and the SSD is read while the link is busy, as in the run.
+Each is the best of several samples, as a floor has to be; its spread is (max - min) / median. The copies have the
+size of the run's own pieces, the SSD reads its own chunks and depth, and the SSD is read while the link is busy.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ SAMPLES = 5
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The best rate seen of one resource: ``value`` in ``unit`` (MBps = 10^6 B/s, or TFLOPs)."""
+    """The best rate seen of one resource: ``value`` in ``unit`` (MBps = 10^6 B/s, or TFLOPs), and the median."""
 
     value: float
+    median: float
     unit: str
     spread_pct: float
     how: str
@@ -50,7 +51,7 @@ ON_CPU = ProbeSizes(copy_bytes=32 << 20, hbm_bytes=64 << 20, matmul_n=512, ssd_s
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
     median = statistics.median(rates)
-    return Ceiling(median, unit, 100 * (max(rates) - min(rates)) / median, how)
+    return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
 
 
 def sizes_for(device: Device) -> ProbeSizes:
@@ -121,15 +122,16 @@ def probe_link(device: Device, host: Tensor, slot: Tensor) -> dict[str, Ceiling]
     """``h2d``, ``d2h`` and ``h2d_d2h`` (both ways at once, their sum) between page-locked ``host`` and ``slot``.
 
     Args:
-        host: ``uint8``, overwritten; at least twice as large as the piece for both ways at once.
+        host: ``uint8``, overwritten.
         slot: ``uint8`` on the device, overwritten; likewise.
     """
-    piece = min(64 << 20, host.nbytes // 2, slot.nbytes // 2)
+    piece = min(64 << 20, host.nbytes, slot.nbytes)
     total = -(-sizes_for(device).copy_bytes // piece) * piece
     how = f"{total >> 20} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
     h2d = [total / _copies(device, slot[:piece], host[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
     d2h = [total / _copies(device, host[:piece], slot[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
-    both = [_both_ways(device, host, slot, piece, total) for _ in range(SAMPLES)]
+    half = min(piece, host.nbytes // 2, slot.nbytes // 2)
+    both = [_both_ways(device, host, slot, half, total // piece * half) for _ in range(SAMPLES)]
     return {
         "h2d": _ceiling(h2d, "MBps", how),
         "d2h": _ceiling(d2h, "MBps", how),
@@ -158,25 +160,26 @@ def probe_ssd(
     """``ssd``: the store read in the run's own chunks while the link is busy; ``h2d_with_ssd``: that link's rate.
 
     Args:
-        groups: streamed groups, read round and round, two in flight.
-        buffers: two page-locked buffers, each large enough for any of ``groups``; a third for the copies.
+        groups: streamed groups, read round and round, one a buffer in flight.
+        buffers: page-locked, each large enough for any of ``groups``; the last one is for the copies. With several
+            for the reads, one group's checksum is made while the others are read.
         slot: on the device, overwritten by the copies.
     """
     stop = threading.Event()
     chunks: list[tuple[int, float, float]] = []
     source.on_read = lambda _, nbytes, start, end: chunks.append((nbytes, start, end))
     link: list[float] = []
-    piece = min(64 << 20, buffers[2].nbytes, slot.nbytes)
+    piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
 
     def keep_link_busy() -> None:
         device.enter_thread()
         while not stop.is_set():
-            link.append(8 * piece / _copies(device, slot[:piece], buffers[2][:piece], 8 * piece) / 1e6)
+            link.append(8 * piece / _copies(device, slot[:piece], buffers[-1][:piece], 8 * piece) / 1e6)
 
     copier = threading.Thread(target=keep_link_busy)
     copier.start()
     try:
-        _read_for(sizes_for(device).ssd_s, source, groups, buffers[:2])
+        _read_for(sizes_for(device).ssd_s, source, groups, buffers[:-1])
     finally:
         stop.set()
         copier.join()
@@ -220,11 +223,11 @@ def _read_for(seconds: float, source: GroupSource, groups: Sequence[GroupId], bu
 
 
 def _window_rates(chunks: Sequence[tuple[int, float, float]]) -> list[float]:
-    """MB/s in equal windows of the time from the first chunk's start to the last one's end."""
+    """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two."""
     first, last = min(start for _, start, _ in chunks), max(end for _, _, end in chunks)
-    width = (last - first) / SAMPLES
+    width = (last - first) / (SAMPLES + 2)
     rates = []
-    for window in range(SAMPLES):
+    for window in range(1, SAMPLES + 1):
         low, high = first + window * width, first + (window + 1) * width
         moved = sum(
             n * max(0.0, min(end, high) - max(start, low)) / (end - start) for n, start, end in chunks if end > start

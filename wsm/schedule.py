@@ -77,11 +77,7 @@ class Head:
 
 
 def choose(heads: Mapping[Kind, Head], balance: Balance) -> Kind | None:
-    """The kind to fetch from next: the earlier step if it is ready, else the other if it may overtake.
-
-    With balance off, a kind that is ready and within its cap goes first even when both are ready and it is later
-    only if the earlier one is held up; so the order never depends on timing beyond what the bounds allow.
-    """
+    """The kind to fetch from next: the earlier step if it is ready, else the other if it may overtake."""
     line = sorted((heads[kind].step, kind) for kind in KINDS if kind in heads)
     for place, (_, kind) in enumerate(line):
         head = heads[kind]

@@ -64,22 +64,23 @@ class CheckpointSource:
     def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
         tensors = views(buffer, self.layout(group))
         left = len(tensors)
-        failed = False
+        first_failure: BaseException | None = None
 
         def fill(name: str, out: Tensor) -> None:
-            nonlocal left, failed
+            nonlocal left, first_failure
             failure: BaseException | None = None
             try:
-                if not self._closed:
-                    self._checkpoint.read_into(full_name(group, name), out)
+                if self._closed:
+                    raise RuntimeError("the checkpoint was closed before the read was done")
+                self._checkpoint.read_into(full_name(group, name), out)
             except BaseException as error:
                 failure = error
             with self._lock:
                 left -= 1
-                tell = not failed and (failure is not None or left == 0)
-                failed = failed or failure is not None
-            if tell:
-                done(failure)
+                first_failure = first_failure or failure
+                last = left == 0
+            if last:  # nobody writes into the buffer any more
+                done(first_failure)
 
         for name, out in tensors.items():
             self._threads.submit(fill, name, out)

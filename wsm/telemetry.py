@@ -46,7 +46,9 @@ class PhaseStats:
     """What a phase (a stretch of the host's clock that covers whole passes) moved and waited for.
 
     ``bytes`` counts what its passes used, whenever it was fetched; ``bytes_moved`` what moved inside its stretch of
-    time. Keys of both: ``ssd_read``, ``weight_h2d``, ``kv_h2d``, ``kv_d2h``. A figure that was not measured is None.
+    time. Keys of both: ``ssd_read``, ``weight_h2d``, ``kv_h2d``, ``kv_d2h``. ``stall_ms`` is the time that the next
+    tier waited for this one: the link for the SSD's bytes, the computation for the link's. ``idle_ms`` is the time
+    that a tier did nothing, waited for or not. A figure that was not measured is None.
     """
 
     name: str
@@ -56,6 +58,7 @@ class PhaseStats:
     bytes_moved: dict[str, int]
     busy_ms: dict[str, float | None]
     stall_ms: dict[str, float | None]
+    idle_ms: dict[str, float | None]
     flops: int = 0
     hbm_bytes: int = 0
 
@@ -102,6 +105,7 @@ class Telemetry:
         self._open_reads: dict[tuple[GroupId | None, int | None], list[float]] = {}
         self._steps_of_reads: dict[GroupId | None, list[int | None]] = {}
         self.reads: list[Transfer] = []
+        self.starved: list[Interval] = []
         self._copies: list[tuple[GroupId, int | None, int, Event, Event]] = []
         self._uses: list[tuple[GroupId, int, Event, Event, Event]] = []
 
@@ -136,6 +140,11 @@ class Telemetry:
         if self._keep:
             self._copies.append((group, step, nbytes, start, end))
 
+    def link_starved(self, start: float, end: float) -> None:
+        """The link had room and no bytes for it."""
+        if self._keep:
+            self.starved.append((start, end))
+
     def used(self, group: GroupId, step: int, asked: Event, granted: Event, done: Event) -> None:
         if self._keep:
             self._uses.append((group, step, asked, granted, done))
@@ -160,7 +169,6 @@ class Telemetry:
         busy = {"ssd": merged((t.start, t.end) for t in reads), "h2d": merged((t.start, t.end) for t in copies)}
         wall_s = window[1] - window[0]
         busy_s = {tier: overlap_s(spans, window) or None for tier, spans in busy.items()}
-        stalls = [use.granted - use.asked for use in uses]
         return PhaseStats(
             name=name,
             passes=len(steps) // steps_a_pass,
@@ -184,9 +192,10 @@ class Telemetry:
                 "kv_d2h": None,
             },
             stall_ms={
-                "compute": sum(stalls) * 1e3 if uses else None,
-                **{tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
+                "ssd": overlap_s(merged(self.starved), window) * 1e3 if reads else None,
+                "h2d": sum(use.granted - use.asked for use in uses) * 1e3 if uses and copies else None,
             },
+            idle_ms={tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
         )
 
 

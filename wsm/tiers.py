@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llama.checkpoint.names import KINDS, GroupId, Kind
+from llama.config import UnusableInput
 from wsm.device import Event
 from wsm.errors import DoesNotFit, StoreError
 from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
+
+RESIDENTS_IN_FLIGHT = 4
+"""Reads of residents queued at once: enough to keep the drive busy, few enough for streamed groups to come between."""
 
 Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
@@ -86,7 +90,10 @@ class Tiers:
         self._gpu_used = dict.fromkeys(KINDS, 0)
         self._ssd_started = dict.fromkeys(KINDS, 0)
         self._ssd_passed = dict.fromkeys(KINDS, 0)
-        self._to_read = deque(group for group in order if group in gpu_homes or group in cpu_homes)
+        residents = [group for group in order if group in gpu_homes or group in cpu_homes]
+        self._to_read = deque(sorted(residents, key=lambda group: group not in gpu_homes))
+        self._reading = 0
+        self._places = {group: place for place, group in enumerate(order)}
         self._to_load = len(self._to_read)
         self._gpu_to_read = sum(group in gpu_homes for group in self._to_read)
         self._gpu_to_load = self._gpu_to_read
@@ -98,6 +105,7 @@ class Tiers:
         self._closing = False
         self.on_loaded: Callable[[GroupId], None] | None = None
         self.loaded_at_s: float | None = None
+        self.on_starved: Callable[[float, float], None] = lambda start, end: None
 
     # -- what the pager asks and tells
 
@@ -108,8 +116,20 @@ class Tiers:
                 job = self._resident_copy() or self._streamed_copy()
                 if job is not None:
                     return job
+                starved, since = self._starved(), time.perf_counter()
                 self._changed.wait()
+                if starved:
+                    self.on_starved(since, time.perf_counter())
         return None
+
+    def _starved(self) -> bool:
+        """Whether the link could copy if only the bytes were there."""
+        heads = (cycle.group(self._gpu_started[kind]) for kind, cycle in self._gpu_cycles.items())
+        return any(
+            self._gpu_pools[group.kind].has_room()
+            and ((slot := self._cpu_slot(group)) is None or slot.state != "ready")
+            for group in heads
+        )
 
     def _resident_copy(self) -> CopyJob | None:
         if not self._staged:
@@ -141,8 +161,12 @@ class Tiers:
         home = self._cpu_homes.get(group)
         return home if home is not None else self._cpu_pools[group.kind].find(group)
 
-    def copied(self, job: CopyJob, end: Event) -> bool:
-        """The copy is queued up to its event ``end``; True when this was the last GPU resident."""
+    def last_resident(self, job: CopyJob) -> bool:
+        """Whether ``job`` brings the last of the GPU residents."""
+        return job.step is None and self._gpu_to_load == 1
+
+    def copied(self, job: CopyJob, end: Event) -> None:
+        """The copy is queued up to its event ``end``."""
         with self._changed:
             job.destination.filled, job.destination.state = end, "ready"
             job.source.drained = end
@@ -159,7 +183,6 @@ class Tiers:
                     self._held.append((job.step, kind, job.source))
                     self._free_passed()
             self._changed.notify_all()
-            return job.step is None and self._gpu_to_load == 0
 
     # -- what the reader asks and tells
 
@@ -167,13 +190,21 @@ class Tiers:
         """Wait for a read that has room now and claim it; None once closing."""
         with self._changed:
             while not self._closing:
-                job = self._resident_read() if self._to_read else None
-                if job is None and not self._gpu_to_read:
-                    job = self._streamed_read()
+                job = self._claim_read()
                 if job is not None:
                     return job
                 self._changed.wait()
         return None
+
+    def _claim_read(self) -> ReadJob | None:
+        """GPU residents first; then CPU residents and streamed groups as the first pass needs them."""
+        if self._gpu_to_read:
+            return self._resident_read()
+        resident = self._to_read[0] if self._to_read and self._reading < RESIDENTS_IN_FLIGHT else None
+        heads = [cycle.step(self._ssd_started[kind]) for kind, cycle in self._ssd_cycles.items()]
+        if resident is not None and all(self._places[resident] < step for step in heads):
+            return self._resident_read()
+        return self._streamed_read() or (self._resident_read() if resident is not None else None)
 
     def _resident_read(self) -> ReadJob | None:
         group = self._to_read[0]
@@ -187,6 +218,7 @@ class Tiers:
             destination = pool.take(group)
             self._gpu_to_read -= 1
         self._to_read.popleft()
+        self._reading += 1
         return ReadJob(group, None, destination)
 
     def _staging_pool(self, kind: Kind) -> Pool:
@@ -222,6 +254,7 @@ class Tiers:
         with self._changed:
             job.destination.state = "ready"
             if job.step is None:
+                self._reading -= 1
                 if job.group in self._gpu_homes:
                     self._staged.append((job.group, job.destination))
                 else:
@@ -242,19 +275,22 @@ class Tiers:
         """Step on to the expected group; wait until its copy has been queued and its event recorded."""
         with self._changed:
             step, group = self._step, self.expected()
-            self._step, self._entered = step + 1, step
+            self._entered = step
             if self._ssd_cycles:
                 self._free_passed()
                 self._changed.notify_all()
-            slot = self._gpu_homes[group] if group in self._gpu_homes else self._fetched(group)
-            self._wait(lambda: slot.filled is not None)
-            slot.state = "in_use"
+            if group in self._gpu_homes:
+                slot = self._gpu_homes[group]
+                self._wait(lambda: slot.filled is not None)
+            else:
+                slot = self._fetched(group)
+                self._gpu_used[group.kind] += 1
+            # Nothing above this line has been used up, so a wait that was interrupted can simply be entered again.
+            self._step, slot.state = step + 1, "in_use"
             return step, slot
 
     def _fetched(self, group: GroupId) -> Slot:
-        ordinal = self._gpu_used[group.kind]
-        self._wait(lambda: self._gpu_fetched[group.kind] > ordinal)
-        self._gpu_used[group.kind] += 1
+        self._wait(lambda: self._gpu_fetched[group.kind] > self._gpu_used[group.kind])
         slot = self._gpu_pools[group.kind].find(group)
         assert slot is not None
         return slot
@@ -338,7 +374,7 @@ class Tiers:
     def _check(self) -> None:
         if self._failure is not None:
             cause = self._failure
-            if isinstance(cause, StoreError | DoesNotFit):
+            if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
                 raise type(cause)(str(cause)) from cause
             raise RuntimeError(f"a thread of the weight streaming manager failed: {cause!r}") from cause
         if self._closing:

@@ -13,9 +13,20 @@ def main() -> int:
     """The command line's exit code."""
     user_set = set_by_user(os.environ)
     preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
-    from bench.cli import main as command_line
+    try:
+        from bench.cli import main as command_line
 
-    return command_line(sys.argv[1:], user_set)
+        return command_line(sys.argv[1:], user_set)
+    except KeyboardInterrupt:
+        print("bench_infer.py: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(
+            f"bench_infer.py: the package {error.name} is not installed here: run it as .venv/bin/python bench_infer.py "
+            "after `make bench`",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

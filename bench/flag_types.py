@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -12,8 +13,8 @@ def whole(least: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+        if not least <= value < 1 << 63:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, and below 2^63, not {value}")
         return value
 
     read.__name__ = "whole number"
@@ -58,3 +59,8 @@ def topk(text: str) -> int:
     if value < 0 or value == 1:
         raise argparse.ArgumentTypeError(f"must be 0 (all blocks) or at least 2, not {value}")
     return value
+
+
+def path(text: str) -> Path:
+    """A path, ``~`` expanded."""
+    return Path(text).expanduser()

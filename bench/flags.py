@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.flag_types import boolean, names, number, topk, whole
+from bench.flag_types import boolean, names, number, path, topk, whole
 from llama.config import UnusableInput
 
 VERBS = ("run", "pack", "verify", "plan", "prompts", "table")
@@ -99,20 +99,20 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UnusableInput(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise UnusableInput(f"{message} (see {self.prog} --help)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--checkpoints", type=Path, metavar="DIR", help="Meta or Hugging Face directory (built-in model)"
+        "--checkpoints", type=path, metavar="DIR", help="Meta or Hugging Face directory (built-in model)"
     )
     group.add_argument("--synthetic", metavar="NAME[:layers=N]", help="random weights in a real model's shape")
     group.add_argument("--seed", type=whole(0), default=0, help="of synthetic weights, random ids and sampling (0)")
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (as stored)")
     group.add_argument(
         "--cache-dir",
-        type=Path,
+        type=path,
         default=DEFAULT_CACHE,
         metavar="DIR",
         help=f"packed files and the built-in model ({DEFAULT_CACHE})",
@@ -124,7 +124,7 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("paging")
     group.add_argument("--mode", choices=("mixed", "stream", "preload", "full"), default="mixed", help="(mixed)")
     group.add_argument("--raw-device", metavar="DEV[,DEV]", help="overrides the devices that the manifest names")
-    group.add_argument("--manifest", type=Path, metavar="FILE", help="of the packed store (a packed file in the cache)")
+    group.add_argument("--manifest", type=path, metavar="FILE", help="of the packed store (a packed file in the cache)")
     for flag, default, least, text in (
         ("--prefetch-distance", 6, 1, "SSD layers read ahead: sizes the CPU pools"),
         ("--group-prefetch-depth", 4, 1, "groups of CPU to GPU look-ahead: sizes the GPU pools"),
@@ -135,9 +135,9 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(flag, type=whole(least), default=default, metavar="N", help=f"{text} ({default})")
     group.add_argument(
-        "--gpu-mem-gb", type=number(0), metavar="GIB", help="GPU memory to use, context included (all free)"
+        "--gpu-mem-gb", type=number(0, 1e6), metavar="GIB", help="GPU memory to use, context included (all free)"
     )
-    group.add_argument("--cpu-mem-gb", type=number(0), metavar="GIB", help="CPU memory to use (all free)")
+    group.add_argument("--cpu-mem-gb", type=number(0, 1e6), metavar="GIB", help="CPU memory to use (all free)")
     group.add_argument("--auto", action="store_true", help="choose layers and pools for the budgets")
     group.add_argument("--verify-weights", action="store_true", help="check a group's checksum at every read")
     group.add_argument("--topk-blk", type=topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
@@ -151,7 +151,7 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("work")
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file (the one in prompts/)")
+    group.add_argument("--prompts", type=path, metavar="FILE", help="prompt file (the one in prompts/)")
     group.add_argument("--prompt", metavar="TEXT", help="one prompt")
     group.add_argument("--prompt-len", type=whole(1), metavar="N", help="N random ids a prompt, no tokenizer needed")
     group.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="rows (1)")
@@ -163,8 +163,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-rounds", type=whole(0), default=1, metavar="N", help="(1)")
     group.add_argument("--repeats", type=whole(1), default=1, metavar="N", help="timed rounds (1)")
     group.add_argument("--no-probe", action="store_true", help="take the ceilings from the cache")
-    group.add_argument("--out-json", type=Path, default=Path("bench_results.json"), metavar="FILE")
-    group.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline (chrome://tracing, Perfetto)")
+    group.add_argument("--out-json", type=path, default=Path("bench_results.json"), metavar="FILE")
+    group.add_argument("--trace", type=path, metavar="FILE", help="write a timeline (chrome://tracing, Perfetto)")
     group.add_argument("-o", "--output", choices=("md", "csv", "json"), help="print a row instead of the summary")
     group.add_argument("--print-text", action="store_true", help="print the generated texts, and keep them in the JSON")
 
@@ -186,25 +186,25 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--to", type=names, required=True, metavar="TARGET[,TARGET]", help="file or block device; several are striped"
     )
-    pack.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    pack.add_argument("--manifest", type=path, required=True, metavar="FILE")
     pack.add_argument("--force", action="store_true", help="overwrite a device that bears a filesystem or the like")
     pack.add_argument("--yes", action="store_true", help="do not ask")
     verify = verbs.add_parser("verify", help="read a packed store back and check it")
-    verify.add_argument("--manifest", type=Path, required=True, metavar="FILE")
+    verify.add_argument("--manifest", type=path, required=True, metavar="FILE")
     verify.add_argument("--raw-device", metavar="DEV[,DEV]")
-    verify.add_argument("--checkpoints", type=Path, metavar="DIR", help="for a manifest of version 1")
+    verify.add_argument("--checkpoints", type=path, metavar="DIR", help="for a manifest of version 1")
     verify.add_argument("--staging-mb", type=whole(1), default=64, metavar="N")
     verify.add_argument("--verbose", action="store_true")
     prompts = verbs.add_parser("prompts", help="make a prompt file of exactly N tokens a prompt")
-    prompts.add_argument("--out", type=Path, required=True, metavar="FILE")
+    prompts.add_argument("--out", type=path, required=True, metavar="FILE")
     prompts.add_argument("--count", type=whole(1), default=512, metavar="N", help="(512)")
     prompts.add_argument("--tokens", type=whole(1), default=2048, metavar="N", help="(2048)")
-    prompts.add_argument("--checkpoints", type=Path, metavar="DIR", help="whose tokenizer counts (bytes)")
+    prompts.add_argument("--checkpoints", type=path, metavar="DIR", help="whose tokenizer counts (bytes)")
     prompts.add_argument("--seed", type=whole(0), default=0, help="(0)")
-    prompts.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR")
+    prompts.add_argument("--cache-dir", type=path, default=DEFAULT_CACHE, metavar="DIR")
     prompts.add_argument("--verbose", action="store_true")
     table = verbs.add_parser("table", help="several result files as one Markdown table")
-    table.add_argument("files", type=Path, nargs="+", metavar="JSON")
+    table.add_argument("files", type=path, nargs="+", metavar="JSON")
     table.add_argument("--verbose", action="store_true")
     return parser
 

@@ -27,6 +27,8 @@ def _run(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def _git() -> dict[str, Any]:
+    if _run("git", "rev-parse", "--show-toplevel", cwd=_ROOT) != str(_ROOT):
+        return {"git_commit": None, "git_dirty": None}  # installed somewhere inside another project
     commit = _run("git", "rev-parse", "HEAD", cwd=_ROOT)
     changes = _run("git", "status", "--porcelain", "--untracked-files=no", cwd=_ROOT)
     return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from llama.build import BuildOptions, Inputs, LLaMA, open_inputs, plan_run
 from llama.config import UnusableInput
 from wsm.atomic import write_atomically
 from wsm.auto import auto_flags
+from wsm.errors import StoreError
 from wsm.plan import Plan, RunShape
 from wsm.settings import read_settings
 
@@ -76,8 +78,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
     """Measure, print, write the JSON; the exit code. ``user_set`` names the variables that the user had set."""
     reporter = ConsoleReporter(quiet=options.output is not None, verbose=options.verbose)
     built, warnings = build_options(options)
-    for path in (options.out_json, *([options.trace] if options.trace is not None else [])):
-        _check_writable(path)
+    _check_outputs(options)
     reporter.say("[INFO] Global state tracker initialized")
     inputs = open_inputs(built)
     prompts = batch_prompts(options, inputs, reporter.say)
@@ -97,7 +98,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
         if not options.no_probe:
             ceilings_of.remember(inputs, got.ceilings)
 
-    with LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm:
+    with _cache_kept_sound(inputs), LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm:
         if built.settings.mode != "full":
             way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
             reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
@@ -114,17 +115,22 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
             result = result_of(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
             write_atomically(options.out_json, dump(result))
     _print_result(options, reporter, result)
+    if got.interrupted:
+        done = f"{len(got.rounds)} of {options.repeats} repeats are in {options.out_json}"
+        print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)
     return 130 if got.interrupted else 0
 
 
 def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, plan: Plan) -> None:
     mode = built.settings.mode
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
-    if mode == "mixed":
+    if mode == "full" and built.manifest is not None:
+        reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
+    if plan.placement.residency.ssd:
         device = (
             ",".join(inputs.description.targets) if inputs.description is not None else "(packed file in the cache)"
         )
-        reporter.say(f"[MODE-DECISION] use_raw_ssd={inputs.description is not None} raw_device={device}")
+        reporter.say(f"[MODE-DECISION] use_raw_ssd=True raw_device={device}")
         reporter.say("[INFO] raw-ssd mode: large weights replaced with CPU stubs")
         reporter.say("[WSM] Initializing SSD backend...")
     for note in plan.notes:
@@ -148,10 +154,24 @@ def _rounds(
             got.rounds.append(run_round(llm, prompts, sampling, on_token=lambda: advance(1)))
 
 
+def _check_outputs(options: RunOptions) -> None:
+    """Every file that will be written can be, and is none that is read or written for another purpose."""
+    outputs = [path for path in (options.out_json, options.trace) if path is not None]
+    read = [path for path in (options.manifest, options.prompts) if path is not None and path.exists()]
+    if options.checkpoints is not None and options.checkpoints.is_dir():
+        read += [path for path in options.checkpoints.iterdir() if path.is_file()]
+    for path in outputs:
+        _check_writable(path)
+        if path.exists() and any(path.samefile(other) for other in read):
+            raise UnusableInput(f"{path} is read by this run: name another file to write")
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise UnusableInput(f"--out-json and --trace both name {options.out_json}: name two files")
+
+
 def _check_writable(path: Path) -> None:
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
     except OSError as error:
@@ -164,6 +184,18 @@ def _write_trace(path: Path, llm: LLaMA, got: Progress) -> None:
     chosen = got.rounds[median_round(got.rounds)]
     phases = {"prefill": (chosen.start, chosen.prefill_done), "decode": (chosen.prefill_done, chosen.done)}
     write_atomically(path, chrome_trace(llm.telemetry, phases) + "\n")
+
+
+@contextlib.contextmanager
+def _cache_kept_sound(inputs: Inputs) -> Iterator[None]:
+    """A packed file in the cache that turns out damaged is dropped, so that the next run packs it anew."""
+    try:
+        yield
+    except StoreError as error:
+        if inputs.options.manifest is None and inputs.description is not None:
+            inputs.description.path.unlink(missing_ok=True)
+            raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error
+        raise
 
 
 @contextlib.contextmanager

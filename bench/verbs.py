@@ -12,7 +12,7 @@ from bench.results import read_result
 from bench.run import batch_prompts, build_options, shape_of
 from bench.summary import ConsoleReporter, table
 from llama.build import BuildOptions, open_inputs, plan_run
-from llama.checkpoint import builtin_checkpoint, open_checkpoint
+from llama.checkpoint import Checkpoint, WeightlessCheckpoint, builtin_checkpoint, has_weights, open_checkpoint
 from llama.config import UnusableInput
 from llama.tokenizer import load_tokenizer
 from wsm.advice import check_fits
@@ -50,7 +50,10 @@ def run_pack(options: PackOptions) -> int:
             return True
         if not sys.stdin.isatty():
             raise UnusableInput(f"{question} There is no terminal to ask on: --yes confirms; nothing was written")
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        try:
+            return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            return False
 
     with reporter.bar(size * len(options.to), "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force)
@@ -62,7 +65,10 @@ def run_pack(options: PackOptions) -> int:
 def run_verify(options: VerifyOptions) -> int:
     """Read a store back; exit code 4 if any group is bad."""
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
-    checkpoint = open_checkpoint(options.checkpoints) if options.checkpoints is not None else None
+    checkpoint: Checkpoint | None = None
+    if options.checkpoints is not None:
+        weightless = options.checkpoints.is_dir() and not has_weights(options.checkpoints)
+        checkpoint = WeightlessCheckpoint(options.checkpoints) if weightless else open_checkpoint(options.checkpoints)
     description = read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint)
     store = PackedStore(description, staging_bytes=options.staging_mb * 10**6, verify="always")
     try:
@@ -88,6 +94,8 @@ def run_plan(options: RunOptions) -> int:
     inputs = open_inputs(built)
     plan = plan_run(inputs, shape_of(batch_prompts(options, inputs, print), options))
     ceilings = recall_for(inputs)
+    if not ceilings:
+        print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
     print(describe(plan, {name: ceiling.value for name, ceiling in ceilings.items()} or None))
     for warning in warnings:
         print(f"[WARNING] {warning}")
@@ -100,7 +108,7 @@ def run_prompts(options: PromptsOptions) -> int:
     checkpoint = (
         open_checkpoint(options.checkpoints)
         if options.checkpoints is not None
-        else builtin_checkpoint(options.cache_dir)
+        else builtin_checkpoint(options.cache_dir.expanduser())
     )
     tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config)
     if not options.out.absolute().parent.is_dir():

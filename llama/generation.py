@@ -80,6 +80,11 @@ def generate(
     logits, waves = _prefill(model, kv, prompts, options, observer)
     _finish(model.device)
     observer("prefill_done")
+    if not bool(torch.isfinite(logits).all()):
+        raise UnusableInput(
+            f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
+            "dtype; take the checkpoint again, or another --dtype"
+        )
     batch: TokenBatch | None = None
     passes = 0
     while True:

@@ -23,10 +23,16 @@ from wsm.store import PackedStore
 
 def store_path(checkpoint: Checkpoint, dtype: torch.dtype, cache_dir: Path) -> Path:
     """Where a checkpoint's packed file lies: one a dtype, named after the content of its sources."""
-    content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), [list(file) for file in checkpoint.sources()]]
+    files = [[*file, _written(checkpoint, file.name)] for file in checkpoint.sources()]
+    content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
     return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{digest}.wsm"
+
+
+def _written(checkpoint: Checkpoint, name: str) -> int | None:
+    """When a file was last written, in ns: its digest is a sample, and must not be all that tells two files apart."""
+    return (checkpoint.directory / name).stat().st_mtime_ns if checkpoint.directory is not None else None
 
 
 def cached_store(

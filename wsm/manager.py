@@ -259,9 +259,9 @@ class WeightStreamingManager:
         while self._tiers.expected() != group:
             with self._hold(self._tiers.expected()):
                 pass
-        if self._on_layer is not None and group.kind == KINDS[0]:
-            self._on_layer(self._tiers.describe())
         with self._hold(group) as weights:
+            if self._on_layer is not None and group.kind == KINDS[0]:
+                self._on_layer(self._tiers.describe())
             yield weights
 
     @contextmanager

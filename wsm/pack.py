@@ -24,7 +24,7 @@ from llama.config import UnusableInput
 from wsm.atomic import sync_directory, write_atomically
 from wsm.errors import DoesNotFit, StoreError
 from wsm.groups import BLOCK, views
-from wsm.manifest import DTYPE_NAMES, StorePlan, manifest_digest, manifest_json, plan_store, stripes
+from wsm.manifest import DTYPE_NAMES, StorePlan, load_json, manifest_digest, manifest_json, plan_store, stripes
 from wsm.superblock import Superblock
 from wsm.targets import check_targets, opened
 
@@ -66,7 +66,7 @@ def pack(
         raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
     plan = plan_store(checkpoint.config, request.dtype, len(request.targets))
     sources = checkpoint.sources()
-    _check_places(checkpoint, sources, request)
+    _check_places(checkpoint, request)
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
     if request.manifest.exists():
         lost.append(f"the manifest {request.manifest}")
@@ -133,7 +133,7 @@ def _withdraw(manifest: Path, files: Sequence[int]) -> None:
         _write_blocks(files, [b"\0" * BLOCK] * len(files))
 
 
-def _check_places(checkpoint: Checkpoint, sources: Sequence[SourceFile], request: PackRequest) -> None:
+def _check_places(checkpoint: Checkpoint, request: PackRequest) -> None:
     """The manifest can be written, and nothing that is written is also read."""
     manifest = Path(os.path.realpath(request.manifest))
     if manifest.exists() and not manifest.is_file():
@@ -142,13 +142,15 @@ def _check_places(checkpoint: Checkpoint, sources: Sequence[SourceFile], request
         raise UnusableInput(f"--manifest {request.manifest}: its directory does not exist")
     if not os.access(manifest.parent, os.W_OK):
         raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
-    read = {Path(os.path.realpath(checkpoint.directory / s.name)) for s in sources if checkpoint.directory is not None}
-    for target in (Path(os.path.realpath(target)) for target in request.targets):
-        if target == manifest:
+    if manifest.exists():
+        load_json(manifest)  # raises where a file that is no manifest would be lost
+    own = [] if checkpoint.directory is None else [path for path in checkpoint.directory.iterdir() if path.is_file()]
+    for target in map(Path, request.targets):
+        if os.path.realpath(target) == str(manifest):
             raise UnusableInput(f"--to and --manifest both name {target}: the store and its manifest are two files")
-        if target in read:
+        if target.exists() and any(target.samefile(path) for path in own):
             raise UnusableInput(f"--to {target} is a file of the checkpoint itself: name another place")
-    if manifest in read:
+    if manifest.exists() and any(manifest.samefile(path) for path in own):
         raise UnusableInput(f"--manifest {manifest} is a file of the checkpoint itself: name another place")
 
 

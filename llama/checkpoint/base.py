@@ -97,8 +97,22 @@ def weights_dtype(matrices: Iterable[Stored]) -> torch.dtype:
     return functools.reduce(torch.promote_types, {FLOATS[stored.dtype] for stored in matrices if len(stored.shape) > 1})
 
 
+def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -> None:
+    """Refuse tensors that the model's shape has no place for: leaving them out would give another model's tokens.
+
+    Raises:
+        UnusableInput: naming the first such tensor.
+    """
+    for name in names:
+        if name not in known and not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):
+            raise UnusableInput(
+                f"{where} holds tensor {name}, which a plain LLaMA of this configuration has no place for: "
+                "it is another architecture, or has more layers than its configuration says"
+            )
+
+
 def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
-    """Refuse tensors that would change the result if they were left out: biases and LoRA adapters.
+    """Refuse biases and LoRA adapters, which are no plain LLaMA's.
 
     Raises:
         UnusableInput: naming the file and the first such tensor.

@@ -17,6 +17,7 @@ from llama.checkpoint.base import (
     read_json,
     refuse_foreign_tensors,
     refuse_pointer,
+    refuse_unknown_tensors,
     source_file,
     weights_dtype,
 )
@@ -78,6 +79,10 @@ class HFCheckpoint:
         self._files = {path: _open_file(path) for path in self._paths}
         self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
         self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
+        tied_head = {hf_name("output.weight")} if self.config.tied_embeddings else set[str]()
+        refuse_unknown_tensors(
+            directory, self._where, {hf_name(name) for name, _ in all_tensors(self.config)} | tied_head
+        )
 
     def _check(self, name: str, shape: tuple[int, ...]) -> Stored:
         theirs = hf_name(name)

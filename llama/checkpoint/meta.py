@@ -19,6 +19,7 @@ from llama.checkpoint.base import (
     read_json,
     refuse_foreign_tensors,
     refuse_pointer,
+    refuse_unknown_tensors,
     source_file,
     weights_dtype,
 )
@@ -51,6 +52,8 @@ class MetaCheckpoint:
         if not any("output.weight" in shard for shard in self._shards):
             self.config = dataclasses.replace(self.config, tied_embeddings=True)
         self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
+        found = {str(name) for shard in self._shards for name in shard}
+        refuse_unknown_tensors(directory, sorted(found), {name for name, _ in all_tensors(self.config)})
 
     def _parts(self, name: str) -> list[Tensor]:
         for path, shard in zip(self._paths, self._shards, strict=True):

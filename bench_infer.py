@@ -22,8 +22,8 @@ def main() -> int:
         return 130
     except ModuleNotFoundError as error:
         print(
-            f"bench_infer.py: the package {error.name} is not installed here: run it as .venv/bin/python bench_infer.py "
-            "after `make bench`",
+            f"bench_infer.py: the package {error.name} is not installed here: run `make bench` once, then "
+            "`.venv/bin/python bench_infer.py`",
             file=sys.stderr,
         )
         return 2

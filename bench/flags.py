@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from bench.flag_types import boolean, names, number, path, topk, whole
 from llama.config import UnusableInput
+from llama.loading import DEFAULT_CACHE
 
 VERBS = ("run", "pack", "verify", "plan", "prompts", "table")
-DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 
 
 @dataclass(frozen=True, slots=True)

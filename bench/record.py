@@ -31,6 +31,7 @@ from llama.build import LLaMA
 from wsm.manifest import DTYPE_NAMES
 from wsm.probe import Ceiling
 from wsm.settings import Settings, environment_echo
+from wsm.telemetry import PhaseStats
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,19 +67,7 @@ def result_of(
     settings = llm.settings
     tokens = chosen.generation.tokens
     return {
-        "batch_size": options.batch_size,
-        "max_new_tokens": options.max_new_tokens,
-        "prompt_lens": [len(prompt) for prompt in prompts],
-        **round_metrics(chosen),
-        "io_bw_MBps": io_part(list(stats.values())),
-        "gpu_mem_GB": _gpu_mem(llm.inputs.device),
-        "mode": settings.mode,
-        "device": str(llm.inputs.device),
-        "wsm": {
-            "enabled": llm.manager is not None,
-            "ssd_enabled": bool(llm.plan.placement.residency.ssd),
-            "gpu_max_groups": settings.gpu_max_groups,
-        },
+        **_fixed(options, llm, prompts, chosen, list(stats.values())),
         "schema_version": SCHEMA_VERSION,
         "interrupted": got.interrupted,
         "decode_forward_passes": chosen.generation.decode_passes,
@@ -108,6 +97,27 @@ def result_of(
             *beaten_floors(stats, got.ceilings),
             *missing,
         ],
+    }
+
+
+def _fixed(
+    options: RunOptions, llm: LLaMA, prompts: list[list[int]], chosen: Round, stats: Sequence[PhaseStats]
+) -> dict[str, Any]:
+    """The keys that stay as they always were."""
+    return {
+        "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens,
+        "prompt_lens": [len(prompt) for prompt in prompts],
+        **round_metrics(chosen),
+        "io_bw_MBps": io_part(stats),
+        "gpu_mem_GB": _gpu_mem(llm.inputs.device),
+        "mode": llm.settings.mode,
+        "device": str(llm.inputs.device),
+        "wsm": {
+            "enabled": llm.manager is not None,
+            "ssd_enabled": bool(llm.plan.placement.residency.ssd),
+            "gpu_max_groups": llm.settings.gpu_max_groups,
+        },
     }
 
 

@@ -24,7 +24,7 @@ from llama.checkpoint import (
 from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.kv_cache import KVCache
-from llama.loading import LayerProgress, LoadTimes, Reporter, choose_device
+from llama.loading import DEFAULT_CACHE, LayerProgress, LoadTimes, Reporter, choose_device
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer, load_tokenizer
 from llama.weights import TensorWeights, WeightSource
@@ -42,7 +42,6 @@ from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
 from wsm.telemetry import Telemetry
 
-DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 LOADING_THREADS = 8
 
 

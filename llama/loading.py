@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
+
+DEFAULT_CACHE = Path("~/.cache/wsm-bench")
+"""Packed files, the built-in model and ceilings."""
 
 
 class Reporter:

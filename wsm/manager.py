@@ -16,12 +16,13 @@ from llama.checkpoint.names import KINDS, GroupId, Kind, pass_order
 from wsm.arena import PageLockedArena
 from wsm.device import Device, Event
 from wsm.groups import views
+from wsm.jobs import CopyJob, ReadJob
 from wsm.placement import LOADING_SLOTS, Placement
 from wsm.pool import Pool, Slot
 from wsm.settings import Settings
 from wsm.source import GroupSource
 from wsm.telemetry import Telemetry
-from wsm.tiers import CopyJob, ReadJob, Tiers
+from wsm.tiers import Tiers
 
 PIECE_BYTES = 64 << 20
 """A copy's unit: large enough for the link's full rate, small enough for a KV piece not to wait long behind it."""

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from llama.checkpoint.names import KINDS, GroupId, Kind
 from llama.config import UnusableInput
 from wsm.device import Event
 from wsm.errors import DoesNotFit, StoreError
+from wsm.jobs import CopyJob, ReadJob
 from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
@@ -24,25 +24,6 @@ RESIDENTS_IN_FLIGHT = 4
 
 Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
-
-
-@dataclass(frozen=True, slots=True)
-class CopyJob:
-    """CPU -> GPU. ``step`` is None for a GPU resident, which is copied once."""
-
-    group: GroupId
-    step: int | None
-    source: Slot
-    destination: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class ReadJob:
-    """SSD (or checkpoint) -> CPU. ``step`` is None for a resident of either tier, which is read once."""
-
-    group: GroupId
-    step: int | None
-    destination: Slot
 
 
 class Tiers:

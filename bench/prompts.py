@@ -86,25 +86,33 @@ def keep_last(prompt: Sequence[int], most: int) -> list[int]:
 
 
 def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:
-    """``count`` prompts of ``length`` random ids; the last 256 of a real vocabulary, often special, are left out."""
-    ordinary = min(config.vocab_size, max(1, config.vocab_size - 256) if config.vocab_size > 1024 else 256)
+    """``count`` prompts of ``length`` random ids; the first and last 256 of a real vocabulary are left out.
+
+    Special tokens lie there: Llama 2 and many Hugging Face models number them from 0, Llama 3 at the end.
+    """
+    real = config.vocab_size > 1024
+    first, end = (256, config.vocab_size - 256) if real else (0, min(config.vocab_size, 256))
     numbers = random.Random(seed)
-    return [[numbers.randrange(ordinary) for _ in range(length)] for _ in range(count)]
+    return [[numbers.randrange(first, end) for _ in range(length)] for _ in range(count)]
 
 
 def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> list[str]:
     """``count`` texts of random words that the tokenizer cuts into exactly ``tokens`` tokens each, BOS not counted."""
     numbers, words = random.Random(seed), _WORDS.read_text(encoding="utf-8").split()
-    return [_exact_text(tokenizer, tokens, numbers, words) for _ in range(count)]
+    tokens_a_word = len(tokenizer.encode(" ".join(words), bos=False)) / len(words)
+    return [_exact_text(tokenizer, tokens, numbers, words, tokens_a_word) for _ in range(count)]
 
 
-def _exact_text(tokenizer: Tokenizer, tokens: int, numbers: random.Random, words: Sequence[str]) -> str:
+def _exact_text(
+    tokenizer: Tokenizer, tokens: int, numbers: random.Random, words: Sequence[str], tokens_a_word: float
+) -> str:
     def length(text: str) -> int:
         return len(tokenizer.encode(text, bos=False))
 
     text = numbers.choice(words)
-    while (short := tokens - length(text)) > 16:
-        text += " " + " ".join(numbers.choice(words) for _ in range(max(1, short // 8)))
+    # Encoding is what takes the time: nearly all that is missing at once, then nearly all of the rest.
+    while (short := tokens - length(text)) > 2 * tokens_a_word:
+        text += " " + " ".join(numbers.choice(words) for _ in range(max(1, int(0.9 * short / tokens_a_word))))
         while length(text) > tokens:
             text = text.rpartition(" ")[0]
     for _ in range(2000):

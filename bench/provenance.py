@@ -35,8 +35,12 @@ def _git() -> dict[str, Any]:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
-    """Name, driver and link of the GPU, from torch and nvidia-smi."""
+    """Name, driver and link of the GPU, from torch and nvidia-smi.
+
+    The two number GPUs differently (CUDA_VISIBLE_DEVICES, fastest first): the UUID says which is meant.
+    """
     fields = (
+        "uuid",
         "driver_version",
         "pcie.link.gen.current",
         "pcie.link.gen.max",
@@ -46,15 +50,15 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     names = ("driver", "pcie_gen", "pcie_gen_max", "pcie_width", "pcie_width_max")
     if device.type != "cuda":
         return {"gpu": None, **dict.fromkeys(names)}
-    query = f"--query-gpu={','.join(fields)}"
-    answer = _run("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={device.index or 0}")
-    values = [value.strip() for value in answer.split(",")] if answer else []
+    answer = _run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    rows = [[value.strip() for value in line.split(",")] for line in (answer or "").splitlines()]
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    own = [row for row in rows if len(row) == len(fields) and (len(rows) == 1 or row[0].endswith(uuid))]
     found: dict[str, Any] = dict.fromkeys(names)
-    if len(values) == len(names):
-        found = {
-            "driver": values[0],
-            **{n: int(v) if v.isdecimal() else None for n, v in zip(names[1:], values[1:], strict=True)},
-        }
+    if own:
+        _, driver, *link = own[0]
+        numbers = [int(value) if value.isdecimal() else None for value in link]
+        found = {"driver": driver, **dict(zip(names[1:], numbers, strict=True))}
     return {"gpu": torch.cuda.get_device_name(device), **found}
 
 
@@ -69,13 +73,22 @@ def _cpu_model() -> str | None:
 
 
 def drive_of(path: Path) -> dict[str, Any] | None:
-    """The block device behind a file, or a device itself: its name, model and whether it rotates."""
+    """The block device behind a file, or a device itself: its name, model, whether it rotates, its filesystem.
+
+    ``device`` is None where no single one is behind it (tmpfs, overlay, btrfs), ``filesystem`` for a device itself;
+    all is None where there is no such path.
+    """
     try:
         status = os.stat(path)
-        number = status.st_rdev if _is_block(status.st_mode) else status.st_dev
-        entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
     except OSError:
         return None
+    is_device = stat.S_ISBLK(status.st_mode)
+    filesystem = None if is_device else _filesystem(path)
+    number = status.st_rdev if is_device else status.st_dev
+    try:
+        entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
+    except OSError:
+        return {"device": None, "model": None, "rotational": None, "filesystem": filesystem}
     disk = entry.parent if (entry / "partition").exists() else entry
 
     def read(name: str) -> str | None:
@@ -89,11 +102,15 @@ def drive_of(path: Path) -> dict[str, Any] | None:
         "device": entry.name,
         "model": read("device/model"),
         "rotational": None if rotational is None else rotational == "1",
+        "filesystem": filesystem,
     }
 
 
-def _is_block(mode: int) -> bool:
-    return stat.S_ISBLK(mode)
+def _filesystem(path: Path) -> str | None:
+    """The type of what is mounted at the innermost directory above ``path``."""
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    real = path.resolve()
+    return next((mounts[place] for place in (real, *real.parents) if place in mounts), None)
 
 
 def collect(
@@ -122,6 +139,9 @@ def collect(
     if store is not None:
         expected.add("drive")
     warnings = [f"provenance.{name} could not be had" for name in sorted(expected) if found[name] is None]
+    if found["drive"] is not None and found["drive"]["device"] is None:
+        place = found["drive"]["filesystem"] or "an unknown filesystem"
+        warnings.append(f"provenance.drive: the store lies on {place}, which tells of no drive behind it")
     gen, most = found["pcie_gen"], found["pcie_gen_max"]
     width, widest = found["pcie_width"], found["pcie_width_max"]
     if None not in (width, widest) and width < widest:

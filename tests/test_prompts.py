@@ -208,12 +208,20 @@ def test_repeated_rows_are_copies() -> None:
 # -- random ids
 
 
-@pytest.mark.parametrize(("vocab_size", "below"), [(128_256, 128_000), (300, 256), (100, 100), (1024, 256)])
-def test_random_ids_are_ordinary_tokens(vocab_size: int, below: int) -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "first", "below"), [(128_256, 256, 128_000), (300, 0, 256), (100, 0, 100), (1024, 0, 256)]
+)
+def test_random_ids_are_ordinary_tokens(vocab_size: int, first: int, below: int) -> None:
     rows = random_prompts(config_of(vocab_size), length=500, count=4, seed=0)
     assert [len(row) for row in rows] == [500] * 4
-    assert min(map(min, rows)) >= 0
+    assert first <= min(map(min, rows)) < first + 0.1 * below
     assert 0.9 * below < max(map(max, rows)) < below
+
+
+@pytest.mark.parametrize("special", [range(3), range(17)], ids=["Llama 2", "SmolLM2"])
+def test_random_ids_pass_over_special_tokens_numbered_from_0(special: range) -> None:
+    [row] = random_prompts(config_of(1280), length=20_000, count=1, seed=0)
+    assert not set(special) & set(row)
 
 
 def test_random_ids_follow_the_seed() -> None:
@@ -253,6 +261,19 @@ def test_made_prompts_follow_the_seed_and_differ_from_each_other() -> None:
     assert first == again
     assert first != other
     assert len(set(first)) == 3
+
+
+def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
+    class Counting(HFTokenizer):
+        encodings = 0
+
+        def encode(self, text: str, *, bos: bool) -> list[int]:
+            Counting.encodings += 1
+            return super().encode(text, bos=bos)
+
+    trained(tmp_path)
+    make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0)
+    assert Counting.encodings < 8 * 30
 
 
 def test_more_prompts_of_a_seed_begin_with_the_same_ones() -> None:

@@ -16,25 +16,6 @@ from wsm.telemetry import PhaseStats
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
-FIXED_KEYS = (
-    "batch_size",
-    "max_new_tokens",
-    "prompt_lens",
-    "prefill_tokens_total",
-    "decode_tokens_total",
-    "prefill_ms",
-    "first_token_decode_ms",
-    "ttft_ms",
-    "decode_ms",
-    "e2e_ms",
-    "throughput_tok_s",
-    "end_to_end_tok_s",
-    "io_bw_MBps",
-    "gpu_mem_GB",
-    "mode",
-    "device",
-    "wsm",
-)
 METRICS = (
     "prefill_ms",
     "first_token_decode_ms",
@@ -43,6 +24,19 @@ METRICS = (
     "e2e_ms",
     "throughput_tok_s",
     "end_to_end_tok_s",
+)
+FIXED_KEYS = (
+    "batch_size",
+    "max_new_tokens",
+    "prompt_lens",
+    "prefill_tokens_total",
+    "decode_tokens_total",
+    *METRICS,
+    "io_bw_MBps",
+    "gpu_mem_GB",
+    "mode",
+    "device",
+    "wsm",
 )
 SIGNIFICANT_DIGITS = 6
 

@@ -17,9 +17,6 @@ from torch import Tensor
 class Event(Protocol):
     """A point in a stream's work."""
 
-    def query(self) -> bool:
-        """True once the work before it is done."""
-
     def synchronize(self) -> None:
         """Block the calling thread until the work before it is done."""
 
@@ -72,9 +69,6 @@ class CpuEvent:
     def mark(self) -> None:
         self.time_s = time.perf_counter()
         self._set.set()
-
-    def query(self) -> bool:
-        return self._set.is_set()
 
     def synchronize(self) -> None:
         self._set.wait()

@@ -35,8 +35,8 @@ def _bars(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[tuple[i
             yield lane, _name(moved.group), (moved.start, moved.end), {"bytes": moved.nbytes}
     for use in telemetry.uses():
         if use.granted - use.asked > 1e-6:
-            yield 3, f"wait {use.group}", (use.asked, use.granted), {}
-        yield 4, str(use.group), (use.granted, use.done), {}
+            yield 3, f"wait {use.group or 'pass'}", (use.asked, use.granted), {}
+        yield 4, str(use.group or "pass"), (use.granted, use.done), {}
 
 
 def _name(group: GroupId | None) -> str:

@@ -47,10 +47,11 @@ class TokenBatch:
 
         Nothing is uploaded: a small upload would queue behind the weights on the copy engine.
         """
+        decoding = len(self.segments) == self.tokens.shape[0]  # one token a row already
         return TokenBatch(
             tokens=tokens,
-            positions=self.positions[self.last] + 1,
-            last=torch.arange(len(self.segments), device=tokens.device),
+            positions=(self.positions if decoding else self.positions[self.last]) + 1,
+            last=self.last if decoding else torch.arange(len(self.segments), device=tokens.device),
             segments=tuple(Segment(s.row, s.end_pos, 1, place) for place, s in enumerate(self.segments)),
         )
 

@@ -23,6 +23,7 @@ from llama.checkpoint import (
 )
 from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, Observer, generate
+from llama.graphs import DecodeGraphs
 from llama.kv_cache import KVCache
 from llama.loading import DEFAULT_CACHE, LayerProgress, LoadTimes, Reporter, choose_device
 from llama.model import Transformer
@@ -179,6 +180,7 @@ class LLaMA:
         self.config = inputs.checkpoint.config
         self.telemetry = Telemetry(device, keep=measured)
         self.manager: WeightStreamingManager | None = None
+        self.graphs: DecodeGraphs | None = None
         self.load_times = LoadTimes()
         self.warnings: list[str] = []
         self.model: Transformer
@@ -265,6 +267,8 @@ class LLaMA:
             else:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
         self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens)
+        if inputs.device.type == "cuda" and weights.resident:
+            self.graphs = self.model.graphs = DecodeGraphs(self.model, self.kv)
 
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
@@ -388,6 +392,8 @@ class LLaMA:
             if self.manager is not None:
                 self.manager.close()
         finally:
+            if self.graphs is not None:
+                self.graphs.close()
             self.inputs.close()
 
     def __enter__(self) -> LLaMA:

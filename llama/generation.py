@@ -76,6 +76,7 @@ def generate(
     kv.reset()
     generator = torch.Generator(model.device).manual_seed(options.seed)
     rows = [_Row(options) for _ in prompts]
+    model.prepare(kv, len(prompts), max(map(len, prompts)), options.max_new_tokens, options.chunk_tokens)
     observer("start")
     logits, waves = _prefill(model, kv, prompts, options, observer)
     _finish(model.device)

@@ -19,6 +19,15 @@ def padded_tokens(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
+def attended_tokens(length: int, room: int) -> int:
+    """Positions that a decode step attends over where the longest row has ``length``: whole blocks, at most ``room``.
+
+    Beyond 2 048 tokens the steps grow with the length, so that they stay few: at most an eighth is attended in vain.
+    """
+    step = max(BLOCK_TOKENS, 1 << max(0, length.bit_length() - 4))
+    return min(-(-length // step) * step, room)
+
+
 def kv_bytes(config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of ``batch`` rows of up to ``tokens`` tokens."""
     per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
@@ -46,6 +55,10 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self._data.nbytes
+
+    def layer(self, layer: int) -> Tensor:
+        """Keys and values, ``[2, batch, n_kv_heads, tokens, head_dim]``."""
+        return self._data[layer]
 
     def keys(self, layer: int) -> Tensor:
         return self._data[layer, 0]

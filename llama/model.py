@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from llama.batch import Segment, TokenBatch, cut
-from llama.checkpoint.names import GroupId
+from llama.checkpoint.names import QKV, GroupId
 from llama.config import ModelConfig, RopeScaling
-from llama.kv_cache import KVCache
-from llama.weights import WeightSource
+from llama.graphs import DecodeGraphs
+from llama.kv_cache import KVCache, attended_tokens
+from llama.weights import WeightSource, side_by_side
+
+Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
 
 
 def scaled_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
@@ -34,33 +38,32 @@ def scaled_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - smooth) * freqs / scaling.factor + smooth * freqs
 
 
-def rotary_table(config: ModelConfig, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 ``[tokens, head_dim / 2]`` (Su et al. 2021, Meta's interleaved pairs)."""
+def rotary_table(config: ModelConfig, tokens: int, device: torch.device) -> Tensor:
+    """``freqs_cis``, complex64 ``[tokens, head_dim / 2]`` (Su et al. 2021, Meta's interleaved pairs)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is not None:
         freqs = scaled_frequencies(freqs, config.rope_scaling)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float32), freqs)
-    return angles.cos().to(device), angles.sin().to(device)
+    return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_(x: Tensor, freqs_cis: Tensor) -> None:
     """RoPE in place, in float32, on interleaved pairs.
 
     Args:
         x: ``[n, heads, head_dim]``.
-        cos, sin: float32 ``[n, 1, head_dim / 2]``.
+        freqs_cis: complex64 ``[n, 1, head_dim / 2]``.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (even * cos).sub_(odd * sin)
-    odd.copy_((even * sin).add_(odd * cos))
-    even.copy_(turned)
-    return x
+    wide = x.float()
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(freqs_cis)
+    if wide is not x:
+        x.copy_(wide)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm, in float32, rounded before the weight is applied (as the reference models do)."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+    """Root-mean-square norm, in float32 and rounded once: one kernel where torch has it fused."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,12 +94,16 @@ def _kernel_shares_kv(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 class Rows(NamedTuple):
-    """A chunk of one token a row, of neighbouring rows: attended as one batch over the longest row's positions."""
+    """A chunk of one token a row, of neighbouring rows: attended as one batch over ``tokens`` positions of each.
+
+    They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: so the shapes change seldom, and
+    a captured graph serves many passes.
+    """
 
     first: int
     places: Tensor  # int64 [B]: 0, 1, …, the row inside the chunk
-    longest: int
-    mask: Tensor | None  # bool [B, 1, 1, longest]: the positions that a row has; None where all are equally long
+    tokens: int
+    mask: Tensor  # [B, 1, 1, tokens], added to the scores: 0 for a position that the row has, else -inf
 
 
 class Chunk(NamedTuple):
@@ -105,8 +112,7 @@ class Chunk(NamedTuple):
     part: slice  # of the packed tokens
     segments: tuple[Segment, ...]
     positions: Tensor  # int64 [n]
-    cos: Tensor  # float32 [n, 1, head_dim / 2]
-    sin: Tensor
+    freqs_cis: Tensor  # complex64 [n, 1, head_dim / 2]
     rows: Rows | None  # None: attended segment by segment
 
 
@@ -120,7 +126,14 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, weights: WeightSource, device: torch.device, max_tokens: int) -> None:
         self.config, self.weights, self.device, self.max_tokens = config, weights, device, max_tokens
-        self._cos, self._sin = rotary_table(config, max_tokens, device)
+        self.dtype = weights.globals["norm"].dtype
+        self.graphs: DecodeGraphs | None = None
+        self._freqs_cis = rotary_table(config, max_tokens, device)
+
+    def prepare(self, kv: KVCache, rows: int, prompt_tokens: int, new_tokens: int, chunk_tokens: int) -> None:
+        """Capture the graphs of a generation that is to come, where there are graphs; ``kv`` is empty."""
+        if self.graphs is not None and new_tokens > 1:
+            self.graphs.prepare(rows, prompt_tokens + 1, prompt_tokens + new_tokens - 1, chunk_tokens)
 
     def forward(
         self, batch: TokenBatch, kv: KVCache, *, chunk_tokens: int, logits: Literal["last", "all"] = "last"
@@ -137,50 +150,59 @@ class Transformer:
         kv.check(batch.segments)
         if max(segment.end_pos for segment in batch.segments) > self.max_tokens:
             raise ValueError(f"a row runs past the {self.max_tokens} positions that this model was made for")
-        h = F.embedding(batch.tokens, self.weights.globals["tok_embeddings"])  # [N, dim]
-        chunks = self._chunks(batch, chunk_tokens)
-        for layer in range(self.config.n_layers):
-            with self.weights.acquire(GroupId(layer, "attn")) as w:
-                for chunk in chunks:
-                    h[chunk.part].add_(self._attention(h[chunk.part], w, chunk, kv, layer))
-            with self.weights.acquire(GroupId(layer, "ffn")) as w:
-                for chunk in chunks:
-                    h[chunk.part].add_(self._feed_forward(h[chunk.part], w))
+        if self.graphs is not None and (found := self.graphs.replayed(batch)) is not None:
+            h = found
+        else:
+            h = self.layers(batch, kv, self.weights.acquire, chunk_tokens)
+            h = h[batch.last] if logits == "last" else h
         kv.extend(batch.segments)
-        return self._head(h[batch.last] if logits == "last" else h, chunk_tokens)
+        return self._head(h, chunk_tokens)
 
-    def _chunks(self, batch: TokenBatch, chunk_tokens: int) -> list[Chunk]:
-        cos, sin = self._cos[batch.positions].unsqueeze(1), self._sin[batch.positions].unsqueeze(1)
+    def layers(self, batch: TokenBatch, kv: KVCache, acquire: Acquire, chunk_tokens: int) -> Tensor:
+        """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
+        h = F.embedding(batch.tokens, self.weights.globals["tok_embeddings"])
+        chunks = self._chunks(batch, chunk_tokens, kv.tokens)
+        for layer in range(self.config.n_layers):
+            with acquire(GroupId(layer, "attn")) as w:
+                for chunk in chunks:
+                    self._attention_(h[chunk.part], w, chunk, kv, layer)
+            with acquire(GroupId(layer, "ffn")) as w:
+                for chunk in chunks:
+                    self._feed_forward_(h[chunk.part], w)
+        return h
+
+    def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv_tokens: int) -> list[Chunk]:
+        freqs_cis = self._freqs_cis[batch.positions].unsqueeze(1)
         chunks = []
         for segments in cut(batch.segments, chunk_tokens):
             part = slice(segments[0].offset, segments[-1].offset + segments[-1].length)
             positions = batch.positions[part]
-            rows = self._rows(segments, positions)
-            chunks.append(Chunk(part, segments, positions, cos[part], sin[part], rows))
+            rows = self._rows(segments, positions, kv_tokens)
+            chunks.append(Chunk(part, segments, positions, freqs_cis[part], rows))
         return chunks
 
-    def _rows(self, segments: tuple[Segment, ...], positions: Tensor) -> Rows | None:
+    def _rows(self, segments: tuple[Segment, ...], positions: Tensor, kv_tokens: int) -> Rows | None:
         first = segments[0].row
         if any(s.length != 1 or s.row != first + place for place, s in enumerate(segments)):
             return None
-        longest = max(segment.end_pos for segment in segments)
-        mask = None
-        if any(segment.end_pos != longest for segment in segments):
-            mask = torch.arange(longest, device=self.device) <= positions.unsqueeze(1)  # [B, longest]
-            mask = mask[:, None, None, :]
-        return Rows(first, torch.arange(len(segments), device=self.device), longest, mask)
+        tokens = attended_tokens(max(segment.end_pos for segment in segments), kv_tokens)
+        mask = torch.zeros(len(segments), tokens, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(torch.arange(tokens, device=self.device) > positions.unsqueeze(1), -math.inf)
+        return Rows(first, torch.arange(len(segments), device=self.device), tokens, mask[:, None, None, :])
 
-    def _attention(self, h: Tensor, w: Mapping[str, Tensor], chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
-        """What attention adds to a chunk ``[n, dim]``; its keys and values go into the cache."""
+    def _attention_(self, h: Tensor, w: Mapping[str, Tensor], chunk: Chunk, kv: KVCache, layer: int) -> None:
+        """Add a chunk's attention to its residual ``[n, dim]``; its keys and values go into the cache."""
         x = rms_norm(h, w["attention_norm"], self.config.norm_eps)
-        q, k, v = (F.linear(x, w[name]).unflatten(-1, (-1, self.config.head_dim)) for name in ("wq", "wk", "wv"))
+        qkv = F.linear(x, side_by_side(w, QKV))
         del x
-        q, k = rotate_(q, chunk.cos, chunk.sin), rotate_(k, chunk.cos, chunk.sin)
+        heads = qkv.unflatten(1, (-1, self.config.head_dim))  # [n, n_heads + 2 * n_kv_heads, head_dim]
+        q, k, v = heads.split((self.config.n_heads, self.config.n_kv_heads, self.config.n_kv_heads), dim=1)
+        rotate_(heads[:, : self.config.n_heads + self.config.n_kv_heads], chunk.freqs_cis)
         if chunk.rows is None:
             out = self._attend_segments(q, k, v, chunk, kv.keys(layer), kv.values(layer))
         else:
-            out = self._attend_rows(q, k, v, chunk.rows, chunk.positions, kv.keys(layer), kv.values(layer))
-        return F.linear(out, w["wo"])
+            out = self._attend_rows(q, heads[:, self.config.n_heads :], chunk.rows, chunk.positions, kv.layer(layer))
+        h.addmm_(out, w["wo"].t())
 
     def _attend_segments(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:
         """Each segment over its own row so far; ``[n, n_heads * head_dim]``, in the memory of q."""
@@ -193,25 +215,27 @@ class Transformer:
             q[part] = attend_causally(q[part].transpose(0, 1), keys[row, :, :end], values[row, :, :end]).transpose(0, 1)
         return q.flatten(1)
 
-    def _attend_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """One query a row over all its KV: the query heads that share a KV head stand where positions would."""
+    def _attend_rows(self, q: Tensor, new: Tensor, rows: Rows, positions: Tensor, kv: Tensor) -> Tensor:
+        """One query a row over all its KV: the query heads that share a KV head stand where positions would.
+
+        Args:
+            new: ``[B, 2 * n_kv_heads, head_dim]``, keys before values.
+            kv: a layer's ``[2, batch, n_kv_heads, tokens, head_dim]``.
+        """
         count = q.shape[0]
-        keys, values = keys[rows.first : rows.first + count], values[rows.first : rows.first + count]
-        keys[rows.places, :, positions] = k
-        values[rows.places, :, positions] = v
+        kv = kv[:, rows.first : rows.first + count]
+        kv[:, rows.places, :, positions] = new.unflatten(1, (2, -1))
         grouped = q.unflatten(1, (self.config.n_kv_heads, -1))  # [B, n_kv_heads, n_rep, head_dim]
-        keys, values = keys[:, :, : rows.longest], values[:, :, : rows.longest]
+        keys, values = kv[:, :, :, : rows.tokens].unbind(0)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask).reshape(count, -1)
 
-    def _feed_forward(self, h: Tensor, w: Mapping[str, Tensor]) -> Tensor:
-        """What the feed-forward block adds to a chunk ``[n, dim]``."""
+    def _feed_forward_(self, h: Tensor, w: Mapping[str, Tensor]) -> None:
+        """Add the feed-forward block to a chunk's residual ``[n, dim]``."""
         x = rms_norm(h, w["ffn_norm"], self.config.norm_eps)
         gate = F.silu(F.linear(x, w["w1"]), inplace=True)  # [n, ffn_dim]
         gate.mul_(F.linear(x, w["w3"]))
         del x
-        return F.linear(gate, w["w2"])
+        h.addmm_(gate, w["w2"].t())
 
     def _head(self, h: Tensor, chunk_tokens: int) -> Tensor:
         w = self.weights.globals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import Checkpoint
-from llama.checkpoint.names import GroupId, TensorSpec, full_name, global_specs, group_specs, pass_order
+from llama.checkpoint.names import QKV, GroupId, TensorSpec, full_name, global_specs, group_specs, pass_order
 
 
 class WeightSource(Protocol):
@@ -20,8 +20,27 @@ class WeightSource(Protocol):
     def globals(self) -> Mapping[str, Tensor]:
         """``tok_embeddings``, ``norm`` and, unless tied, ``output``, on the compute device."""
 
+    @property
+    def resident(self) -> bool:
+        """Whether every group stays on the compute device for good, always in the same place."""
+
     def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The group's tensors on the compute device, valid until the block ends."""
+
+    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Tensor]]]:
+        """A whole pass's groups at once; only where they are ``resident``."""
+
+
+def side_by_side(w: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Matrices of one input as one, ``[sum of their outputs, inputs]``; a copy only where they lie apart."""
+    parts = [w[name] for name in names]
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    address = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != address or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(parts)
+        address += part.nbytes
+    return first.as_strided((rows, first.shape[1]), first.stride())
 
 
 class TensorWeights:
@@ -42,11 +61,11 @@ class TensorWeights:
         config = checkpoint.config
 
         def load(group: GroupId | None, specs: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
-            tensors = {}
+            tensors = _empty(specs, device, dtype)
             for spec in specs:
                 on_cpu = torch.empty(spec.shape, dtype=dtype)
                 checkpoint.read_into(full_name(group, spec.name), on_cpu)
-                tensors[spec.name] = on_cpu.to(device)
+                tensors[spec.name].copy_(on_cpu)
             return tensors
 
         self._globals = load(None, global_specs(config))
@@ -60,6 +79,26 @@ class TensorWeights:
     def globals(self) -> Mapping[str, Tensor]:
         return self._globals
 
+    @property
+    def resident(self) -> bool:
+        return True
+
     @contextmanager
     def acquire(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
         yield self._groups[group]
+
+    @contextmanager
+    def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Tensor]]]:
+        yield self._groups
+
+
+def _empty(specs: Sequence[TensorSpec], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Room for a group's tensors, query, key and value matrices side by side as in a packed image."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    tensors = {}
+    if "wq" in shapes:
+        rows = [shapes[name][0] for name in QKV]
+        together = torch.empty(sum(rows), *shapes["wq"][1:], dtype=dtype, device=device)
+        tensors = dict(zip(QKV, together.split(rows), strict=True))
+    alone = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in shapes if name not in tensors}
+    return tensors | alone

@@ -171,12 +171,14 @@ class Work(NamedTuple):
 def chunk_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
     """The most that is alive besides the residual while a chunk of ``tokens`` is computed (see ``llama.model``).
 
-    The largest of: a norm (in and out in float32); queries, keys and values beside their input, RoPE's float32 halves
-    or the output; both branches of the feed-forward block beside their input.
+    The largest of: a norm (three of them in float32, where it is not one kernel); queries, keys and values beside
+    their input, RoPE's float32 copy of queries and keys, or the output; both branches of the feed-forward block beside
+    their input.
     """
     dim, q_dim, kv_dim = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    norm = 2 * 4 * dim
-    attention = (q_dim + 2 * kv_dim) * itemsize + max(dim * itemsize, q_dim * max(6, itemsize))
+    norm = 3 * 4 * dim
+    wide = 4 * (q_dim + kv_dim) if itemsize < 4 else 0
+    attention = (q_dim + 2 * kv_dim) * itemsize + max(dim * itemsize, wide, q_dim * itemsize)
     feed_forward = (dim + 2 * config.ffn_dim) * itemsize
     return tokens * max(norm, attention, feed_forward)
 
@@ -186,7 +188,7 @@ def activation_bytes(config: ModelConfig, work: Work) -> int:
     rows, tokens = work.batch, max(work.wave_tokens, work.batch)
     chunk = min(work.chunk_tokens, tokens)
     logits = rows * config.vocab_size * 4
-    # The residual, the cosines and sines of its positions (float32), token ids and positions; and the rotary table.
+    # The residual, the rotations of its positions (complex64), token ids and positions; and the rotary table.
     kept = tokens * (config.dim * work.itemsize + 4 * config.head_dim + 16) + 4 * config.head_dim * work.kv_tokens
     head = 2 * logits + min(chunk, rows) * (config.vocab_size * work.itemsize + 8 * config.dim)
     # Sorting, the sums of the nucleus in whole numbers and what goes with them: 40 bytes a value, and a sort's scratch.
@@ -198,7 +200,9 @@ def activation_bytes(config: ModelConfig, work: Work) -> int:
 def _attention_extra(config: ModelConfig, work: Work, chunk: int) -> int:
     """What attention needs besides its inputs and output, where the kernel is not flash attention alone."""
     q_dim = config.n_heads * config.head_dim
-    padding = work.batch * work.kv_tokens * (1 + 2 * work.itemsize)  # the mask of rows of different lengths
+    padding = (
+        work.batch * work.kv_tokens * (1 + 2 * work.itemsize)
+    )  # the mask of a decode pass, and the comparison it is made from
     if work.on_gpu:
         repeated = 2 * q_dim * work.prompt_tokens * work.itemsize if work.itemsize == 4 else 0
         return max(padding, repeated)

@@ -62,6 +62,14 @@ def globals_layout(config: ModelConfig, dtype: torch.dtype) -> GroupLayout:
     return image_layout(global_specs(config), dtype)
 
 
+def lie_apart(layout: GroupLayout, names: Sequence[str]) -> int:
+    """Bytes of the named tensors where they do not lie one right behind the other, in this order; else 0."""
+    parts = [tensor for name in names for tensor in layout.tensors if tensor.name == name]
+    ends = [part.offset + part.nbytes for part in parts]
+    adjacent = all(end == part.offset for end, part in zip(ends, parts[1:], strict=False))
+    return 0 if adjacent else sum(part.nbytes for part in parts)
+
+
 def views(image: Tensor, layout: GroupLayout) -> dict[str, Tensor]:
     """Typed views of the tensors in ``image`` (``uint8 [>= layout.nbytes]``), by short name; no copy."""
     return {

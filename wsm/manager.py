@@ -67,6 +67,7 @@ class WeightStreamingManager:
         self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
         self._queued: deque[Event] = deque()
         self._globals: dict[str, Tensor] = {}
+        self._together: dict[GroupId, dict[str, Tensor]] | None = None
         self.globals_s = 0.0
         self._arenas: list[PageLockedArena] = []
         self.page_locked_peak_bytes = 0
@@ -222,7 +223,7 @@ class WeightStreamingManager:
             self.stop()
         finally:
             self._free_memory()
-        self._globals = {}
+        self._globals, self._together = {}, None
         self._views.clear()
 
     def __enter__(self) -> WeightStreamingManager:
@@ -264,6 +265,38 @@ class WeightStreamingManager:
             if self._on_layer is not None and group.kind == KINDS[0]:
                 self._on_layer(self._tiers.describe())
             yield weights
+
+    @property
+    def resident(self) -> bool:
+        """Whether every group stays on the compute device."""
+        return self.plan.residency.streamed_layers == 0
+
+    @contextmanager
+    def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Tensor]]]:
+        """The weights of a whole pass at once, where all are ``resident``; one record in the telemetry.
+
+        Raises:
+            ValueError: where some group passes through a slot.
+            StoreError, DoesNotFit, RuntimeError: as :meth:`acquire`.
+        """
+        if not self.resident:
+            raise ValueError("only resident groups can be had all at once")
+        while self._tiers.expected() != self.order[0]:
+            with self._hold(self._tiers.expected()):
+                pass
+        stream = self.device.compute_stream()
+        asked = self.device.record(stream)
+        step, slots = self._tiers.enter_all()
+        if self._together is None:
+            for slot in slots.values():
+                assert slot.filled is not None
+                slot.filled.synchronize()  # once: later passes have nothing to wait for, on whatever stream
+            self._together = {group: self._tensors(slot, group) for group, slot in slots.items()}
+        granted = self.device.record(stream)
+        try:
+            yield self._together
+        finally:
+            self.telemetry.used(None, step, asked, granted, self.device.record(stream))
 
     @contextmanager
     def _hold(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama.checkpoint.names import KINDS, GroupId, Kind
+from llama.checkpoint.names import KINDS, QKV, GroupId, Kind
 from llama.config import ModelConfig
 from wsm.budget import (
     GIB,
@@ -21,7 +21,7 @@ from wsm.budget import (
     chunk_bytes,
     table,
 )
-from wsm.groups import GroupLayout, TensorLayout
+from wsm.groups import GroupLayout, TensorLayout, lie_apart
 from wsm.placement import LOADING_SLOTS, Placement, place
 from wsm.settings import Settings
 
@@ -212,7 +212,7 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) 
     layer = inputs.slot_bytes()
     wave_tokens = min(shape.prefill_tokens, rows * shape.prompt_tokens)
     work = Work(chunk, wave_tokens, shape.batch, shape.prompt_tokens, inputs.kv_tokens, inputs.dtype.itemsize, on_gpu)
-    activations = activation_bytes(inputs.config, work)
+    activations = activation_bytes(inputs.config, work) + _copied_matrices(inputs)
     lines = [
         MemoryLine(f"weights resident, {residents} layers", residents * layer),
         MemoryLine(f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
@@ -225,6 +225,13 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) 
         lines.append(MemoryLine("library workspaces", WORKSPACE_BYTES))
         lines.append(MemoryLine("allocator slack", _rounding(inputs, placement) + activations // 8 + 32 * MIB))
     return tuple(lines)
+
+
+def _copied_matrices(inputs: PlanInputs) -> int:
+    """The model takes queries, keys and values in one product: where their matrices lie apart, it copies them first."""
+    if inputs.settings.mode == "full":
+        return 0
+    return max(lie_apart(layout, QKV) for group, layout in inputs.layouts.items() if group and group.kind == "attn")
 
 
 def _kv_bytes(inputs: PlanInputs) -> int:

@@ -270,6 +270,15 @@ class Tiers:
             self._step, slot.state = step + 1, "in_use"
             return step, slot
 
+    def enter_all(self) -> tuple[int, Homes]:
+        """Step over a whole pass whose groups are all resident, once they are there; its first step and their slots."""
+        with self._changed:
+            self._wait(self.loaded)
+            step = self._step
+            self._entered = step + len(self._order) - 1
+            self._step = self._entered + 1
+            return step, self._gpu_homes
+
     def _fetched(self, group: GroupId) -> Slot:
         self._wait(lambda: self._gpu_fetched[group.kind] > self._gpu_used[group.kind])
         slot = self._gpu_pools[group.kind].find(group)

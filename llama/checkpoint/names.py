@@ -10,6 +10,10 @@ Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn")
 
 
+QKV = ("wq", "wk", "wv")
+"""Stored one behind the other, so that they are one product of one matrix."""
+
+
 class GroupId(NamedTuple):
     """The attn or the ffn weights of one layer, norm included: what is stored, moved and evicted as one."""
 

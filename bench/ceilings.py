@@ -29,12 +29,13 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
     _release(llm.inputs.device)
     found |= probe_link(llm.device, host, slot)
-    source, ssd = manager.source, manager.plan.residency.ssd
-    if isinstance(source, PackedStore) and ssd:
+    source, residency = manager.source, manager.plan.residency
+    read = residency.ssd or range(residency.n_layers)
+    if isinstance(source, PackedStore):
         size = source.slot_bytes("attn")
         buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:MOST_BUFFERS]
         if len(buffers) > 2:
-            found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in ssd], buffers, slot)
+            found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in read], buffers, slot)
     return found
 
 

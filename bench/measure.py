@@ -143,7 +143,7 @@ def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: int) -
         bytes_moved=nothing,
         busy_ms=unmeasured,
         stall_ms=dict.fromkeys(("ssd", "h2d")),
-        idle_ms=dict.fromkeys(("ssd", "h2d")),
+        idle_ms=dict.fromkeys(("ssd", "h2d", "compute")),
     )
 
 

@@ -19,7 +19,9 @@ from bench.provenance import collect
 from bench.results import (
     SCHEMA_VERSION,
     beaten_floors,
+    drive_warnings,
     io_part,
+    load_part,
     median_round,
     phase_part,
     plan_warnings,
@@ -29,6 +31,7 @@ from bench.results import (
 )
 from llama.build import LLaMA
 from wsm.manifest import DTYPE_NAMES
+from wsm.prediction import predicted_pass_ms
 from wsm.probe import Ceiling
 from wsm.settings import Settings, environment_echo
 from wsm.telemetry import PhaseStats
@@ -64,7 +67,7 @@ def result_of(
         missing.append("the SSD could not be probed in so little CPU memory: floor and roofline are not known")
     if llm.inputs.device.type != "cuda":
         missing.append("the compute device is the CPU: GPU figures are null, and roofline_pct is informative only")
-    settings = llm.settings
+    settings, predicted = llm.settings, predicted_pass_ms(llm.plan, got.ceilings)
     tokens = chosen.generation.tokens
     return {
         **_fixed(options, llm, prompts, chosen, list(stats.values())),
@@ -72,12 +75,13 @@ def result_of(
         "interrupted": got.interrupted,
         "decode_forward_passes": chosen.generation.decode_passes,
         "tpot_ms": tpot_part(chosen.pass_ms),
-        "phases": {name: phase_part(phase, got.ceilings) for name, phase in stats.items()},
+        "phases": {name: phase_part(phase, got.ceilings, predicted[name]) for name, phase in stats.items()},
         "ceilings": {name: dataclasses.asdict(ceiling) for name, ceiling in got.ceilings.items()},
         "residency": _residency(llm, chosen),
         "plan": _planned(llm),
         "memory": _memory(llm),
         "load_s": _load(llm),
+        "load": load_part(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
         "kv": {"device": str(llm.inputs.device), "topk_blk": options.topk_blk, "fraction_fetched": 1.0, "exact": True},
         "config": {
             "argv": list(argv),
@@ -95,6 +99,7 @@ def result_of(
             *warnings,
             *plan_warnings(stats, llm.plan.bytes_per_pass),
             *beaten_floors(stats, got.ceilings),
+            *drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done)),
             *missing,
         ],
     }

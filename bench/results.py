@@ -12,7 +12,7 @@ from typing import Any
 from bench.measure import Round
 from llama.config import UnusableInput
 from wsm.probe import Ceiling
-from wsm.telemetry import PhaseStats
+from wsm.telemetry import Interval, PhaseStats, Transfer, merged
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -142,7 +142,9 @@ def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float 
     return times[bound], bound
 
 
-def phase_part(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
+def phase_part(
+    stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_ms: float | None = None
+) -> dict[str, Any]:
     """One entry of ``phases``."""
     floor_ms, bound_by = floor_of(stats, ceilings)
     spread = _spread(bound_by, ceilings)
@@ -158,6 +160,7 @@ def phase_part(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> dict[str, 
         "flops": stats.flops,
         "hbm_bytes": stats.hbm_bytes,
         "floor_ms": floor_ms,
+        "predicted_ms": None if predicted_pass_ms is None else predicted_pass_ms * stats.passes or None,
         "bound_by": bound_by,
         "roofline_pct": roofline,
         "ceiling_spread_pct": spread if spread is not None and spread > 5 else None,
@@ -209,6 +212,41 @@ def plan_warnings(phases: Mapping[str, PhaseStats], bytes_per_pass: Mapping[str,
                     "paging did not go as planned"
                 )
     return warnings
+
+
+def drive_warnings(reads: Sequence[Transfer], window: Interval) -> list[str]:
+    """A line where the drive's rate in the last third of the phase fell below four fifths of that in the first."""
+    inside = sorted((t for t in reads if window[0] <= t.start and t.end <= window[1]), key=lambda t: t.end)
+    third = len(inside) // 3
+    if third < 3:
+        return []
+    first, last = _read_MBps(inside[:third]), _read_MBps(inside[-third:])
+    if last >= 0.8 * first:
+        return []
+    return [
+        f"the drive slowed down in the run, from {first:.0f} to {last:.0f} MB/s: the ssd figures, and the floor where "
+        "the SSD bounds it, are a mean of both; let it cool, or fill its cache less (trim it, leave room)"
+    ]
+
+
+def _read_MBps(reads: Sequence[Transfer]) -> float:
+    """Rate while any of ``reads`` was under way."""
+    busy_s = sum(end - start for start, end in merged((t.start, t.end) for t in reads))
+    return sum(t.nbytes for t in reads) / busy_s / 1e6 if busy_s else float("inf")
+
+
+def load_part(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
+    """``load``, from the reads of residents; None without a manager."""
+    residents = [t for t in reads or () if t.step is None]
+    if reads is None or not residents:
+        return {"read_bytes": None if reads is None else 0, "read_MBps": None, "ssd_pct": None}
+    nbytes = sum(t.nbytes for t in residents)
+    seconds = max(t.end for t in residents) - min(t.start for t in residents)
+    if not seconds:
+        return {"read_bytes": nbytes, "read_MBps": None, "ssd_pct": None}
+    rate = nbytes / seconds / 1e6
+    percent = 100 * rate / ceilings["ssd"].value if "ssd" in ceilings else None
+    return {"read_bytes": nbytes, "read_MBps": rate, "ssd_pct": percent}
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class PageLockedArena:
         device: says whether the memory has to be registered with CUDA.
 
     Raises:
-        DoesNotFit: if the mapping or its registration is refused.
+        DoesNotFit: if the mapping is refused. Where page-locking is refused, ``warnings`` says so.
     """
 
     def __init__(self, nbytes: int, device: Device) -> None:
@@ -92,17 +92,17 @@ class PageLockedArena:
             self._whole[offset : offset + nbytes : PAGE] = 0
 
     def _register(self) -> None:
+        """Page-lock it; where CUDA refuses, go on without: slower, but the same bytes."""
         code = int(torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0))
-        if code != 0:
-            self.close()
-            raise DoesNotFit(
-                f"CUDA refused to page-lock {self.nbytes / 2**30:.2f} GiB (cudaHostRegister error {code}): "
-                "lower --cpu-cache-layers, or raise the container's memory limit or `ulimit -l`"
+        self._registered = code == 0
+        if not self._registered or not self._whole[:1].is_pinned():
+            with contextlib.suppress(RuntimeError):  # the refusal would be reported by the next kernel's launch
+                torch.zeros(1, device=self._device.torch_device).add_(1)
+            self.warnings.append(
+                f"CUDA refused to page-lock {self.nbytes / 2**30:.2f} GiB (error {code}): weights are copied from "
+                "pageable memory, so h2d figures are those of a bounce buffer, not of the link; raise the container's "
+                "memory limit or `ulimit -l` (on WSL 2 the memory in .wslconfig), or lower --cpu-cache-layers"
             )
-        self._registered = True
-        if not self._whole[:1].is_pinned():
-            self.close()
-            raise DoesNotFit("CUDA registered the memory but does not report it as page-locked")
 
     def whole(self) -> Tensor:
         """All of it, ``uint8 [nbytes]``, whatever was taken."""

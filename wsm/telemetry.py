@@ -32,9 +32,12 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One group's stay under the computation: waited from ``asked`` to ``granted``, computed until ``done``."""
+    """One group's stay under the computation: waited from ``asked`` to ``granted``, computed until ``done``.
 
-    group: GroupId
+    ``group`` is None for a pass whose groups were all used at once.
+    """
+
+    group: GroupId | None
     step: int
     asked: float
     granted: float
@@ -48,7 +51,8 @@ class PhaseStats:
     ``bytes`` counts what its passes used, whenever it was fetched; ``bytes_moved`` what moved inside its stretch of
     time. Keys of both: ``ssd_read``, ``weight_h2d``, ``kv_h2d``, ``kv_d2h``. ``stall_ms`` is the time that the next
     tier waited for this one: the link for the SSD's bytes, the computation for the link's. ``idle_ms`` is the time
-    that a tier did nothing, waited for or not. A figure that was not measured is None.
+    that a tier did nothing, waited for or not; ``compute`` is idle between its passes: embedding, head, sampling and
+    read-back, so busy, the link's stall and idle make up the phase. A figure that was not measured is None.
     """
 
     name: str
@@ -107,7 +111,7 @@ class Telemetry:
         self.reads: list[Transfer] = []
         self.starved: list[Interval] = []
         self._copies: list[tuple[GroupId, int | None, int, Event, Event]] = []
-        self._uses: list[tuple[GroupId, int, Event, Event, Event]] = []
+        self._uses: list[tuple[GroupId | None, int, Event, Event, Event]] = []
 
     # -- recording
 
@@ -145,7 +149,7 @@ class Telemetry:
         if self._keep:
             self.starved.append((start, end))
 
-    def used(self, group: GroupId, step: int, asked: Event, granted: Event, done: Event) -> None:
+    def used(self, group: GroupId | None, step: int, asked: Event, granted: Event, done: Event) -> None:
         if self._keep:
             self._uses.append((group, step, asked, granted, done))
 
@@ -167,7 +171,7 @@ class Telemetry:
             reads = list(self.reads)
         copies, uses = self.copies(), [use for use in self.uses() if use.step in steps]
         busy = {"ssd": merged((t.start, t.end) for t in reads), "h2d": merged((t.start, t.end) for t in copies)}
-        wall_s = window[1] - window[0]
+        wall_s, held = window[1] - window[0], merged((use.asked, use.done) for use in uses)
         busy_s = {tier: overlap_s(spans, window) or None for tier, spans in busy.items()}
         return PhaseStats(
             name=name,
@@ -195,7 +199,12 @@ class Telemetry:
                 "ssd": overlap_s(merged(self.starved), window) * 1e3 if reads else None,
                 "h2d": sum(use.granted - use.asked for use in uses) * 1e3 if uses and copies else None,
             },
-            idle_ms={tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
+            idle_ms={
+                **{tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
+                "compute": (wall_s - overlap_s(merged((u.asked, u.done) for u in uses), window)) * 1e3
+                if uses
+                else None,
+            },
         )
 
 

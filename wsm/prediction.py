@@ -1,0 +1,39 @@
+"""How long a steady pass will take, as against how long it must take: :mod:`wsm.forecast` has the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wsm.forecast import PassWork, pass_work
+from wsm.plan import Plan
+from wsm.probe import Ceiling
+
+
+def predicted_pass_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
+    """Milliseconds of a steady pass of each phase, ``prefill`` and ``decode``.
+
+    From the medians of the probe, where the floor takes the best samples. The tiers work side by side, so the slowest
+    one decides; while the SSD is read, the link has only its rate beside it. None where no weights are streamed, or
+    where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
+    """
+    return {phase: _pass_ms(work, ceilings) for phase, work in pass_work(plan).items()}
+
+
+def _pass_ms(work: PassWork, ceilings: Mapping[str, Ceiling]) -> float | None:
+    def seconds(amount: float, name: str) -> float:
+        return amount / (ceilings[name].median * 1e6) if name in ceilings else 0.0
+
+    if not work.h2d_bytes or "h2d" not in ceilings or (work.ssd_bytes and "ssd" not in ceilings):
+        return None
+    ssd_s = seconds(work.ssd_bytes, "ssd")
+    link_s = _link_s(work.h2d_bytes, ssd_s, ceilings)
+    on_gpu_s = max(seconds(work.hbm_bytes, "hbm"), seconds(work.flops / 1e6, "matmul"))
+    return None if on_gpu_s > max(ssd_s, link_s) else 1e3 * max(ssd_s, link_s)
+
+
+def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> float:
+    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards."""
+    alone = ceilings["h2d"].median * 1e6
+    beside = ceilings["h2d_with_ssd"].median * 1e6 if "h2d_with_ssd" in ceilings else alone
+    moved = beside * ssd_s
+    return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone

@@ -22,9 +22,11 @@ from bench.results import (
     FIXED_KEYS,
     METRICS,
     SCHEMA_VERSION,
+    drive_warnings,
     dump,
     floor_of,
     io_part,
+    load_part,
     median_round,
     phase_part,
     plan_warnings,
@@ -36,11 +38,12 @@ from bench.results import (
 )
 from bench.schema_doc import read_schema
 from bench.summary import ConsoleReporter, row, summary, table
+from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
 from llama.generation import Generation
 from wsm.probe import Ceiling
 from wsm.settings import PRESETS, Settings
-from wsm.telemetry import PhaseStats
+from wsm.telemetry import PhaseStats, Transfer
 
 GUIDE = json.loads("""{
   "batch_size": 1, "max_new_tokens": 32, "prompt_lens": [2016],
@@ -92,7 +95,7 @@ def stats_of(
         bytes_moved={**nothing, **(moved or {})},
         busy_ms={**unmeasured, **(busy or {})},
         stall_ms={"ssd": None, "h2d": None},
-        idle_ms={"ssd": None, "h2d": None},
+        idle_ms={"ssd": None, "h2d": None, "compute": None},
         flops=flops,
         hbm_bytes=hbm_bytes,
     )
@@ -102,6 +105,30 @@ def ceilings_of(**values: float) -> dict[str, Ceiling]:
     return {
         name: Ceiling(value, value, "TFLOPs" if name == "matmul" else "MBps", 1.0, "") for name, value in values.items()
     }
+
+
+def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
+    def reads(*rates: float) -> list[Transfer]:
+        made, now = [], 0.0
+        for place, rate in enumerate(rates):
+            made.append(Transfer(GroupId(place, "ffn"), place, round(rate * 1e6), now, now + 1.0))
+            now += 1.0
+        return made
+
+    steady, slowing = reads(*[1000] * 12), reads(*[2000] * 6, *[1000] * 6)
+    assert drive_warnings(steady, (0.0, 12.0)) == []
+    assert "from 2000 to 1000 MB/s" in drive_warnings(slowing, (0.0, 12.0))[0]
+    assert drive_warnings(slowing, (0.0, 5.0)) == []
+
+
+def test_the_load_rate_is_of_residents_alone_and_against_the_drive() -> None:
+    residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n * 0.5, n * 0.5 + 0.5) for n in range(4)]
+    streamed = Transfer(GroupId(9, "ffn"), 19, 10**9, 0.0, 9.0)
+    loaded = load_part([*residents, streamed], ceilings_of(ssd=1250.0))
+    assert loaded == {"read_bytes": 2_000_000_000, "read_MBps": 1000.0, "ssd_pct": 80.0}
+    assert load_part([*residents], {})["ssd_pct"] is None
+    assert load_part([], {})["read_bytes"] == 0
+    assert load_part(None, {})["read_bytes"] is None
 
 
 # -- figures of a round
@@ -496,6 +523,14 @@ def test_the_figures_of_a_run_agree_with_each_other(runs: Mapping[str, Any], mod
     assert result["phases"]["prefill"]["wall_ms"] == result["prefill_ms"]
     assert result["phases"]["decode"]["wall_ms"] == result["decode_ms"]
     assert result["tpot_ms"]["n"] == result["decode_forward_passes"] == result["phases"]["decode"]["passes"]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", ["preload", "stream", "mixed"])
+def test_busy_stall_and_idle_explain_the_phase_to_1_percent(runs: Mapping[str, Any], mode: str, phase: str) -> None:
+    told = runs[mode]["phases"][phase]
+    explained = told["busy_ms"]["compute"] + (told["stall_ms"]["h2d"] or 0.0) + told["idle_ms"]["compute"]
+    assert explained == pytest.approx(told["wall_ms"], rel=0.01)
 
 
 def test_every_mode_gives_the_same_tokens(runs: Mapping[str, Any]) -> None:

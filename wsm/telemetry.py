@@ -201,9 +201,7 @@ class Telemetry:
             },
             idle_ms={
                 **{tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
-                "compute": (wall_s - overlap_s(merged((u.asked, u.done) for u in uses), window)) * 1e3
-                if uses
-                else None,
+                "compute": (wall_s - overlap_s(held, window)) * 1e3 if uses else None,
             },
         )
 

@@ -1,0 +1,48 @@
+"""Page-locked memory, and what becomes of a run where CUDA refuses it."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from wsm.arena import ALIGNMENT, PageLockedArena
+from wsm.device import CpuDevice
+from wsm.errors import DoesNotFit
+
+
+class WantsPageLocking(CpuDevice):
+    pinned = True
+
+
+@pytest.fixture
+def refusing_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    runtime = types.SimpleNamespace(
+        cudaHostRegister=lambda address, nbytes, flags: calls.append("register") or 801,
+        cudaHostUnregister=lambda address: calls.append("unregister"),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return calls
+
+
+def test_refused_page_locking_is_a_warning_that_names_figure_and_mend(refusing_cuda: list[str]) -> None:
+    arena = PageLockedArena(1 << 20, WantsPageLocking())
+    (warning,) = [line for line in arena.warnings if "page-lock" in line and "huge" not in line]
+    assert "h2d figures" in warning
+    assert "ulimit -l" in warning
+    arena.take(1 << 20).fill_(7)
+    assert int(arena.whole().sum()) == 7 << 20
+    arena.close()
+    assert refusing_cuda == ["register"]  # what was never registered is not unregistered
+
+
+def test_an_arena_is_of_exact_size_and_hands_out_aligned_pieces() -> None:
+    arena = PageLockedArena(10_000, CpuDevice())
+    assert arena.nbytes == 3 * ALIGNMENT
+    first, second = arena.take(5_000), arena.take(4_000)
+    assert (second.data_ptr() - first.data_ptr(), first.data_ptr() % ALIGNMENT) == (2 * ALIGNMENT, 0)
+    with pytest.raises(DoesNotFit, match="no 1 bytes left"):
+        arena.take(1)
+    arena.close()

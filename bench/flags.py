@@ -138,6 +138,9 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
         "--gpu-mem-gb", type=number(0, 1e6), metavar="GIB", help="GPU memory to use, context included (all free)"
     )
     group.add_argument("--cpu-mem-gb", type=number(0, 1e6), metavar="GIB", help="CPU memory to use (all free)")
+    group.add_argument(
+        "--embedding", choices=("gpu", "cpu"), default="gpu", help="where the token embedding lies (gpu)"
+    )
     group.add_argument("--auto", action="store_true", help="choose layers and pools for the budgets")
     group.add_argument("--verify-weights", action="store_true", help="check a group's checksum at every read")
     group.add_argument("--topk-blk", type=topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
@@ -219,6 +222,7 @@ _ENGINE = (
     "warmup_layers",
     "staging_mb",
     "verify_weights",
+    "embedding",
     "gpu_mem_gb",
     "cpu_mem_gb",
 )

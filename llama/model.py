@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from llama.batch import Segment, TokenBatch, cut
-from llama.checkpoint.names import QKV, GroupId
+from llama.checkpoint.names import EMBEDDING, QKV, GroupId
 from llama.config import ModelConfig, RopeScaling
 from llama.graphs import DecodeGraphs
 from llama.kv_cache import KVCache, attended_tokens
@@ -160,7 +160,7 @@ class Transformer:
 
     def layers(self, batch: TokenBatch, kv: KVCache, acquire: Acquire, chunk_tokens: int) -> Tensor:
         """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
-        h = F.embedding(batch.tokens, self.weights.globals["tok_embeddings"])
+        h = F.embedding(batch.tokens, self.weights.globals[EMBEDDING])
         chunks = self._chunks(batch, chunk_tokens, kv.tokens)
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
@@ -239,7 +239,7 @@ class Transformer:
 
     def _head(self, h: Tensor, chunk_tokens: int) -> Tensor:
         w = self.weights.globals
-        head = w["tok_embeddings"] if self.config.tied_embeddings else w["output"]
+        head = w[EMBEDDING] if self.config.tied_embeddings else w["output"]
         logits = torch.empty(h.shape[0], head.shape[0], dtype=torch.float32, device=self.device)
         for begin in range(0, h.shape[0], chunk_tokens):
             part = slice(begin, begin + chunk_tokens)

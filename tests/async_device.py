@@ -85,6 +85,9 @@ class AsyncDevice:
         """Compute on the compute stream."""
         self.compute.work.put(work)
 
+    def mapped(self, host: Tensor) -> Tensor:
+        return host
+
     def seconds(self, event: Event) -> float:
         assert isinstance(event, AsyncEvent)
         assert event.query(), "asked for the time of an event that has not happened"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from wsm.plan import Plan, PlanInputs, make_plan
+from wsm.settings import Settings
 
 LOOK_AHEAD_GROUPS = 2
 READ_AHEAD_LAYERS = 2
@@ -17,11 +18,25 @@ READ_AHEAD_LAYERS = 2
 def choose_settings(inputs: PlanInputs) -> PlanInputs:
     """The inputs with layers and pools chosen; where nothing fits, the smallest of them, for the advice to explain.
 
-    The mode stays as it is: ``full`` and ``preload`` have nothing to choose.
+    The mode stays as it is: ``full`` and ``preload`` have nothing to choose. The embedding moves to CPU memory where
+    that lets a pass move fewer bytes: first from the SSD, then over the link.
     """
     settings = inputs.settings
     if settings.mode not in ("mixed", "stream"):
         return inputs
+    candidates = [_layers_for(inputs, settings)]
+    if settings.embedding == "gpu" and not inputs.config.tied_embeddings:
+        candidates.append(_layers_for(inputs, replace(settings, embedding="cpu")))
+    return min(candidates, key=_bytes_moved)
+
+
+def _bytes_moved(inputs: PlanInputs) -> tuple[bool, int, int]:
+    plan = make_plan(inputs)
+    return not plan.fits, plan.bytes_per_pass["ssd_read"], plan.bytes_per_pass["weight_h2d"]
+
+
+def _layers_for(inputs: PlanInputs, settings: Settings) -> PlanInputs:
+    """As many layers on the GPU as fit, then as many in CPU memory."""
     layers = inputs.config.n_layers
     small = replace(settings, group_prefetch_depth=LOOK_AHEAD_GROUPS, prefetch_distance=READ_AHEAD_LAYERS)
     best = inputs
@@ -53,4 +68,6 @@ def auto_flags(plan: Plan) -> list[str]:
             f"--cpu-cache-layers {settings.cpu_cache_layers}",
             f"--prefetch-distance {settings.prefetch_distance}",
         ]
+    if settings.embedding != "gpu":
+        flags.append(f"--embedding {settings.embedding}")
     return flags

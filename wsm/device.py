@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wsm.errors import DoesNotFit
+
 
 class Event(Protocol):
     """A point in a stream's work."""
@@ -45,6 +47,13 @@ class Device(Protocol):
 
     def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
         """Queue a copy on ``stream`` (done on return on the CPU)."""
+
+    def mapped(self, host: Tensor) -> Tensor:
+        """Page-locked ``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
+
+        Raises:
+            DoesNotFit: where the memory is not page-locked.
+        """
 
     def seconds(self, event: Event) -> float:
         """When a finished ``event`` happened, on the host's ``time.perf_counter`` clock."""
@@ -102,12 +111,27 @@ class CpuDevice:
     def copy(self, destination: Tensor, source: Tensor, stream: CpuStream) -> None:
         destination.copy_(source)
 
+    def mapped(self, host: Tensor) -> Tensor:
+        return host
+
     def seconds(self, event: Event) -> float:
         assert isinstance(event, CpuEvent)
         return event.time_s
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
+
+
+class _HostMemory:
+    """CPU memory under the protocol by which torch takes CUDA memory of others: page-locked memory has one address."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (host.nbytes,),
+            "typestr": "|u1",
+            "data": (host.data_ptr(), False),
+            "version": 3,
+        }
 
 
 class CudaDevice:
@@ -146,6 +170,13 @@ class CudaDevice:
     def copy(self, destination: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
+
+    def mapped(self, host: Tensor) -> Tensor:
+        if not host.is_pinned():
+            raise DoesNotFit(
+                "--embedding cpu needs page-locked memory, and CUDA refused to lock it; leave the flag out"
+            )
+        return torch.as_tensor(_HostMemory(host), device=self.torch_device)
 
     def seconds(self, event: Any) -> float:
         return self._base_s + float(self._base.elapsed_time(event)) / 1e3

@@ -62,6 +62,12 @@ def globals_layout(config: ModelConfig, dtype: torch.dtype) -> GroupLayout:
     return image_layout(global_specs(config), dtype)
 
 
+def without(layout: GroupLayout, name: str) -> GroupLayout:
+    """The image of all tensors but one."""
+    kept = [tensor for tensor in layout.tensors if tensor.name != name]
+    return image_layout([TensorSpec(tensor.name, tensor.shape) for tensor in kept], kept[0].dtype)
+
+
 def lie_apart(layout: GroupLayout, names: Sequence[str]) -> int:
     """Bytes of the named tensors where they do not lie one right behind the other, in this order; else 0."""
     parts = [tensor for name in names for tensor in layout.tensors if tensor.name == name]

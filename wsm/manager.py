@@ -12,10 +12,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import KINDS, GroupId, Kind, pass_order
+from llama.checkpoint.names import EMBEDDING, KINDS, GroupId, Kind, pass_order
 from wsm.arena import PageLockedArena
 from wsm.device import Device, Event
-from wsm.groups import views
+from wsm.groups import views, without
 from wsm.jobs import CopyJob, ReadJob
 from wsm.placement import LOADING_SLOTS, Placement
 from wsm.pool import Pool, Slot
@@ -88,6 +88,7 @@ class WeightStreamingManager:
         self.arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
         needs_loading = bool(residency.gpu) and not plan.cpu_slots
         self._loading = self._new_arena(LOADING_SLOTS * layer_bytes if needs_loading else 0)
+        self._embedding = self._new_arena(self._embedding_bytes if settings.embedding == "cpu" else 0)
         gpu_homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in self.order if g.layer in set(residency.gpu)}
         gpu_pools = {
             kind: Pool((self._gpu_buffer(kind) for _ in range(plan.gpu_slots)), retain=not settings.evict_finished)
@@ -110,6 +111,12 @@ class WeightStreamingManager:
             cpu_pools=cpu_pools,
             loading_pools=self._cpu_pools(self._loading, LOADING_SLOTS if needs_loading else 0, retain=False),
         )
+
+    @property
+    def _embedding_bytes(self) -> int:
+        """Bytes of the embedding where it is not the head too, which has to be on the device."""
+        sizes = {tensor.name: tensor.nbytes for tensor in self.source.layout(None).tensors}
+        return sizes[EMBEDDING] if "output" in sizes else 0
 
     def _new_arena(self, nbytes: int) -> PageLockedArena:
         arena = PageLockedArena(nbytes, self.device)
@@ -191,13 +198,20 @@ class WeightStreamingManager:
         answered.wait()
         if failures[0] is not None:
             raise failures[0]
-        on_device = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device.torch_device)
+        kept = without(layout, EMBEDDING) if self._embedding.nbytes else layout
+        on_device = views(torch.empty(kept.nbytes, dtype=torch.uint8, device=self.device.torch_device), kept)
         stream = self.device.stream()
-        self.device.copy(on_device, image, stream)
+        for name, tensor in views(image, layout).items():
+            if name in on_device:
+                self.device.copy(on_device[name], tensor, stream)
+            else:
+                self._embedding.whole()[: tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+                mapped = self.device.mapped(self._embedding.whole())[: tensor.nbytes]
+                on_device[name] = mapped.view(tensor.dtype).view(tensor.shape)
         self.device.record(stream).synchronize()
         if own is None:
             self._drop(arena)
-        self._globals = views(on_device, layout)
+        self._globals = on_device
         self.globals_s = time.perf_counter() - started
 
     def _drop(self, arena: PageLockedArena) -> None:

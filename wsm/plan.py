@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama.checkpoint.names import KINDS, QKV, GroupId, Kind
+from llama.checkpoint.names import EMBEDDING, KINDS, QKV, GroupId, Kind
 from llama.config import ModelConfig
 from wsm.budget import (
     GIB,
@@ -21,7 +21,7 @@ from wsm.budget import (
     chunk_bytes,
     table,
 )
-from wsm.groups import GroupLayout, TensorLayout, lie_apart
+from wsm.groups import BLOCK, GroupLayout, TensorLayout, lie_apart, round_up, without
 from wsm.placement import LOADING_SLOTS, Placement, place
 from wsm.settings import Settings
 
@@ -68,6 +68,22 @@ class PlanInputs:
     def kind_bytes(self, kind: Kind) -> int:
         """Bytes of a slot of ``kind``: its largest image."""
         return max(layout.nbytes for group, layout in self.layouts.items() if group and group.kind == kind)
+
+    @property
+    def embedding_on_cpu(self) -> bool:
+        """Whether the token embedding stays in page-locked CPU memory, from where the GPU reads its tokens' rows."""
+        possible = self.settings.mode != "full" and not self.config.tied_embeddings
+        return possible and self.settings.embedding == "cpu"
+
+    @property
+    def embedding_bytes(self) -> int:
+        return next(tensor.nbytes for tensor in self.layouts[None].tensors if tensor.name == EMBEDDING)
+
+    @property
+    def gpu_globals_bytes(self) -> int:
+        """Bytes of the globals' image on the GPU."""
+        layout = self.layouts[None]
+        return without(layout, EMBEDDING).nbytes if self.embedding_on_cpu else layout.nbytes
 
     @property
     def kv_tokens(self) -> int:
@@ -157,6 +173,9 @@ def make_plan(inputs: PlanInputs) -> Plan:
     """The plan for these inputs; it may not fit (see :func:`wsm.advice.check_fits`)."""
     notes: list[str] = []
     placement = place(inputs.config.n_layers, inputs.settings)
+    if inputs.settings.embedding == "cpu" and not inputs.embedding_on_cpu:
+        why = "it is the head too" if inputs.config.tied_embeddings else "mode full pages nothing"
+        notes.append(f"--embedding cpu has no effect: {why}")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
     chunk, rows = _portions(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
     return Plan(
@@ -216,7 +235,10 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) 
     lines = [
         MemoryLine(f"weights resident, {residents} layers", residents * layer),
         MemoryLine(f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
-        MemoryLine("embedding, final norm and head", inputs.layouts[None].nbytes),
+        MemoryLine(
+            "final norm and head" if inputs.embedding_on_cpu else "embedding, final norm and head",
+            inputs.gpu_globals_bytes,
+        ),
         MemoryLine(f"KV, {shape.batch} x {inputs.kv_tokens} tokens", _kv_bytes(inputs)),
         MemoryLine(f"activations, {wave_tokens} tokens in chunks of {chunk}", activations),
     ]
@@ -249,7 +271,7 @@ def _rounding(inputs: PlanInputs, placement: Placement) -> int:
         return sum(added(tensor.nbytes) for tensor in tensors) + added(_kv_bytes(inputs))
     layers = len(placement.residency.gpu) + placement.gpu_slots
     slots = layers * sum(added(inputs.kind_bytes(kind)) for kind in KINDS)
-    return slots + added(inputs.layouts[None].nbytes) + added(_kv_bytes(inputs))
+    return slots + added(inputs.gpu_globals_bytes) + added(_kv_bytes(inputs))
 
 
 def _cpu_lines(inputs: PlanInputs, placement: Placement) -> tuple[MemoryLine, ...]:
@@ -261,6 +283,8 @@ def _cpu_lines(inputs: PlanInputs, placement: Placement) -> tuple[MemoryLine, ..
         MemoryLine(f"weights resident, {residents} layers", residents * layer),
         MemoryLine(f"pools, {placement.cpu_slots} slots a kind", placement.cpu_slots * layer),
     ]
+    if inputs.embedding_on_cpu:
+        lines.append(MemoryLine("embedding", round_up(inputs.embedding_bytes, BLOCK)))
     if loading := loading_bytes(inputs, placement):
         lines.append(MemoryLine("loading buffers, freed after loading", loading))
     return tuple(lines)
@@ -284,7 +308,7 @@ def _bytes_per_pass(inputs: PlanInputs, placement: Placement) -> Mapping[str, in
     from_ssd = residency.ssd if placement.ssd_layers_a_pass and not kept else ()
     streamed = () if kept else (*residency.cpu, *residency.ssd)
     tied = inputs.config.tied_embeddings
-    head = [t for t in inputs.layouts[None].tensors if tied or t.name != "tok_embeddings"]
+    head = [t for t in inputs.layouts[None].tensors if tied or t.name != EMBEDDING]
     return {
         "ssd_read": _layers_bytes(inputs, from_ssd),
         "weight_h2d": _layers_bytes(inputs, streamed),

@@ -30,6 +30,7 @@ class Settings:
     warmup_layers: int = 4
     staging_mb: int = 64
     verify_weights: bool = False
+    embedding: Literal["gpu", "cpu"] = "gpu"
     gpu_mem_gb: float | None = None
     cpu_mem_gb: float | None = None
 
@@ -99,6 +100,7 @@ KINDS_OF_VALUE: Mapping[str, KindOfValue] = {
     "warmup_layers": _whole(0),
     "staging_mb": _whole(1),
     "verify_weights": _SWITCH,
+    "embedding": _one_of("gpu", "cpu"),
     "gpu_mem_gb": _GIBIBYTES,
     "cpu_mem_gb": _GIBIBYTES,
     "cpu_rolling_mode": _SWITCH,

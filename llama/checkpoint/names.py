@@ -10,6 +10,7 @@ Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn")
 
 
+EMBEDDING = "tok_embeddings"
 QKV = ("wq", "wk", "wv")
 """Stored one behind the other, so that they are one product of one matrix."""
 
@@ -52,7 +53,7 @@ def group_specs(config: ModelConfig, kind: Kind) -> tuple[TensorSpec, ...]:
 
 def global_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Embedding, final norm and, unless it is tied to the embedding, the head."""
-    embedding = TensorSpec("tok_embeddings", (config.vocab_size, config.dim))
+    embedding = TensorSpec(EMBEDDING, (config.vocab_size, config.dim))
     norm = TensorSpec("norm", (config.dim,))
     if config.tied_embeddings:
         return (embedding, norm)

@@ -37,6 +37,11 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
+    @property
+    def captured(self) -> list[tuple[int, int]]:
+        """Rows and attended positions of each graph."""
+        return list(self._graphs)
+
     def prepare(self, rows: int, shortest: int, longest: int, chunk_tokens: int) -> None:
         """Capture what decoding ``rows`` rows will need whose longest row grows from ``shortest`` to ``longest``.
 

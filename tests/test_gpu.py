@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,47 @@ def test_all_modes_give_bit_equal_logits_and_the_same_tokens(temperature: float,
         with build(mode, cache) as llm:
             assert llm.generate(PROMPTS, max_new_tokens=24, temperature=temperature, ignore_eos=True).tokens == tokens
             assert torch.equal(llm.logits([PROMPTS[0]]), logits), mode
+
+
+def test_graphs_replay_the_bits_of_the_eager_pass_across_their_borders(cache: Path) -> None:
+    """64 and 23 tokens, then 240 more: the first graph's positions are used up on the way."""
+    with build("stream", cache) as llm:
+        tokens = llm.generate(PROMPTS, max_new_tokens=240, temperature=0.0, ignore_eos=True).tokens
+    for mode in ("full", "preload"):
+        with build(mode, cache) as llm:
+            assert llm.generate(PROMPTS, max_new_tokens=240, temperature=0.0, ignore_eos=True).tokens == tokens
+            assert llm.graphs is not None
+            assert sorted(llm.graphs.captured) == [(2, 256), (2, 512)]
+
+
+def test_an_embedding_read_from_cpu_memory_changes_no_bit(cache: Path) -> None:
+    """The 1B model's embedding is its head too; the 8B one's is not."""
+    answers = []
+    for where in ("gpu", "cpu"):
+        with build("stream", cache, synthetic="Llama-3.1-8B:layers=2", embedding=where) as llm:
+            tokens = llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_eos=True).tokens
+            answers.append((tokens, llm.logits([PROMPTS[0]]).cpu(), llm.plan.inputs.embedding_on_cpu))
+    assert answers[0][0] == answers[1][0]
+    assert torch.equal(answers[0][1], answers[1][1])
+    assert [on_cpu for _, _, on_cpu in answers] == [False, True]
+
+
+def test_memory_that_cuda_will_not_page_lock_still_carries_the_weights(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build("stream", cache) as llm:
+        tokens = llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_eos=True).tokens
+    runtime = torch.cuda.cudart()
+
+    def refuse(address: int, nbytes: int, flags: int) -> int:
+        """A real refusal, which leaves its error with CUDA: the address of nothing."""
+        return int(runtime.cudaHostRegister(0, nbytes, flags))
+
+    refusing = types.SimpleNamespace(cudaHostRegister=refuse, cudaHostUnregister=runtime.cudaHostUnregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    with build("stream", cache) as llm:
+        assert any("refused to page-lock" in warning for warning in llm.warnings)
+        assert llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_eos=True).tokens == tokens
 
 
 @pytest.mark.parametrize("mode", ["preload", "stream", "mixed"])

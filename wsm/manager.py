@@ -299,28 +299,28 @@ class WeightStreamingManager:
             with self._hold(self._tiers.expected()):
                 pass
         stream = self.device.compute_stream()
-        asked = self.device.record(stream)
+        asked = self.telemetry.mark(stream)
         step, slots = self._tiers.enter_all()
         if self._together is None:
             for slot in slots.values():
                 assert slot.filled is not None
                 slot.filled.synchronize()  # once: later passes have nothing to wait for, on whatever stream
             self._together = {group: self._tensors(slot, group) for group, slot in slots.items()}
-        granted = self.device.record(stream)
+        granted = self.telemetry.mark(stream)
         try:
             yield self._together
         finally:
-            self.telemetry.used(None, step, asked, granted, self.device.record(stream))
+            self.telemetry.used(None, step, asked, granted, self.telemetry.mark(stream))
 
     @contextmanager
     def _hold(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
         stream = self.device.compute_stream()
-        asked = self.device.record(stream)
+        asked = self.telemetry.mark(stream)
         step, slot = self._tiers.enter()
         try:
             assert slot.filled is not None
             self.device.wait(stream, slot.filled)
-            granted = self.device.record(stream)
+            granted = self.telemetry.mark(stream)
             yield self._tensors(slot, group)
         finally:
             done = self.device.record(stream)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llama.checkpoint.names import GroupId
 from wsm.device import Device, Event
@@ -149,8 +150,14 @@ class Telemetry:
         if self._keep:
             self.starved.append((start, end))
 
-    def used(self, group: GroupId | None, step: int, asked: Event, granted: Event, done: Event) -> None:
-        if self._keep:
+    def mark(self, stream: Any) -> Event | None:
+        """An event behind everything queued on ``stream``, for the record alone; None where nothing is kept."""
+        return self._device.record(stream) if self._keep else None
+
+    def used(
+        self, group: GroupId | None, step: int, asked: Event | None, granted: Event | None, done: Event | None
+    ) -> None:
+        if asked is not None and granted is not None and done is not None:
             self._uses.append((group, step, asked, granted, done))
 
     # -- answering, when the streams are idle

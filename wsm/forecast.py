@@ -49,7 +49,7 @@ def pass_work(plan: Plan) -> dict[str, PassWork]:
     kv_bytes = kv_tokens * plan.inputs.kv_token_bytes
     return {
         "prefill": PassWork(*streamed, moved["hbm_read"], (prefill + prefill_attention) / plan.waves),
-        "decode": PassWork(*streamed, moved["hbm_read"] + kv_bytes, decode),
+        "decode": PassWork(streamed[0], streamed[1] + moved["kv_h2d"], moved["hbm_read"] + kv_bytes, decode),
     }
 
 

@@ -184,7 +184,7 @@ def test_a_block_is_a_multiple_of_4096_bytes_in_every_format(head_dim: int) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_over_int8_is_within_1_3_percent(dtype: torch.dtype) -> None:
-    """Normal data, 512 positions, heads of 128 values: measured 0.84 to 1.04 % of the output's norm, all dtypes alike."""
+    """Of the output's norm; normal data, 512 positions, heads of 128 values: measured 0.84 to 1.04 % in every dtype."""
     form = kv_format("int8", dtype, 128)
     window = empty_window(form, 1, 2, 512)
     new = random_kv(512, 2, 128, dtype)

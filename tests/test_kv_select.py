@@ -217,3 +217,17 @@ def test_fewer_than_two_blocks_are_refused() -> None:
     bounds, _ = filled([10], 1)
     with pytest.raises(ValueError, match="first and the newest block, not 1"):
         select_blocks(torch.ones(1, N_KV, HEAD_DIM), bounds, torch.tensor([0]), torch.tensor([0]), 1)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without data raise whenever the host asks for a value."""
+    bounds = BlockBounds(3, N_KV, 8, HEAD_DIM, torch.bfloat16, torch.device("meta"))
+    with torch.device("meta"):
+        keys, queries = torch.empty(600, N_KV, HEAD_DIM), torch.empty(2, 2 * N_KV, HEAD_DIM)
+        rows, newest = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+    bounds.add_span(0, 200, keys.bfloat16())
+    bounds.add_tokens(rows, newest, keys[:2].bfloat16())
+    found = select_blocks(queries.bfloat16(), bounds, rows, newest, 4)
+    assert found.shape == (2, N_KV, 4)
+    with pytest.raises(RuntimeError, match="meta"):
+        found[0, 0, 0].item()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/PERFORMANCE.md: bash tests/gpu_figures.sh OUTDIR [part ...]
-# Parts: stream mixed drive resident all80 (the last takes 150 GB of CPU memory). Without a part: all but all80.
+# Parts: stream mixed drive resident kv all80 (the last takes 150 GB of CPU memory). Without a part: the first four.
 # Stores go to /dev/shm (a stand-in for a fast drive) and to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
 out=${1:?the folder for the results}
@@ -52,6 +52,14 @@ resident() {
 all80() {
   step stream80 240 --synthetic Llama-3.1-70B --gpu-mem-gb 24 --prompt-len 128 --mode stream --cache-dir "$drive" \
     --gpu-cached-layers 6 --max-new-tokens 8 --repeats 3
+}
+
+kv() {
+  local flags="--gpu-mem-gb 24 --prompt-len 2016 --mode stream --cache-dir $drive --max-new-tokens 32"
+  for rows in ${KV_ROWS:-1 8 32 128}; do
+    step "kv_b$rows" 150 --synthetic Llama-3.1-70B:layers=16 $flags --batch-size "$rows"
+  done
+  step kv_b512 150 --synthetic Llama-3.1-70B:layers=4 $flags --batch-size 512 --gpu-cached-layers 1
 }
 
 for part in "${@:-stream mixed drive resident}"; do

@@ -22,14 +22,14 @@ PROMPTS = [list(range(100, 164)), list(range(7, 30))]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 2, "cpu_cache_layers": 3, "prefetch_distance": 2}
 
 
-def build(mode: str, cache: Path, **config: Any) -> LLaMA:
+def build(mode: str, cache: Path, rows: int = 2, tokens: int = 512, **config: Any) -> LLaMA:
     return LLaMA.build(
         None,
         mode=mode,
         mode_config={"synthetic": MODEL, "cache_dir": cache, **PLACES, **config},
         device="cuda",
-        max_seq_len=512,
-        max_batch_size=2,
+        max_seq_len=tokens,
+        max_batch_size=rows,
     )
 
 
@@ -91,6 +91,27 @@ def test_memory_that_cuda_will_not_page_lock_still_carries_the_weights(
     with build("stream", cache) as llm:
         assert any("refused to page-lock" in warning for warning in llm.warnings)
         assert llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_eos=True).tokens == tokens
+
+
+@pytest.mark.parametrize("mode", ["full", "stream", "mixed"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_kv_below_the_gpu_changes_no_bit(mode: str, kv_dtype: str, cache: Path) -> None:
+    """Eight ragged rows, moved three at a time, of which a quarter stays on the GPU; 300 tokens and more."""
+    prompts = [[(7 * row + place) % 5000 + 100 for place in range(300 + 60 * row)] for row in range(8)]
+    same: dict[str, Any] = {"prefill_chunk_tokens": 512, "micro_batch": 3, "kv_dtype": kv_dtype}
+    answers, budget = [], 60.0
+    for _ in range(2):
+        with build(mode, cache, rows=8, tokens=1024, gpu_mem_gb=budget, **same) as llm:
+            tokens = llm.generate(prompts, max_new_tokens=12, temperature=0.0, ignore_eos=True).tokens
+            answers.append((tokens, llm.logits([prompts[7]]).cpu()))
+            below = llm.plan.kv.below
+            kv_bytes = llm.plan.kv.layout.batch * llm.plan.kv.layout.row_bytes * llm.config.n_layers
+            budget = (llm.plan.gpu_bytes - 0.75 * kv_bytes) / 2**30
+            taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
+    assert below > 12
+    assert taken <= 60 * 2**30
+    assert answers[0][0] == answers[1][0]
+    assert torch.equal(answers[0][1], answers[1][1])
 
 
 @pytest.mark.parametrize("mode", ["preload", "stream", "mixed"])

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.kv_cache import BLOCK_TOKENS
-from llama.kv_select import BlockBounds, block_scores, bounds_bytes, select_blocks
+from llama.kv_select import BLOCK_TOKENS, BlockBounds, block_scores, bounds_bytes, select_blocks
 
 CPU = torch.device("cpu")
 N_KV, HEAD_DIM = 2, 4

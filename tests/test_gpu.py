@@ -96,19 +96,19 @@ def test_memory_that_cuda_will_not_page_lock_still_carries_the_weights(
 @pytest.mark.parametrize("mode", ["full", "stream", "mixed"])
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_kv_below_the_gpu_changes_no_bit(mode: str, kv_dtype: str, cache: Path) -> None:
-    """Eight ragged rows, moved three at a time, of which a quarter stays on the GPU; 300 tokens and more."""
-    prompts = [[(7 * row + place) % 5000 + 100 for place in range(300 + 60 * row)] for row in range(8)]
+    """Sixteen ragged rows of 300 tokens and more, moved three at a time; a part of the KV stays on the GPU."""
+    prompts = [[(7 * row + place) % 5000 + 100 for place in range(300 + 100 * row)] for row in range(16)]
     same: dict[str, Any] = {"prefill_chunk_tokens": 512, "micro_batch": 3, "kv_dtype": kv_dtype}
     answers, budget = [], 60.0
     for _ in range(2):
-        with build(mode, cache, rows=8, tokens=1024, gpu_mem_gb=budget, **same) as llm:
+        with build(mode, cache, rows=16, tokens=2048, gpu_mem_gb=budget, **same) as llm:
             tokens = llm.generate(prompts, max_new_tokens=12, temperature=0.0, ignore_eos=True).tokens
-            answers.append((tokens, llm.logits([prompts[7]]).cpu()))
+            answers.append((tokens, llm.logits([prompts[15]]).cpu()))
             below = llm.plan.kv.below
             kv_bytes = llm.plan.kv.layout.batch * llm.plan.kv.layout.row_bytes * llm.config.n_layers
-            budget = (llm.plan.gpu_bytes - 0.75 * kv_bytes) / 2**30
+            budget = (llm.plan.gpu_bytes - 0.6 * kv_bytes) / 2**30
             taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
-    assert below > 12
+    assert 24 < below < 48
     assert taken <= 60 * 2**30
     assert answers[0][0] == answers[1][0]
     assert torch.equal(answers[0][1], answers[1][1])

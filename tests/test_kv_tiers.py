@@ -69,20 +69,8 @@ def cache(
     device = open_device(model.device)
     telemetry = Telemetry(device)
     with KVTiers(KVPlacement(layout, cpu=units), device, settings or Settings(), telemetry, Link(), wanted) as tiers:
-        yield (
-            KVCache(
-                config,
-                rows,
-                tokens,
-                CPU,
-                torch.float32,
-                record=record,
-                stretch_rows=stretch_rows,
-                tier=tiers,
-                topk=topk,
-            ),
-            tiers,
-        )
+        how: dict[str, Any] = {"record": record, "stretch_rows": stretch_rows, "tier": tiers, "topk": topk}
+        yield KVCache(config, rows, tokens, model.device, torch.float32, **how), tiers
 
 
 def options(new: int = NEW, chunk: int = 64, wave: int = 5, stop: frozenset[int] = frozenset()) -> GenerationOptions:

@@ -427,8 +427,9 @@ class LLaMA:
         self.device.synchronize()
 
     def close(self) -> None:
-        """Join every thread, free every page, close every file."""
+        """Join every thread, free every page and the device's memory, close every file."""
         with contextlib.ExitStack() as parts:
+            parts.callback(self._forget)
             parts.callback(self.inputs.close)
             if self.graphs is not None:
                 parts.callback(self.graphs.close)
@@ -436,6 +437,12 @@ class LLaMA:
                 parts.callback(self.kv_tiers.close)
             if self.manager is not None:
                 parts.callback(self.manager.close)
+
+    def _forget(self) -> None:
+        """Let go of the memory on the device, also where somebody still holds this object."""
+        for part in ("model", "kv"):
+            if hasattr(self, part):
+                delattr(self, part)
 
     def __enter__(self) -> LLaMA:
         return self

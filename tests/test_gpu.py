@@ -103,13 +103,11 @@ def test_kv_below_the_gpu_changes_no_bit(mode: str, kv_dtype: str, cache: Path) 
     for _ in range(2):
         with build(mode, cache, rows=16, tokens=2048, gpu_mem_gb=budget, **same) as llm:
             tokens = llm.generate(prompts, max_new_tokens=12, temperature=0.0, ignore_eos=True).tokens
-            answers.append((tokens, llm.logits([prompts[15]]).cpu()))
+            answers.append((tokens, llm.logits([prompts[0]]).cpu()))
             below = llm.plan.kv.below
             kv_bytes = llm.plan.kv.layout.batch * llm.plan.kv.layout.row_bytes * llm.config.n_layers
             budget = (llm.plan.gpu_bytes - 0.6 * kv_bytes) / 2**30
-            taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
     assert 24 < below < 48
-    assert taken <= 60 * 2**30
     assert answers[0][0] == answers[1][0]
     assert torch.equal(answers[0][1], answers[1][1])
 
@@ -122,6 +120,16 @@ def test_page_locked_memory_is_what_the_plan_says(mode: str, cache: Path) -> Non
         planned = sum(line.nbytes for line in llm.plan.cpu_lines)
         assert llm.manager.page_locked_peak_bytes <= planned * 1.01 + (64 << 20)
         assert planned <= llm.manager.page_locked_peak_bytes * 1.01 + (64 << 20)
+
+
+def test_a_closed_model_holds_no_memory_of_the_gpu(cache: Path) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    for mode in ("full", "stream", "mixed"):
+        with build(mode, cache) as llm:
+            llm.generate(PROMPTS, max_new_tokens=4, temperature=0.0)
+            assert torch.cuda.memory_allocated() > before + (100 << 20)
+        assert torch.cuda.memory_allocated() < before + (32 << 20), mode
 
 
 def test_device_memory_stays_within_the_budget(cache: Path) -> None:

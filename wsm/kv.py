@@ -52,11 +52,11 @@ class KVTiers:
         try:
             self._homes = {unit: self._home(unit) for unit in placement.cpu}
             self._fresh = self._arena.take(fresh_bytes)
-            windows = [Window(self._window_buffer()) for _ in range(WINDOWS)]
+            self._windows = [Window(self._window_buffer()) for _ in range(WINDOWS)]
         except BaseException:
             self._arena.close()
             raise
-        self._schedule = KVSchedule(self.layout, tuple(self._below), windows)
+        self._schedule = KVSchedule(self.layout, tuple(self._below), self._windows)
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             for name, work in (("wsm-kv-in", self._fetch_all), ("wsm-kv-out", self._write_all))
@@ -144,6 +144,8 @@ class KVTiers:
             self.stop()
         finally:
             self._homes.clear()
+            for window in self._windows:
+                window.buffer = torch.empty(0, dtype=torch.uint8)
             self._arena.close()
 
     def __enter__(self) -> KVTiers:

@@ -113,10 +113,8 @@ def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[Me
 
 def kv_bytes_per_pass(kv: KVPlacement, length: int, topk: int) -> int:
     """Bytes that a decode pass brings to the device where every row has ``length`` tokens."""
-    layout, total = kv.layout, 0
-    chosen = 0 < topk < -(-(length + 1) // KV_BLOCK_TOKENS)
-    for unit in (*kv.cpu, *kv.disk):
-        rows = len(layout.rows_of(unit.stretch))
-        whole = sum(run.nbytes for run in layout.runs([length] * rows))
-        total += rows * layout.n_kv_heads * topk * layout.block_bytes if chosen else whole
-    return total
+    layout = kv.layout
+    rows = sum(len(layout.rows_of(unit.stretch)) for unit in (*kv.cpu, *kv.disk))
+    if 0 < topk < -(-(length + 1) // KV_BLOCK_TOKENS):
+        return rows * layout.n_kv_heads * topk * layout.block_bytes
+    return rows * sum(run.nbytes for run in layout.runs([length]))

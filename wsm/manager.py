@@ -241,6 +241,7 @@ class WeightStreamingManager:
             self._free_memory()
         self._globals, self._together = {}, None
         self._views.clear()
+        self._tiers.release()
 
     def __enter__(self) -> WeightStreamingManager:
         return self

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from llama.checkpoint.names import KINDS, GroupId, Kind
@@ -392,6 +393,13 @@ class Tiers:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+
+    def release(self) -> None:
+        """Let go of the memory of every slot, once nobody uses it."""
+        pools = (*self._gpu_pools.values(), *self._cpu_pools.values(), *self._loading_pools.values())
+        slots = [slot for pool in pools for slot in pool.slots]
+        for slot in (*slots, *self._gpu_homes.values(), *self._cpu_homes.values()):
+            slot.buffer = torch.empty(0, dtype=torch.uint8)
 
     def describe(self) -> str:
         """One line: what the pools of each tier hold (``*`` in use, ``…`` loading)."""

@@ -12,7 +12,7 @@ from typing import Any
 from bench.measure import Round
 from llama.config import UnusableInput
 from wsm.probe import Ceiling
-from wsm.telemetry import Interval, PhaseStats, Transfer, merged
+from wsm.telemetry import Interval, PhaseStats, Transfer, merged, moved_bytes
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -236,15 +236,18 @@ def _read_MBps(reads: Sequence[Transfer]) -> float:
 
 
 def load_part(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
-    """``load``, from the reads of residents; None without a manager."""
+    """``load``, from the reads of residents; None without a manager.
+
+    The rate counts all that was read meanwhile: the sweep that fills the residents takes streamed groups on its way.
+    """
     residents = [t for t in reads or () if t.step is None]
     if reads is None or not residents:
         return {"read_bytes": None if reads is None else 0, "read_MBps": None, "ssd_pct": None}
     nbytes = sum(t.nbytes for t in residents)
-    seconds = max(t.end for t in residents) - min(t.start for t in residents)
-    if not seconds:
+    window = min(t.start for t in residents), max(t.end for t in residents)
+    if window[0] == window[1]:
         return {"read_bytes": nbytes, "read_MBps": None, "ssd_pct": None}
-    rate = nbytes / seconds / 1e6
+    rate = moved_bytes(reads, window) / (window[1] - window[0]) / 1e6
     percent = 100 * rate / ceilings["ssd"].value if "ssd" in ceilings else None
     return {"read_bytes": nbytes, "read_MBps": rate, "ssd_pct": percent}
 

@@ -121,10 +121,10 @@ def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
     assert drive_warnings(slowing, (0.0, 5.0)) == []
 
 
-def test_the_load_rate_is_of_residents_alone_and_against_the_drive() -> None:
-    residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n * 0.5, n * 0.5 + 0.5) for n in range(4)]
-    streamed = Transfer(GroupId(9, "ffn"), 19, 10**9, 0.0, 9.0)
-    loaded = load_part([*residents, streamed], ceilings_of(ssd=1250.0))
+def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
+    residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n, n + 0.5) for n in range(4)]
+    streamed = [Transfer(GroupId(n, "ffn"), 2 * n + 1, 500_000_000, n + 0.5, n + 1.0) for n in range(9)]
+    loaded = load_part([*residents, *streamed], ceilings_of(ssd=1250.0))
     assert loaded == {"read_bytes": 2_000_000_000, "read_MBps": 1000.0, "ssd_pct": 80.0}
     assert load_part([*residents], {})["ssd_pct"] is None
     assert load_part([], {})["read_bytes"] == 0

@@ -58,7 +58,8 @@ def result_of(
     chosen = got.rounds[median_round(got.rounds)]
     stats = dict(zip(("prefill", "decode"), phases_of(llm, chosen, prompts), strict=True))
     store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
-    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
+    numa_node = llm.manager.numa_node if llm.manager is not None else None
+    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store, numa_node)
     if not got.ceilings:
         missing.append(
             "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"

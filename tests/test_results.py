@@ -30,6 +30,7 @@ from bench.results import (
     median_round,
     phase_part,
     plan_warnings,
+    prediction_warnings,
     read_result,
     repeats_part,
     round_metrics,
@@ -41,6 +42,9 @@ from bench.summary import ConsoleReporter, row, summary, table
 from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
 from llama.generation import Generation
+from tests.plans import inputs_for
+from wsm.forecast import decode_work, predicted_floor, prefill_work
+from wsm.plan import make_plan
 from wsm.probe import Ceiling
 from wsm.settings import PRESETS, Settings
 from wsm.telemetry import PhaseStats, Transfer
@@ -236,6 +240,20 @@ def test_the_floor_is_the_longest_of_what_each_tier_needs(bound: str, floor_ms: 
     assert floor_of(stats, ceilings) == (pytest.approx(floor_ms), bound)
 
 
+def test_a_run_that_moves_what_was_planned_has_the_plans_floor() -> None:
+    ceilings = ceilings_of(ssd=1000, h2d=10_000, d2h=5000, hbm=1_000_000, matmul=100)
+    for settings in (Settings(), Settings(mode="stream"), Settings(mode="full")):
+        plan = make_plan(inputs_for(settings=settings))
+        rates = {name: ceiling.value for name, ceiling in ceilings.items()}
+        for name, floor in predicted_floor(plan, rates).items():
+            lengths = [plan.shape.prompt_tokens] * plan.shape.batch
+            of_phase = {"prefill": prefill_work, "decode": decode_work}[name]
+            work = of_phase(plan.inputs.config, lengths, floor.passes, plan.inputs.dtype.itemsize)
+            moved = {tier: plan.bytes_per_pass[tier] * floor.passes for tier in ("ssd_read", "weight_h2d")}
+            stats = stats_of(name, moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+            assert floor_of(stats, ceilings) == (pytest.approx(floor.ms * floor.passes), floor.bound_by)
+
+
 def test_the_links_ceiling_is_its_best_rate_even_while_the_ssd_is_read() -> None:
     """A floor may not be beaten, and the rate beside the SSD may be."""
     ceilings = ceilings_of(ssd=1000, h2d=10_000, h2d_with_ssd=1000)
@@ -325,6 +343,17 @@ def test_reads_that_nobody_planned_are_warned_of() -> None:
 
 
 # -- the text
+
+
+def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
+    phases = {
+        "prefill": stats_of("prefill", passes=1, wall_ms=104),
+        "decode": stats_of("decode", passes=2, wall_ms=212),
+    }
+    (line,) = prediction_warnings(phases, {"prefill": 100.0, "decode": 100.0})
+    assert line.startswith("decode: took 212 ms, 200 were predicted")
+    assert prediction_warnings(phases, {"prefill": 100.0, "decode": None}) == []
+    assert len(prediction_warnings(phases, {"prefill": 110.0, "decode": 112.0})) == 2
 
 
 def test_numbers_keep_six_significant_digits() -> None:

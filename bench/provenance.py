@@ -62,7 +62,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(device), **found}
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -124,7 +125,7 @@ def collect(
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **_gpu(device),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "ram_bytes": psutil.virtual_memory().total,
         "numa_node": numa_node,

@@ -240,7 +240,7 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
     tmp_path: Path, maker: Callable[[Path], Tokenizer], tokens: int
 ) -> None:
     tokenizer = maker(tmp_path)
-    texts = make_prompts(tokenizer, 5, tokens, seed=3)
+    texts = list(make_prompts(tokenizer, 5, tokens, seed=3))
     read = read_prompts(written(tmp_path / "p.txt", prompt_file(texts, tokens)))
     assert [len(tokenizer.encode(text, bos=False)) for text in read] == [tokens] * 5
     assert [len(row) for row in tokenize(read, tokenizer)] == [tokens + 1] * 5
@@ -257,7 +257,7 @@ def test_any_number_of_bytes_can_be_met_with_any_seed(tokens: int, seed: int) ->
 
 def test_made_prompts_follow_the_seed_and_differ_from_each_other() -> None:
     tokenizer = ByteTokenizer(config_of(300))
-    first, again, other = (make_prompts(tokenizer, 3, 100, seed) for seed in (1, 1, 2))
+    first, again, other = (list(make_prompts(tokenizer, 3, 100, seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert len(set(first)) == 3
@@ -272,13 +272,13 @@ def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
             return super().encode(text, bos=bos)
 
     trained(tmp_path)
-    make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0)
+    list(make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0))
     assert Counting.encodings < 8 * 30
 
 
 def test_more_prompts_of_a_seed_begin_with_the_same_ones() -> None:
     tokenizer = ByteTokenizer(config_of(300))
-    assert make_prompts(tokenizer, 4, 50, 0)[:2] == make_prompts(tokenizer, 2, 50, 0)
+    assert list(make_prompts(tokenizer, 4, 50, 0))[:2] == list(make_prompts(tokenizer, 2, 50, 0))
 
 
 def test_the_verb_prompts_writes_a_file_that_a_run_can_read(tmp_path: Path) -> None:

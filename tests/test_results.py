@@ -46,7 +46,7 @@ from tests.plans import inputs_for
 from wsm.forecast import decode_work, predicted_floor, prefill_work
 from wsm.plan import make_plan
 from wsm.probe import Ceiling
-from wsm.settings import PRESETS, Settings
+from wsm.settings import ECHOED_ONLY, PRESETS, Settings
 from wsm.telemetry import PhaseStats, Transfer
 
 GUIDE = json.loads("""{
@@ -494,7 +494,7 @@ def test_the_schema_knows_every_flag_setting_and_variable() -> None:
     config = read_schema()["properties"]["config"]["properties"]
     flags = set(RunOptions.__slots__) - {"engine"} | set(Settings.__slots__) | {"model"}
     assert set(config["resolved"]["properties"]) == flags
-    assert set(config["environment"]["properties"]) == set(PRESETS)
+    assert set(config["environment"]["properties"]) == {*PRESETS, *ECHOED_ONLY}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,11 +116,11 @@ def phases_of(llm: LLaMA, timed: Round, prompts: Sequence[Sequence[int]]) -> tup
     windows = (timed.start, timed.prefill_done), (timed.prefill_done, timed.done)
     spans = range(timed.steps[0], timed.steps[1]), range(timed.steps[1], timed.steps[2])
     passes = timed.generation.prefill_passes, timed.generation.decode_passes
-    lengths = [len(prompt) for prompt in prompts]
+    rows = Counter[float](len(prompt) for prompt in prompts)
     itemsize = llm.inputs.dtype.itemsize
     works = (
-        prefill_work(llm.config, lengths, passes[0], itemsize),
-        decode_work(llm.config, lengths, passes[1], itemsize),
+        prefill_work(llm.config, rows, passes[0], itemsize),
+        decode_work(llm.config, rows, passes[1], itemsize),
     )
     prefill, decode = (
         replace(_phase(llm, name, window, steps, n), flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))

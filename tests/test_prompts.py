@@ -15,7 +15,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from bench import run
 from bench.cli import main
+from bench.flags import RunOptions, parse
 from bench.prompts import (
     DEFAULT_FILE,
     fill_batch,
@@ -197,6 +199,29 @@ def test_a_row_is_never_longer_than_allowed_and_always_begins_with_bos(text: str
 def test_prompts_are_repeated_to_fill_the_batch() -> None:
     assert fill_batch([[1], [2], [3]], 7) == [[1], [2], [3], [1], [2], [3], [1]]
     assert fill_batch([[1], [2], [3]], 2) == [[1], [2]]
+
+
+def test_a_batch_is_planned_before_its_rows_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(prompts: object, batch: int) -> list[list[int]]:
+        raise AssertionError("rows were made for a batch that does not fit")
+
+    monkeypatch.setattr(run, "fill_batch", never)
+    flags = ["--device", "cpu", "--prompt-len", "4", "--batch-size", "400", "--cpu-mem-gb", "0.2"]
+    assert main([*flags, "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]) == 3
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 40))
+def test_the_planned_shape_is_that_of_the_filled_batch(lengths: list[int], batch: int) -> None:
+    _, options = parse(["--batch-size", str(batch)])
+    assert isinstance(options, RunOptions)
+    distinct = [[0] * length for length in lengths[:batch]]
+    rows = fill_batch(distinct, batch)
+    shape = run.shape_of(distinct, options)
+    assert (shape.batch, shape.prompt_tokens) == (len(rows), max(map(len, rows)))
+    assert shape.prefill_tokens == sum(map(len, rows))
 
 
 def test_repeated_rows_are_copies() -> None:

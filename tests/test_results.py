@@ -246,9 +246,9 @@ def test_a_run_that_moves_what_was_planned_has_the_plans_floor() -> None:
         plan = make_plan(inputs_for(settings=settings))
         rates = {name: ceiling.value for name, ceiling in ceilings.items()}
         for name, floor in predicted_floor(plan, rates).items():
-            lengths = [plan.shape.prompt_tokens] * plan.shape.batch
+            rows = {float(plan.shape.prompt_tokens): plan.shape.batch}
             of_phase = {"prefill": prefill_work, "decode": decode_work}[name]
-            work = of_phase(plan.inputs.config, lengths, floor.passes, plan.inputs.dtype.itemsize)
+            work = of_phase(plan.inputs.config, rows, floor.passes, plan.inputs.dtype.itemsize)
             moved = {tier: plan.bytes_per_pass[tier] * floor.passes for tier in ("ssd_read", "weight_h2d")}
             stats = stats_of(name, moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
             assert floor_of(stats, ceilings) == (pytest.approx(floor.ms * floor.passes), floor.bound_by)

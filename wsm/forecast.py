@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from llama.checkpoint.names import group_specs
@@ -65,29 +65,31 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
 # -- the model's part of it
 
 
-def prefill_work(config: ModelConfig, lengths: Sequence[float], passes: int, itemsize: int) -> Work:
+def prefill_work(config: ModelConfig, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
     """Operations, and the fewest bytes of device memory: each weight once a pass.
 
     A matrix takes 2 operations a weight and token, attention 4 a query head's dimension and earlier position.
 
     Args:
-        lengths: tokens of each row's prompt.
+        rows: how many there are, by the tokens of their prompt.
     """
     matrices, head = config.n_layers * _layer_weights(config), config.dim * config.vocab_size
-    attention = 4 * config.n_layers * config.n_heads * config.head_dim * sum(n * (n + 1) / 2 for n in lengths)
-    flops = 2 * matrices * sum(lengths) + attention + 2 * head * len(lengths)
+    pairs = sum(count * n * (n + 1) / 2 for n, count in rows.items())
+    tokens = sum(count * n for n, count in rows.items())
+    attention = 4 * config.n_layers * config.n_heads * config.head_dim * pairs
+    flops = 2 * matrices * tokens + attention + 2 * head * sum(rows.values())
     return Work(hbm_bytes=(matrices + head) * itemsize * passes, flops=flops)
 
 
-def decode_work(config: ModelConfig, lengths: Sequence[float], passes: int, itemsize: int) -> Work:
+def decode_work(config: ModelConfig, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
     """As for the prefill; a decode pass also reads all KV so far."""
     matrices, head = config.n_layers * _layer_weights(config), config.dim * config.vocab_size
-    kv_tokens = sum(n * passes + passes * (passes + 1) / 2 for n in lengths)
+    kv_tokens = sum(count * (n * passes + passes * (passes + 1) / 2) for n, count in rows.items())
     attention = 4 * config.n_layers * config.n_heads * config.head_dim * kv_tokens
     kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * kv_tokens
     return Work(
         hbm_bytes=(matrices + head) * itemsize * passes + kv_bytes,
-        flops=2 * (matrices + head) * len(lengths) * passes + attention,
+        flops=2 * (matrices + head) * sum(rows.values()) * passes + attention,
     )
 
 
@@ -102,7 +104,7 @@ def _layer_weights(config: ModelConfig) -> int:
 def pass_work(plan: Plan) -> dict[str, Work]:
     """A mean pass of each phase, ``prefill`` and ``decode``."""
     config, shape, moved = plan.inputs.config, plan.shape, plan.bytes_per_pass
-    rows, itemsize = [shape.prefill_tokens / shape.batch] * shape.batch, plan.inputs.dtype.itemsize
+    rows, itemsize = {shape.prefill_tokens / shape.batch: shape.batch}, plan.inputs.dtype.itemsize
     passes = _passes(plan)
     of_phase = {
         "prefill": prefill_work(config, rows, passes["prefill"], itemsize),

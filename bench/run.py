@@ -49,7 +49,6 @@ def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
         cache_dir=options.cache_dir,
         device=options.device,
         dtype=options.dtype,
-        seed=options.seed,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         micro_batch=options.micro_batch,
         auto=options.auto,

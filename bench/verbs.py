@@ -37,7 +37,6 @@ def run_pack(options: PackOptions) -> int:
             cache_dir=options.cache_dir,
             device="cpu",
             dtype=options.dtype,
-            seed=options.seed,
         )
     )
     size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to)).target_bytes

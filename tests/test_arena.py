@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -48,6 +49,17 @@ def test_huge_pages_that_are_switched_off_are_warned_of(tmp_path: Path, monkeypa
         arena = PageLockedArena(1 << 20, CpuDevice())
         assert [("load_s" in line and "madvise | sudo tee" in line) for line in arena.warnings] == [True] * warned
         arena.close()
+
+
+def test_where_the_kernel_cannot_populate_every_page_is_touched_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = arena_module._libc.madvise
+    without = types.SimpleNamespace(madvise=lambda at, nbytes, advice: -1 if advice == 23 else real(at, nbytes, advice))
+    monkeypatch.setattr(arena_module, "_libc", without)
+    before = psutil.Process().memory_info().rss
+    arena = PageLockedArena(256 << 20, CpuDevice())
+    assert psutil.Process().memory_info().rss - before > 250 << 20
+    arena.close()
+    assert psutil.Process().memory_info().rss - before < 50 << 20
 
 
 def test_an_arena_is_of_exact_size_and_hands_out_aligned_pieces() -> None:

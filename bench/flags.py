@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from bench.flag_types import boolean, names, number, path, topk, whole
 from llama.config import UnusableInput
+from llama.kv_format import KV_DTYPES
 from llama.loading import DEFAULT_CACHE
 
 VERBS = ("run", "pack", "verify", "plan", "prompts", "table")
@@ -35,6 +36,8 @@ class RunOptions:
     warmup_rounds: int
     repeats: int
     topk_blk: int
+    kv_dtype: str
+    kv_device: str | None
     prefill_chunk_tokens: int | None
     micro_batch: int | None
     device: str | None
@@ -142,8 +145,10 @@ def _add_paging(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--auto", action="store_true", help="choose layers and pools for the budgets")
     group.add_argument("--verify-weights", action="store_true", help="check a group's checksum at every read")
     group.add_argument("--topk-blk", type=topk, default=8, metavar="K", help="KV blocks from below the GPU a step (8)")
+    group.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="how KV is stored (auto: as computed)")
+    group.add_argument("--kv-device", metavar="PATH", help="file or block device for KV beyond CPU memory")
     group.add_argument("--prefill-chunk-tokens", type=whole(1), metavar="N", help="tokens a chunk (auto)")
-    group.add_argument("--micro-batch", type=whole(1), metavar="ROWS", help="rows in one wave of the prefill (auto)")
+    group.add_argument("--micro-batch", type=whole(1), metavar="ROWS", help="rows whose KV is moved together (auto)")
     group.add_argument("--device", metavar="DEV", help="cpu, cuda or cuda:N (auto)")
     group.add_argument(
         "--load-model", "--load_model", type=boolean, metavar="BOOL", help="whole model on the device (by mode)"

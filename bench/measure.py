@@ -31,6 +31,7 @@ class Round:
     Attributes:
         tokens_at: when each token had been read back; the first one closes ``first_token``.
         steps: at the start, at the end of the prefill, at the end.
+        passes: begun since the model's start, at the same moments.
         complete_at_start: whether every resident was in its tier when the clock started.
     """
 
@@ -40,6 +41,7 @@ class Round:
     tokens_at: tuple[float, ...]
     done: float
     steps: tuple[int, int, int]
+    passes: tuple[int, int, int]
     complete_at_start: bool
 
     @property
@@ -68,6 +70,7 @@ class _Clock:
         self._llm, self._on_token = llm, on_token
         self.at: dict[str, float] = {}
         self.steps: dict[str, int] = {}
+        self.passes: dict[str, int] = {}
         self.tokens_at: list[float] = []
 
     def __call__(self, mark: str) -> None:
@@ -77,6 +80,7 @@ class _Clock:
             self._on_token()
         elif mark != "pass":
             self.at[mark] = now
+            self.passes[mark] = self._llm.kv.passes
             self.steps[mark] = self._llm.manager.next_step if self._llm.manager is not None else 0
 
 
@@ -102,6 +106,7 @@ def run_round(
         tokens_at=tuple(clock.tokens_at),
         done=clock.at["done"],
         steps=(clock.steps["start"], clock.steps["prefill_done"], clock.steps["done"]),
+        passes=(clock.passes["start"], clock.passes["prefill_done"], clock.passes["done"]),
         complete_at_start=complete,
     )
 
@@ -115,32 +120,19 @@ def phases_of(llm: LLaMA, timed: Round, prompts: Sequence[Sequence[int]]) -> tup
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     windows = (timed.start, timed.prefill_done), (timed.prefill_done, timed.done)
     spans = range(timed.steps[0], timed.steps[1]), range(timed.steps[1], timed.steps[2])
-    passes = timed.generation.prefill_passes, timed.generation.decode_passes
+    passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
     rows = Counter[float](len(prompt) for prompt in prompts)
     itemsize = llm.inputs.dtype.itemsize
     works = (
-        prefill_work(llm.config, rows, passes[0], itemsize),
-        decode_work(llm.config, rows, passes[1], itemsize),
+        prefill_work(llm.config, rows, len(passes[0]), itemsize),
+        decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
     )
     prefill, decode = (
-        replace(_phase(llm, name, window, steps, n), flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
-        for name, window, steps, n, work in zip(("prefill", "decode"), windows, spans, passes, works, strict=True)
+        replace(_phase(llm, name, window, steps, numbers), flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+        for name, window, steps, numbers, work in zip(("prefill", "decode"), windows, spans, passes, works, strict=True)
     )
     return prefill, decode
 
 
-def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: int) -> PhaseStats:
-    if llm.manager is not None:
-        return llm.telemetry.phase(name, window, steps, 2 * llm.config.n_layers)
-    nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h"), 0)
-    unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h"))
-    return PhaseStats(
-        name=name,
-        passes=passes,
-        wall_ms=(window[1] - window[0]) * 1e3,
-        bytes=nothing,
-        bytes_moved=nothing,
-        busy_ms=unmeasured,
-        stall_ms=dict.fromkeys(("ssd", "h2d")),
-        idle_ms=dict.fromkeys(("ssd", "h2d", "compute")),
-    )
+def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: range) -> PhaseStats:
+    return llm.telemetry.phase(name, window, steps if llm.manager is not None else range(0), passes)

@@ -84,7 +84,7 @@ def result_of(
         "memory": _memory(llm),
         "load_s": _load(llm),
         "load": load_part(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
-        "kv": {"device": str(llm.inputs.device), "topk_blk": options.topk_blk, "fraction_fetched": 1.0, "exact": True},
+        "kv": _kv(llm),
         "config": {
             "argv": list(argv),
             "resolved": _resolved(options, settings, llm),
@@ -149,11 +149,29 @@ def _residency(llm: LLaMA, chosen: Round) -> dict[str, Any]:
     }
 
 
+def _kv(llm: LLaMA) -> dict[str, Any]:
+    placed, tiers = llm.plan.kv, llm.kv_tiers
+    fraction = tiers.fraction_fetched if tiers is not None else None
+    units = {"gpu": placed.gpu, "cpu": placed.cpu, "disk": placed.disk}
+    options = llm.inputs.options
+    return {
+        "device": str(llm.inputs.device),
+        "dtype": DTYPE_NAMES[llm.inputs.dtype] if options.kv_dtype == "auto" else options.kv_dtype,
+        "topk_blk": options.topk_blk,
+        "fraction_fetched": 1.0 if fraction is None else fraction,
+        "exact": fraction is None or fraction == 1.0,
+        "stretch_rows": placed.layout.stretch_rows,
+        **{tier: {"parts": len(parts), "bytes": placed.bytes_of(parts)} for tier, parts in units.items()},
+        "throttle_pauses": tiers.pauses if tiers is not None else 0,
+    }
+
+
 def _planned(llm: LLaMA) -> dict[str, Any]:
     return {
         "bytes_per_pass": dict(llm.plan.bytes_per_pass),
         "chunk_tokens": llm.plan.chunk_tokens,
         "wave_rows": llm.plan.wave_rows,
+        "stretch_rows": llm.plan.kv.layout.stretch_rows,
         "notes": list(llm.plan.notes),
         "gpu_bytes": llm.plan.gpu_bytes,
         "gpu_budget_bytes": llm.plan.gpu_budget_bytes,
@@ -166,12 +184,13 @@ def _memory(llm: LLaMA) -> dict[str, Any]:
     device = llm.inputs.device
     on_gpu = device.type == "cuda"
     context = llm.plan.inputs.hardware.gpu_context_bytes
+    kv_bytes = llm.kv_tiers.page_locked_bytes if llm.kv_tiers is not None else 0
     return {
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "gpu_context_bytes": context if on_gpu else None,
-        "cpu_page_locked_bytes": llm.manager.page_locked_bytes if llm.manager is not None else 0,
-        "cpu_page_locked_peak_bytes": llm.manager.page_locked_peak_bytes if llm.manager is not None else 0,
+        "cpu_page_locked_bytes": kv_bytes + (llm.manager.page_locked_bytes if llm.manager is not None else 0),
+        "cpu_page_locked_peak_bytes": kv_bytes + (llm.manager.page_locked_peak_bytes if llm.manager is not None else 0),
         "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rss_anon_bytes": _rss_anon(),
     }

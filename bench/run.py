@@ -51,6 +51,9 @@ def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
         dtype=options.dtype,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         micro_batch=options.micro_batch,
+        topk_blk=options.topk_blk,
+        kv_dtype=options.kv_dtype,
+        kv_device=options.kv_device,
         auto=options.auto,
     )
     return built, warnings
@@ -98,7 +101,8 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
     _announce(reporter, built, inputs, plan)
     check_fits(plan)
     prompts = fill_batch(distinct, options.batch_size)
-    if without_effect := sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")):
+    without_effect = sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE"))
+    if without_effect and not plan.kv.below:
         warnings.append(
             f"{', '.join(without_effect)}: no effect, since all KV is on the compute device: nothing is written back"
         )

@@ -59,6 +59,11 @@ def _bars(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Bar]:
         if use.granted - use.asked > _SHORTEST_WAIT_S:
             yield Bar("compute waits", f"wait {use.group or 'pass'}", (use.asked, use.granted), {})
         yield Bar("compute", str(use.group or "pass"), (use.granted, use.done), {})
+    for waited in telemetry.kv_waits():
+        if waited[1] - waited[0] > _SHORTEST_WAIT_S:
+            yield Bar("compute waits", "wait KV", waited, {})
+    for moved in telemetry.kv_transfers():
+        yield Bar("KV", f"L{moved.layer}.{moved.tier}", (moved.start, moved.end), {"bytes": moved.nbytes})
 
 
 def _side_by_side(bars: Iterable[Bar]) -> list[list[Bar]]:

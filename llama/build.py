@@ -25,6 +25,7 @@ from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
 from llama.kv_cache import KVCache
+from llama.kv_format import KVFormat, kv_format
 from llama.loading import DEFAULT_CACHE, LayerProgress, LoadTimes, Reporter, choose_device
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +35,8 @@ from wsm.auto import choose_settings
 from wsm.budget import limit_device_memory, measure_hardware
 from wsm.cached_store import cached_store
 from wsm.device import Device, open_device
+from wsm.kv import KVTiers
+from wsm.link import Link
 from wsm.manager import WeightStreamingManager
 from wsm.manifest import DTYPE_NAMES, DTYPES, StoreDescription, plan_store, read_manifest, stored_config
 from wsm.plan import Plan, PlanInputs, RunShape, make_plan
@@ -62,6 +65,9 @@ class BuildOptions:
     dtype: str | None = None
     prefill_chunk_tokens: int | None = None
     micro_batch: int | None = None
+    topk_blk: int = 8
+    kv_dtype: str = "auto"
+    kv_device: str | None = None
     auto: bool = False
 
 
@@ -151,6 +157,11 @@ def _check_store(
         )
 
 
+def record_of(inputs: Inputs) -> KVFormat:
+    """How keys and values are stored."""
+    return kv_format(inputs.options.kv_dtype, inputs.dtype, inputs.checkpoint.config.head_dim)
+
+
 def plan_run(inputs: Inputs, shape: RunShape) -> Plan:
     """What will lie where, and how much memory it takes; allocates nothing."""
     if inputs.description is not None:
@@ -166,6 +177,9 @@ def plan_run(inputs: Inputs, shape: RunShape) -> Plan:
         hardware=measure_hardware(inputs.device),
         chunk_tokens=inputs.options.prefill_chunk_tokens,
         micro_batch=inputs.options.micro_batch,
+        kv_record_bytes=record_of(inputs).record_bytes,
+        topk_blk=inputs.options.topk_blk,
+        kv_device=inputs.options.kv_device,
     )
     return make_plan(choose_settings(planned) if inputs.options.auto else planned)
 
@@ -181,6 +195,8 @@ class LLaMA:
         self.config = inputs.checkpoint.config
         self.telemetry = Telemetry(device, keep=measured)
         self.manager: WeightStreamingManager | None = None
+        self.kv_tiers: KVTiers | None = None
+        self.link = Link()
         self.graphs: DecodeGraphs | None = None
         self.load_times = LoadTimes()
         self.warnings: list[str] = []
@@ -211,13 +227,12 @@ class LLaMA:
             device: ``cpu``, ``cuda`` or ``cuda:N``; None for the best there is.
             max_seq_len: the most tokens of a row, prompt and new ones together.
             max_batch_size: the most rows.
-            topk_blk: KV blocks that a decode step may fetch from below the GPU; all KV is on the device, so any
-                value gives exact results.
+            topk_blk: KV blocks a row and layer that a decode step may bring from below the GPU; 0 for all.
 
         Raises:
             UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.
         """
-        options = _options_of(checkpoints_dir, mode, mode_config or {}, device)
+        options = _options_of(checkpoints_dir, mode, {"topk_blk": topk_blk, **(mode_config or {})}, device)
         if load_model and mode in ("mixed", "stream"):
             raise UnusableInput(
                 f"load_model=True contradicts mode {mode}, which never loads the whole model on the device"
@@ -257,7 +272,7 @@ class LLaMA:
     def _load(self, reporter: Reporter, before_load: Callable[[LLaMA], None]) -> None:
         inputs, plan = self.inputs, self.plan
         with self.load_times.timed("kv_s"):
-            self.kv = KVCache(self.config, plan.shape.batch, plan.kv_tokens, inputs.device, inputs.dtype)
+            self.kv = self._make_kv()
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
             progress = LayerProgress(advance)
@@ -268,8 +283,30 @@ class LLaMA:
             else:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
         self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens)
-        if inputs.device.type == "cuda" and weights.resident:
+        if inputs.device.type == "cuda" and weights.resident and self.kv.resident:
             self.graphs = self.model.graphs = DecodeGraphs(self.model, self.kv)
+
+    def _make_kv(self) -> KVCache:
+        inputs, placement = self.inputs, self.plan.kv
+        if placement.below:
+            self.kv_tiers = KVTiers(
+                placement, self.device, self.settings, self.telemetry, self.link, wanted=self._wanted_groups
+            )
+            self.warnings += self.kv_tiers.warnings
+        return KVCache(
+            self.config,
+            self.plan.shape.batch,
+            self.plan.kv_tokens,
+            inputs.device,
+            inputs.dtype,
+            record=record_of(inputs),
+            stretch_rows=placement.layout.stretch_rows,
+            tier=self.kv_tiers,
+            topk=inputs.options.topk_blk,
+        )
+
+    def _wanted_groups(self) -> int:
+        return self.manager.wanted_groups() if self.manager is not None else 0
 
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
@@ -285,6 +322,7 @@ class LLaMA:
                     self.device,
                     self.settings,
                     self.telemetry,
+                    self.link,
                     on_layer=(lambda line: reporter.say(f"[WSM][groups] {line}")) if reporter.verbose else None,
                     on_loaded=progress,
                 )
@@ -385,17 +423,20 @@ class LLaMA:
         """Fetch nothing more: after this the telemetry is complete, and nothing can be generated."""
         if self.manager is not None:
             self.manager.stop()
+        if self.kv_tiers is not None:
+            self.kv_tiers.stop()
         self.device.synchronize()
 
     def close(self) -> None:
         """Join every thread, free every page, close every file."""
-        try:
-            if self.manager is not None:
-                self.manager.close()
-        finally:
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.inputs.close)
             if self.graphs is not None:
-                self.graphs.close()
-            self.inputs.close()
+                parts.callback(self.graphs.close)
+            if self.kv_tiers is not None:
+                parts.callback(self.kv_tiers.close)
+            if self.manager is not None:
+                parts.callback(self.manager.close)
 
     def __enter__(self) -> LLaMA:
         return self

@@ -90,8 +90,10 @@ def generate(
     passes = 0
     while True:
         picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
-        for row, token in zip(rows, picked.tolist(), strict=True):
+        for number, (row, token) in enumerate(zip(rows, picked.tolist(), strict=True)):
             row.take(token)
+            if row.ended:
+                kv.end_row(number)
         observer("token")
         if all(row.ended for row in rows):
             break

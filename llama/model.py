@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from llama.batch import Segment, TokenBatch, cut
 from llama.checkpoint.names import EMBEDDING, QKV, GroupId
 from llama.config import ModelConfig, RopeScaling
 from llama.graphs import DecodeGraphs
-from llama.kv_cache import KVCache, attended_tokens
+from llama.kv_cache import KVCache, Wrote, attended_tokens
+from llama.kv_select import BLOCK_TOKENS
 from llama.weights import WeightSource, side_by_side
 
 Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
@@ -94,26 +96,37 @@ def _kernel_shares_kv(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 class Rows(NamedTuple):
-    """A chunk of one token a row, of neighbouring rows: attended as one batch over ``tokens`` positions of each.
+    """One new token each of neighbouring rows: attended as one batch over ``tokens`` positions of each.
 
     They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: so the shapes change seldom, and
     a captured graph serves many passes.
     """
 
-    first: int
-    places: Tensor  # int64 [B]: 0, 1, …, the row inside the chunk
+    first: int  # row of the window
+    places: Tensor  # int64 [n]: rows of the window
+    positions: Tensor  # int64 [n]: where in its row each token goes
     tokens: int
-    mask: Tensor  # [B, 1, 1, tokens], added to the scores: 0 for a position that the row has, else -inf
+    mask: Tensor  # [n, 1, 1, tokens], added to the scores: 0 for a position that the row has, else -inf
+
+
+class Part(NamedTuple):
+    """What of a chunk lies in one stretch of the KV cache's rows."""
+
+    stretch: int
+    tokens: slice  # of the chunk
+    segments: tuple[Segment, ...]
+    last: bool  # no later chunk of the pass has tokens of this stretch
+    rows: Rows | None  # None: attended segment by segment
+    compact: Rows | None  # the same in a window of chosen blocks
 
 
 class Chunk(NamedTuple):
     """Tokens that are computed at once, and what attention needs to know of them; made once a pass."""
 
     part: slice  # of the packed tokens
-    segments: tuple[Segment, ...]
     positions: Tensor  # int64 [n]
     freqs_cis: Tensor  # complex64 [n, 1, head_dim / 2]
-    rows: Rows | None  # None: attended segment by segment
+    parts: tuple[Part, ...]
 
 
 class Transformer:
@@ -147,7 +160,7 @@ class Transformer:
         Raises:
             ValueError: if a segment does not go on where its row of ``kv`` ends, or runs past ``max_tokens``.
         """
-        kv.check(batch.segments)
+        kv.begin(batch.segments)
         if max(segment.end_pos for segment in batch.segments) > self.max_tokens:
             raise ValueError(f"a row runs past the {self.max_tokens} positions that this model was made for")
         if self.graphs is not None and (found := self.graphs.replayed(batch)) is not None:
@@ -161,7 +174,7 @@ class Transformer:
     def layers(self, batch: TokenBatch, kv: KVCache, acquire: Acquire, chunk_tokens: int) -> Tensor:
         """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
         h = F.embedding(batch.tokens, self.weights.globals[EMBEDDING])
-        chunks = self._chunks(batch, chunk_tokens, kv.tokens)
+        chunks = self._chunks(batch, chunk_tokens, kv)
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
                 for chunk in chunks:
@@ -171,24 +184,44 @@ class Transformer:
                     self._feed_forward_(h[chunk.part], w)
         return h
 
-    def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv_tokens: int) -> list[Chunk]:
+    def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv: KVCache) -> list[Chunk]:
         freqs_cis = self._freqs_cis[batch.positions].unsqueeze(1)
+        attended = attended_tokens(max(segment.end_pos for segment in batch.segments), kv.tokens)
+        ends = {segment.row // kv.stretch_rows: segment for segment in batch.segments}
         chunks = []
         for segments in cut(batch.segments, chunk_tokens):
             part = slice(segments[0].offset, segments[-1].offset + segments[-1].length)
-            positions = batch.positions[part]
-            rows = self._rows(segments, positions, kv_tokens)
-            chunks.append(Chunk(part, segments, positions, freqs_cis[part], rows))
+            positions, parts = batch.positions[part], []
+            for stretch, group in groupby(segments, lambda segment: segment.row // kv.stretch_rows):
+                inside = tuple(group)
+                tokens = slice(inside[0].offset - part.start, inside[-1].offset + inside[-1].length - part.start)
+                last = (inside[-1].row, inside[-1].end_pos) == (ends[stretch].row, ends[stretch].end_pos)
+                rows = self._rows(inside, positions[tokens], attended, kv.rows_of(stretch).start)
+                compact = self._compact(rows, kv.topk) if rows is not None and kv.compact(stretch) else None
+                parts.append(Part(stretch, tokens, inside, last, rows, compact))
+            chunks.append(Chunk(part, positions, freqs_cis[part], tuple(parts)))
         return chunks
 
-    def _rows(self, segments: tuple[Segment, ...], positions: Tensor, kv_tokens: int) -> Rows | None:
+    def _rows(self, segments: tuple[Segment, ...], positions: Tensor, attended: int, first_row: int) -> Rows | None:
         first = segments[0].row
         if any(s.length != 1 or s.row != first + place for place, s in enumerate(segments)):
             return None
-        tokens = attended_tokens(max(segment.end_pos for segment in segments), kv_tokens)
-        mask = torch.zeros(len(segments), tokens, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(torch.arange(tokens, device=self.device) > positions.unsqueeze(1), -math.inf)
-        return Rows(first, torch.arange(len(segments), device=self.device), tokens, mask[:, None, None, :])
+        shown = torch.arange(attended, device=self.device) <= positions.unsqueeze(1)
+        places = torch.arange(first - first_row, first - first_row + len(segments), device=self.device)
+        return Rows(first - first_row, places, positions, attended, self._mask(shown))
+
+    def _compact(self, rows: Rows, k: int) -> Rows:
+        """The same rows where their windows hold ``k`` chosen blocks, the newest one last."""
+        begin = (k - 1) * BLOCK_TOKENS
+        positions, newest = begin + rows.positions % BLOCK_TOKENS, rows.positions // BLOCK_TOKENS
+        place = torch.arange(k * BLOCK_TOKENS, device=self.device)
+        older = place < (newest.clamp(max=k - 1) * BLOCK_TOKENS).unsqueeze(1)
+        shown = older | ((place >= begin) & (place <= positions.unsqueeze(1)))
+        return Rows(rows.first, rows.places, positions, k * BLOCK_TOKENS, self._mask(shown))
+
+    def _mask(self, shown: Tensor) -> Tensor:
+        mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~shown, -math.inf)[:, None, None, :]
 
     def _attention_(self, h: Tensor, w: Mapping[str, Tensor], chunk: Chunk, kv: KVCache, layer: int) -> None:
         """Add a chunk's attention to its residual ``[n, dim]``; its keys and values go into the cache."""
@@ -196,38 +229,48 @@ class Transformer:
         qkv = F.linear(x, side_by_side(w, QKV))
         del x
         heads = qkv.unflatten(1, (-1, self.config.head_dim))  # [n, n_heads + 2 * n_kv_heads, head_dim]
-        q, k, v = heads.split((self.config.n_heads, self.config.n_kv_heads, self.config.n_kv_heads), dim=1)
+        q = heads[:, : self.config.n_heads]
         rotate_(heads[:, : self.config.n_heads + self.config.n_kv_heads], chunk.freqs_cis)
-        if chunk.rows is None:
-            out = self._attend_segments(q, k, v, chunk, kv.keys(layer), kv.values(layer))
+        new = heads[:, self.config.n_heads :].unflatten(1, (2, -1))  # [n, 2, n_kv_heads, head_dim]
+        outs = [self._attend(q, new, part, chunk, kv, layer) for part in chunk.parts]
+        h.addmm_(outs[0] if len(outs) == 1 else torch.cat(outs), w["wo"].t())
+
+    def _attend(self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
+        """What a part of a chunk attends to, ``[n, n_heads * head_dim]``; may take the place of its queries."""
+        window, (q_part, new_part) = kv.enter(layer, part.stretch), (q[part.tokens], new[part.tokens])
+        rows = part.compact if window.compact else part.rows
+        if rows is None:
+            out = self._attend_segments(q, new, part, chunk, kv, layer, window.data)
         else:
-            out = self._attend_rows(q, heads[:, self.config.n_heads :], chunk.rows, chunk.positions, kv.layer(layer))
-        h.addmm_(out, w["wo"].t())
+            out = self._attend_rows(q_part, new_part, rows, kv, window.data)
+            wrote = Wrote(chunk.positions[part.tokens], rows.positions, new_part[:, 0], q_part)
+            kv.wrote_tokens(layer, part.stretch, rows.first, rows.places, wrote)
+        if part.last:
+            kv.leave(layer, part.stretch)
+        return out
 
-    def _attend_segments(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:
-        """Each segment over its own row so far; ``[n, n_heads * head_dim]``, in the memory of q."""
-        first = chunk.part.start
-        for segment in chunk.segments:
-            row, begin, end = segment.row, segment.start_pos, segment.end_pos
-            part = slice(segment.offset - first, segment.offset - first + segment.length)
-            keys[row, :, begin:end] = k[part].transpose(0, 1)
-            values[row, :, begin:end] = v[part].transpose(0, 1)
-            q[part] = attend_causally(q[part].transpose(0, 1), keys[row, :, :end], values[row, :, :end]).transpose(0, 1)
-        return q.flatten(1)
+    def _attend_segments(
+        self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int, window: Tensor
+    ) -> Tensor:
+        """Each segment over its own row so far; ``[n, n_heads * head_dim]``, in the memory of ``q``."""
+        first_row = kv.rows_of(part.stretch).start
+        for segment in part.segments:
+            begin = segment.offset - chunk.part.start
+            tokens = slice(begin, begin + segment.length)
+            last = slice(tokens.stop - 1, tokens.stop)
+            row = window[segment.row - first_row]
+            kv.record.write_span_(row, segment.start_pos, new[tokens])
+            kv.wrote_span(layer, part.stretch, segment, new[tokens, 0], q[last], chunk.positions[last])
+            keys, values = kv.record.read(row, segment.end_pos)
+            q[tokens] = attend_causally(q[tokens].transpose(0, 1), keys, values).transpose(0, 1)
+        return q[part.tokens].flatten(1)
 
-    def _attend_rows(self, q: Tensor, new: Tensor, rows: Rows, positions: Tensor, kv: Tensor) -> Tensor:
-        """One query a row over all its KV: the query heads that share a KV head stand where positions would.
-
-        Args:
-            new: ``[B, 2 * n_kv_heads, head_dim]``, keys before values.
-            kv: a layer's ``[2, batch, n_kv_heads, tokens, head_dim]``.
-        """
-        count = q.shape[0]
-        kv = kv[:, rows.first : rows.first + count]
-        kv[:, rows.places, :, positions] = new.unflatten(1, (2, -1))
-        grouped = q.unflatten(1, (self.config.n_kv_heads, -1))  # [B, n_kv_heads, n_rep, head_dim]
-        keys, values = kv[:, :, :, : rows.tokens].unbind(0)
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask).reshape(count, -1)
+    def _attend_rows(self, q: Tensor, new: Tensor, rows: Rows, kv: KVCache, window: Tensor) -> Tensor:
+        """One query a row over all its KV: the query heads that share a KV head stand where positions would."""
+        kv.record.write_(window, rows.places, rows.positions, new)
+        grouped = q.unflatten(1, (self.config.n_kv_heads, -1))  # [n, n_kv_heads, n_rep, head_dim]
+        keys, values = kv.record.read(window[rows.first : rows.first + q.shape[0]], rows.tokens)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask).reshape(q.shape[0], -1)
 
     def _feed_forward_(self, h: Tensor, w: Mapping[str, Tensor]) -> None:
         """Add the feed-forward block to a chunk's residual ``[n, dim]``."""

@@ -85,6 +85,9 @@ class AsyncDevice:
         """Compute on the compute stream."""
         self.compute.work.put(work)
 
+    def run(self, stream: AsyncStream, work: Callable[[], object]) -> None:
+        stream.work.put(work)
+
     def mapped(self, host: Tensor) -> Tensor:
         return host
 

@@ -7,6 +7,7 @@ Parts: ``pinning`` (page-locking against torch's), ``telemetry`` (a pass with an
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -67,6 +68,9 @@ def telemetry() -> dict[str, Any]:
             llm.generate(prompt, max_new_tokens=3, temperature=0.0, ignore_eos=True)
             sampling = Sampling(31, temperature=0.0, top_p=1.0, seed=0, ignore_eos=True)
             passes[measured] += run_round(llm, prompt, sampling).pass_ms
+        del llm, inputs, plan
+        gc.collect()
+        torch.cuda.empty_cache()
     with_records, without = statistics.median(passes[True]), statistics.median(passes[False])
     return {"with_ms": with_records, "without_ms": without, "cost_pct": 100 * (with_records / without - 1)}
 

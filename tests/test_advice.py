@@ -75,14 +75,15 @@ def test_the_least_memory_that_is_named_suffices(
 @pytest.mark.parametrize(
     ("settings", "batch", "advised"),
     [
-        (Settings(gpu_mem_gb=15), 1, ["--gpu-cached-layers 2"]),
+        (Settings(gpu_mem_gb=15), 1, ["--gpu-cached-layers 3"]),
         (Settings(gpu_mem_gb=9.5), 1, ["--gpu-cached-layers 0", "--group-prefetch-depth 3"]),
-        (Settings(gpu_mem_gb=20), 32, ["--gpu-cached-layers 0", "--group-prefetch-depth 3", "--batch-size 18"]),
+        (Settings(gpu_mem_gb=16), 32, ["--gpu-cached-layers 2"]),
         (Settings(cpu_mem_gb=32), 1, ["--cpu-cache-layers 20"]),
         (Settings(mode="stream", cpu_mem_gb=100), 1, ["--mode mixed"]),
         (Settings(mode="preload", gpu_mem_gb=24), 1, ["--mode stream"]),
         (Settings(mode="full", gpu_mem_gb=24, cpu_mem_gb=100), 1, ["--mode mixed"]),
-        (Settings(mode="full", gpu_mem_gb=150), 512, ["--batch-size 26"]),
+        (Settings(gpu_mem_gb=24, cpu_mem_gb=100), 128, ["--cpu-cache-layers 16"]),
+        (Settings(mode="full", gpu_mem_gb=150, cpu_mem_gb=100), 512, ["--batch-size 167"]),
     ],
 )
 def test_the_advice_for_70b(settings: Settings, batch: int, advised: list[str]) -> None:
@@ -107,8 +108,8 @@ def test_what_does_not_fit_is_told_line_by_line() -> None:
     first, *table = str(raised.value).splitlines()
     assert first.startswith("the run does not fit: it takes 16.")
     assert "no setting of these flags fits: the least that would do is 8." in first
-    assert "of GPU memory and 5.51 GiB of CPU memory" in first
+    assert "of GPU memory and 6.14 GiB of CPU memory" in first
     names = [line.strip().split("  ")[0] for line in table]
-    for name in ("GPU memory", "weights resident, 4 layers", "pools, 3 slots a kind", "KV, 1 x 2048 tokens", "budget"):
+    for name in ("GPU memory", "weights resident, 4 layers", "pools, 3 slots a kind", "KV windows, 3 parts", "budget"):
         assert name in names
     assert len({len(line) for line in table[: names.index("budget") + 1]}) == 1

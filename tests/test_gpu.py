@@ -83,7 +83,10 @@ def test_memory_that_cuda_will_not_page_lock_still_carries_the_weights(
         """A real refusal, which leaves its error with CUDA: the address of nothing."""
         return int(runtime.cudaHostRegister(0, nbytes, flags))
 
-    refusing = types.SimpleNamespace(cudaHostRegister=refuse, cudaHostUnregister=runtime.cudaHostUnregister)
+    refusing = types.SimpleNamespace(
+        **{name: getattr(runtime, name) for name in dir(runtime) if name.startswith("cuda")}
+    )
+    refusing.cudaHostRegister = refuse
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
     with build("stream", cache) as llm:
         assert any("refused to page-lock" in warning for warning in llm.warnings)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama.checkpoint import synthetic_checkpoint
 from llama.config import PRESETS
-from llama.kv_cache import kv_bytes
+from llama.kv_cache import KVCache
 from tests.plans import TINY, inputs_for
 from wsm.budget import GIB, Hardware
 from wsm.forecast import predicted_floor
@@ -50,7 +50,7 @@ def test_a_layer_of_70b_has_the_bytes_of_the_design() -> None:
 def test_kv_is_what_the_cache_takes(batch: int, prompt: int, new: int) -> None:
     plan = make_plan(inputs_for(TINY, shape=RunShape(batch, prompt, new, batch * prompt)))
     line = next(line for line in plan.gpu_lines if line.name.startswith("KV"))
-    assert line.nbytes == kv_bytes(TINY, batch, prompt + new, torch.bfloat16)
+    assert line.nbytes == KVCache(TINY, batch, prompt + new, torch.device("meta"), torch.bfloat16).nbytes
 
 
 def test_on_the_cpu_both_tiers_share_one_budget() -> None:
@@ -94,7 +94,7 @@ def test_a_small_budget_makes_small_chunks_and_flags_beat_both() -> None:
     assert plan.chunk_tokens < 2048
     assert plan.wave_rows == 8
     plan = make_plan(inputs_for(shape=shape, hardware=small, chunk_tokens=100, micro_batch=3))
-    assert (plan.chunk_tokens, plan.wave_rows, plan.waves) == (100, 3, 3)
+    assert (plan.chunk_tokens, plan.kv.layout.stretch_rows, plan.wave_rows) == (100, 3, 8)
 
 
 def test_a_little_more_or_less_free_memory_chooses_the_same_portions() -> None:
@@ -113,7 +113,12 @@ def test_synthetic_layouts_are_those_of_the_checkpoint() -> None:
     weights = sum(layout.nbytes for layout in inputs.layouts.values())
     plan = make_plan(inputs)
     assert sum(line.nbytes for line in plan.gpu_lines[:3]) == weights
-    assert plan.bytes_per_pass == {"ssd_read": 0, "weight_h2d": 0, "hbm_read": pytest.approx(weights, rel=1e-4)}
+    assert plan.bytes_per_pass == {
+        "ssd_read": 0,
+        "weight_h2d": 0,
+        "hbm_read": pytest.approx(weights, rel=1e-4),
+        "kv_h2d": 0,
+    }
 
 
 # -- the floor

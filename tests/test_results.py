@@ -74,6 +74,7 @@ def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0,
         tokens_at=tuple(after + first_s + pace * n for n in range(new)),
         done=after + decode_s,
         steps=(0, 8, 8 * new),
+        passes=(0, 1, new),
         complete_at_start=True,
     )
 
@@ -247,8 +248,8 @@ def test_a_run_that_moves_what_was_planned_has_the_plans_floor() -> None:
         rates = {name: ceiling.value for name, ceiling in ceilings.items()}
         for name, floor in predicted_floor(plan, rates).items():
             rows = {float(plan.shape.prompt_tokens): plan.shape.batch}
-            of_phase = {"prefill": prefill_work, "decode": decode_work}[name]
-            work = of_phase(plan.inputs.config, rows, floor.passes, plan.inputs.dtype.itemsize)
+            shape = plan.inputs.config, rows, floor.passes, plan.inputs.dtype.itemsize
+            work = prefill_work(*shape) if name == "prefill" else decode_work(*shape, plan.inputs.kv_token_bytes)
             moved = {tier: plan.bytes_per_pass[tier] * floor.passes for tier in ("ssd_read", "weight_h2d")}
             stats = stats_of(name, moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
             assert floor_of(stats, ceilings) == (pytest.approx(floor.ms * floor.passes), floor.bound_by)

@@ -42,6 +42,18 @@ def test_bars_outside_the_phases_are_left_out_and_time_starts_with_them() -> Non
     assert [(bar["ts"], bar["dur"], bar["args"]) for bar in bars] == [(2e6, 0.5e6, {"bytes": 10})]
 
 
+def test_kv_that_moves_and_waits_for_it_have_their_bars() -> None:
+    telemetry, device = Telemetry(CpuDevice()), CpuDevice()
+    telemetry.kv_disk("kv_read", 3, 1, 100, 1.0, 2.0)
+    telemetry.kv_disk("kv_write", 4, 1, 100, 1.5, 3.0)
+    asked, granted = device.record(device.stream()), device.record(device.stream())
+    asked.time_s, granted.time_s = 1.0, 2.0
+    telemetry.kv_waited(asked, granted)
+    lanes = bars_by_lane(chrome_trace(telemetry, {"decode": (0.0, 4.0)}))
+    assert sorted(bar["name"] for bars in lanes["KV"].values() for bar in bars) == ["L3.kv_read", "L4.kv_write"]
+    assert [bar["name"] for bars in lanes["compute waits"].values() for bar in bars] == ["wait KV"]
+
+
 @pytest.fixture(scope="module")
 def lanes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, list[dict[str, Any]]]]:
     """The built-in model in ``mixed``: layers on all three tiers."""

@@ -143,8 +143,7 @@ def _reduced(inputs: PlanInputs) -> PlanInputs | None:
     usable = _LEVERS_OF[inputs.settings.mode]
     for_gpu = [lever for lever in usable if lever is not CPU_LAYERS]
     for_cpu = [lever for lever in usable if lever is CPU_LAYERS]
-    if not inputs.hardware.has_gpu:
-        for_cpu += for_gpu
+    for_cpu += [BATCH] if inputs.hardware.has_gpu else for_gpu
     found = _turn_down(inputs, for_gpu, lambda plan: plan.gpu_bytes, lambda plan: plan.gpu_short_bytes == 0)
     found = _turn_down(found, for_cpu, lambda plan: plan.cpu_bytes, lambda plan: plan.cpu_short_bytes == 0)
     if not make_plan(found).fits:

@@ -68,7 +68,7 @@ def unusable_target(target: str, error: OSError) -> UnusableInput:
     )
 
 
-def _relatives(path: str, sys_dev: Path) -> dict[str, str]:
+def related_devices(path: str, sys_dev: Path = Path("/sys/dev/block")) -> dict[str, str]:
     """major:minor -> name of what writing to a device would hurt: itself, its partitions, the disk that it is part of.
 
     The other partitions of that disk are not among them.
@@ -90,7 +90,7 @@ def why_busy(path: str, *, root: Path = Path("/")) -> str | None:
         root: where /proc and /sys lie.
     """
     sys_dev = root / "sys/dev/block"
-    relatives = _relatives(path, sys_dev)
+    relatives = related_devices(path, sys_dev)
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")
         number, where = fields.split()[2], _unescaped(fields.split()[4])
@@ -130,8 +130,11 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
-def signatures(path: str) -> list[str]:
+def signatures(path: str, *, mend: str = "give --force") -> list[str]:
     """What blkid finds on a device, by type: "a signature of type ext4", "a partition table of type gpt".
+
+    Args:
+        mend: what the user may do where blkid cannot tell.
 
     Raises:
         UnusableInput: if blkid (util-linux) is not installed or cannot read the device.
@@ -140,22 +143,20 @@ def signatures(path: str) -> list[str]:
     if blkid is None:
         raise UnusableInput(
             f"blkid, which tells whether {path} bears a filesystem, is not installed: nothing was written; "
-            "install util-linux, or give --force"
+            f"install util-linux, or {mend}"
         )
     command = [blkid, "-p", "-o", "export", path]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_BLKID_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UnusableInput(
-            f"blkid did not answer about {path} ({error}): clear the device, or give --force"
-        ) from error
+        raise UnusableInput(f"blkid did not answer about {path} ({error}): clear the device, or {mend}") from error
     if answer.returncode == 8:
         return ["more than one signature"]
     # blkid answers 2 both for a bare device and for one that it cannot read.
     if answer.returncode not in (0, 2) or answer.stderr.strip():
         raise UnusableInput(
             f"blkid could not read {path} ({answer.stderr.strip() or answer.returncode}): nothing was written; "
-            "look at the device, or give --force"
+            f"look at the device, or {mend}"
         )
     what = {"TYPE": "a signature of type", "PTTYPE": "a partition table of type"}
     entries = (line.partition("=") for line in answer.stdout.splitlines())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,9 @@ class Device(Protocol):
 
     def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
         """Queue a copy on ``stream`` (done on return on the CPU)."""
+
+    def run(self, stream: Any, work: Callable[[], object]) -> None:
+        """Queue what ``work`` computes on ``stream`` (done on return on the CPU)."""
 
     def mapped(self, host: Tensor) -> Tensor:
         """Page-locked ``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
@@ -111,6 +115,9 @@ class CpuDevice:
     def copy(self, destination: Tensor, source: Tensor, stream: CpuStream) -> None:
         destination.copy_(source)
 
+    def run(self, stream: CpuStream, work: Callable[[], object]) -> None:
+        work()
+
     def mapped(self, host: Tensor) -> Tensor:
         return host
 
@@ -171,10 +178,15 @@ class CudaDevice:
         with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
 
+    def run(self, stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
+        with torch.cuda.stream(stream):
+            work()
+
     def mapped(self, host: Tensor) -> Tensor:
         if not host.is_pinned():
             raise DoesNotFit(
-                "--embedding cpu needs page-locked memory, and CUDA refused to lock it; leave the flag out"
+                "--embedding cpu, and --topk-blk where KV lies below the GPU, need page-locked memory, and CUDA "
+                "refused to lock it; leave the first out and set --topk-blk 0"
             )
         return torch.as_tensor(_HostMemory(host), device=self.torch_device)
 

@@ -81,14 +81,15 @@ def prefill_work(config: ModelConfig, rows: Mapping[float, int], passes: int, it
     return Work(hbm_bytes=(matrices + head) * itemsize * passes, flops=flops)
 
 
-def decode_work(config: ModelConfig, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
-    """As for the prefill; a decode pass also reads all KV so far."""
+def decode_work(
+    config: ModelConfig, rows: Mapping[float, int], passes: int, itemsize: int, kv_token_bytes: float
+) -> Work:
+    """As for the prefill; a decode pass also reads all KV so far, ``kv_token_bytes`` a token of all layers."""
     matrices, head = config.n_layers * _layer_weights(config), config.dim * config.vocab_size
     kv_tokens = sum(count * (n * passes + passes * (passes + 1) / 2) for n, count in rows.items())
     attention = 4 * config.n_layers * config.n_heads * config.head_dim * kv_tokens
-    kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * kv_tokens
     return Work(
-        hbm_bytes=(matrices + head) * itemsize * passes + kv_bytes,
+        hbm_bytes=(matrices + head) * itemsize * passes + kv_token_bytes * kv_tokens,
         flops=2 * (matrices + head) * sum(rows.values()) * passes + attention,
     )
 
@@ -108,12 +109,12 @@ def pass_work(plan: Plan) -> dict[str, Work]:
     passes = _passes(plan)
     of_phase = {
         "prefill": prefill_work(config, rows, passes["prefill"], itemsize),
-        "decode": decode_work(config, rows, max(1, passes["decode"]), itemsize),
+        "decode": decode_work(config, rows, max(1, passes["decode"]), itemsize, plan.inputs.kv_token_bytes),
     }
     return {
         phase: work._replace(
             ssd_bytes=moved["ssd_read"],
-            h2d_bytes=moved["weight_h2d"],
+            h2d_bytes=moved["weight_h2d"] + (moved["kv_h2d"] if phase == "decode" else 0),
             hbm_bytes=work.hbm_bytes / max(1, passes[phase]),
             flops=work.flops / max(1, passes[phase]),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,16 +16,13 @@ from wsm.arena import PageLockedArena
 from wsm.device import Device, Event
 from wsm.groups import views, without
 from wsm.jobs import CopyJob, ReadJob
+from wsm.link import PIECE_BYTES, Link
 from wsm.placement import LOADING_SLOTS, Placement
 from wsm.pool import Pool, Slot
 from wsm.settings import Settings
 from wsm.source import GroupSource
 from wsm.telemetry import Telemetry
 from wsm.tiers import Tiers
-
-PIECE_BYTES = 64 << 20
-"""A copy's unit: large enough for the link's full rate, small enough for a KV piece not to wait long behind it."""
-PIECES_QUEUED = 4
 
 
 class WeightStreamingManager:
@@ -40,6 +36,7 @@ class WeightStreamingManager:
         source: where group images come from; closed with the manager.
         device: the compute device.
         telemetry: receives every transfer and stall.
+        link: shared with whatever else copies to the device.
         on_layer: called with a line about the tiers once a layer, from the computing thread.
         on_loaded: called with each resident group once it is in its tier, from a thread of the manager.
 
@@ -54,6 +51,7 @@ class WeightStreamingManager:
         device: Device,
         settings: Settings,
         telemetry: Telemetry,
+        link: Link | None = None,
         *,
         on_layer: Callable[[str], None] | None = None,
         on_loaded: Callable[[GroupId], None] | None = None,
@@ -62,10 +60,10 @@ class WeightStreamingManager:
         self.n_layers = plan.residency.n_layers
         self.order = pass_order(self.n_layers)
         self._known = frozenset(self.order)
+        self.link = link or Link()
         self._on_layer = on_layer
         self._threads: list[threading.Thread] = []
         self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
-        self._queued: deque[Event] = deque()
         self._globals: dict[str, Tensor] = {}
         self._together: dict[GroupId, dict[str, Tensor]] | None = None
         self.globals_s = 0.0
@@ -178,6 +176,10 @@ class WeightStreamingManager:
         """Seconds from the start of the threads until every resident was in its tier; None before that."""
         loaded_at = self._tiers.loaded_at_s
         return None if loaded_at is None else loaded_at - self._started_at_s
+
+    def wanted_groups(self) -> int:
+        """Groups that are wanted on the GPU and whose copy has not been queued."""
+        return self._tiers.wanted_groups()
 
     def stage(self) -> None:
         """Block until the plan's warm-up layers are on the GPU."""
@@ -369,15 +371,17 @@ class WeightStreamingManager:
             self._tiers.copied(job, end)
 
     def _copy(self, job: CopyJob, stream: object) -> tuple[Event, Event]:
-        """Queue one group's copy in pieces, never more than a few at a time; its first and last events."""
+        """Queue one group's copy in pieces, each in its turn on the link; its first and last events."""
         if job.destination.drained is not None:
             self.device.wait(stream, job.destination.drained)
         start = self.device.record(stream)
         nbytes = self.source.layout(job.group).nbytes
+        needed_at = -1 if job.step is None else job.step
+        end = start
         for offset in range(0, nbytes, PIECE_BYTES):
-            if len(self._queued) >= PIECES_QUEUED:
-                self._queued.popleft().synchronize()
             piece = slice(offset, min(offset + PIECE_BYTES, nbytes))
-            self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
-            self._queued.append(self.device.record(stream))
-        return start, self._queued[-1]
+            with self.link.turn(needed_at):
+                self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
+                end = self.device.record(stream)
+                self.link.queued(end)
+        return start, end

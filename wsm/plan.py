@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,11 +23,12 @@ from wsm.budget import (
     table,
 )
 from wsm.groups import BLOCK, GroupLayout, TensorLayout, lie_apart, round_up, without
+from wsm.kv_layout import KV_BLOCK_TOKENS, WINDOWS, KVLayout, KVPlacement
+from wsm.kv_plan import KVCosts, kv_bytes_per_pass, kv_lines, place_kv
 from wsm.placement import LOADING_SLOTS, Placement, place
 from wsm.settings import Settings
 
 MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
-KV_BLOCK_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class PlanInputs:
     """Everything that a plan follows from; to plan again with other flags, replace ``settings`` or ``shape``.
 
     ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
-    a wave) are chosen where they are None.
+    whose KV is moved and attended together) are chosen where they are None. ``kv_record_bytes`` are those of one head's
+    keys or values of a token; None: as the model computes them.
     """
 
     config: ModelConfig
@@ -60,6 +63,9 @@ class PlanInputs:
     hardware: Hardware
     chunk_tokens: int | None = None
     micro_batch: int | None = None
+    kv_record_bytes: int | None = None
+    topk_blk: int = 0
+    kv_device: str | None = None
 
     def slot_bytes(self) -> int:
         """Bytes of a slot of each kind together: a layer."""
@@ -91,9 +97,21 @@ class PlanInputs:
         return -(-(self.shape.prompt_tokens + self.shape.new_tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
     @property
+    def record_bytes(self) -> int:
+        """Bytes of one head's keys or values of one token."""
+        return self.kv_record_bytes or self.config.head_dim * self.dtype.itemsize
+
+    @property
     def kv_token_bytes(self) -> int:
         """Bytes of a token's keys and values in all layers."""
-        return 2 * self.config.n_layers * self.config.n_kv_heads * self.config.head_dim * self.dtype.itemsize
+        return 2 * self.config.n_layers * self.config.n_kv_heads * self.record_bytes
+
+    def kv_layout(self, stretch_rows: int) -> KVLayout:
+        """The KV of all rows, moved so many rows at a time."""
+        config = self.config
+        return KVLayout(
+            config.n_layers, self.shape.batch, stretch_rows, config.n_kv_heads, self.kv_tokens, self.record_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +119,12 @@ class Plan:
     """What will lie where and how much memory it takes.
 
     ``kv_tokens`` are a row's. ``bytes_per_pass`` has ``ssd_read``, ``weight_h2d`` and ``hbm_read`` (weights only) of a
-    pass in the steady state.
+    pass in the steady state, and ``kv_h2d`` of a decode pass half-way.
     """
 
     inputs: PlanInputs
     placement: Placement
+    kv: KVPlacement
     chunk_tokens: int
     wave_rows: int
     kv_tokens: int
@@ -132,7 +151,8 @@ class Plan:
     @property
     def page_locked_bytes(self) -> int:
         """CPU memory of the engine, what only loading needs included."""
-        return 0 if self.placement.mode == "full" else sum(line.nbytes for line in self.cpu_lines)
+        not_locked = "loading, one tensor at a time"
+        return sum(line.nbytes for line in self.cpu_lines if line.name != not_locked)
 
     @property
     def cpu_bytes(self) -> int:
@@ -177,18 +197,25 @@ def make_plan(inputs: PlanInputs) -> Plan:
         why = "it is the head too" if inputs.config.tied_embeddings else "mode full pages nothing"
         notes.append(f"--embedding cpu has no effect: {why}")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
-    chunk, rows = _portions(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
+    portions = _portions(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
+    gpu_lines, cpu_lines = _gpu_lines(inputs, placement, portions), _cpu_lines(inputs, placement)
+    gpu_room = None if gpu_budget is None else gpu_budget - sum(line.nbytes for line in gpu_lines)
+    shared = 0 if inputs.hardware.has_gpu or gpu_budget is None else gpu_budget
+    cpu_room = cpu_budget - shared - sum(line.nbytes for line in cpu_lines)
+    kv = place_kv(inputs.kv_layout(portions.stretch_rows), gpu_room, cpu_room, kv_costs(inputs))
+    on_gpu, on_cpu = kv_lines(kv, kv_costs(inputs))
     return Plan(
         inputs=inputs,
         placement=placement,
-        chunk_tokens=chunk,
-        wave_rows=rows,
+        kv=kv,
+        chunk_tokens=portions.chunk_tokens,
+        wave_rows=portions.wave_rows,
         kv_tokens=inputs.kv_tokens,
-        gpu_lines=_gpu_lines(inputs, placement, chunk, rows),
-        cpu_lines=_cpu_lines(inputs, placement),
+        gpu_lines=(*gpu_lines[:3], *on_gpu, *gpu_lines[3:]),
+        cpu_lines=(*cpu_lines, *on_cpu),
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
-        bytes_per_pass=_bytes_per_pass(inputs, placement),
+        bytes_per_pass={**_bytes_per_pass(inputs, placement), "kv_h2d": kv_bytes_per_pass(kv, *_context(inputs))},
         notes=(*placement.notes, *notes),
     )
 
@@ -209,12 +236,20 @@ def _asked(flag: str, gib: float | None, available: int | None, notes: list[str]
     return min(int(gib * GIB), available)
 
 
-def _portions(inputs: PlanInputs, budget: int) -> tuple[int, int]:
-    """Tokens a chunk and rows a wave. They never depend on the mode, since the modes are to be bit-equal.
+class Portions(NamedTuple):
+    """Tokens a chunk, rows whose KV is moved together, and rows a wave, in whole stretches."""
+
+    chunk_tokens: int
+    stretch_rows: int
+    wave_rows: int
+
+
+def _portions(inputs: PlanInputs, budget: int) -> Portions:
+    """What is computed at once. It never depends on the mode, since the modes are to be bit-equal.
 
     The chunk is the largest power of two up to 2048 whose activations take at most 1/8 of the budget, a wave has as
-    many rows as keep its residual within 1/16. The budget is rounded down to a power of two first: what is free
-    differs a little from run to run, and two runs are to choose the same.
+    many rows as keep its residual within 1/16, a stretch as many as keep its windows within 1/8. The budget is rounded
+    down to a power of two first: what is free differs a little from run to run, and two runs are to choose the same.
     """
     config, itemsize, shape = inputs.config, inputs.dtype.itemsize, inputs.shape
     steady = 1 << max(0, budget.bit_length() - 1)
@@ -222,16 +257,27 @@ def _portions(inputs: PlanInputs, budget: int) -> tuple[int, int]:
     if inputs.chunk_tokens is None:
         while chunk > FEWEST_CHUNK_TOKENS and chunk_bytes(config, chunk, itemsize) > steady // 8:
             chunk //= 2
-    rows = inputs.micro_batch or steady // 16 // (max(1, shape.prompt_tokens) * config.dim * itemsize)
-    return chunk, max(1, min(shape.batch, rows))
+    rows = max(1, min(shape.batch, steady // 16 // (max(1, shape.prompt_tokens) * config.dim * itemsize)))
+    stretch = inputs.micro_batch or steady // 8 // (WINDOWS * inputs.kv_layout(1).row_bytes)
+    stretch = max(1, min(shape.batch, stretch if inputs.micro_batch else min(stretch, rows)))
+    return Portions(chunk, stretch, max(stretch, rows - rows % stretch) if rows < shape.batch else shape.batch)
 
 
-def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) -> tuple[MemoryLine, ...]:
+def kv_costs(inputs: PlanInputs) -> KVCosts:
+    """What the tiers of KV take beside it."""
+    blocks = inputs.kv_tokens // KV_BLOCK_TOKENS
+    chosen = 0 < inputs.topk_blk < blocks
+    bounds = 2 * inputs.config.n_kv_heads * blocks * inputs.config.head_dim * inputs.dtype.itemsize
+    return KVCosts(bounds if chosen else 0, inputs.hardware.has_gpu, inputs.kv_device)
+
+
+def _gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> tuple[MemoryLine, ...]:
+    """All but KV."""
     shape, on_gpu, residents = inputs.shape, inputs.hardware.has_gpu, len(placement.residency.gpu)
-    layer = inputs.slot_bytes()
-    wave_tokens = min(shape.prefill_tokens, rows * shape.prompt_tokens)
+    layer, chunk = inputs.slot_bytes(), portions.chunk_tokens
+    wave_tokens = min(shape.prefill_tokens, portions.wave_rows * shape.prompt_tokens)
     work = Work(chunk, wave_tokens, shape.batch, shape.prompt_tokens, inputs.kv_tokens, inputs.dtype.itemsize, on_gpu)
-    activations = activation_bytes(inputs.config, work) + _copied_matrices(inputs)
+    activations = activation_bytes(inputs.config, work) + _copied_matrices(inputs) + _converted_kv(inputs, portions)
     lines = [
         MemoryLine(f"weights resident, {residents} layers", residents * layer),
         MemoryLine(f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
@@ -239,7 +285,6 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) 
             "final norm and head" if inputs.embedding_on_cpu else "embedding, final norm and head",
             inputs.gpu_globals_bytes,
         ),
-        MemoryLine(f"KV, {shape.batch} x {inputs.kv_tokens} tokens", _kv_bytes(inputs)),
         MemoryLine(f"activations, {wave_tokens} tokens in chunks of {chunk}", activations),
     ]
     if on_gpu:
@@ -249,6 +294,14 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, chunk: int, rows: int) 
     return tuple(lines)
 
 
+def _converted_kv(inputs: PlanInputs, portions: Portions) -> int:
+    """Keys and values in the model's dtype, where they are stored in another."""
+    if inputs.kv_record_bytes in (None, inputs.config.head_dim * inputs.dtype.itemsize):
+        return 0
+    values = 2 * inputs.config.n_kv_heads * inputs.kv_tokens * inputs.config.head_dim
+    return portions.stretch_rows * values * (inputs.dtype.itemsize if inputs.hardware.has_gpu else 8)
+
+
 def _copied_matrices(inputs: PlanInputs) -> int:
     """The model takes queries, keys and values in one product: where their matrices lie apart, it copies them first."""
     if inputs.settings.mode == "full":
@@ -256,22 +309,18 @@ def _copied_matrices(inputs: PlanInputs) -> int:
     return max(lie_apart(layout, QKV) for group, layout in inputs.layouts.items() if group and group.kind == "attn")
 
 
-def _kv_bytes(inputs: PlanInputs) -> int:
-    return inputs.shape.batch * inputs.kv_tokens * inputs.kv_token_bytes
-
-
 def _rounding(inputs: PlanInputs, placement: Placement) -> int:
-    """What torch's allocator adds to weights, slots and KV."""
+    """What torch's allocator adds to weights and slots."""
 
     def added(nbytes: int) -> int:
         return allocator_bytes(nbytes) - nbytes
 
     if placement.mode == "full":
         tensors = [tensor for layout in inputs.layouts.values() for tensor in layout.tensors]
-        return sum(added(tensor.nbytes) for tensor in tensors) + added(_kv_bytes(inputs))
+        return sum(added(tensor.nbytes) for tensor in tensors)
     layers = len(placement.residency.gpu) + placement.gpu_slots
     slots = layers * sum(added(inputs.kind_bytes(kind)) for kind in KINDS)
-    return slots + added(inputs.gpu_globals_bytes) + added(_kv_bytes(inputs))
+    return slots + added(inputs.gpu_globals_bytes)
 
 
 def _cpu_lines(inputs: PlanInputs, placement: Placement) -> tuple[MemoryLine, ...]:
@@ -299,6 +348,12 @@ def loading_bytes(inputs: PlanInputs, placement: Placement) -> int:
     layer, image = inputs.slot_bytes(), inputs.layouts[None].nbytes
     slots = LOADING_SLOTS * layer if placement.residency.gpu and not placement.cpu_slots else 0
     return slots + (image if image > max(slots, placement.cpu_layers * layer) else 0)
+
+
+def _context(inputs: PlanInputs) -> tuple[int, int]:
+    """Tokens of a mean row half-way through the decode, and blocks of them that are brought from below the device."""
+    shape = inputs.shape
+    return shape.prefill_tokens // shape.batch + shape.new_tokens // 2, inputs.topk_blk
 
 
 def _bytes_per_pass(inputs: PlanInputs, placement: Placement) -> Mapping[str, int]:

@@ -110,9 +110,9 @@ def opened(target: str) -> Iterator[int]:
         path = os.path.realpath(target)
         new = not os.path.exists(path)
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0)
-    file = _open_direct(path, flags)
+    file = open_direct(path, flags)
     try:
-        _lock(file, target)
+        lock(file, target)
         if new:
             _sync_directory(path)
         yield file
@@ -131,7 +131,12 @@ def _sync_directory(path: str) -> None:
         raise unusable_target(path, error) from error
 
 
-def _open_direct(path: str, flags: int) -> int:
+def open_direct(path: str, flags: int) -> int:
+    """``path``, opened with ``flags`` past the page cache where its filesystem can.
+
+    Raises:
+        UnusableInput: if it cannot be opened.
+    """
     try:
         return os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError as error:
@@ -144,8 +149,12 @@ def _open_direct(path: str, flags: int) -> int:
         raise unusable_target(path, error) from error
 
 
-def _lock(file: int, target: str) -> None:
-    """Readers of a store hold a shared lock on it, so nothing is packed over a store that a run is using."""
+def lock(file: int, target: str) -> None:
+    """Make an open target ours alone. Readers of a store hold a shared lock on it, so nothing is written over that.
+
+    Raises:
+        UnusableInput: if somebody else has it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,6 +15,7 @@ from llama.checkpoint.names import GroupId
 from wsm.device import Device, Event
 
 Interval = tuple[float, float]
+KV_TIERS = ("kv_h2d", "kv_d2h", "kv_read", "kv_write")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,31 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class KVTransfer:
+    """KV that moved over ``[start, end]`` seconds of the host's clock, for the ``pass_no``-th pass of the model.
+
+    ``tier`` is ``kv_h2d``, ``kv_d2h``, ``kv_read`` or ``kv_write``, the last two of ``--kv-device``.
+    """
+
+    tier: str
+    layer: int
+    pass_no: int
+    nbytes: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class PhaseStats:
     """What a phase (a stretch of the host's clock that covers whole passes) moved and waited for.
 
     ``bytes`` counts what its passes used, whenever it was fetched; ``bytes_moved`` what moved inside its stretch of
-    time. Keys of both: ``ssd_read``, ``weight_h2d``, ``kv_h2d``, ``kv_d2h``. ``stall_ms`` is the time that the next
-    tier waited for this one: the link for the SSD's bytes, the computation for the link's. ``idle_ms`` is the time
-    that a tier did nothing, waited for or not; ``compute`` is idle between its passes: embedding, head, sampling and
-    read-back, so busy, the link's stall and idle make up the phase. A figure that was not measured is None.
+    time. Keys of both: ``ssd_read``, ``weight_h2d``, ``kv_h2d``, ``kv_d2h``, and of a KV device ``kv_read`` and
+    ``kv_write``. ``stall_ms`` is the time that the next tier waited for this one: the link for the SSD's bytes, the
+    computation for the link's weights (``h2d``) or KV (``kv``). ``idle_ms`` is the time that a tier did nothing,
+    waited for or not; the link is idle while neither weights nor KV are copied, and ``compute`` between its passes:
+    embedding, head, sampling and read-back, so its busy time, the stalls of ``h2d`` and ``kv`` and its idle time make
+    up the phase. A figure that was not measured is None.
     """
 
     name: str
@@ -84,7 +102,7 @@ def overlap_s(intervals: Iterable[Interval], window: Interval) -> float:
     return sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in intervals)
 
 
-def moved_bytes(transfers: Iterable[Transfer], window: Interval) -> int:
+def moved_bytes(transfers: Iterable[Transfer | KVTransfer], window: Interval) -> int:
     """Bytes that moved inside ``window``, a transfer across its edge counted by its share of time."""
     total = 0.0
     for transfer in transfers:
@@ -113,6 +131,9 @@ class Telemetry:
         self.starved: list[Interval] = []
         self._copies: list[tuple[GroupId, int | None, int, Event, Event]] = []
         self._uses: list[tuple[GroupId | None, int, Event, Event, Event]] = []
+        self._kv_copies: list[tuple[str, int, int, int, Event, Event]] = []
+        self._kv_disk: list[KVTransfer] = []
+        self._kv_waits: list[tuple[Event, Event]] = []
 
     # -- recording
 
@@ -160,6 +181,21 @@ class Telemetry:
         if asked is not None and granted is not None and done is not None:
             self._uses.append((group, step, asked, granted, done))
 
+    def kv_moved(self, tier: str, layer: int, pass_no: int, nbytes: int, start: Event | None, end: Event) -> None:
+        """A copy of KV to or from the device, for the ``pass_no``-th pass of the model."""
+        if start is not None and nbytes:
+            self._kv_copies.append((tier, layer, pass_no, nbytes, start, end))
+
+    def kv_disk(self, tier: str, layer: int, pass_no: int, nbytes: int, start: float, end: float) -> None:
+        """KV that was read from or written to its own device, in seconds of the host's clock."""
+        if self._keep and nbytes:
+            self._kv_disk.append(KVTransfer(tier, layer, pass_no, nbytes, start, end))
+
+    def kv_waited(self, asked: Event | None, granted: Event | None) -> None:
+        """The computation waited for KV, inside the use of an attn group."""
+        if asked is not None and granted is not None:
+            self._kv_waits.append((asked, granted))
+
     # -- answering, when the streams are idle
 
     def copies(self) -> list[Transfer]:
@@ -172,42 +208,65 @@ class Telemetry:
         seconds = self._device.seconds
         return [Use(g, step, seconds(a), seconds(b), seconds(c)) for g, step, a, b, c in list(self._uses)]
 
-    def phase(self, name: str, window: Interval, steps: range, steps_a_pass: int) -> PhaseStats:
-        """What happened in ``window`` (host seconds), whose passes took the ``steps`` of the pass order."""
+    def kv_transfers(self) -> list[KVTransfer]:
+        """Every move of KV so far."""
+        seconds = self._device.seconds
+        copies = [
+            KVTransfer(tier, layer, number, nbytes, seconds(start), seconds(end))
+            for tier, layer, number, nbytes, start, end in list(self._kv_copies)
+        ]
+        return copies + list(self._kv_disk)
+
+    def kv_waits(self) -> list[Interval]:
+        """Every stretch of time that the computation waited for KV."""
+        seconds = self._device.seconds
+        return [(seconds(asked), seconds(granted)) for asked, granted in list(self._kv_waits)]
+
+    def phase(self, name: str, window: Interval, steps: range, passes: range) -> PhaseStats:
+        """What happened in ``window`` (host seconds), whose passes took the ``steps`` of the pass order.
+
+        Args:
+            steps: empty where no weights are managed.
+            passes: the same passes by their number since the model's start.
+        """
         with self._lock:
             reads = list(self.reads)
         copies, uses = self.copies(), [use for use in self.uses() if use.step in steps]
-        busy = {"ssd": merged((t.start, t.end) for t in reads), "h2d": merged((t.start, t.end) for t in copies)}
+        kv = self.kv_transfers()
+        by_tier = {tier: [t for t in kv if t.tier == tier] for tier in KV_TIERS}
+        spans = {tier: merged((t.start, t.end) for t in moves) for tier, moves in by_tier.items()}
+        spans["ssd"] = merged((t.start, t.end) for t in reads)
+        spans["h2d"] = merged((t.start, t.end) for t in copies)
         wall_s, held = window[1] - window[0], merged((use.asked, use.done) for use in uses)
-        busy_s = {tier: overlap_s(spans, window) or None for tier, spans in busy.items()}
+        busy_s = {tier: overlap_s(found, window) or None for tier, found in spans.items()}
+        link_s = overlap_s(merged((*spans["h2d"], *spans["kv_h2d"])), window) or None
+        kv_stall_s = overlap_s(merged(self.kv_waits()), window)
         return PhaseStats(
             name=name,
-            passes=len(steps) // steps_a_pass,
+            passes=len(passes),
             wall_ms=wall_s * 1e3,
             bytes={
                 "ssd_read": _for_steps(reads, steps),
                 "weight_h2d": _for_steps(copies, steps),
-                "kv_h2d": 0,
-                "kv_d2h": 0,
+                **{tier: sum(t.nbytes for t in moves if t.pass_no in passes) for tier, moves in by_tier.items()},
             },
             bytes_moved={
                 "ssd_read": moved_bytes(reads, window),
                 "weight_h2d": moved_bytes(copies, window),
-                "kv_h2d": 0,
-                "kv_d2h": 0,
+                **{tier: moved_bytes(moves, window) for tier, moves in by_tier.items()},
             },
             busy_ms={
                 **{tier: None if seconds is None else seconds * 1e3 for tier, seconds in busy_s.items()},
-                "compute": sum(use.done - use.granted for use in uses) * 1e3 if uses else None,
-                "kv_h2d": None,
-                "kv_d2h": None,
+                "compute": (sum(use.done - use.granted for use in uses) - kv_stall_s) * 1e3 if uses else None,
             },
             stall_ms={
                 "ssd": overlap_s(merged(self.starved), window) * 1e3 if reads else None,
                 "h2d": sum(use.granted - use.asked for use in uses) * 1e3 if uses and copies else None,
+                "kv": kv_stall_s * 1e3 if kv else None,
             },
             idle_ms={
-                **{tier: None if seconds is None else (wall_s - seconds) * 1e3 for tier, seconds in busy_s.items()},
+                "ssd": None if busy_s["ssd"] is None else (wall_s - busy_s["ssd"]) * 1e3,
+                "h2d": None if link_s is None else (wall_s - link_s) * 1e3,
                 "compute": (wall_s - overlap_s(held, window)) * 1e3 if uses else None,
             },
         )

@@ -341,6 +341,12 @@ class Tiers:
         """Whether every resident is in its tier."""
         return self._to_load == 0
 
+    def wanted_groups(self) -> int:
+        """Slots that are to be filled ahead of the computation and whose copy has not been queued."""
+        with self._changed:
+            slots = [slot for pool in self._gpu_pools.values() for slot in pool.slots]
+            return sum(slot.state in ("absent", "loading") for slot in slots)
+
     def wait_loaded(self) -> None:
         with self._changed:
             self._wait(self.loaded)

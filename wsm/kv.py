@@ -1,0 +1,287 @@
+"""KV below the device: fetched for the next layer while this one computes, written back as it grows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wsm.arena import PageLockedArena
+from wsm.device import Device
+from wsm.kv_layout import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Unit
+from wsm.kv_schedule import Fetch, KVSchedule, Window, Write
+from wsm.link import PIECE_BYTES, Link
+from wsm.settings import Settings
+from wsm.telemetry import Telemetry
+
+
+class KVTiers:
+    """Keeps the KV of the placement's units in page-locked CPU memory; a ``KVTier`` for the model's cache.
+
+    Construction takes all the memory; the threads start with it. Close it, also after a failure.
+
+    Args:
+        link: shared with the weights, so that whoever needs its bytes sooner goes first.
+        wanted: how many weight groups are wanted on the device and not there yet (``WSM_KV_THROTTLE_*``).
+
+    Raises:
+        DoesNotFit: if memory is refused.
+    """
+
+    def __init__(
+        self,
+        placement: KVPlacement,
+        device: Device,
+        settings: Settings,
+        telemetry: Telemetry,
+        link: Link,
+        wanted: Callable[[], int],
+    ) -> None:
+        self.placement, self.layout, self.device, self.telemetry = placement, placement.layout, device, telemetry
+        self._settings, self._link, self._wanted_groups = settings, link, wanted
+        self.pauses = 0
+        self._below = frozenset((*placement.cpu, *placement.disk))
+        fresh_bytes = self.layout.stretch_rows * self.layout.n_kv_heads * self.layout.token_bytes
+        self._arena = PageLockedArena(placement.bytes_of(placement.cpu) + -(-fresh_bytes // 4096) * 4096, device)
+        try:
+            self._homes = {unit: self._home(unit) for unit in placement.cpu}
+            self._fresh = self._arena.take(fresh_bytes)
+            windows = [Window(self._window_buffer()) for _ in range(WINDOWS)]
+        except BaseException:
+            self._arena.close()
+            raise
+        self._schedule = KVSchedule(self.layout, tuple(self._below), windows)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            for name, work in (("wsm-kv-in", self._fetch_all), ("wsm-kv-out", self._write_all))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _home(self, unit: Unit) -> Tensor:
+        return self._arena.take(self.layout.unit_bytes(unit))
+
+    def _window_buffer(self) -> Tensor:
+        # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
+        return torch.zeros(self.layout.window_bytes, dtype=torch.uint8, device=self.device.torch_device)
+
+    @property
+    def page_locked_bytes(self) -> int:
+        return self._arena.nbytes
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._arena.warnings
+
+    @property
+    def passes(self) -> int:
+        """Passes that have begun so far."""
+        return self._schedule.passes
+
+    @property
+    def fraction_fetched(self) -> float | None:
+        """Blocks brought, of those that the rows had, since the last reset; None where none were needed."""
+        whole = self._schedule.blocks_whole
+        return self._schedule.blocks_fetched / whole if whole else None
+
+    # -- the model's side
+
+    def holds(self, layer: int, stretch: int) -> bool:
+        return Unit(layer, stretch) in self._below
+
+    def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
+        self._schedule.begin(stretches, before, after, k)
+
+    def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
+        """Waits on the host until the fetch is queued, then makes the compute stream wait for it.
+
+        Raises:
+            ValueError: if another unit comes next.
+            StoreError, RuntimeError: whatever failed on a thread of the tiers, as the cause.
+        """
+        stream = self.device.compute_stream()
+        asked = self.telemetry.mark(stream)
+        fetch = self._schedule.enter(Unit(layer, stretch))
+        assert fetch.window.filled is not None
+        self.device.wait(stream, fetch.window.filled)
+        self.telemetry.kv_waited(asked, self.telemetry.mark(stream))
+        return self._view(fetch), fetch.k > 0
+
+    def _view(self, fetch: Fetch) -> Tensor:
+        rows = len(self.layout.rows_of(fetch.unit.stretch))
+        shape = self.layout.shape(rows, fetch.k * KV_BLOCK_TOKENS)
+        return fetch.window.buffer[: torch.Size(shape).numel()].view(shape)
+
+    def leave(self, layer: int, stretch: int, fresh: Tensor | None, wanted: Tensor | None) -> None:
+        done = self.device.record(self.device.compute_stream())
+        self._schedule.leave(Unit(layer, stretch), done, fresh, wanted)
+
+    def end_row(self, row: int) -> None:
+        self._schedule.end_row(row)
+
+    def reset(self) -> None:
+        self._schedule.reset()
+
+    # -- life
+
+    def stop(self) -> None:
+        """Move nothing more and join the threads. The telemetry is complete after it."""
+        self._schedule.close()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self.device.synchronize()
+
+    def close(self) -> None:
+        """Stop, and free every page. May be called twice, and after a failure."""
+        try:
+            self.stop()
+        finally:
+            self._homes.clear()
+            self._arena.close()
+
+    def __enter__(self) -> KVTiers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the threads
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            self.device.enter_thread()
+            work()
+        except BaseException as error:
+            self._schedule.fail(error)
+
+    def _fetch_all(self) -> None:
+        stream = self.device.stream()
+        while (fetch := self._schedule.next_fetch()) is not None:
+            if fetch.window.drained is not None:
+                self.device.wait(stream, fetch.window.drained)
+            copies = self._chosen(fetch) if fetch.k else self._whole(fetch)
+            needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
+            for nbytes, copy in _pieces(copies):
+                with self._link.turn(needed_at):
+                    start = self.telemetry.mark(stream)
+                    for work in copy:
+                        work(stream)
+                    end = self.device.record(stream)
+                    self._link.queued(end)
+                self.telemetry.kv_moved("kv_h2d", fetch.unit.layer, fetch.pass_no, nbytes, start, end)
+            self._schedule.fetched(fetch, self.device.record(stream))
+
+    def _whole(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
+        """Copies of all that the rows hold, a piece each: bytes, and what queues it on a stream."""
+        home, window = self._homes[fetch.unit], fetch.window.buffer
+        for run in self.layout.runs(fetch.lengths):
+            for offset in range(run.offset, run.offset + run.nbytes, PIECE_BYTES):
+                part = slice(offset, min(offset + PIECE_BYTES, run.offset + run.nbytes))
+                copy = partial(self.device.copy, window[part], home[part])
+                yield part.stop - part.start, copy
+
+    def _chosen(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
+        """The chosen blocks of each row, read by a kernel straight from page-locked memory: no host knows which."""
+        layout, window = self.layout, self._view(fetch)
+        blocks, words = layout.tokens // KV_BLOCK_TOKENS, word_of(layout.record_bytes)
+        home = self.device.mapped(self._homes[fetch.unit]).view(words)
+        home = home.view(window.shape[0], layout.n_kv_heads * blocks, -1)
+        window = window.view(words).view(window.shape[0], layout.n_kv_heads * fetch.k, -1)
+        assert fetch.wanted is not None
+        for place, row in enumerate(range(fetch.first, fetch.first + len(fetch.wanted))):
+            if fetch.lengths[row]:
+                wanted = fetch.wanted[place]
+
+                def gather(stream: Any, row: int = row, wanted: Tensor = wanted) -> None:
+                    self.device.run(stream, partial(_gather, home[row], wanted, blocks, window[row]))
+
+                yield window[row].nbytes, gather
+
+    def _write_all(self) -> None:
+        stream = self.device.stream()
+        while (write := self._schedule.next_write()) is not None:
+            self._throttle()
+            self.device.wait(stream, write.done)
+            start = self.telemetry.mark(stream)
+            rows = [row for row in write.changed if self._schedule.active(write.unit, row)]
+            nbytes = self._write_fresh(write, stream) if write.fresh is not None else self._write_window(write, stream)
+            end = self.device.record(stream)
+            end.synchronize()
+            self.telemetry.kv_moved("kv_d2h", write.unit.layer, write.pass_no, nbytes, start, end)
+            if write.window is not None:
+                write.window.drained = end
+            else:
+                self._scatter(write, rows)
+            self._schedule.written(write)
+
+    def _throttle(self) -> None:
+        """Let the weights go first where many are wanted: one pause, then the write, so nothing waits for ever."""
+        pause_ms = self._settings.kv_throttle_ms
+        if pause_ms and self._wanted_groups() >= self._settings.kv_throttle_threshold:
+            self.pauses += 1
+            time.sleep(pause_ms / 1e3)
+
+    def _write_window(self, write: Write, stream: Any) -> int:
+        """Whole rows from the window to their home; the bytes."""
+        assert write.window is not None
+        home, window = self._homes[write.unit], write.window.buffer
+        lengths = [after if after > before else 0 for before, after in zip(write.before, write.after, strict=True)]
+        runs = self.layout.runs(lengths)
+        for run in runs:
+            part = slice(run.offset, run.offset + run.nbytes)
+            self.device.copy(home[part], window[part], stream)
+        return sum(run.nbytes for run in runs)
+
+    def _write_fresh(self, write: Write, stream: Any) -> int:
+        """One copy of every row's new token to page-locked memory; the bytes."""
+        assert write.fresh is not None
+        flat = write.fresh.reshape(-1)
+        self.device.copy(self._fresh[: flat.numel()], flat, stream)
+        return flat.numel()
+
+    def _scatter(self, write: Write, rows: Sequence[int]) -> None:
+        """The new tokens, which are in page-locked memory by now, to the places of those rows that go on."""
+        if not rows:
+            return
+        layout, words = self.layout, word_of(self.layout.record_bytes)
+        fresh = self._fresh[: len(write.changed) * layout.n_kv_heads * layout.token_bytes].view(words)
+        fresh = fresh.view(len(write.changed), layout.n_kv_heads, 2, -1)
+        places = torch.tensor([write.changed.index(row) for row in rows])
+        home = self._homes[write.unit].view(layout.shape(len(write.before))).view(words)
+        home[torch.tensor(rows), :, torch.tensor([write.before[row] for row in rows])] = fresh[places]
+
+
+Work = Callable[[Any], None]
+
+
+def word_of(record_bytes: int) -> torch.dtype:
+    """The widest type that a record is whole words of: what bytes are moved by kernels as."""
+    return torch.int64 if record_bytes % 8 == 0 else torch.uint8
+
+
+def _gather(home: Tensor, wanted: Tensor, blocks: int, window: Tensor) -> None:
+    """Pieces of one row: ``window [n_kv * k, words]`` from ``home [n_kv * blocks, words]``, ``wanted [n_kv, k]``."""
+    heads = torch.arange(wanted.shape[0], device=wanted.device).unsqueeze(1) * blocks
+    torch.index_select(home, 0, (wanted + heads).view(-1), out=window)
+
+
+def _pieces(copies: Iterator[tuple[int, Work]]) -> Iterator[tuple[int, list[Work]]]:
+    """Copies taken together until they make a piece of the link."""
+    total, together = 0, list[Work]()
+    for nbytes, work in copies:
+        if total and total + nbytes > PIECE_BYTES:
+            yield total, together
+            total, together = 0, []
+        total += nbytes
+        together.append(work)
+    if together:
+        yield total, together

@@ -1,0 +1,120 @@
+"""Where KV lies: the bytes of its units, and which of them are in which tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+KV_BLOCK_TOKENS = 256
+WINDOWS = 3
+"""Units on the device at once: one is computed with, one drains or waits, one is filled."""
+
+
+class Unit(NamedTuple):
+    """The KV of one layer and one stretch of rows: what is moved, kept and attended as one."""
+
+    layer: int
+    stretch: int
+
+
+class Run(NamedTuple):
+    """Neighbouring bytes of a unit."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """A unit is ``uint8 [rows, n_kv_heads, tokens, 2, record_bytes]``; ``tokens`` are whole blocks."""
+
+    n_layers: int
+    batch: int
+    stretch_rows: int
+    n_kv_heads: int
+    tokens: int
+    record_bytes: int
+
+    @property
+    def stretches(self) -> int:
+        return -(-self.batch // self.stretch_rows)
+
+    def rows_of(self, stretch: int) -> range:
+        first = stretch * self.stretch_rows
+        return range(first, min(first + self.stretch_rows, self.batch))
+
+    def units(self) -> list[Unit]:
+        """All of them, in the order of a pass."""
+        return [Unit(layer, stretch) for layer in range(self.n_layers) for stretch in range(self.stretches)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one head and token."""
+        return 2 * self.record_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one head's block."""
+        return KV_BLOCK_TOKENS * self.token_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head of a row."""
+        return self.tokens * self.token_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_kv_heads * self.head_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the largest unit."""
+        return min(self.batch, self.stretch_rows) * self.row_bytes
+
+    def unit_bytes(self, unit: Unit) -> int:
+        return len(self.rows_of(unit.stretch)) * self.row_bytes
+
+    def shape(self, rows: int, tokens: int | None = None) -> tuple[int, int, int, int, int]:
+        return rows, self.n_kv_heads, tokens or self.tokens, 2, self.record_bytes
+
+    def runs(self, lengths: Sequence[int], worth: float = 0.8) -> list[Run]:
+        """The bytes of a unit that hold its rows' first ``lengths`` tokens, as few runs.
+
+        Neighbouring rows that are at least ``worth`` full go as one run, their empty ends included: many small copies
+        cost the link more. A row of 0 tokens is left out.
+        """
+        runs: list[Run] = []
+        for row, length in enumerate(lengths):
+            start = row * self.row_bytes
+            if length >= worth * self.tokens:
+                if runs and runs[-1].offset + runs[-1].nbytes == start:
+                    runs[-1] = Run(runs[-1].offset, runs[-1].nbytes + self.row_bytes)
+                else:
+                    runs.append(Run(start, self.row_bytes))
+            elif length:
+                heads = range(start, start + self.row_bytes, self.head_bytes)
+                runs += [Run(head, length * self.token_bytes) for head in heads]
+        return runs
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlacement:
+    """Which units lie below the device, and in which tier: ``cpu`` (page-locked) or ``disk`` (``--kv-device``)."""
+
+    layout: KVLayout
+    cpu: tuple[Unit, ...] = ()
+    disk: tuple[Unit, ...] = ()
+
+    @property
+    def below(self) -> int:
+        """Units that are not on the device."""
+        return len(self.cpu) + len(self.disk)
+
+    @property
+    def gpu(self) -> tuple[Unit, ...]:
+        elsewhere = {*self.cpu, *self.disk}
+        return tuple(unit for unit in self.layout.units() if unit not in elsewhere)
+
+    def bytes_of(self, units: Sequence[Unit]) -> int:
+        return sum(self.layout.unit_bytes(unit) for unit in units)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
+from bench.provenance import cpu_model, drive_of
 from llama.build import Inputs, LLaMA
 from llama.checkpoint.names import GroupId
 from wsm.atomic import write_atomically
@@ -47,13 +51,20 @@ def _release(device: torch.device) -> None:
 
 
 def _cache_file(inputs: Inputs) -> Path:
-    device, options = inputs.device, inputs.options
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    store = str(options.raw_device or options.manifest or options.cache_dir)
+    """One file a machine, store and setting that the probe depends on."""
+    options = inputs.options
     settings = options.settings
+    store = str(options.raw_device or options.manifest or options.cache_dir.expanduser())
     sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
-    key = json.dumps([gpu, str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json()], sort_keys=True)
+    of_run = [str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json()]
+    key = json.dumps([_hardware(inputs.device, Path(store.partition(",")[0])), *of_run], sort_keys=True)
     return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _hardware(device: torch.device, store: Path) -> list[Any]:
+    """What tells this machine from another that shares the cache directory."""
+    gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
+    return [*gpu, cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total, drive_of(store)]
 
 
 def remember(inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:

@@ -62,7 +62,6 @@ class PackOptions:
     to: tuple[str, ...]
     manifest: Path
     dtype: str | None
-    seed: int
     force: bool
     yes: bool
     cache_dir: Path
@@ -111,7 +110,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--checkpoints", type=path, metavar="DIR", help="Meta or Hugging Face directory (built-in model)"
     )
     group.add_argument("--synthetic", metavar="NAME[:layers=N]", help="random weights in a real model's shape")
-    group.add_argument("--seed", type=whole(0), default=0, help="of synthetic weights, random ids and sampling (0)")
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (as stored)")
     group.add_argument(
         "--cache-dir",
@@ -167,6 +165,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-seq-len", type=whole(2), default=2048, metavar="N", help="(2048)")
     group.add_argument("--temperature", type=number(0, or_equal=True), default=0.6, help="0 is greedy (0.6)")
     group.add_argument("--top-p", type=number(0, 1), default=0.9, help="(0.9)")
+    group.add_argument("--seed", type=whole(0), default=0, help="of random ids and sampling (0)")
     group.add_argument("--ignore-eos", action="store_true", help="go on after a stop token")
     group.add_argument("--warmup-rounds", type=whole(0), default=1, metavar="N", help="(1)")
     group.add_argument("--repeats", type=whole(1), default=1, metavar="N", help="timed rounds (1)")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from llama.build import LLaMA
-from llama.config import ModelConfig
 from llama.generation import Generation
+from wsm.forecast import decode_work, prefill_work
 from wsm.telemetry import Interval, PhaseStats
 
 
@@ -120,45 +121,18 @@ def phases_of(llm: LLaMA, timed: Round, prompts: Sequence[Sequence[int]]) -> tup
     windows = (timed.start, timed.prefill_done), (timed.prefill_done, timed.done)
     spans = range(timed.steps[0], timed.steps[1]), range(timed.steps[1], timed.steps[2])
     passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
-    lengths = [len(prompt) for prompt in prompts]
+    rows = Counter[float](len(prompt) for prompt in prompts)
     itemsize = llm.inputs.dtype.itemsize
-    work = (
-        _prefill_work(llm.config, lengths, len(passes[0]), itemsize),
-        _decode_work(llm.config, lengths, len(passes[1]), itemsize),
+    works = (
+        prefill_work(llm.config, rows, len(passes[0]), itemsize),
+        decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
     )
     prefill, decode = (
-        replace(_phase(llm, name, window, steps, numbers), flops=flops, hbm_bytes=hbm_bytes)
-        for name, window, steps, numbers, (flops, hbm_bytes) in zip(
-            ("prefill", "decode"), windows, spans, passes, work, strict=True
-        )
+        replace(_phase(llm, name, window, steps, numbers), flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+        for name, window, steps, numbers, work in zip(("prefill", "decode"), windows, spans, passes, works, strict=True)
     )
     return prefill, decode
 
 
 def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: range) -> PhaseStats:
     return llm.telemetry.phase(name, window, steps if llm.manager is not None else range(0), passes)
-
-
-def layer_weights(config: ModelConfig) -> int:
-    """Weights of one layer's matrices."""
-    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
-    return attention + 3 * config.dim * config.ffn_dim
-
-
-def _prefill_work(config: ModelConfig, lengths: Sequence[int], passes: int, itemsize: int) -> tuple[int, int]:
-    """Floating-point operations, and the fewest bytes of device memory: each weight once a pass."""
-    head = config.dim * config.vocab_size
-    matrices = config.n_layers * layer_weights(config)
-    attention = sum(4 * config.n_layers * config.n_heads * config.head_dim * n * (n + 1) // 2 for n in lengths)
-    flops = 2 * matrices * sum(lengths) + attention + 2 * head * len(lengths)
-    return flops, (matrices + head) * itemsize * passes
-
-
-def _decode_work(config: ModelConfig, lengths: Sequence[int], passes: int, itemsize: int) -> tuple[int, int]:
-    """As for the prefill; a decode pass also reads all KV so far."""
-    rows, head = len(lengths), config.dim * config.vocab_size
-    matrices = config.n_layers * layer_weights(config)
-    kv_tokens = sum(n * passes + passes * (passes + 1) // 2 for n in lengths)
-    attention = 4 * config.n_layers * config.n_heads * config.head_dim * kv_tokens
-    kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * kv_tokens
-    return 2 * (matrices + head) * rows * passes + attention, (matrices + head) * itemsize * passes + kv_bytes

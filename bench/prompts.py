@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llama.config import ModelConfig, UnusableInput
@@ -96,11 +96,12 @@ def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> l
     return [[numbers.randrange(first, end) for _ in range(length)] for _ in range(count)]
 
 
-def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> list[str]:
+def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Iterator[str]:
     """``count`` texts of random words that the tokenizer cuts into exactly ``tokens`` tokens each, BOS not counted."""
     numbers, words = random.Random(seed), _WORDS.read_text(encoding="utf-8").split()
     tokens_a_word = len(tokenizer.encode(" ".join(words), bos=False)) / len(words)
-    return [_exact_text(tokenizer, tokens, numbers, words, tokens_a_word) for _ in range(count)]
+    for _ in range(count):
+        yield _exact_text(tokenizer, tokens, numbers, words, tokens_a_word)
 
 
 def _exact_text(

@@ -62,7 +62,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(device), **found}
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -114,7 +115,7 @@ def _filesystem(path: Path) -> str | None:
 
 
 def collect(
-    checkpoint: Checkpoint, device: torch.device, seed: int, store: Path | None
+    checkpoint: Checkpoint, device: torch.device, seed: int, store: Path | None, numa_node: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """The ``provenance`` part of a result, and a warning for each thing that could not be had."""
     sources = checkpoint.sources()
@@ -124,9 +125,10 @@ def collect(
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **_gpu(device),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "ram_bytes": psutil.virtual_memory().total,
+        "numa_node": numa_node,
         "drive": drive_of(store) if store is not None else None,
         "kernel": platform.release(),
         "seed": seed,
@@ -145,7 +147,13 @@ def collect(
     gen, most = found["pcie_gen"], found["pcie_gen_max"]
     width, widest = found["pcie_width"], found["pcie_width_max"]
     if None not in (width, widest) and width < widest:
-        warnings.append(f"the PCIe link runs at x{width} of x{widest}: h2d figures are the link's; check the slot")
+        warnings.append(
+            f"the PCIe link runs at x{width} of x{widest}: h2d figures, and the floor where the link bounds it, are "
+            "this link's; put the card in a slot of its width"
+        )
     if None not in (gen, most) and gen < most:
-        warnings.append(f"the PCIe link reports generation {gen} of {most} (some GPUs lower it while idle)")
+        warnings.append(
+            f"the PCIe link reports generation {gen} of {most} (some GPUs lower it while idle): where ceilings.h2d is "
+            "low too, h2d figures are this link's; look at the slot, and at the link speed in the BIOS"
+        )
     return found, warnings

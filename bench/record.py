@@ -25,6 +25,7 @@ from bench.results import (
     median_round,
     phase_part,
     plan_warnings,
+    prediction_warnings,
     repeats_part,
     round_metrics,
     tpot_part,
@@ -58,7 +59,8 @@ def result_of(
     chosen = got.rounds[median_round(got.rounds)]
     stats = dict(zip(("prefill", "decode"), phases_of(llm, chosen, prompts), strict=True))
     store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
-    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
+    numa_node = llm.manager.numa_node if llm.manager is not None else None
+    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store, numa_node)
     if not got.ceilings:
         missing.append(
             "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
@@ -99,6 +101,7 @@ def result_of(
             *warnings,
             *plan_warnings(stats, llm.plan.bytes_per_pass),
             *beaten_floors(stats, got.ceilings),
+            *(prediction_warnings(stats, predicted) if llm.inputs.device.type == "cuda" else ()),
             *drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done)),
             *missing,
         ],

@@ -11,8 +11,9 @@ from typing import Any
 
 from bench.measure import Round
 from llama.config import UnusableInput
+from wsm.forecast import Bound, Work, ceiling_of, parts_ms
 from wsm.probe import Ceiling
-from wsm.telemetry import Interval, PhaseStats, Transfer, merged
+from wsm.telemetry import Interval, PhaseStats, Transfer, merged, moved_bytes
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -117,26 +118,22 @@ def tpot_part(pass_ms: Sequence[float]) -> dict[str, Any] | None:
     }
 
 
-def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float | None, str | None]:
-    """The shortest time that the phase's bytes and operations allow (DESIGN section 2), and what sets it.
+def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float | None, Bound | None]:
+    """The shortest time that the bytes moved inside the phase and its operations allow, and what sets it.
 
-    T >= max(B_ssd / ssd, B_h2d / h2d, B_d2h / d2h, B_hbm / hbm, FLOPs / peak), from bytes that moved inside the phase.
-    The link's ceiling is its best rate, alone: a floor may not be beaten. ``h2d_with_ssd`` is in the JSON beside it.
+    The link's rate beside a busy SSD, ``h2d_with_ssd``, is in the JSON for information: a floor may not be beaten.
     """
-    demands = {
-        "ssd": (stats.bytes_moved["ssd_read"], "ssd", 1e6),
-        "h2d": (stats.bytes_moved["weight_h2d"] + stats.bytes_moved["kv_h2d"], "h2d", 1e6),
-        "d2h": (stats.bytes_moved["kv_d2h"], "d2h", 1e6),
-        "hbm": (stats.hbm_bytes, "hbm", 1e6),
-        "compute": (stats.flops, "matmul", 1e12),
-    }
-    times = {}
-    for bound, (amount, name, unit) in demands.items():
-        if amount and name not in ceilings:
-            return None, None
-        if amount:
-            times[bound] = amount / (ceilings[name].value * unit) * 1e3
-    if not times:
+    moved = stats.bytes_moved
+    work = Work(
+        ssd_bytes=moved["ssd_read"],
+        h2d_bytes=moved["weight_h2d"] + moved["kv_h2d"],
+        d2h_bytes=moved["kv_d2h"],
+        hbm_bytes=stats.hbm_bytes,
+        flops=stats.flops,
+    )
+    parts = parts_ms(work, {name: ceiling.value for name, ceiling in ceilings.items()})
+    times = {bound: ms for bound, ms in parts.items() if ms is not None}
+    if not times or len(times) < len(parts):
         return None, None
     bound = max(times, key=lambda name: times[name])
     return times[bound], bound
@@ -167,9 +164,8 @@ def phase_part(
     }
 
 
-def _spread(bound_by: str | None, ceilings: Mapping[str, Ceiling]) -> float | None:
-    name = {"compute": "matmul"}.get(bound_by or "", bound_by or "")
-    return ceilings[name].spread_pct if name in ceilings else None
+def _spread(bound_by: Bound | None, ceilings: Mapping[str, Ceiling]) -> float | None:
+    return ceilings[ceiling_of(bound_by)].spread_pct if bound_by is not None else None
 
 
 def io_part(stats: Sequence[PhaseStats]) -> dict[str, float | None]:
@@ -214,6 +210,20 @@ def plan_warnings(phases: Mapping[str, PhaseStats], bytes_per_pass: Mapping[str,
     return warnings
 
 
+def prediction_warnings(phases: Mapping[str, PhaseStats], pass_ms: Mapping[str, float | None]) -> list[str]:
+    """A line for each phase that took over 5 % more or less than was predicted from the medians of the probe."""
+    warnings = []
+    for name, stats in phases.items():
+        expected_ms = (pass_ms[name] or 0.0) * stats.passes
+        if expected_ms and abs(stats.wall_ms - expected_ms) > 0.05 * expected_ms:
+            warnings.append(
+                f"{name}: took {stats.wall_ms:.0f} ms, {expected_ms:.0f} were predicted: either the pass waited for "
+                "more than bytes (see stall_ms), or the machine was not as fast as while it was probed (see the "
+                "ceilings' spread), and roofline_pct is as doubtful"
+            )
+    return warnings
+
+
 def drive_warnings(reads: Sequence[Transfer], window: Interval) -> list[str]:
     """A line where the drive's rate in the last third of the phase fell below four fifths of that in the first."""
     inside = sorted((t for t in reads if window[0] <= t.start and t.end <= window[1]), key=lambda t: t.end)
@@ -236,15 +246,18 @@ def _read_MBps(reads: Sequence[Transfer]) -> float:
 
 
 def load_part(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
-    """``load``, from the reads of residents; None without a manager."""
+    """``load``, from the reads of residents; None without a manager.
+
+    The rate counts all that was read meanwhile: the sweep that fills the residents takes streamed groups on its way.
+    """
     residents = [t for t in reads or () if t.step is None]
     if reads is None or not residents:
         return {"read_bytes": None if reads is None else 0, "read_MBps": None, "ssd_pct": None}
     nbytes = sum(t.nbytes for t in residents)
-    seconds = max(t.end for t in residents) - min(t.start for t in residents)
-    if not seconds:
+    window = min(t.start for t in residents), max(t.end for t in residents)
+    if window[0] == window[1]:
         return {"read_bytes": nbytes, "read_MBps": None, "ssd_pct": None}
-    rate = nbytes / seconds / 1e6
+    rate = moved_bytes(reads, window) / (window[1] - window[0]) / 1e6
     percent = 100 * rate / ceilings["ssd"].value if "ssd" in ceilings else None
     return {"read_bytes": nbytes, "read_MBps": rate, "ssd_pct": percent}
 

@@ -26,11 +26,15 @@ from bench.summary import ConsoleReporter, row, summary
 from bench.trace import chrome_trace
 from llama.build import BuildOptions, Inputs, LLaMA, open_inputs, plan_run
 from llama.config import UnusableInput
+from wsm.advice import check_fits
 from wsm.atomic import write_atomically
 from wsm.auto import auto_flags
 from wsm.errors import StoreError
 from wsm.plan import Plan, RunShape
 from wsm.settings import read_settings
+
+MOST_RANDOM_PROMPTS = 512
+"""As many as the guide's prompt file has; a larger batch repeats them."""
 
 
 def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
@@ -45,7 +49,6 @@ def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
         cache_dir=options.cache_dir,
         device=options.device,
         dtype=options.dtype,
-        seed=options.seed,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         micro_batch=options.micro_batch,
         topk_blk=options.topk_blk,
@@ -57,24 +60,31 @@ def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
 
 
 def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
-    """The token ids of every row: at most ``max_seq_len - max_new_tokens``, the last ones, BOS counted in.
+    """The token ids of the prompts that fill the batch: at most ``max_seq_len - max_new_tokens``, the last ones, BOS
+    counted in.
 
+    They are repeated to fill it only when it is known to fit: a batch may be asked for that no memory holds.
     ``say`` is told what was cut.
     """
     most = options.max_seq_len - options.max_new_tokens
     if options.prompt_len is not None:
-        whole = random_prompts(inputs.checkpoint.config, options.prompt_len, options.batch_size, options.seed)
+        count = min(options.batch_size, MOST_RANDOM_PROMPTS)
+        whole = random_prompts(inputs.checkpoint.config, options.prompt_len, count, options.seed)
     else:
         texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
-        whole = fill_batch(tokenize(texts[: options.batch_size], inputs.tokenizer), options.batch_size)
+        whole = tokenize(texts[: options.batch_size], inputs.tokenizer)
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
         say(f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)})")
     return [keep_last(prompt, most) for prompt in whole]
 
 
 def shape_of(prompts: Sequence[Sequence[int]], options: RunOptions) -> RunShape:
+    """The shape of a run whose batch ``prompts`` fill, repeated."""
     lengths = [len(prompt) for prompt in prompts]
-    return RunShape(len(prompts), max(lengths), options.max_new_tokens, sum(lengths))
+    times, rest = divmod(options.batch_size, len(lengths))
+    return RunShape(
+        options.batch_size, max(lengths), options.max_new_tokens, times * sum(lengths) + sum(lengths[:rest])
+    )
 
 
 def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
@@ -84,11 +94,13 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
     _check_outputs(options)
     reporter.say("[INFO] Global state tracker initialized")
     inputs = open_inputs(built)
-    prompts = batch_prompts(options, inputs, reporter.say)
-    plan = plan_run(inputs, shape_of(prompts, options))
+    distinct = batch_prompts(options, inputs, reporter.say)
+    plan = plan_run(inputs, shape_of(distinct, options))
     if options.auto:
         reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     _announce(reporter, built, inputs, plan)
+    check_fits(plan)
+    prompts = fill_batch(distinct, options.batch_size)
     without_effect = sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE"))
     if without_effect and not plan.kv.below:
         warnings.append(

@@ -37,7 +37,6 @@ def run_pack(options: PackOptions) -> int:
             cache_dir=options.cache_dir,
             device="cpu",
             dtype=options.dtype,
-            seed=options.seed,
         )
     )
     size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to)).target_bytes
@@ -113,7 +112,11 @@ def run_prompts(options: PromptsOptions) -> int:
     tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config)
     if not options.out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {options.out}: its directory does not exist")
-    texts = make_prompts(tokenizer, options.count, options.tokens, options.seed)
+    texts = []
+    with ConsoleReporter(quiet=False, verbose=options.verbose).bar(options.count, "prompt", "prompts") as advance:
+        for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
+            texts.append(text)
+            advance(1)
     write_atomically(options.out, prompt_file(texts, options.tokens))
     print(f"[INFO] {options.count} prompts of {options.tokens} tokens in {options.out}")
     return 0

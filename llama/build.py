@@ -47,6 +47,8 @@ from wsm.store_heads import compare_heads
 from wsm.telemetry import Telemetry
 
 LOADING_THREADS = 8
+SYNTHETIC_SEED = 0
+"""Of synthetic weights, which are a model's and not a run's: `--seed` is of prompts and sampling alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,6 @@ class BuildOptions:
     cache_dir: Path = DEFAULT_CACHE
     device: str | None = None
     dtype: str | None = None
-    seed: int = 0
     prefill_chunk_tokens: int | None = None
     micro_batch: int | None = None
     topk_blk: int = 8
@@ -106,7 +107,7 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
         return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = _dtype_named(options.dtype) or torch.bfloat16
-        return synthetic_checkpoint(options.synthetic, seed=options.seed, dtype=dtype)
+        return synthetic_checkpoint(options.synthetic, seed=SYNTHETIC_SEED, dtype=dtype)
     return builtin_checkpoint(options.cache_dir.expanduser())
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from wsm import arena as arena_module
 from wsm.arena import ALIGNMENT, PageLockedArena
 from wsm.device import CpuDevice
 from wsm.errors import DoesNotFit
@@ -36,6 +39,27 @@ def test_refused_page_locking_is_a_warning_that_names_figure_and_mend(refusing_c
     assert int(arena.whole().sum()) == 7 << 20
     arena.close()
     assert refusing_cuda == ["register"]  # what was never registered is not unregistered
+
+
+def test_huge_pages_that_are_switched_off_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = tmp_path / "enabled"
+    monkeypatch.setattr(arena_module, "_HUGE_PAGES_FILE", switch)
+    for text, warned in (("always madvise [never]", True), ("always [madvise] never", False)):
+        switch.write_text(text + "\n")
+        arena = PageLockedArena(1 << 20, CpuDevice())
+        assert [("load_s" in line and "madvise | sudo tee" in line) for line in arena.warnings] == [True] * warned
+        arena.close()
+
+
+def test_where_the_kernel_cannot_populate_every_page_is_touched_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = arena_module._libc.madvise
+    without = types.SimpleNamespace(madvise=lambda at, nbytes, advice: -1 if advice == 23 else real(at, nbytes, advice))
+    monkeypatch.setattr(arena_module, "_libc", without)
+    before = psutil.Process().memory_info().rss
+    arena = PageLockedArena(256 << 20, CpuDevice())
+    assert psutil.Process().memory_info().rss - before > 250 << 20
+    arena.close()
+    assert psutil.Process().memory_info().rss - before < 50 << 20
 
 
 def test_an_arena_is_of_exact_size_and_hands_out_aligned_pieces() -> None:

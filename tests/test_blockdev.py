@@ -15,7 +15,7 @@ import torch
 from llama.config import UnusableInput
 from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_tiny, write_v1
 from wsm import blockdev
-from wsm.blockdev import check_writable, signatures, unusable_target, why_busy
+from wsm.blockdev import check_writable, loop_device_over, signatures, unusable_target, why_busy
 from wsm.errors import DoesNotFit, StoreError
 from wsm.manifest import plan_store, read_manifest
 from wsm.store import PackedStore
@@ -169,6 +169,17 @@ def test_no_permission_names_the_group_that_has_it(monkeypatch: pytest.MonkeyPat
     assert "change its mode" in str(unusable_target(str(tmp_path), denied))
 
 
+def test_the_file_behind_a_loop_device_is_known(tmp_path: Path) -> None:
+    disk, other = tmp_path / "disk.img", tmp_path / "other.img"
+    for number, backing in ((0, f"{tmp_path}/gone.img (deleted)"), (7, str(disk))):
+        (tmp_path / f"sys/block/loop{number}/loop").mkdir(parents=True)
+        (tmp_path / f"sys/block/loop{number}/loop/backing_file").write_text(backing + "\n")
+    for file in (disk, other):
+        file.touch()
+    assert loop_device_over(disk, root=tmp_path) == "loop7"
+    assert loop_device_over(other, root=tmp_path) is None
+
+
 # -- real devices
 
 
@@ -295,6 +306,15 @@ def test_a_device_that_another_program_has_exclusively_is_refused(tmp_path: Path
             pack_tiny(tmp_path, targets=[device])
     finally:
         os.close(file)
+
+
+@pytest.mark.root
+def test_the_file_behind_an_attached_loop_device_is_not_packed_over(tmp_path: Path, device: str) -> None:
+    before = bytes_of(device)
+    name = device.rpartition("/")[2]
+    with pytest.raises(UnusableInput, match=f"contents of {name}.*nothing was written.*losetup -d {device}"):
+        pack_tiny(tmp_path, targets=[str(tmp_path / "disk.img")])
+    assert bytes_of(device) == before
 
 
 @pytest.mark.root

@@ -46,6 +46,7 @@ class FakeSource:
         self.on_read: Callable[[GroupId | None, int, float, float], None] | None = None
         self.warnings: list[str] = []
         self.reads: Counter[GroupId | None] = Counter()
+        self.asked: list[GroupId | None] = []
         self._delay_s, self._fail_at = delay_s, fail_at
         self._queue: list[tuple[GroupId | None, Tensor, Callable[[BaseException | None], None]]] = []
         self._wake = threading.Condition()
@@ -62,6 +63,7 @@ class FakeSource:
 
     def read(self, group: GroupId | None, buffer: Tensor, done: Callable[[BaseException | None], None]) -> None:
         with self._wake:
+            self.asked.append(group)
             self._queue.append((group, buffer, done))
             self._wake.notify()
 
@@ -134,11 +136,15 @@ switches = st.fixed_dictionaries(
 )
 
 
-@given(n_layers=st.integers(1, 9), chosen=switches)
+@given(n_layers=st.integers(1, 9), chosen=switches, loaded_first=st.booleans())
 @hypothesis_settings(max_examples=400, deadline=None)
-def test_every_setting_delivers_every_group_whole_and_in_order(n_layers: int, chosen: dict[str, object]) -> None:
+def test_every_setting_delivers_every_group_whole_and_in_order(
+    n_layers: int, chosen: dict[str, object], loaded_first: bool
+) -> None:
     settings = replace(Settings(), **chosen)  # type: ignore[arg-type]
     with running(plan_for(n_layers, settings), settings, FakeSource()) as manager:
+        if loaded_first:
+            manager.wait_loaded()
         manager.stage()
         run_passes(manager, 3)
 
@@ -319,6 +325,30 @@ def test_skipping_the_wait_lets_the_first_layers_compute_while_residents_load() 
         manager.wait_loaded()
         assert manager.loaded()
         assert manager.residents_s is not None
+
+
+@pytest.mark.parametrize("evict", ["belady", "fifo"])
+def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: Literal["belady", "fifo"]) -> None:
+    settings = replace(
+        Settings(), gpu_cached_layers=5, cpu_cache_layers=12, prefetch_distance=3, warmup_layers=0, cpu_evict=evict
+    )
+    source, plan = FakeSource(), plan_for(24, settings)
+    residents = {*plan.residency.gpu, *plan.residency.cpu}
+    with running(plan, settings, source) as manager:
+        manager.wait_loaded()  # nobody computes: so this waits for no slot that only a pass can free
+        asked = [group for group in source.asked if group is not None]
+    sweep = [group for group in asked if group.layer in residents]
+    assert sweep == [group for group in pass_order(24) if group.layer in residents]
+    assert len(set(asked)) == len(asked)
+
+
+def test_with_the_computation_on_its_heels_the_sweep_takes_streamed_groups_too() -> None:
+    settings = replace(Settings(), gpu_cached_layers=3, cpu_cache_layers=10, prefetch_distance=6, warmup_layers=0)
+    source = FakeSource(delay_s=0.003)
+    with running(plan_for(16, settings), settings, source) as manager:
+        run_passes(manager, 1)
+    first_pass = [group for group in source.asked if group is not None][:32]
+    assert first_pass == pass_order(16)
 
 
 def test_an_interrupted_wait_can_be_entered_again() -> None:

@@ -18,6 +18,7 @@ from bench.flags import (
     VerifyOptions,
     parse,
 )
+from bench.run import build_options
 from llama.config import UnusableInput
 from wsm.settings import Settings
 
@@ -261,7 +262,7 @@ def test_pack_takes_several_targets() -> None:
     assert (options.manifest, options.checkpoints) == (Path("m.json"), Path("c"))
     assert options.force
     assert not options.yes
-    assert (options.synthetic, options.dtype, options.seed) == (None, None, 0)
+    assert (options.synthetic, options.dtype) == (None, None)
 
 
 @pytest.mark.parametrize("missing", ["--to", "--manifest"])
@@ -308,3 +309,14 @@ def test_a_flag_of_another_verb_is_refused() -> None:
 
 def test_a_verb_that_is_not_known_is_named() -> None:
     assert "pakc" in refusal("pakc", "--force")
+
+
+def test_another_seed_is_of_the_same_synthetic_weights() -> None:
+    """So another draw of tokens packs nothing anew."""
+    built = [
+        build_options(options)[0]
+        for seed in ("1", "2")
+        if isinstance(options := parse(["--synthetic", "Llama-3.2-1B:layers=1", "--seed", seed])[1], RunOptions)
+    ]
+    assert built[0] == built[1]
+    assert "--seed" in refusal("pack", "--to", "t", "--manifest", "m", "--seed", "1")

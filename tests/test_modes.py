@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.build import LLaMA
+from llama.checkpoint.hf import HFCheckpoint
 from tests.tiny import hf_directory, hf_model
 from wsm.settings import WSM_PRESETS
 
@@ -59,6 +61,23 @@ def answers(directory: Path, mode: str, cache: Path, **config: Any) -> tuple[lis
 @pytest.fixture(scope="module")
 def full(directory: Path, cache: Path) -> tuple[list[list[int]], Tensor]:
     return answers(directory, "full", cache)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_skip_preload_wait_0_comes_back_with_every_resident_loaded(
+    wait: bool, directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = HFCheckpoint.read_into
+
+    def slow(self: HFCheckpoint, name: str, out: Tensor) -> None:
+        time.sleep(0.05)
+        read(self, name, out)
+
+    monkeypatch.setattr(HFCheckpoint, "read_into", slow)
+    config = {"cache_dir": cache, **PLACES, "skip_preload_wait": not wait}
+    with LLaMA.build(directory, mode="stream", mode_config=config, device="cpu", max_seq_len=128) as llm:
+        assert llm.manager is not None
+        assert llm.manager.loaded() == wait
 
 
 def test_every_variable_is_switched_here() -> None:

@@ -15,7 +15,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from bench import run
 from bench.cli import main
+from bench.flags import RunOptions, parse
 from bench.prompts import (
     DEFAULT_FILE,
     fill_batch,
@@ -199,6 +201,29 @@ def test_prompts_are_repeated_to_fill_the_batch() -> None:
     assert fill_batch([[1], [2], [3]], 2) == [[1], [2]]
 
 
+def test_a_batch_is_planned_before_its_rows_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(prompts: object, batch: int) -> list[list[int]]:
+        raise AssertionError("rows were made for a batch that does not fit")
+
+    monkeypatch.setattr(run, "fill_batch", never)
+    flags = ["--device", "cpu", "--prompt-len", "4", "--batch-size", "400", "--cpu-mem-gb", "0.2"]
+    assert main([*flags, "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]) == 3
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 40))
+def test_the_planned_shape_is_that_of_the_filled_batch(lengths: list[int], batch: int) -> None:
+    _, options = parse(["--batch-size", str(batch)])
+    assert isinstance(options, RunOptions)
+    distinct = [[0] * length for length in lengths[:batch]]
+    rows = fill_batch(distinct, batch)
+    shape = run.shape_of(distinct, options)
+    assert (shape.batch, shape.prompt_tokens) == (len(rows), max(map(len, rows)))
+    assert shape.prefill_tokens == sum(map(len, rows))
+
+
 def test_repeated_rows_are_copies() -> None:
     first, second = fill_batch([[1, 2]], 2)
     first.append(3)
@@ -240,7 +265,7 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
     tmp_path: Path, maker: Callable[[Path], Tokenizer], tokens: int
 ) -> None:
     tokenizer = maker(tmp_path)
-    texts = make_prompts(tokenizer, 5, tokens, seed=3)
+    texts = list(make_prompts(tokenizer, 5, tokens, seed=3))
     read = read_prompts(written(tmp_path / "p.txt", prompt_file(texts, tokens)))
     assert [len(tokenizer.encode(text, bos=False)) for text in read] == [tokens] * 5
     assert [len(row) for row in tokenize(read, tokenizer)] == [tokens + 1] * 5
@@ -257,7 +282,7 @@ def test_any_number_of_bytes_can_be_met_with_any_seed(tokens: int, seed: int) ->
 
 def test_made_prompts_follow_the_seed_and_differ_from_each_other() -> None:
     tokenizer = ByteTokenizer(config_of(300))
-    first, again, other = (make_prompts(tokenizer, 3, 100, seed) for seed in (1, 1, 2))
+    first, again, other = (list(make_prompts(tokenizer, 3, 100, seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert len(set(first)) == 3
@@ -272,13 +297,13 @@ def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
             return super().encode(text, bos=bos)
 
     trained(tmp_path)
-    make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0)
+    list(make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0))
     assert Counting.encodings < 8 * 30
 
 
 def test_more_prompts_of_a_seed_begin_with_the_same_ones() -> None:
     tokenizer = ByteTokenizer(config_of(300))
-    assert make_prompts(tokenizer, 4, 50, 0)[:2] == make_prompts(tokenizer, 2, 50, 0)
+    assert list(make_prompts(tokenizer, 4, 50, 0))[:2] == list(make_prompts(tokenizer, 2, 50, 0))
 
 
 def test_the_verb_prompts_writes_a_file_that_a_run_can_read(tmp_path: Path) -> None:

@@ -74,7 +74,17 @@ def test_a_field_that_the_driver_does_not_know_is_null(monkeypatch: pytest.Monke
 def test_a_narrow_link_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, 4, 4, 4, 16")
     _, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
-    assert any("x4 of x16" in line for line in warnings)
+    (line,) = [line for line in warnings if "x4 of x16" in line]
+    assert "h2d figures" in line
+    assert "slot" in line
+
+
+def test_a_link_of_a_lower_generation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, 3, 5, 16, 16")
+    _, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
+    (line,) = [line for line in warnings if "generation 3 of 5" in line]
+    assert "h2d figures" in line
+    assert "BIOS" in line
 
 
 # -- the drive

@@ -30,6 +30,7 @@ from bench.results import (
     median_round,
     phase_part,
     plan_warnings,
+    prediction_warnings,
     read_result,
     repeats_part,
     round_metrics,
@@ -41,8 +42,11 @@ from bench.summary import ConsoleReporter, row, summary, table
 from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
 from llama.generation import Generation
+from tests.plans import inputs_for
+from wsm.forecast import decode_work, predicted_floor, prefill_work
+from wsm.plan import make_plan
 from wsm.probe import Ceiling
-from wsm.settings import PRESETS, Settings
+from wsm.settings import ECHOED_ONLY, PRESETS, Settings
 from wsm.telemetry import PhaseStats, Transfer
 
 GUIDE = json.loads("""{
@@ -70,6 +74,7 @@ def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0,
         tokens_at=tuple(after + first_s + pace * n for n in range(new)),
         done=after + decode_s,
         steps=(0, 8, 8 * new),
+        passes=(0, 1, new),
         complete_at_start=True,
     )
 
@@ -121,10 +126,10 @@ def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
     assert drive_warnings(slowing, (0.0, 5.0)) == []
 
 
-def test_the_load_rate_is_of_residents_alone_and_against_the_drive() -> None:
-    residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n * 0.5, n * 0.5 + 0.5) for n in range(4)]
-    streamed = Transfer(GroupId(9, "ffn"), 19, 10**9, 0.0, 9.0)
-    loaded = load_part([*residents, streamed], ceilings_of(ssd=1250.0))
+def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
+    residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n, n + 0.5) for n in range(4)]
+    streamed = [Transfer(GroupId(n, "ffn"), 2 * n + 1, 500_000_000, n + 0.5, n + 1.0) for n in range(9)]
+    loaded = load_part([*residents, *streamed], ceilings_of(ssd=1250.0))
     assert loaded == {"read_bytes": 2_000_000_000, "read_MBps": 1000.0, "ssd_pct": 80.0}
     assert load_part([*residents], {})["ssd_pct"] is None
     assert load_part([], {})["read_bytes"] == 0
@@ -236,6 +241,20 @@ def test_the_floor_is_the_longest_of_what_each_tier_needs(bound: str, floor_ms: 
     assert floor_of(stats, ceilings) == (pytest.approx(floor_ms), bound)
 
 
+def test_a_run_that_moves_what_was_planned_has_the_plans_floor() -> None:
+    ceilings = ceilings_of(ssd=1000, h2d=10_000, d2h=5000, hbm=1_000_000, matmul=100)
+    for settings in (Settings(), Settings(mode="stream"), Settings(mode="full")):
+        plan = make_plan(inputs_for(settings=settings))
+        rates = {name: ceiling.value for name, ceiling in ceilings.items()}
+        for name, floor in predicted_floor(plan, rates).items():
+            rows = {float(plan.shape.prompt_tokens): plan.shape.batch}
+            shape = plan.inputs.config, rows, floor.passes, plan.inputs.dtype.itemsize
+            work = prefill_work(*shape) if name == "prefill" else decode_work(*shape, plan.inputs.kv_token_bytes)
+            moved = {tier: plan.bytes_per_pass[tier] * floor.passes for tier in ("ssd_read", "weight_h2d")}
+            stats = stats_of(name, moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+            assert floor_of(stats, ceilings) == (pytest.approx(floor.ms * floor.passes), floor.bound_by)
+
+
 def test_the_links_ceiling_is_its_best_rate_even_while_the_ssd_is_read() -> None:
     """A floor may not be beaten, and the rate beside the SSD may be."""
     ceilings = ceilings_of(ssd=1000, h2d=10_000, h2d_with_ssd=1000)
@@ -325,6 +344,17 @@ def test_reads_that_nobody_planned_are_warned_of() -> None:
 
 
 # -- the text
+
+
+def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
+    phases = {
+        "prefill": stats_of("prefill", passes=1, wall_ms=104),
+        "decode": stats_of("decode", passes=2, wall_ms=212),
+    }
+    (line,) = prediction_warnings(phases, {"prefill": 100.0, "decode": 100.0})
+    assert line.startswith("decode: took 212 ms, 200 were predicted")
+    assert prediction_warnings(phases, {"prefill": 100.0, "decode": None}) == []
+    assert len(prediction_warnings(phases, {"prefill": 110.0, "decode": 112.0})) == 2
 
 
 def test_numbers_keep_six_significant_digits() -> None:
@@ -465,7 +495,7 @@ def test_the_schema_knows_every_flag_setting_and_variable() -> None:
     config = read_schema()["properties"]["config"]["properties"]
     flags = set(RunOptions.__slots__) - {"engine"} | set(Settings.__slots__) | {"model"}
     assert set(config["resolved"]["properties"]) == flags
-    assert set(config["environment"]["properties"]) == set(PRESETS)
+    assert set(config["environment"]["properties"]) == {*PRESETS, *ECHOED_ONLY}
 
 
 @pytest.fixture(scope="module")

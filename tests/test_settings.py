@@ -58,7 +58,9 @@ def test_threads_are_preset_to_no_more_than_8() -> None:
 
 def test_the_echo_names_every_variable_and_nothing_else() -> None:
     echo = environment_echo({"WSM_PAIR_AHEAD": "7", "SECRET": "x"})
-    assert set(echo) == set(PRESETS)
+    assert set(echo) == {*PRESETS, "CUDA_VISIBLE_DEVICES"}
+    assert echo["CUDA_VISIBLE_DEVICES"] is None
+    assert environment_echo({"CUDA_VISIBLE_DEVICES": "1,0"})["CUDA_VISIBLE_DEVICES"] == "1,0"
     assert echo["WSM_PAIR_AHEAD"] == "7"
     assert echo["WSM_KV_THROTTLE_MS"] == "16"
 

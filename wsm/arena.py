@@ -12,6 +12,7 @@ import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,15 +20,25 @@ from torch import Tensor
 
 from wsm.device import Device
 from wsm.errors import DoesNotFit
+from wsm.numa import bind_to_gpu
 
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 4096
 _HUGE_PAGE = 2 << 20
 _POPULATE_PIECE = 64 << 20
+_HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MADV_DONTNEED, _MADV_DONTFORK, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 4, 10, 14, 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _huge_pages_off() -> bool:
+    """Whether the kernel takes the advice to use huge pages and ignores it."""
+    try:
+        return "[never]" in _HUGE_PAGES_FILE.read_text()
+    except OSError:
+        return False
 
 
 def _round_up(nbytes: int, unit: int) -> int:
@@ -43,11 +54,15 @@ class PageLockedArena:
 
     Raises:
         DoesNotFit: if the mapping is refused. Where page-locking is refused, ``warnings`` says so.
+
+    Attributes:
+        numa_node: the GPU's, where the pages come from it by preference; None where there is no choice.
     """
 
     def __init__(self, nbytes: int, device: Device) -> None:
         self.nbytes = _round_up(nbytes, ALIGNMENT)
         self.warnings: list[str] = []
+        self.numa_node: int | None = None
         self._taken = 0
         self._registered = False
         self._device = device
@@ -73,14 +88,18 @@ class PageLockedArena:
         skip = _round_up(address, _HUGE_PAGE) - address
         self._whole = torch.from_numpy(whole[skip : skip + self.nbytes])
         self._address = address + skip
-        if _libc.madvise(self._address, self.nbytes, _MADV_HUGEPAGE) != 0:
+        if _libc.madvise(self._address, self.nbytes, _MADV_HUGEPAGE) != 0 or _huge_pages_off():
             self.warnings.append(
-                "no transparent huge pages, so page-locking takes longer (load_s only): "
-                "see /sys/kernel/mm/transparent_hugepage/enabled"
+                "no transparent huge pages: load_s.populate_s and load_s.page_lock_s are longer for it; "
+                f"`echo madvise | sudo tee {_HUGE_PAGES_FILE}` allows them"
             )
         _libc.madvise(self._address, self.nbytes, _MADV_DONTFORK)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=self._stay_near) as pool:
             list(pool.map(self._populate, range(0, self.nbytes, _POPULATE_PIECE)))
+
+    def _stay_near(self) -> None:
+        """To be called on each thread that touches pages first."""
+        self.numa_node = bind_to_gpu(self._device.torch_device)
 
     def _populate(self, offset: int) -> None:
         nbytes = min(_POPULATE_PIECE, self.nbytes - offset)

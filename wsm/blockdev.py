@@ -110,6 +110,21 @@ def why_busy(path: str, *, root: Path = Path("/")) -> str | None:
     return None
 
 
+def loop_device_over(file: Path, *, root: Path = Path("/")) -> str | None:
+    """The loop device whose contents a file is, such as ``loop0``; None if there is none.
+
+    Args:
+        root: where /sys lies.
+    """
+    for backing in sorted(root.glob("sys/block/loop*/loop/backing_file")):
+        try:
+            if file.samefile(backing.read_text().strip()):
+                return backing.parent.parent.name
+        except OSError:  # detached just now, or its file has been deleted
+            continue
+    return None
+
+
 def _unescaped(text: str) -> str:
     r"""The kernel writes a space in a path as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

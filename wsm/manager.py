@@ -69,6 +69,7 @@ class WeightStreamingManager:
         self.globals_s = 0.0
         self._arenas: list[PageLockedArena] = []
         self.page_locked_peak_bytes = 0
+        self.numa_node: int | None = None
         self.populate_s = self.page_lock_s = 0.0
         try:
             self._tiers = self._allocate(settings)
@@ -119,6 +120,7 @@ class WeightStreamingManager:
     def _new_arena(self, nbytes: int) -> PageLockedArena:
         arena = PageLockedArena(nbytes, self.device)
         self._arenas.append(arena)
+        self.numa_node = self.numa_node if arena.numa_node is None else arena.numa_node
         self.populate_s += arena.populate_s
         self.page_lock_s += arena.register_s
         self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
@@ -142,7 +144,7 @@ class WeightStreamingManager:
     @property
     def warnings(self) -> list[str]:
         """What went worse than it could while memory was taken."""
-        return [warning for arena in self._arenas for warning in arena.warnings]
+        return list(dict.fromkeys(warning for arena in self._arenas for warning in arena.warnings))
 
     def scratch(self) -> tuple[Tensor, Tensor]:
         """Page-locked CPU memory and a buffer on the device, for a probe before :meth:`start`; both ``uint8``."""

@@ -8,7 +8,13 @@ from wsm.budget import GIB
 from wsm.forecast import predicted_floor
 from wsm.plan import Plan
 
-_RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
+_RESOURCE = {
+    "ssd": "the SSD",
+    "h2d": "the link",
+    "d2h": "the link back",
+    "hbm": "device memory",
+    "compute": "arithmetic",
+}
 
 
 def describe(plan: Plan, ceilings: Mapping[str, float] | None = None) -> str:

@@ -33,8 +33,9 @@ class Slot:
 class Pool:
     """Slots of one kind. Not thread-safe: the manager's lock guards it.
 
-    Invariants: a slot is either free (in ``_free``, oldest first) or taken; a group is in at most one slot; with
-    ``retain`` a free slot keeps its group until somebody takes the slot, so that the group can be pinned again.
+    Invariants: a slot is either free (in ``_free``, empty ones first, then the oldest) or taken; a group is in at most
+    one slot; with ``retain`` a free slot keeps its group until somebody takes the slot, so that the group can be pinned
+    again.
 
     Args:
         buffers: one ``uint8`` tensor a slot.
@@ -56,6 +57,10 @@ class Pool:
 
     def has_room(self) -> bool:
         return bool(self._free)
+
+    def has_empty(self, slots: int) -> bool:
+        """Whether so many free slots hold no group; those are taken before the others."""
+        return sum(slot.group is None for slot in self._free) >= slots
 
     def is_free(self, slot: Slot) -> bool:
         return slot in self._free
@@ -82,6 +87,13 @@ class Pool:
         else:
             slot.state = "ready"
         self._free.append(slot)
+
+    def clear(self, slot: Slot) -> None:
+        """Put a taken slot behind the other empty ones."""
+        assert slot.group is not None
+        del self._by_group[slot.group]
+        slot.group, slot.state = None, "absent"
+        self._free.insert(sum(free.group is None for free in self._free), slot)
 
     def contents(self) -> Sequence[tuple[GroupId, State]]:
         """What the slots hold, in pass order."""

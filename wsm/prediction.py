@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from wsm.forecast import PassWork, pass_work
+from wsm.forecast import Work, parts_ms, pass_work
 from wsm.plan import Plan
 from wsm.probe import Ceiling
 
@@ -19,16 +19,14 @@ def predicted_pass_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, 
     return {phase: _pass_ms(work, ceilings) for phase, work in pass_work(plan).items()}
 
 
-def _pass_ms(work: PassWork, ceilings: Mapping[str, Ceiling]) -> float | None:
-    def seconds(amount: float, name: str) -> float:
-        return amount / (ceilings[name].median * 1e6) if name in ceilings else 0.0
-
+def _pass_ms(work: Work, ceilings: Mapping[str, Ceiling]) -> float | None:
     if not work.h2d_bytes or "h2d" not in ceilings or (work.ssd_bytes and "ssd" not in ceilings):
         return None
-    ssd_s = seconds(work.ssd_bytes, "ssd")
-    link_s = _link_s(work.h2d_bytes, ssd_s, ceilings)
-    on_gpu_s = max(seconds(work.hbm_bytes, "hbm"), seconds(work.flops / 1e6, "matmul"))
-    return None if on_gpu_s > max(ssd_s, link_s) else 1e3 * max(ssd_s, link_s)
+    parts = parts_ms(work, {name: ceiling.median for name, ceiling in ceilings.items()})
+    ssd_ms = parts.get("ssd") or 0.0
+    streaming_ms = max(ssd_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, ceilings))
+    on_gpu_ms = max(parts.get("hbm") or 0.0, parts.get("compute") or 0.0)
+    return None if on_gpu_ms > streaming_ms else streaming_ms
 
 
 def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> float:

@@ -37,16 +37,21 @@ class Ceiling:
 
 @dataclass(frozen=True, slots=True)
 class ProbeSizes:
-    """How much work a sample is: seconds of it on a GPU, little on the CPU."""
+    """How much work a sample is at most: in all some seconds on a GPU, little on the CPU.
+
+    ``copy_s`` bounds a sample over a slow link, ``ssd_s`` all reads of the SSD.
+    """
 
     copy_bytes: int
+    copy_s: float
     hbm_bytes: int
     matmul_n: int
     ssd_s: float
 
 
-ON_CUDA = ProbeSizes(copy_bytes=512 << 20, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
-ON_CPU = ProbeSizes(copy_bytes=32 << 20, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
+ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
+ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
+"""All samples together take at most 5 s: the slowest links and drives give smaller samples, not longer probes."""
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
@@ -72,6 +77,8 @@ def _seconds(device: Device, work: Callable[[], object]) -> float:
 def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = None) -> dict[str, Ceiling]:
     """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``.
 
+    The second matrix is transposed, as the model's are: CPUs multiply such a one several times as fast.
+
     Args:
         scratch: ``uint8`` on the device, overwritten; used where it is large enough, so that a probe within a tight
             budget takes no memory of its own.
@@ -85,7 +92,7 @@ def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = N
     a, b, out = room.view(dtype)[: 3 * n * n].view(3, n, n)
     a.normal_()
     b.normal_()
-    products = [_seconds(device, lambda: torch.mm(a, b, out=out)) for _ in range(SAMPLES + 3)][3:]
+    products = [_seconds(device, lambda: torch.mm(a, b.t(), out=out)) for _ in range(SAMPLES + 3)][3:]
     hbm_MBps = [data.nbytes / s / 1e6 for s in reads]
     rates = [2 * n**3 / s / 1e12 for s in products]
     return {
@@ -126,10 +133,10 @@ def probe_link(device: Device, host: Tensor, slot: Tensor) -> dict[str, Ceiling]
         slot: ``uint8`` on the device, overwritten; likewise.
     """
     piece = min(64 << 20, host.nbytes, slot.nbytes)
-    total = -(-sizes_for(device).copy_bytes // piece) * piece
-    how = f"{total >> 20} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
-    h2d = [total / _copies(device, slot[:piece], host[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
-    d2h = [total / _copies(device, host[:piece], slot[:piece], total) / 1e6 for _ in range(SAMPLES + 1)][1:]
+    total = _sample_pieces(device, host[:piece], slot[:piece]) * piece
+    how = f"{total / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
+    h2d = [total / _copies(device, slot[:piece], host[:piece], total) / 1e6 for _ in range(SAMPLES)]
+    d2h = [total / _copies(device, host[:piece], slot[:piece], total) / 1e6 for _ in range(SAMPLES)]
     half = min(piece, host.nbytes // 2, slot.nbytes // 2)
     both = [_both_ways(device, host, slot, half, total // piece * half) for _ in range(SAMPLES)]
     return {
@@ -137,6 +144,15 @@ def probe_link(device: Device, host: Tensor, slot: Tensor) -> dict[str, Ceiling]
         "d2h": _ceiling(d2h, "MBps", how),
         "h2d_d2h": _ceiling(both, "MBps", how + ", both ways at once, their sum"),
     }
+
+
+def _sample_pieces(device: Device, host: Tensor, slot: Tensor) -> int:
+    """How many copies of one piece a sample is; the first copies of each way, which are slower, are done here."""
+    sizes = sizes_for(device)
+    for _ in range(2):
+        _copies(device, host, slot, host.nbytes)
+        piece_s = _copies(device, slot, host, host.nbytes)
+    return max(1, min(-(-sizes.copy_bytes // host.nbytes), int(sizes.copy_s / max(piece_s, 1e-9))))
 
 
 def _both_ways(device: Device, host: Tensor, slot: Tensor, piece: int, total: int) -> float:
@@ -160,7 +176,7 @@ def probe_ssd(
     """``ssd``: the store read in the run's own chunks while the link is busy; ``h2d_with_ssd``: that link's rate.
 
     Args:
-        groups: streamed groups, read round and round, one a buffer in flight.
+        groups: streamed groups, read round and round.
         buffers: page-locked, each large enough for any of ``groups``; the last one is for the copies. With several
             for the reads, one group's checksum is made while the others are read.
         slot: on the device, overwritten by the copies.
@@ -194,32 +210,40 @@ def probe_ssd(
 
 
 def _read_for(seconds: float, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor]) -> None:
-    """Read ``groups`` round and round into ``buffers``, one read a buffer in flight, for at least ``seconds``."""
-    free = threading.Semaphore(len(buffers))
-    idle = list(buffers)
-    failures: list[BaseException] = []
-    until = time.perf_counter() + seconds
+    """Read ``groups`` round and round into ``buffers`` for at least ``seconds``, and little longer.
 
-    def done_with(buffer: Tensor) -> Callable[[BaseException | None], None]:
-        def done(failure: BaseException | None) -> None:
-            if failure is not None:
-                failures.append(failure)
-            idle.append(buffer)
-            free.release()
+    As many reads are in flight as end within ``seconds`` at the pace of the first one, at most one a buffer.
+    """
+    finished = threading.Condition()
+    idle, failures = list(buffers), list[BaseException]()
+    began = time.perf_counter()
 
-        return done
-
-    for group in itertools.cycle(groups):
-        free.acquire()
-        if failures or time.perf_counter() > until:
-            free.release()
-            break
+    def read(group: GroupId) -> None:
         buffer = idle.pop()
-        source.read(group, buffer, done_with(buffer))
-    for _ in buffers:
-        free.acquire()
-    if failures:
-        raise failures[0]
+
+        def done(failure: BaseException | None) -> None:
+            with finished:
+                failures.extend([failure] if failure is not None else [])
+                idle.append(buffer)
+                finished.notify()
+
+        source.read(group, buffer, done)
+
+    def wait_for_idle(count: int) -> None:
+        with finished:
+            finished.wait_for(lambda: len(idle) >= count)
+        if failures:
+            raise failures[0]
+
+    order = itertools.cycle(groups)
+    read(next(order))
+    wait_for_idle(len(buffers))
+    first_s = time.perf_counter() - began
+    in_flight = max(1, min(len(buffers), int(seconds / max(first_s, 1e-9))))
+    while time.perf_counter() < began + seconds:
+        read(next(order))
+        wait_for_idle(len(buffers) - in_flight + 1)
+    wait_for_idle(len(buffers))
 
 
 def _window_rates(chunks: Sequence[tuple[int, float, float]]) -> list[float]:

@@ -166,9 +166,14 @@ def set_by_user(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(name for name in PRESETS if name in environ)
 
 
-def environment_echo(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables in force, for the JSON."""
-    return {name: environ.get(name, preset) for name, preset in PRESETS.items()}
+ECHOED_ONLY = ("CUDA_VISIBLE_DEVICES",)
+"""Read by CUDA and not here; told because it renumbers the devices."""
+
+
+def environment_echo(environ: Mapping[str, str]) -> dict[str, str | None]:
+    """The variables in force, for the JSON; None for one that is not set and has no preset."""
+    preset = {name: environ.get(name, preset) for name, preset in PRESETS.items()}
+    return {**preset, **{name: environ.get(name) for name in ECHOED_ONLY}}
 
 
 def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:

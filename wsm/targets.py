@@ -12,7 +12,14 @@ from pathlib import Path
 
 from llama.config import UnusableInput
 from wsm.atomic import sync_directory
-from wsm.blockdev import check_writable, device_size, is_block_device, logical_block, unusable_target
+from wsm.blockdev import (
+    check_writable,
+    device_size,
+    is_block_device,
+    logical_block,
+    loop_device_over,
+    unusable_target,
+)
 from wsm.errors import DoesNotFit
 from wsm.groups import BLOCK
 
@@ -44,6 +51,11 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
         if not path.parent.is_dir():
             raise UnusableInput(f"--to {target}: its directory does not exist")
         if path.exists():
+            if loop := loop_device_over(path):
+                raise UnusableInput(
+                    f"{target} is in use (it is the contents of {loop}): nothing was written; name another file, or "
+                    f"detach it: losetup -d /dev/{loop}"
+                )
             lost.append(target)
         filesystems.setdefault(path.parent.stat().st_dev, []).append(path)
     for paths in filesystems.values():

@@ -21,7 +21,7 @@ from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
 
 RESIDENTS_IN_FLIGHT = 4
-"""Reads of residents queued at once: enough to keep the drive busy, few enough for streamed groups to come between."""
+"""Reads of residents queued at once: enough to keep the drive busy, few enough for an error to end the rest soon."""
 
 Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
@@ -34,8 +34,8 @@ class Tiers:
 
     * A slot has one owner: the free line of its pool, the read or copy into it, the copy or computation out of it.
     * Ordinals of a kind never go back: used <= fetched <= started on the GPU, and copied <= started on the CPU.
-    * While GPU residents wait to be read, no streamed group takes a CPU slot: so a resident's slot never waits for
-      the computation, and the computation never waits for ever.
+    * While GPU residents wait to be read, streamed groups leave them one empty CPU slot a kind: so loading never
+      waits for the computation, and the computation, which may wait for a resident, never waits for ever.
 
     Args:
         order: the groups of one pass, in order.
@@ -72,8 +72,7 @@ class Tiers:
         self._gpu_used = dict.fromkeys(KINDS, 0)
         self._ssd_started = dict.fromkeys(KINDS, 0)
         self._ssd_passed = dict.fromkeys(KINDS, 0)
-        residents = [group for group in order if group in gpu_homes or group in cpu_homes]
-        self._to_read = deque(sorted(residents, key=lambda group: group not in gpu_homes))
+        self._to_read = deque(group for group in order if group in gpu_homes or group in cpu_homes)
         self._reading = 0
         self._places = {group: place for place, group in enumerate(order)}
         self._to_load = len(self._to_read)
@@ -154,7 +153,7 @@ class Tiers:
             job.source.drained = end
             kind = job.group.kind
             if job.step is None:
-                self._staging_pool(kind).free(job.source)
+                self._staging_pool(kind).clear(job.source)
                 self._gpu_to_load -= 1
                 self._loaded(job.group)
             else:
@@ -179,26 +178,27 @@ class Tiers:
         return None
 
     def _claim_read(self) -> ReadJob | None:
-        """GPU residents first; then CPU residents and streamed groups as the first pass needs them."""
-        if self._gpu_to_read:
-            return self._resident_read()
-        resident = self._to_read[0] if self._to_read and self._reading < RESIDENTS_IN_FLIGHT else None
-        heads = [cycle.step(self._ssd_started[kind]) for kind, cycle in self._ssd_cycles.items()]
-        if resident is not None and all(self._places[resident] < step for step in heads):
-            return self._resident_read()
-        return self._streamed_read() or (self._resident_read() if resident is not None else None)
+        """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
 
-    def _resident_read(self) -> ReadJob | None:
-        group = self._to_read[0]
+        A streamed group without room is passed over; a resident's slot is free again after a copy, so it is waited for.
+        """
+        resident = self._to_read[0] if self._to_read else None
+        kind = self._next_streamed()
+        if kind is not None and (resident is None or self._ssd_step(kind) < self._places[resident]):
+            return self._streamed_read(kind)
+        return self._resident_read(resident) if resident is not None else None
+
+    def _resident_read(self, group: GroupId) -> ReadJob | None:
+        if self._reading >= RESIDENTS_IN_FLIGHT:
+            return None
         if group in self._cpu_homes:
             destination = self._cpu_homes[group]
             destination.state, destination.group = "loading", group
-        else:
-            pool = self._staging_pool(group.kind)
-            if not pool.has_room():
-                return None
-            destination = pool.take(group)
+        elif self._staging_pool(group.kind).has_room():
+            destination = self._staging_pool(group.kind).take(group)
             self._gpu_to_read -= 1
+        else:
+            return None
         self._to_read.popleft()
         self._reading += 1
         return ReadJob(group, None, destination)
@@ -206,23 +206,29 @@ class Tiers:
     def _staging_pool(self, kind: Kind) -> Pool:
         return self._loading_pools[kind] if self._loading_pools else self._cpu_pools[kind]
 
-    def _streamed_read(self) -> ReadJob | None:
-        self._pin_retained(self._ssd_cycles, self._cpu_pools, self._ssd_started, None)
-        heads = {kind: self._read_head(kind) for kind in self._ssd_cycles}
-        kind = choose(heads, self._balance)
-        if kind is None:
-            return None
-        group = self._ssd_cycles[kind].group(self._ssd_started[kind])
+    def _ssd_step(self, kind: Kind) -> int:
+        return self._ssd_cycles[kind].step(self._ssd_started[kind])
+
+    def _next_streamed(self) -> Kind | None:
+        """The kind whose next group may be read from the SSD now."""
+        if not self._gpu_to_read:  # before that nothing has been kept: see _may_read
+            self._pin_retained(self._ssd_cycles, self._cpu_pools, self._ssd_started, None)
+        return choose({kind: self._read_head(kind) for kind in self._ssd_cycles}, self._balance)
+
+    def _streamed_read(self, kind: Kind) -> ReadJob:
+        step, group = self._ssd_step(kind), self._ssd_cycles[kind].group(self._ssd_started[kind])
         self._ssd_started[kind] += 1
-        return ReadJob(group, heads[kind].step, self._cpu_pools[kind].take(group))
+        return ReadJob(group, step, self._cpu_pools[kind].take(group))
 
     def _read_head(self, kind: Kind) -> Head:
-        ordinal = self._ssd_started[kind]
-        step, ahead = self._ssd_cycles[kind].step(ordinal), ordinal - self._ssd_passed[kind]
-        room = self._cpu_pools[kind].has_room() and ahead < self._plan.read_ahead_layers
-        return Head(step, room and self._may_read(step), ahead)
+        step, ahead = self._ssd_step(kind), self._ssd_started[kind] - self._ssd_passed[kind]
+        pool = self._cpu_pools[kind]
+        room = pool.has_empty(2) if self._gpu_to_read else pool.has_room()
+        return Head(step, room and ahead < self._plan.read_ahead_layers and self._may_read(step), ahead)
 
     def _may_read(self, step: int) -> bool:
+        if self._gpu_to_read and step >= len(self._order):
+            return False
         if not self._settings.cpu_rolling_mode:
             return step <= self._entered
         pass_now = max(self._entered, 0) // len(self._order)

@@ -139,7 +139,7 @@ def _open_shard(path: Path) -> Mapping[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UnusableInput(f"{path} holds other things than tensors, or is damaged; {AGAIN}") from error
     except Exception as error:  # what a flipped byte makes the unpickler raise is of every kind
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
         raise UnusableInput(f"{path} is damaged or cut short ({reason}); {AGAIN}") from error
     if not isinstance(shard, dict):
         raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")

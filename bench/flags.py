@@ -39,6 +39,7 @@ class RunOptions:
     micro_batch: int | None
     device: str | None
     dtype: str | None
+    tp: int | None
     load_model: bool | None
     no_probe: bool
     auto: bool
@@ -59,6 +60,7 @@ class PackOptions:
     to: tuple[str, ...]
     manifest: Path
     dtype: str | None
+    tp: int | None
     seed: int
     force: bool
     yes: bool
@@ -110,6 +112,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--synthetic", metavar="NAME[:layers=N]", help="random weights in a real model's shape")
     group.add_argument("--seed", type=whole(0), default=0, help="of synthetic weights, random ids and sampling (0)")
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (as stored)")
+    group.add_argument("--tp", type=whole(1), metavar="N", help="ranks that share the model (a run: torchrun's)")
     group.add_argument(
         "--cache-dir",
         type=path,

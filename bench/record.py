@@ -22,7 +22,6 @@ from bench.results import (
     drive_warnings,
     io_part,
     load_part,
-    median_round,
     phase_part,
     plan_warnings,
     repeats_part,
@@ -39,11 +38,12 @@ from wsm.telemetry import PhaseStats
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a run has got so far, so that an interrupted one can still be written."""
+    """What a run has got so far, so that an interrupted one can still be written; ``chosen`` is the round that counts."""
 
     ceilings: dict[str, Ceiling]
     rounds: list[Round]
     interrupted: bool = False
+    chosen: int = 0
 
 
 def result_of(
@@ -55,7 +55,7 @@ def result_of(
     got: Progress,
     warnings: list[str],
 ) -> dict[str, Any]:
-    chosen = got.rounds[median_round(got.rounds)]
+    chosen = got.rounds[got.chosen]
     stats = dict(zip(("prefill", "decode"), phases_of(llm, chosen, prompts), strict=True))
     store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
     provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
@@ -95,6 +95,7 @@ def result_of(
             "texts": [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
         },
         "repeats": repeats_part(got.rounds),
+        "parallel": None,
         "warnings": [
             *warnings,
             *plan_warnings(stats, llm.plan.bytes_per_pass),

@@ -144,6 +144,38 @@ PRESETS: Mapping[str, str] = {
 """What the script sets where the user has not: DESIGN section 9."""
 
 
+class Ranks(NamedTuple):
+    """Where torchrun put this process: which of all ranks it is, which of its host's, and at which attempt."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    attempt: int = 0
+
+
+def read_ranks(environ: Mapping[str, str]) -> Ranks:
+    """From torchrun's variables; one rank without them.
+
+    Raises:
+        UnusableInput: for variables that contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    if environ.get("WORLD_SIZE", "1") == "1":
+        return Ranks()
+    given = {name: environ.get(name, "0") for name in names}
+    for name, text in given.items():
+        if not text.isdecimal():
+            raise UnusableInput(f"{name}={text} cannot be used: it must be a whole number, as torchrun sets it")
+    ranks = Ranks(*(int(given[name]) for name in names))
+    if not (ranks.rank < ranks.size and ranks.local_rank < ranks.local_size <= ranks.size):
+        raise UnusableInput(
+            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = {', '.join(map(str, ranks[:4]))} is no place among "
+            "ranks: start them with torchrun"
+        )
+    return ranks
+
+
 def field_of(variable: str) -> str:
     """The field of :class:`Settings` that a ``WSM_*`` variable sets."""
     return variable.removeprefix("WSM_").lower()

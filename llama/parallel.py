@@ -1,0 +1,238 @@
+"""Tensor parallel: this process as one rank of several that torchrun started, through torch.distributed and fairscale.
+
+The only module that imports either, and itself imported only where there is more than one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
+from torch import Tensor
+
+from llama.checkpoint import Shard
+from llama.config import UnusableInput
+from llama.watch import LOST_S, START_S, Ending, RankFailed, Watch
+from llama.world import Collective, Timer, World
+
+_LONGEST = timedelta(hours=1)
+"""Of a collective. One rank may load for long while another waits; lost ranks are :mod:`llama.watch`'s to find."""
+
+
+class CollectiveBroken(RuntimeError):
+    """A collective failed, most often because another rank is gone: the watch knows which within seconds."""
+
+
+class FairscaleCollective(Collective):
+    """Sums and gathers over fairscale's model-parallel group.
+
+    On CUDA they are queued in the order of the current stream, as a kernel is: the host never waits.
+    """
+
+    def __init__(self, shard: Shard, timer: Timer) -> None:
+        self.shard, self._timer = shard, timer
+
+    def reduce_(self, x: Tensor) -> Tensor:
+        with self._timed():
+            reduced: Tensor = reduce_from_model_parallel_region(x)
+        return reduced
+
+    def gather(self, x: Tensor) -> Tensor:
+        with self._timed():
+            gathered: Tensor = gather_from_model_parallel_region(x)
+        return gathered
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = self._timer.mark()
+        with _broken_if_it_fails():
+            yield
+        self._timer.took(start, self._timer.mark())
+
+
+@contextlib.contextmanager
+def _broken_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except (RankFailed, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise CollectiveBroken(f"a collective failed: {error}") from error
+
+
+class TorchWorld(World):
+    """Several ranks: what they tell each other goes through torchrun's store, what they compute through NCCL or gloo.
+
+    Made by :func:`join`.
+    """
+
+    def __init__(self, shard: Shard, local: Shard, store: dist.Store, watch: Watch) -> None:
+        super().__init__(shard, local)
+        self.watch = watch
+        self._store = store
+        self._asked = 0
+        self._device: torch.device | None = None
+
+    @property
+    def hosts(self) -> list[str]:
+        return self.watch.hosts
+
+    # -- what the ranks tell each other
+
+    def exchange(self, text: str, limit_s: float | None = None) -> list[str | None]:
+        keys = [f"exchange/{self._asked}/{rank}" for rank in range(self.shard.size)]
+        self._asked += 1
+        self._store.set(keys[self.shard.rank], text)
+        if self._await(keys, limit_s):
+            return [self._store.get(key).decode() for key in keys]
+        return [self._store.get(key).decode() if self._store.check([key]) else None for key in keys]
+
+    def _await(self, keys: list[str], limit_s: float | None = None) -> bool:
+        """Whether all keys came; a blocking wait of the store would hear neither signals nor the watch."""
+        until = None if limit_s is None else time.monotonic() + limit_s
+        pause = 0.001
+        while not self._store.check(keys):
+            self.watch.check()
+            if until is not None and time.monotonic() > until:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+        return True
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        all_facts = [json.loads(text or "{}") for text in self.exchange(json.dumps(dict(facts)))]
+        for name in facts:
+            values = [other.get(name, "nothing") for other in all_facts]
+            right = Counter(values).most_common(1)[0][0]  # of equally many, the lowest rank's
+            for rank, value in enumerate(values):
+                if value != right:
+                    raise UnusableInput(
+                        f"rank {rank} on {self.hosts[rank]} has {name} {value}, the others have {right}: start every "
+                        "rank with the same command, on the same checkpoint and store"
+                    )
+
+    @contextlib.contextmanager
+    def first_here(self) -> Iterator[None]:
+        key = f"first/{self._asked}/{self.shard.rank - self.local.rank}"
+        self._asked += 1
+        if self.local.rank:
+            self._await([key])
+        yield
+        if not self.local.rank:
+            self._store.set(key, "")
+
+    # -- what they compute together
+
+    def connect(self, device: torch.device) -> None:
+        if model_parallel_is_initialized():
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            # The watch ends a job that lost a rank, with a sentence; NCCL's own watchdog would kill it without.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        self._device = device
+        with _broken_if_it_fails(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=self.shard.rank,
+                world_size=self.shard.size,
+                timeout=_LONGEST,
+                device_id=device if device.type == "cuda" else None,
+            )
+            initialize_model_parallel(self.shard.size)
+        self.barrier()
+
+    def collective(self, timer: Timer) -> Collective:
+        return FairscaleCollective(self.shard, timer)
+
+    def barrier(self) -> None:
+        if self._device is None:
+            raise RuntimeError("a barrier needs a world that is connected")
+        with _broken_if_it_fails():
+            here = torch.zeros(1, device=self._device)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            dist.all_reduce(here, group=get_model_parallel_group())
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+
+    def abandon(self) -> None:
+        """NCCL's kernels wait on the GPU, where only an abort reaches them; gloo's calls end with the peer's socket."""
+        if self._device is None or self._device.type != "cuda" or not model_parallel_is_initialized():
+            return
+        for group in (get_model_parallel_group(), dist.group.WORLD):
+            with contextlib.suppress(Exception):  # aborted already, or failing: the job ends either way
+                if group is not None:
+                    group.abort()
+
+    def leave(self, ending: Ending | None) -> None:
+        """Say how this rank ended, and let go. After a failure the process is to end at once: see ``watch.endings``."""
+        self.watch.settle(ending)
+        if ending is None:
+            self.watch.endings(START_S)  # whoever holds the store goes last
+            self.watch.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def join(
+    shard: Shard,
+    local: Shard,
+    attempt: int,
+    *,
+    on_failure: Callable[[Ending], None],
+    last_resort: Callable[[Ending], None],
+) -> TorchWorld:
+    """Meet the other ranks in the store that torchrun's variables name; nothing is computed yet.
+
+    Args:
+        attempt: how often torchrun has started these ranks again.
+        on_failure, last_resort: see :class:`Watch`.
+
+    Raises:
+        RankFailed: naming a rank that does not come.
+        UnusableInput: if there is no store to meet in.
+    """
+    limit = timedelta(seconds=START_S)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=shard.rank, world_size=shard.size, timeout=limit))
+        ours = _connection_of_its_own(store)
+    except (RuntimeError, ValueError) as error:
+        raise UnusableInput(
+            f"rank {shard.rank} of {shard.size} found no meeting place ({str(error).splitlines()[0]}): start the ranks "
+            "with torchrun, and name the first host by --master-addr where there are several"
+        ) from error
+    watch = Watch(
+        dist.PrefixStore(f"watch/{attempt}", ours),
+        shard.rank,
+        shard.size,
+        socket.gethostname(),
+        on_failure=on_failure,
+        last_resort=last_resort,
+    )
+    watch.start()
+    return TorchWorld(shard, local, store, watch)
+
+
+def _connection_of_its_own(store: dist.Store) -> dist.Store:
+    """The same store over another connection: the watch must not queue behind somebody's wait."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    limit = timedelta(seconds=LOST_S)
+    return dist.TCPStore(store.host, store.port, None, False, limit, wait_for_workers=False)

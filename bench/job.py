@@ -20,11 +20,13 @@ from llama.checkpoint import Shard
 from llama.config import UnusableInput
 from llama.watch import LOST_S, Ending, RankFailed
 from llama.world import ALONE, World
+from wsm.errors import DoesNotFit, StoreError
 from wsm.settings import Ranks
 
 if TYPE_CHECKING:
     from llama.parallel import TorchWorld
 
+INTERRUPTED = "interrupted"
 SAME_END_S = 2.0
 """How long a rank waits to see whether all others fail in the same way."""
 
@@ -98,13 +100,17 @@ class RankedJob(Job):
         )
 
     def join(self) -> None:
-        from llama.parallel import join
+        from llama.parallel import Meeting, join
 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_signal)
-        shard, local = Shard(*self._ranks[:2]), Shard(*self._ranks[2:4])
+        ranks = self._ranks
         self.world = self._joined = join(
-            shard, local, self._ranks.attempt, on_failure=self._interrupt, last_resort=_last_resort
+            Shard(ranks.rank, ranks.size),
+            Shard(ranks.local_rank, ranks.local_size),
+            Meeting(ranks.address, ranks.port, ranks.keeps_store, ranks.attempt),
+            on_failure=self._interrupt,
+            last_resort=_last_resort,
         )
 
     # -- while it runs
@@ -130,13 +136,14 @@ class RankedJob(Job):
         if code == 0:
             self._joined.leave(None)
             return code, sentence
-        ending = self._cause(error) or Ending(
-            self._ranks.rank, self._joined.watch.host, sentence or "interrupted", code
-        )
+        own = Ending(self._ranks.rank, self._joined.watch.host, sentence or INTERRUPTED, code)
+        ending = self._cause(error) or own
         self._joined.leave(ending)
-        said = ending.sentence
+        said: str | None = ending.sentence
         if ending.rank == self._ranks.rank:
             said = self._own(sentence, self._joined.watch.endings(SAME_END_S))
+        if self._ranks.keeps_store:
+            self._joined.watch.endings(LOST_S)  # the others still have to read why
         _end_at_once(ending.code, said)
 
     def _cause(self, error: BaseException | None) -> Ending | None:
@@ -148,14 +155,18 @@ class RankedJob(Job):
             return error.ending
         if isinstance(error, CollectiveBroken | Terminated):
             return self._joined.watch.wait_for_failure(LOST_S + 2)
-        return self._joined.watch.failure
+        own = (UnusableInput, DoesNotFit, StoreError, OSError, KeyboardInterrupt)
+        return None if error is None or isinstance(error, own) else self._joined.watch.failure
 
     def _own(self, sentence: str | None, endings: Sequence[Ending | None]) -> str | None:
         """This rank's own sentence; where all fail alike, one of them says it, for the job."""
         if sentence is None:
             return None
-        alike = [ending is not None and ending.reason == sentence for ending in endings]
-        if all(alike):
+
+        def same(reason: str) -> bool:
+            return reason == sentence or (reason.startswith(INTERRUPTED) and sentence.startswith(INTERRUPTED))
+
+        if all(ending is not None and same(ending.reason) for ending in endings):
             return sentence if self.speaks else None
         return f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
 

@@ -38,7 +38,7 @@ from wsm.telemetry import PhaseStats
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a run has got so far, so that an interrupted one can still be written; ``chosen`` is the round that counts."""
+    """What a run has got so far, so that an interrupted one can still be written; round ``chosen`` counts."""
 
     ceilings: dict[str, Ceiling]
     rounds: list[Round]

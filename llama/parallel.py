@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,24 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llama.checkpoint import Shard
 from llama.config import UnusableInput
-from llama.watch import LOST_S, START_S, Ending, RankFailed, Watch
+from llama.watch import START_S, Ending, RankFailed, Watch
 from llama.world import Collective, Timer, World
 
 _LONGEST = timedelta(hours=1)
 """Of a collective. One rank may load for long while another waits; lost ranks are :mod:`llama.watch`'s to find."""
+
+
+class Meeting(NamedTuple):
+    """Where the job's store is, whether this process keeps it, and how often the ranks were started again."""
+
+    address: str
+    port: int
+    keeps_store: bool
+    attempt: int
 
 
 class CollectiveBroken(RuntimeError):
@@ -81,7 +92,7 @@ class TorchWorld(World):
     Made by :func:`join`.
     """
 
-    def __init__(self, shard: Shard, local: Shard, store: dist.Store, watch: Watch) -> None:
+    def __init__(self, shard: Shard, local: Shard, store: Store, watch: Watch) -> None:
         super().__init__(shard, local)
         self.watch = watch
         self._store = store
@@ -149,14 +160,21 @@ class TorchWorld(World):
         with _broken_if_it_fails(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", self._store),
+                store=PrefixStore("group", self._store),
                 rank=self.shard.rank,
                 world_size=self.shard.size,
                 timeout=_LONGEST,
-                device_id=device if device.type == "cuda" else None,
             )
             initialize_model_parallel(self.shard.size)
+            self._warm_up(device)
         self.barrier()
+
+    def _warm_up(self, device: torch.device) -> None:
+        """NCCL takes its buffers at the first collective of each kind and size: now, before memory is measured."""
+        for nbytes in (4 << 10, 1 << 20, 32 << 20) if device.type == "cuda" else (4,):
+            x = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            dist.all_reduce(x, group=get_model_parallel_group())
+            gather_from_model_parallel_region(x[: 1 << 20])
 
     def collective(self, timer: Timer) -> Collective:
         return FairscaleCollective(self.shard, timer)
@@ -194,45 +212,35 @@ class TorchWorld(World):
 def join(
     shard: Shard,
     local: Shard,
-    attempt: int,
+    meeting: Meeting,
     *,
     on_failure: Callable[[Ending], None],
     last_resort: Callable[[Ending], None],
 ) -> TorchWorld:
-    """Meet the other ranks in the store that torchrun's variables name; nothing is computed yet.
+    """Meet the other ranks in the job's store; nothing is computed yet.
 
     Args:
-        attempt: how often torchrun has started these ranks again.
         on_failure, last_resort: see :class:`Watch`.
 
     Raises:
         RankFailed: naming a rank that does not come.
         UnusableInput: if there is no store to meet in.
     """
-    limit = timedelta(seconds=START_S)
+    limit, prefix = timedelta(seconds=START_S), f"attempt/{meeting.attempt}"
+
+    def connection(keeps: bool) -> Store:
+        store = TCPStore(meeting.address, meeting.port, None, keeps, limit, wait_for_workers=False)
+        return PrefixStore(prefix, store)
+
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank=shard.rank, world_size=shard.size, timeout=limit))
-        ours = _connection_of_its_own(store)
+        # Two connections: the watch must not queue behind somebody's wait.
+        store, ours = connection(meeting.keeps_store), connection(False)
     except (RuntimeError, ValueError) as error:
         raise UnusableInput(
-            f"rank {shard.rank} of {shard.size} found no meeting place ({str(error).splitlines()[0]}): start the ranks "
-            "with torchrun, and name the first host by --master-addr where there are several"
+            f"rank {shard.rank} of {shard.size} found no store at {meeting.address}:{meeting.port} "
+            f"({str(error).splitlines()[0]}): start the ranks with torchrun, and name the first host by --master-addr "
+            "where there are several"
         ) from error
-    watch = Watch(
-        dist.PrefixStore(f"watch/{attempt}", ours),
-        shard.rank,
-        shard.size,
-        socket.gethostname(),
-        on_failure=on_failure,
-        last_resort=last_resort,
-    )
+    watch = Watch(ours, shard.rank, shard.size, socket.gethostname(), on_failure=on_failure, last_resort=last_resort)
     watch.start()
     return TorchWorld(shard, local, store, watch)
-
-
-def _connection_of_its_own(store: dist.Store) -> dist.Store:
-    """The same store over another connection: the watch must not queue behind somebody's wait."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    limit = timedelta(seconds=LOST_S)
-    return dist.TCPStore(store.host, store.port, None, False, limit, wait_for_workers=False)

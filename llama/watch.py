@@ -94,7 +94,9 @@ class Roll:
             if last is None or last[0] != beat.count:
                 self._last[rank] = (beat.count, now_s)
             elif rank != self._rank and beat.state == "running" and now_s - last[1] > self._lost_s:
-                reason = f"no sign of life for {self._lost_s:g} s: it was killed or its host is gone; see its own output"
+                reason = (
+                    f"no sign of life for {self._lost_s:g} s: it was killed or its host is gone; see its own output"
+                )
                 return Ending(rank, beat.host, reason, 1)
         return None
 
@@ -225,9 +227,7 @@ class Watch:
         while not self._closed.wait(BEAT_S):
             try:
                 with self._lock:
-                    said = self._said = Beat(
-                        self._said.count + 1, self.host, self._said.state, self._said.ending
-                    )
+                    said = self._said = Beat(self._said.count + 1, self.host, self._said.state, self._said.ending)
                     self._store.set(self._keys[self.rank], said.to_text())
                 self._listen()
             except RuntimeError:  # the store is gone: the guard counts the silence

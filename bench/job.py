@@ -133,17 +133,19 @@ class RankedJob(Job):
                 signal.signal(number, signal.SIG_IGN)
         if self._joined is None:
             return code, self._unjoined(sentence, error)
-        if code == 0:
-            self._joined.leave(None)
-            return code, sentence
-        own = Ending(self._ranks.rank, self._joined.watch.host, sentence or INTERRUPTED, code)
-        ending = self._cause(error) or own
-        self._joined.leave(ending)
+        if code != 0:
+            self._fail(self._joined, code, sentence, error)
+        self._joined.leave(None)
+        return code, sentence
+
+    def _fail(self, world: TorchWorld, code: int, sentence: str | None, error: BaseException | None) -> NoReturn:
+        ending = self._cause(error) or Ending(self._ranks.rank, world.watch.host, sentence or INTERRUPTED, code)
+        world.leave(ending)
         said: str | None = ending.sentence
         if ending.rank == self._ranks.rank:
-            said = self._own(sentence, self._joined.watch.endings(SAME_END_S))
+            said = self._own(sentence, world.watch.endings(SAME_END_S))
         if self._ranks.keeps_store:
-            self._joined.watch.endings(LOST_S)  # the others still have to read why
+            world.watch.endings(LOST_S)  # the others still have to read why
         _end_at_once(ending.code, said)
 
     def _cause(self, error: BaseException | None) -> Ending | None:

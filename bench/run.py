@@ -145,11 +145,10 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
 def _facts(options: RunOptions, prompts: Sequence[Sequence[int]]) -> dict[str, str]:
     """What has to be the same on every rank, besides what is built."""
     shared = ("batch_size", "max_new_tokens", "max_seq_len", "temperature", "top_p", "seed", "ignore_eos", "topk_blk")
-    flags = {
-        f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in (*shared, "warmup_rounds", "repeats")
-    }
+    shared += ("warmup_rounds", "repeats", "no_probe")
+    flags = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in shared}
     digest = hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
-    return {**flags, "--no-probe": str(options.no_probe), "prompts of digest": digest}
+    return {**flags, "prompts of digest": digest}
 
 
 def _result(

@@ -74,7 +74,7 @@ class BuildOptions:
 class Inputs:
     """What a run reads: opened and checked, nothing large allocated.
 
-    ``checkpoint`` is the whole model's, ``share`` what this rank holds of it, ``numa_node`` where the rank runs if known.
+    ``checkpoint`` is the whole model's, ``share`` what this rank holds of it, ``numa_node`` where it runs if known.
     """
 
     options: BuildOptions

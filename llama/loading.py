@@ -33,7 +33,7 @@ class Reporter:
 
 
 def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
-    """The named device, or a CUDA device, or the CPU; of several ranks on a host, each has the GPU of its own number."""
+    """The named device, or a CUDA device, or the CPU; of several ranks on a host each has its own GPU."""
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -46,8 +46,8 @@ def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
         index, count = device.index or local.rank, torch.cuda.device_count()
         if index >= count and local.size > 1:
             raise UnusableInput(
-                f"there are {count} CUDA devices here for {local.size} ranks: torchrun --nproc-per-node {max(1, count)}, "
-                "or --device cpu"
+                f"there are {count} CUDA devices here for {local.size} ranks: start fewer with torchrun "
+                f"--nproc-per-node {max(1, count)}, or give --device cpu"
             )
         if index >= count:
             raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")

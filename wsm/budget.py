@@ -127,7 +127,9 @@ def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory |
 
 
 def measure_hardware(device: torch.device, ranks_here: int = 1) -> Hardware:
-    """The memory of this machine now, the CPU's divided among the ranks that run on it. On CUDA this creates the context and takes its size from what it leaves free.
+    """The memory of this machine now, the CPU's divided among the ranks that run on it.
+
+    On CUDA this creates the context and takes its size from what it leaves free.
 
     To be called before the first computation, so that no kernel is loaded yet.
     """

@@ -22,7 +22,7 @@ from wsm.store import PackedStore
 
 
 def store_path(checkpoint: Checkpoint, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
-    """Where a checkpoint's packed file lies: one a dtype and number of ranks, named after the content of its sources."""
+    """Where a checkpoint's packed file lies: one a dtype and number of ranks, named after its sources' content."""
     files = [[*file, _written(checkpoint, file.name)] for file in checkpoint.sources()]
     content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -51,8 +51,8 @@ class PlanInputs:
     """Everything that a plan follows from; to plan again with other flags, replace ``settings`` or ``shape``.
 
     ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
-    a wave) are chosen where they are None. Of ``ranks``, ``config``, ``layouts`` and ``hardware`` are one's share, and so
-    is the plan; ``ranks_here`` of them share this host.
+    a wave) are chosen where they are None. With several ``ranks``, ``config``, ``layouts`` and ``hardware`` are one's
+    share, and so is the plan; ``ranks_here`` of them share this host.
     """
 
     config: ModelConfig

@@ -178,8 +178,8 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
     rank, size, local_rank, local_size, attempt, port = numbers.values()
     if not (rank < size and local_rank < local_size <= size and environ.get("MASTER_ADDR")):
         raise UnusableInput(
-            f"rank {rank} of {size}, {local_rank} of {local_size} here, meeting at {environ.get('MASTER_ADDR')!r}: these "
-            "variables are not torchrun's; start several ranks with it"
+            f"rank {rank} of {size}, {local_rank} of {local_size} here, meeting at {environ.get('MASTER_ADDR')!r}: "
+            "these variables are not torchrun's; start several ranks with it"
         )
     agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Ranks(

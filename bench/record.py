@@ -210,5 +210,5 @@ def _resolved(options: RunOptions, settings: Settings, llm: LLaMA) -> dict[str, 
     values = {**dataclasses.asdict(options), **dataclasses.asdict(settings)}
     values.pop("engine")
     values["dtype"], values["device"] = DTYPE_NAMES[llm.inputs.dtype], str(llm.inputs.device)
-    values["model"] = llm.config.name
+    values["model"], values["tp"] = llm.config.name, llm.inputs.world.shard.size
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -144,9 +144,9 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
 
 def _facts(options: RunOptions, prompts: Sequence[Sequence[int]]) -> dict[str, str]:
     """What has to be the same on every rank, besides what is built."""
-    shared = ("batch_size", "max_new_tokens", "max_seq_len", "temperature", "top_p", "seed", "ignore_eos", "topk_blk")
-    shared += ("warmup_rounds", "repeats", "no_probe")
-    flags = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in shared}
+    shared = "batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk warmup_rounds repeats"
+    names = (*shared.split(), "no_probe")
+    flags = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in names}
     digest = hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
     return {**flags, "prompts of digest": digest}
 

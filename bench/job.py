@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from llama.checkpoint import Shard
 from llama.config import UnusableInput
-from llama.watch import LOST_S, Ending, RankFailed
+from llama.watch import LOST_S, START_S, Ending, RankFailed
 from llama.world import ALONE, World
 from wsm.errors import DoesNotFit, StoreError
 from wsm.settings import Ranks
@@ -135,18 +135,24 @@ class RankedJob(Job):
             return code, self._unjoined(sentence, error)
         if code != 0:
             self._fail(self._joined, code, sentence, error)
-        self._joined.leave(None)
+        self._joined.watch.settle(None)
+        self._leave(self._joined)
+        self._joined.end()
         return code, sentence
 
     def _fail(self, world: TorchWorld, code: int, sentence: str | None, error: BaseException | None) -> NoReturn:
         ending = self._cause(error) or Ending(self._ranks.rank, world.watch.host, sentence or INTERRUPTED, code)
-        world.leave(ending)
+        world.watch.settle(ending)
         said: str | None = ending.sentence
         if ending.rank == self._ranks.rank:
             said = self._own(sentence, world.watch.endings(SAME_END_S))
-        if self._ranks.keeps_store:
-            world.watch.endings(LOST_S)  # the others still have to read why
+        self._leave(world)
         _end_at_once(ending.code, said)
+
+    def _leave(self, world: TorchWorld) -> None:
+        if self._ranks.keeps_store:
+            world.watch.wait_for_others(START_S)  # they still read how the job ends
+        world.watch.leave()
 
     def _cause(self, error: BaseException | None) -> Ending | None:
         """Another rank's end, where this one's follows from it."""

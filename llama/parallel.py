@@ -199,14 +199,10 @@ class TorchWorld(World):
                 if group is not None:
                     group.abort()
 
-    def leave(self, ending: Ending | None) -> None:
-        """Say how this rank ended, and let go. After a failure the process is to end at once: see ``watch.endings``."""
-        self.watch.settle(ending)
-        if ending is None:
-            self.watch.endings(START_S)  # whoever holds the store goes last
-            self.watch.close()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    def end(self) -> None:
+        """Let go of the process group; after a failure it is better left alone."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def join(

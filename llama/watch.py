@@ -55,11 +55,14 @@ class RankFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a rank says: a count that goes on, where it runs, how it stands, and why it failed."""
+    """What a rank says: a count that goes on, where it runs, how it stands, and why it failed (None: it did not).
+
+    ``ended``: it still reads how the others end; ``left``: it needs the store no more.
+    """
 
     count: int
     host: str
-    state: Literal["running", "failed", "done"] = "running"
+    state: Literal["running", "ended", "left"] = "running"
     ending: Ending | None = None
 
     def to_text(self) -> str:
@@ -87,7 +90,7 @@ class Roll:
     def read(self, beats: Sequence[Beat], now_s: float) -> Ending | None:
         """The first failure among the other ranks: what one says of itself before what its silence says."""
         for rank, beat in enumerate(beats):
-            if rank != self._rank and beat.state == "failed" and beat.ending is not None:
+            if rank != self._rank and beat.ending is not None:
                 return beat.ending
         for rank, beat in enumerate(beats):
             last = self._last[rank]
@@ -192,22 +195,35 @@ class Watch:
         return self._found
 
     def endings(self, seconds: float) -> list[Ending | None]:
-        """What each rank says of its end, waiting for all to say something."""
-        until = time.monotonic() + seconds
-        while any(beat.state == "running" for beat in self._beats) and time.monotonic() < until:
-            time.sleep(_POLL_S)
-            with contextlib.suppress(RuntimeError):
-                self._listen()
+        """Why each rank failed, when all have ended or ``seconds`` are over; None for one that has not failed."""
+        self._listen_until(lambda: all(beat.state != "running" for beat in self._beats), seconds)
         return [beat.ending for beat in self._beats]
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Until no other rank needs the store."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._listen_until(lambda: all(self._beats[rank].state == "left" for rank in others), seconds)
+
+    def _listen_until(self, enough: Callable[[], bool], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):  # the store's keeper has left
+            while not enough() and time.monotonic() < until:
+                time.sleep(_POLL_S)
+                self._listen()
 
     # -- what is said
 
     def settle(self, ending: Ending | None) -> None:
-        """Say how this rank ended (None: well), and leave the end itself to the caller."""
+        """Say how this rank ended (None: well), and leave the rest to the caller."""
         self._settled.set()
         with contextlib.suppress(RuntimeError):
-            self._say(Beat(self._said.count + 1, self.host, "done" if ending is None else "failed", ending))
-            self._listen()
+            self._say(Beat(self._said.count + 1, self.host, "ended", ending))
+
+    def leave(self) -> None:
+        """Say that this rank reads no more, and watch no more."""
+        with contextlib.suppress(RuntimeError):
+            self._say(Beat(self._said.count + 1, self.host, "left", self._said.ending))
+        self.close()
 
     def _say(self, beat: Beat) -> None:
         with self._lock:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from llama.checkpoint import Shard
 from llama.config import UnusableInput
-from llama.watch import LOST_S, START_S, Ending, RankFailed
+from llama.watch import GRACE_S, LOST_S, START_S, Ending, RankFailed
 from llama.world import ALONE, World
 from wsm.errors import DoesNotFit, StoreError
 from wsm.settings import Ranks
@@ -110,7 +110,7 @@ class RankedJob(Job):
             Shard(ranks.local_rank, ranks.local_size),
             Meeting(ranks.address, ranks.port, ranks.keeps_store, ranks.attempt),
             on_failure=self._interrupt,
-            last_resort=_last_resort,
+            last_resort=self._last_resort,
         )
 
     # -- while it runs
@@ -125,6 +125,13 @@ class RankedJob(Job):
         self.world.abandon()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
+    def _last_resort(self, ending: Ending) -> None:
+        """The main thread is stuck where no signal reaches it; the system takes back threads, files and memory."""
+        if self._joined is not None:
+            self._joined.watch.settle(ending)
+            self._joined.watch.leave()
+        _end_at_once(ending.code, ending.sentence)
+
     # -- the end
 
     def end(self, code: int, sentence: str | None, error: BaseException | None) -> tuple[int, str | None]:
@@ -136,7 +143,7 @@ class RankedJob(Job):
         if code != 0:
             self._fail(self._joined, code, sentence, error)
         self._joined.watch.settle(None)
-        self._leave(self._joined)
+        self._leave(self._joined, START_S)
         self._joined.end()
         return code, sentence
 
@@ -146,12 +153,12 @@ class RankedJob(Job):
         said: str | None = ending.sentence
         if ending.rank == self._ranks.rank:
             said = self._own(sentence, world.watch.endings(SAME_END_S))
-        self._leave(world)
+        self._leave(world, GRACE_S)
         _end_at_once(ending.code, said)
 
-    def _leave(self, world: TorchWorld) -> None:
+    def _leave(self, world: TorchWorld, limit_s: float) -> None:
         if self._ranks.keeps_store:
-            world.watch.wait_for_others(START_S)  # they still read how the job ends
+            world.watch.wait_for_others(limit_s)  # they still read how the job ends
         world.watch.leave()
 
     def _cause(self, error: BaseException | None) -> Ending | None:
@@ -187,11 +194,6 @@ class RankedJob(Job):
 
 def job_of(ranks: Ranks) -> Job:
     return RankedJob(ranks) if ranks.size > 1 else Job()
-
-
-def _last_resort(ending: Ending) -> None:
-    """The main thread is stuck where no signal reaches it; the system takes back threads, files and memory."""
-    _end_at_once(ending.code, ending.sentence)
 
 
 def _end_at_once(code: int, sentence: str | None) -> NoReturn:

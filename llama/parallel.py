@@ -238,5 +238,5 @@ def join(
             "where there are several"
         ) from error
     watch = Watch(ours, shard.rank, shard.size, socket.gethostname(), on_failure=on_failure, last_resort=last_resort)
-    watch.start()
+    watch.start(START_S)
     return TorchWorld(shard, local, store, watch)

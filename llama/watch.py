@@ -83,7 +83,7 @@ class Roll:
     agree.
     """
 
-    def __init__(self, rank: int, size: int, lost_s: float = LOST_S) -> None:
+    def __init__(self, rank: int, size: int, lost_s: float) -> None:
         self._rank, self._lost_s = rank, lost_s
         self._last: list[tuple[int, float] | None] = [None] * size
 
@@ -96,12 +96,17 @@ class Roll:
             last = self._last[rank]
             if last is None or last[0] != beat.count:
                 self._last[rank] = (beat.count, now_s)
-            elif rank != self._rank and beat.state == "running" and now_s - last[1] > self._lost_s:
+            elif rank != self._rank and beat.state == "running" and self.is_silent(rank, now_s):
                 reason = (
                     f"no sign of life for {self._lost_s:g} s: it was killed or its host is gone; see its own output"
                 )
                 return Ending(rank, beat.host, reason, 1)
         return None
+
+    def is_silent(self, rank: int, now_s: float) -> bool:
+        """Whether a rank's count has not changed for so long that it counts as lost."""
+        last = self._last[rank]
+        return last is not None and now_s - last[1] > self._lost_s
 
 
 class Watch:
@@ -130,7 +135,7 @@ class Watch:
         self._store, self.rank, self.size, self.host = store, rank, size, host
         self._on_failure, self._last_resort = on_failure, last_resort
         self._keys = [f"beat/{number}" for number in range(size)]
-        self._roll = Roll(rank, size)
+        self._roll = Roll(rank, size, LOST_S)
         self._lock = threading.Lock()
         self._said = Beat(0, host)
         self._found: Ending | None = None
@@ -142,7 +147,7 @@ class Watch:
 
     # -- life
 
-    def start(self, limit_s: float = START_S) -> None:
+    def start(self, limit_s: float) -> None:
         """Say that this rank is here, wait for all others, then watch.
 
         Raises:
@@ -200,9 +205,12 @@ class Watch:
         return [beat.ending for beat in self._beats]
 
     def wait_for_others(self, seconds: float) -> None:
-        """Until no other rank needs the store."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        self._listen_until(lambda: all(self._beats[rank].state == "left" for rank in others), seconds)
+        """Until no other rank that is alive needs the store."""
+
+        def gone(rank: int) -> bool:
+            return self._beats[rank].state == "left" or self._roll.is_silent(rank, time.monotonic())
+
+        self._listen_until(lambda: all(gone(rank) for rank in range(self.size) if rank != self.rank), seconds)
 
     def _listen_until(self, enough: Callable[[], bool], seconds: float) -> None:
         until = time.monotonic() + seconds

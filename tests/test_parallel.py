@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from llama.checkpoint.names import GroupId
 from llama.world import ALONE
 from tests.parallel_models import N_LAYERS, PLACES, PROMPTS, make_models
-from tests.ranks import answer, answers, free_port, script, started
+from tests.ranks import answer, answers, free_port, impatient_script, script, started
 from tests.stores import flip
 from wsm.manifest import read_manifest
 
@@ -143,11 +144,18 @@ def test_the_result_is_rank_0s_and_has_every_rank(home: Path, tmp_path: Path) ->
 # -- a rank fails
 
 
-def run_ranks(home: Path, tmp_path: Path, size: int, *flags: str, own: dict[int, list[str]] | None = None) -> Any:
+def run_ranks(
+    home: Path,
+    tmp_path: Path,
+    size: int,
+    *flags: str,
+    own: dict[int, list[str]] | None = None,
+    work: Callable[..., int] = script,
+) -> Any:
     """The script on the model of Llama 3.1's shape; ``own``: flags of some ranks."""
     places = ["--checkpoints", f"{home}/llama31", "--cache-dir", f"{home}/cache", "--out-json", f"{tmp_path}/r.json"]
     argv = [*places, *FLAGS, *PLACE_FLAGS, *flags]
-    return started(tmp_path / "said", size, script, lambda rank: [*argv, *(own or {}).get(rank, [])])
+    return started(tmp_path / "said", size, work, lambda rank: [*argv, *(own or {}).get(rank, [])])
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
@@ -155,7 +163,7 @@ def test_a_rank_lost_in_decode_ends_the_others_with_a_sentence_that_names_it(
     blow: signal.Signals, home: Path, tmp_path: Path
 ) -> None:
     """SIGSTOP leaves its sockets open: only its silence tells."""
-    with run_ranks(home, tmp_path, 4 if blow == signal.SIGKILL else 2, *LONG) as ranks:
+    with run_ranks(home, tmp_path, 4 if blow == signal.SIGKILL else 2, *LONG, work=impatient_script) as ranks:
         ranks.wait_for("Weight streaming enabled")
         time.sleep(1)
         began = time.monotonic()

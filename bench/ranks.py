@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.measure import Round, phases_of
-from bench.results import floor_of
+from bench.results import floor_of, median_round
 from llama.build import LLaMA
 from llama.watch import RankFailed
 from wsm.probe import Ceiling
@@ -21,15 +21,16 @@ INTERRUPTED_LIMIT_S = 5.0
 """How long the other ranks' reports are waited for after Ctrl-C."""
 
 
-def agreed_round(llm: LLaMA, mine: int, *, interrupted: bool) -> int:
-    """The round that rank 0 has chosen; its own, where it is alone or the others are going."""
+def agreed_round(llm: LLaMA, rounds: Sequence[Round], *, interrupted: bool) -> int:
+    """The round of median time on rank 0; where the others are going, this rank's own."""
+    mine = median_round(rounds)
     try:
         answers = llm.inputs.world.exchange(str(mine), INTERRUPTED_LIMIT_S if interrupted else None)
     except RankFailed:
         if not interrupted:
             raise
         return mine
-    return int(answers[0]) if answers[0] is not None else mine
+    return min(int(answers[0]), len(rounds) - 1) if answers[0] is not None else mine
 
 
 def collect(llm: LLaMA, report: Report, *, interrupted: bool) -> list[Report | None]:

@@ -25,7 +25,7 @@ from bench.measure import Sampling, run_round, warm_up
 from bench.prompts import DEFAULT_FILE, fill_batch, keep_last, random_prompts, read_prompts, tokenize
 from bench.ranks import agreed_round, collect, rank_report, with_ranks
 from bench.record import Progress, result_of
-from bench.results import dump, median_round
+from bench.results import dump
 from bench.summary import ConsoleReporter, row, summary
 from bench.trace import chrome_trace
 from llama.build import BuildOptions, Inputs, LLaMA, open_inputs, plan_run
@@ -128,7 +128,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
             if got.interrupted:
                 job.world.abandon()
             llm.stop()
-            got.chosen = agreed_round(llm, median_round(got.rounds), interrupted=got.interrupted)
+            got.chosen = agreed_round(llm, got.rounds, interrupted=got.interrupted)
             result = _result(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
             if job.speaks:
                 if options.trace is not None:

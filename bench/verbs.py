@@ -26,12 +26,13 @@ from llama.tokenizer import load_tokenizer
 from llama.world import World
 from wsm.advice import check_fits
 from wsm.atomic import write_atomically
-from wsm.manifest import plan_store, read_manifest
+from wsm.manifest import read_manifest
 from wsm.pack import PackRequest, pack
 from wsm.plan_text import describe
 from wsm.settings import Settings
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
+from wsm.store_plan import plan_store
 from wsm.verify import verify
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,18 +34,20 @@ from llama.weights import TensorWeights, WeightSource
 from llama.world import ALONE, World
 from wsm.advice import check_fits
 from wsm.auto import choose_settings
-from wsm.budget import Hardware, limit_device_memory, measure_hardware
+from wsm.budget import GIB, Hardware, limit_device_memory, measure_hardware, tightest
 from wsm.cached_store import cached_store
 from wsm.collectives import CollectiveTimes
 from wsm.device import Device, open_device
 from wsm.manager import WeightStreamingManager
-from wsm.manifest import DTYPE_NAMES, DTYPES, StoreDescription, plan_store, read_manifest, stored_config
+from wsm.manifest import DTYPES, StoreDescription, read_manifest, stored_config
 from wsm.numa import bind_to_gpu
 from wsm.plan import Plan, PlanInputs, RunShape, make_plan
 from wsm.settings import Settings, spelled
 from wsm.source import CheckpointSource, GroupSource
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
+from wsm.store_match import check_suits
+from wsm.store_plan import plan_store
 from wsm.telemetry import Telemetry
 
 LOADING_THREADS = 8
@@ -145,7 +147,7 @@ def open_inputs(options: BuildOptions) -> Inputs:
         description = read_manifest(
             options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=world.shard.rank
         )
-        _check_store(description, checkpoint, wanted, options)
+        check_suits(description, checkpoint.config, wanted, world.shard.size, _model_flags(options))
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     inputs = Inputs(options, checkpoint, share, device, dtype, description)
     if world.shard.size > 1:
@@ -153,6 +155,12 @@ def open_inputs(options: BuildOptions) -> Inputs:
         inputs.numa_node = bind_to_gpu(device)
         world.connect(device)
     return inputs
+
+
+def _model_flags(options: BuildOptions) -> str:
+    """The flags that name the model, as the user gave them."""
+    named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
+    return " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
 
 
 def _facts(inputs: Inputs) -> dict[str, str]:
@@ -173,70 +181,28 @@ def _facts(inputs: Inputs) -> dict[str, str]:
     }
 
 
-def _check_store(
-    description: StoreDescription, checkpoint: Checkpoint, wanted: torch.dtype | None, options: BuildOptions
-) -> None:
-    shape = [f for f in fields(checkpoint.config) if f.name != "name"]
-    for part in shape:
-        stored, asked = getattr(description.config, part.name), getattr(checkpoint.config, part.name)
-        if stored != asked:
-            raise UnusableInput(
-                f"--manifest {description.path} holds {description.config.name} ({part.name} {stored}), "
-                f"the model is {checkpoint.config.name} ({part.name} {asked}): give the checkpoint that was packed"
-            )
-    stored_for, ranks = description.shard.size, options.world.shard.size
-    if stored_for != ranks:
-        raise UnusableInput(
-            f"the store of {description.path} is packed for {stored_for} rank{'s' * (stored_for > 1)}, this run has "
-            f"{ranks}; pack another: {_pack_command(options, f'--tp {ranks}')}, or start it with torchrun "
-            f"--nproc-per-node {stored_for}"
-        )
-    if wanted is not None and wanted != description.dtype:
-        raise UnusableInput(
-            f"the store of {description.path} holds {DTYPE_NAMES[description.dtype]}; pack another: "
-            + _pack_command(options, f"--dtype {DTYPE_NAMES[wanted]}")
-        )
-
-
-def _pack_command(options: BuildOptions, flags: str) -> str:
-    model = f"--checkpoints {options.checkpoints}" if options.checkpoints else f"--synthetic {options.synthetic}"
-    model = model if options.checkpoints or options.synthetic else ""
-    return " ".join(filter(None, ["bench_infer.py pack", model, flags, "--to TARGET --manifest FILE"]))
-
-
 def plan_run(inputs: Inputs, shape: RunShape) -> Plan:
     """What will lie where, and how much memory it takes; allocates nothing."""
     if inputs.description is not None:
         layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
     else:
         layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1, inputs.world.shard.size).layouts)
+    world = inputs.world
+    hardware = measure_hardware(inputs.device, world.local.size, (GIB if world.shard.size == 1 else 2 * GIB))
+    everywhere = world.exchange(json.dumps(asdict(hardware)))
     planned = PlanInputs(
         config=inputs.share.config,
         dtype=inputs.dtype,
         layouts=layouts,
         settings=inputs.options.settings,
         shape=shape,
-        hardware=_tightest(measure_hardware(inputs.device, inputs.world.local.size), inputs.world),
+        hardware=tightest(hardware, [Hardware(**json.loads(text)) for text in everywhere if text is not None]),
         chunk_tokens=inputs.options.prefill_chunk_tokens,
         micro_batch=inputs.options.micro_batch,
-        ranks=inputs.world.shard.size,
-        ranks_here=inputs.world.local.size,
+        ranks=world.shard.size,
+        ranks_here=world.local.size,
     )
     return make_plan(choose_settings(planned) if inputs.options.auto else planned)
-
-
-def _tightest(mine: Hardware, world: World) -> Hardware:
-    """The hardware of a rank that has the least of each: every rank has to come to the same plan."""
-    if world.shard.size == 1:
-        return mine
-    all_ranks = [Hardware(**json.loads(text or "")) for text in world.exchange(json.dumps(asdict(mine)))]
-    gpus = [h.gpu_available_bytes for h in all_ranks if h.gpu_available_bytes is not None]
-    return replace(
-        mine,
-        gpu_available_bytes=min(gpus) if gpus else None,
-        gpu_context_bytes=max(h.gpu_context_bytes for h in all_ranks),
-        cpu_available_bytes=min(h.cpu_available_bytes for h in all_ranks),
-    )
 
 
 class LLaMA:

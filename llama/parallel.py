@@ -59,31 +59,37 @@ class FairscaleCollective(Collective):
         self.shard, self._timer = shard, timer
 
     def reduce_(self, x: Tensor) -> Tensor:
-        with self._timed():
+        start = self._timer.mark()
+        try:
             reduced: Tensor = reduce_from_model_parallel_region(x)
+        except RuntimeError as error:
+            raise _broken(error) from error
+        self._timer.took(start, self._timer.mark())
         return reduced
 
     def gather(self, x: Tensor) -> Tensor:
-        with self._timed():
+        start = self._timer.mark()
+        try:
             gathered: Tensor = gather_from_model_parallel_region(x)
+        except RuntimeError as error:
+            raise _broken(error) from error
+        self._timer.took(start, self._timer.mark())
         return gathered
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = self._timer.mark()
-        with _broken_if_it_fails():
-            yield
-        self._timer.took(start, self._timer.mark())
+
+def _broken(error: RuntimeError) -> RuntimeError:
+    """What a collective's failure is to whoever called it; what is no failure of the collective stays as it is."""
+    if isinstance(error, RankFailed | NotImplementedError | torch.OutOfMemoryError):
+        return error
+    return CollectiveBroken(f"a collective failed: {error}")
 
 
 @contextlib.contextmanager
 def _broken_if_it_fails() -> Iterator[None]:
     try:
         yield
-    except (RankFailed, NotImplementedError, torch.OutOfMemoryError):
-        raise
     except RuntimeError as error:
-        raise CollectiveBroken(f"a collective failed: {error}") from error
+        raise _broken(error) from error
 
 
 class TorchWorld(World):

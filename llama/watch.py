@@ -266,6 +266,7 @@ class Watch:
                 break
         if self._found is None or self._settled.is_set():
             return
-        self._on_failure(self._found)
+        # On a thread of its own: what it calls may hang, and the last resort is for that too.
+        threading.Thread(target=self._on_failure, args=(self._found,), name="watch-failure", daemon=True).start()
         if not self._settled.wait(GRACE_S) and not self._closed.is_set():
             self._last_resort(self._found)

@@ -24,10 +24,11 @@ from tests.stores import CONFIG, CountingCheckpoint, assert_equals, checkpoint, 
 from tests.tiny import hf_directory, hf_model, meta_directory
 from wsm.errors import StoreError
 from wsm.groups import BLOCK
-from wsm.manifest import plan_store, read_manifest
+from wsm.manifest import read_manifest
 from wsm.pack import PackRequest, pack
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
+from wsm.store_plan import plan_store
 from wsm.verify import verify
 
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 304, "num_hidden_layers": 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,7 +126,7 @@ def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory |
     return max(0, available_bytes - max(4 * GIB, total_bytes // 20))
 
 
-def measure_hardware(device: torch.device, ranks_here: int = 1) -> Hardware:
+def measure_hardware(device: torch.device, ranks_here: int = 1, most_context_bytes: int = GIB) -> Hardware:
     """The memory of this machine now, the CPU's divided among the ranks that run on it.
 
     On CUDA this creates the context and takes its size from what it leaves free.
@@ -142,9 +142,20 @@ def measure_hardware(device: torch.device, ranks_here: int = 1) -> Hardware:
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device)
-    # What others hold of this GPU looks like context; no context is larger than 1 GiB.
-    context = min(max(0, total - free - held), GIB)
+    # What others hold of this GPU looks like context; no context is larger than 1 GiB, NCCL's buffers aside.
+    context = min(max(0, total - free - held), most_context_bytes)
     return Hardware(str(device), total, free + held + context, context + MODULES_BYTES, cpu)
+
+
+def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
+    """This rank's hardware with the least memory that any rank has: all of them have to come to the same plan."""
+    gpus = [rank.gpu_available_bytes for rank in all_ranks if rank.gpu_available_bytes is not None]
+    return replace(
+        mine,
+        gpu_available_bytes=min(gpus) if gpus else None,
+        gpu_context_bytes=max(rank.gpu_context_bytes for rank in all_ranks),
+        cpu_available_bytes=min(rank.cpu_available_bytes for rank in all_ranks),
+    )
 
 
 def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:

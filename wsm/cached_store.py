@@ -16,9 +16,10 @@ import torch
 from llama.checkpoint import WHOLE, Checkpoint, Shard
 from llama.config import UnusableInput
 from wsm.errors import DoesNotFit, StoreError
-from wsm.manifest import DTYPE_NAMES, VERSION, StoreDescription, plan_store, read_manifest
+from wsm.manifest import DTYPE_NAMES, VERSION, StoreDescription, read_manifest
 from wsm.pack import PackRequest, Progress, pack
 from wsm.store import PackedStore
+from wsm.store_plan import plan_store
 
 
 def store_path(checkpoint: Checkpoint, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import xxhash
 
-from llama.checkpoint import WHOLE, Checkpoint, Shard, SourceFile, rank_config
-from llama.checkpoint.names import KINDS, GroupId, pass_order
+from llama.checkpoint import WHOLE, Checkpoint, Shard, SourceFile
+from llama.checkpoint.names import KINDS, GroupId
 from llama.config import ModelConfig, UnusableInput
-from wsm.groups import BLOCK, GroupLayout, globals_layout, group_layout, round_up
+from wsm.groups import BLOCK, GroupLayout
+from wsm.store_plan import Extent, StorePlan, plan_store, stride_of
 from wsm.superblock import AGAIN, Superblock
 
 FORMAT, VERSION = "wsm-packed-store", 2
@@ -23,17 +24,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 STORE_ID_BYTES = 16
 _CHECKSUM = re.compile("[0-9a-f]{32}")
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A stretch of a target, ready for O_DIRECT; only its first ``needed`` bytes have to exist."""
-
-    target: int
-    offset: int
-    nbytes: int
-    slot_offset: int
-    needed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,60 +65,6 @@ class StoreDescription:
     def nbytes(self) -> int:
         """What a full read of the shard moves."""
         return sum(extent.nbytes for group in self.groups.values() for extent in group.extents)
-
-
-def stripes(nbytes: int, offset: int, targets: int) -> tuple[Extent, ...]:
-    """An image cut into one contiguous part a target, each at the same ``offset``; parts are multiples of 4096."""
-    part = stride_of(nbytes, targets)
-    return tuple(
-        Extent(target, offset, min(part, nbytes - start), start, min(part, nbytes - start))
-        for target in range(targets)
-        if (start := target * part) < nbytes
-    )
-
-
-def stride_of(nbytes: int, targets: int) -> int:
-    """Bytes that an image takes on each target."""
-    return round_up(-(-nbytes // targets), BLOCK)
-
-
-@dataclass(frozen=True, slots=True)
-class StorePlan:
-    """Where a checkpoint's groups will lie on ``targets`` devices: globals first, then pass order.
-
-    For ``tp`` ranks each group is as many images of the same layout, one behind the other; ``offsets`` are rank 0's.
-    """
-
-    config: ModelConfig
-    dtype: torch.dtype
-    targets: int
-    tp: int
-    offsets: Mapping[GroupId | None, int]
-    layouts: Mapping[GroupId | None, GroupLayout]
-    target_bytes: int
-
-    def extents(self, group: GroupId | None, rank: int) -> tuple[Extent, ...]:
-        """Where the image of a rank's share of ``group`` lies."""
-        nbytes = self.layouts[group].nbytes
-        return stripes(nbytes, self.offsets[group] + rank * stride_of(nbytes, self.targets), self.targets)
-
-
-def plan_store(config: ModelConfig, dtype: torch.dtype, targets: int, tp: int = 1) -> StorePlan:
-    """The layout of a new store; ``target_bytes`` is what each target has to hold, superblock included.
-
-    Raises:
-        UnusableInput: if the model cannot be cut for ``tp`` ranks.
-    """
-    share = rank_config(config, tp)
-    by_kind = {kind: group_layout(share, kind, dtype) for kind in KINDS}
-    layouts: dict[GroupId | None, GroupLayout] = {None: globals_layout(share, dtype)}
-    layouts.update({group: by_kind[group.kind] for group in pass_order(config.n_layers)})
-    offsets: dict[GroupId | None, int] = {}
-    offset = BLOCK
-    for group, layout in layouts.items():
-        offsets[group] = offset
-        offset += tp * stride_of(layout.nbytes, targets)
-    return StorePlan(config, dtype, targets, tp, offsets, layouts, offset)
 
 
 def manifest_json(

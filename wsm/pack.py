@@ -24,7 +24,8 @@ from llama.config import UnusableInput
 from wsm.atomic import sync_directory, write_atomically
 from wsm.errors import DoesNotFit, StoreError
 from wsm.groups import BLOCK, views
-from wsm.manifest import DTYPE_NAMES, Extent, StorePlan, load_json, manifest_digest, manifest_json, plan_store
+from wsm.manifest import DTYPE_NAMES, load_json, manifest_digest, manifest_json
+from wsm.store_plan import Extent, StorePlan, plan_store
 from wsm.superblock import Superblock
 from wsm.targets import check_targets, opened
 

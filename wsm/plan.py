@@ -182,7 +182,8 @@ def make_plan(inputs: PlanInputs) -> Plan:
         why = "it is the head too" if inputs.config.tied_embeddings else "mode full pages nothing"
         notes.append(f"--embedding cpu has no effect: {why}")
     if inputs.ranks > 1:
-        notes.append(f"one of {inputs.ranks} ranks: each figure is its share, and no graph is captured")
+        graphs = ", and passes run without CUDA graphs" if inputs.hardware.has_gpu else ""
+        notes.append(f"one of {inputs.ranks} ranks: each figure is its share{graphs}")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
     chunk, rows = _portions(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
     return Plan(

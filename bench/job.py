@@ -26,7 +26,7 @@ from wsm.settings import Ranks
 if TYPE_CHECKING:
     from llama.parallel import TorchWorld
 
-INTERRUPTED = "interrupted"
+INTERRUPTED, INTERRUPTED_CODE = "interrupted", 130
 SAME_END_S = 2.0
 """How long a rank waits to see whether all others fail in the same way."""
 
@@ -151,7 +151,10 @@ class RankedJob(Job):
         ending = self._cause(error) or Ending(self._ranks.rank, world.watch.host, sentence or INTERRUPTED, code)
         world.watch.settle(ending)
         said: str | None = ending.sentence
-        if ending.rank == self._ranks.rank:
+        if ending.code == INTERRUPTED_CODE:  # Ctrl-C reaches all ranks of a terminal, in any order: said once a host
+            own = isinstance(error, KeyboardInterrupt)
+            said = None if error is None or self._ranks.local_rank else sentence if own else said
+        elif ending.rank == self._ranks.rank:
             said = self._own(sentence, world.watch.endings(SAME_END_S))
         self._leave(world, GRACE_S)
         _end_at_once(ending.code, said)
@@ -177,11 +180,7 @@ class RankedJob(Job):
         """This rank's own sentence; where all fail alike, one of them says it, for the job."""
         if sentence is None:
             return None
-
-        def same(reason: str) -> bool:
-            return reason == sentence or (reason.startswith(INTERRUPTED) and sentence.startswith(INTERRUPTED))
-
-        if all(ending is not None and same(ending.reason) for ending in endings):
+        if all(ending is not None and ending.reason == sentence for ending in endings):
             return sentence if self.speaks else None
         return f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
 

@@ -238,9 +238,8 @@ def test_ctrl_c_on_all_ranks_ends_all_with_130(home: Path, tmp_path: Path) -> No
         for process in ranks.processes:
             os.kill(process.pid or 0, signal.SIGINT)
         assert ranks.codes(30) == [130, 130]
-        assert [sentence for rank in (0, 1) for sentence in ranks.said(rank)] == [
-            "interrupted; nothing half-written was left"
-        ]
+        [said] = [*ranks.said(0), *ranks.said(1)]
+    assert said.endswith("interrupted; nothing half-written was left")
 
 
 def test_ctrl_c_between_rounds_keeps_those_that_are_done(home: Path, tmp_path: Path) -> None:

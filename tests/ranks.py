@@ -107,8 +107,10 @@ def started(
 def impatient_script(*argv: str) -> int:
     """As :func:`script`, waiting less long for signs of life."""
     import bench.job
+    import llama.parallel
     import llama.watch
 
+    llama.parallel.START_S = 2.0
     llama.watch.LOST_S = bench.job.LOST_S = 4.0
     llama.watch.GRACE_S = bench.job.GRACE_S = 3.0
     return script(*argv)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,15 @@ def test_ctrl_c_between_rounds_keeps_those_that_are_done(home: Path, tmp_path: P
 # -- the number of ranks
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A rank's end ignores signals for good, which a test's own process must not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_a_tp_that_is_not_the_number_of_ranks_is_refused_with_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,3 +334,23 @@ def test_two_agents_of_torchrun_are_two_hosts(home: Path, tmp_path: Path) -> Non
     assert said[1][0] == ""
     parallel = json.loads((tmp_path / "r.json").read_text())["parallel"]
     assert parallel["world_size"] == 2
+
+
+def test_a_rank_that_finds_no_store_names_the_one_that_should_keep_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llama.parallel.START_S", 0.3)
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    assert script("--mode", "full") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("bench_infer.py: rank 0 on 127.0.0.1: did not start within 0.3 s")
+
+
+def test_a_missing_rank_is_named_by_those_that_came(home: Path, tmp_path: Path) -> None:
+    argv = ["--checkpoints", f"{home}/llama31", *FLAGS, "--out-json", f"{tmp_path}/r.json"]
+    with started(tmp_path / "said", 2, impatient_script, lambda rank: argv, only=[0]) as ranks:
+        assert ranks.codes(20) == [1]
+        [said] = ranks.said(0)
+    assert said.startswith("rank 1 on a host that was not heard of: did not start within")

@@ -99,8 +99,6 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
     prompts = batch_prompts(options, inputs, reporter.say)
     job.world.agree(_facts(options, prompts))
     plan = plan_run(inputs, shape_of(prompts, options))
-    if options.auto:
-        reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     _announce(reporter, built, inputs, plan)
     if without_effect := sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")):
         warnings.append(
@@ -118,27 +116,13 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
         if built.settings.mode != "full":
             way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
             reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
-        try:
-            _rounds(options, llm, prompts, reporter, got)
-        except KeyboardInterrupt:
-            got.interrupted = True
-            if not got.rounds:
-                raise
+        _measure(options, llm, prompts, reporter, got)
         with _finishing():
-            if got.interrupted:
-                job.world.abandon()
-            llm.stop()
-            got.chosen = agreed_round(llm, got.rounds, interrupted=got.interrupted)
             result = _result(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
             if job.speaks:
-                if options.trace is not None:
-                    _write_trace(options.trace, llm, got)
-                write_atomically(options.out_json, dump(result))
+                _write(options, llm, got, result)
     if job.speaks:
         _print_result(options, reporter, result)
-    if got.interrupted and job.speaks:
-        done = f"{len(got.rounds)} of {options.repeats} repeats are in {options.out_json}"
-        print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)
     return 130 if got.interrupted else 0
 
 
@@ -160,7 +144,11 @@ def _result(
     got: Progress,
     warnings: list[str],
 ) -> dict[str, Any]:
-    """The JSON's content; of several ranks, each brings its report and rank 0's is the job's."""
+    """The JSON's content, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
+    if got.interrupted:
+        llm.inputs.world.abandon()
+    llm.stop()
+    got.chosen = agreed_round(llm, got.rounds, interrupted=got.interrupted)
     result = result_of(options, argv, user_set, llm, prompts, got, warnings)
     if llm.inputs.world.shard.size == 1:
         return result
@@ -170,6 +158,8 @@ def _result(
 
 def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, plan: Plan) -> None:
     mode = built.settings.mode
+    if built.auto:
+        reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
     if mode == "full" and built.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
@@ -184,6 +174,18 @@ def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, pl
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
         reporter.say(plan.budget_text())
+
+
+def _measure(
+    options: RunOptions, llm: LLaMA, prompts: list[list[int]], reporter: ConsoleReporter, got: Progress
+) -> None:
+    """All rounds; after Ctrl-C those that were finished, if any was."""
+    try:
+        _rounds(options, llm, prompts, reporter, got)
+    except KeyboardInterrupt:
+        got.interrupted = True
+        if not got.rounds:
+            raise
 
 
 def _rounds(
@@ -229,6 +231,12 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
+def _write(options: RunOptions, llm: LLaMA, got: Progress, result: dict[str, Any]) -> None:
+    if options.trace is not None:
+        _write_trace(options.trace, llm, got)
+    write_atomically(options.out_json, dump(result))
+
+
 def _write_trace(path: Path, llm: LLaMA, got: Progress) -> None:
     chosen = got.rounds[got.chosen]
     phases = {"prefill": (chosen.start, chosen.prefill_done), "decode": (chosen.prefill_done, chosen.done)}
@@ -264,9 +272,11 @@ def _finishing() -> Iterator[None]:
 def _print_result(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
     if options.output is not None:
         print(row(result, options.output))
-        return
-    if options.print_text:
-        for number, text in enumerate(result["output"]["texts"]):
+    else:
+        for number, text in enumerate(result["output"]["texts"] or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
-    reporter.say(summary(result))
-    reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
+        reporter.say(summary(result))
+        reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
+    if result["interrupted"]:
+        done = f"{result['repeats']['n']} of {options.repeats} repeats are in {options.out_json}"
+        print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)

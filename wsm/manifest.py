@@ -206,10 +206,9 @@ def _describe_v2(manifest: dict[str, Any], path: Path, targets: tuple[str, ...] 
     if targets is not None and len(targets) != len(named):
         raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {len(named)}")
     rank = min(rank, plan.tp - 1)  # a store of another number of ranks is refused by whoever wants to run it
+    named_rank = rank if plan.tp > 1 else None
     groups = {
-        group: StoredGroup(
-            group, layout, plan.extents(group, rank), checksums[group][rank], rank if plan.tp > 1 else None
-        )
+        group: StoredGroup(group, layout, plan.extents(group, rank), checksums[group][rank], named_rank)
         for group, layout in plan.layouts.items()
     }
     return StoreDescription(

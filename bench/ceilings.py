@@ -23,8 +23,12 @@ MOST_BUFFERS = 9
 
 
 def probe(llm: LLaMA) -> dict[str, Ceiling]:
-    """Measure every ceiling that the mode uses; to be called when memory is taken and nothing is loaded."""
-    manager = llm.manager
+    """Measure every ceiling that the mode uses; to be called when memory is taken and nothing is loaded.
+
+    Several ranks measure at the same time, so that what their links share shows.
+    """
+    manager, in_step = llm.manager, llm.inputs.world.barrier
+    in_step()
     if manager is None:
         found = probe_compute(llm.device, llm.inputs.dtype)
         _release(llm.inputs.device)
@@ -32,13 +36,14 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     host, slot = manager.scratch()
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
     _release(llm.inputs.device)
-    found |= probe_link(llm.device, host, slot)
+    found |= probe_link(llm.device, host, slot, in_step)
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
     if isinstance(source, PackedStore):
         size = source.slot_bytes("attn")
         buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:MOST_BUFFERS]
         if len(buffers) > 2:
+            in_step()
             found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in read], buffers, slot)
     return found
 
@@ -51,12 +56,12 @@ def _release(device: torch.device) -> None:
 
 
 def _cache_file(inputs: Inputs) -> Path:
-    """One file a machine, store and setting that the probe depends on."""
-    options = inputs.options
+    """One file a machine, store and setting that the probe depends on, and rank."""
+    options, shard = inputs.options, inputs.world.shard
     settings = options.settings
     store = str(options.raw_device or options.manifest or options.cache_dir.expanduser())
     sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
-    of_run = [str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json()]
+    of_run = [str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json(), *(shard if shard.size > 1 else ())]
     key = json.dumps([_hardware(inputs.device, Path(store.partition(",")[0])), *of_run], sort_keys=True)
     return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 

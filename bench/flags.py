@@ -42,6 +42,7 @@ class RunOptions:
     micro_batch: int | None
     device: str | None
     dtype: str | None
+    tp: int | None
     load_model: bool | None
     no_probe: bool
     auto: bool
@@ -62,6 +63,7 @@ class PackOptions:
     to: tuple[str, ...]
     manifest: Path
     dtype: str | None
+    tp: int | None
     force: bool
     yes: bool
     cache_dir: Path
@@ -111,6 +113,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--synthetic", metavar="NAME[:layers=N]", help="random weights in a real model's shape")
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (as stored)")
+    group.add_argument("--tp", type=whole(1), metavar="N", help="ranks that share the model (a run: torchrun's)")
     group.add_argument(
         "--cache-dir",
         type=path,

@@ -22,7 +22,6 @@ from bench.results import (
     drive_warnings,
     io_part,
     load_part,
-    median_round,
     phase_part,
     plan_warnings,
     prediction_warnings,
@@ -40,11 +39,12 @@ from wsm.telemetry import PhaseStats
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a run has got so far, so that an interrupted one can still be written."""
+    """What a run has got so far, so that an interrupted one can still be written; round ``chosen`` counts."""
 
     ceilings: dict[str, Ceiling]
     rounds: list[Round]
     interrupted: bool = False
+    chosen: int = 0
 
 
 def result_of(
@@ -56,7 +56,7 @@ def result_of(
     got: Progress,
     warnings: list[str],
 ) -> dict[str, Any]:
-    chosen = got.rounds[median_round(got.rounds)]
+    chosen = got.rounds[got.chosen]
     stats = dict(zip(("prefill", "decode"), phases_of(llm, chosen, prompts), strict=True))
     store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
     numa_node = llm.manager.numa_node if llm.manager is not None else None
@@ -97,6 +97,7 @@ def result_of(
             "texts": [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
         },
         "repeats": repeats_part(got.rounds),
+        "parallel": None,
         "warnings": [
             *warnings,
             *plan_warnings(stats, llm.plan.bytes_per_pass),
@@ -231,5 +232,5 @@ def _resolved(options: RunOptions, settings: Settings, llm: LLaMA) -> dict[str, 
     values = {**dataclasses.asdict(options), **dataclasses.asdict(settings)}
     values.pop("engine")
     values["dtype"], values["device"] = DTYPE_NAMES[llm.inputs.dtype], str(llm.inputs.device)
-    values["model"] = llm.config.name
+    values["model"], values["tp"] = llm.config.name, llm.inputs.world.shard.size
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -18,14 +20,17 @@ import psutil
 
 from bench import ceilings as ceilings_of
 from bench.flags import RunOptions
+from bench.job import SOLO, Job
 from bench.measure import Sampling, run_round, warm_up
 from bench.prompts import DEFAULT_FILE, fill_batch, keep_last, random_prompts, read_prompts, tokenize
+from bench.ranks import agreed_round, collect, rank_report, with_ranks
 from bench.record import Progress, result_of
-from bench.results import dump, median_round
+from bench.results import dump
 from bench.summary import ConsoleReporter, row, summary
 from bench.trace import chrome_trace
 from llama.build import BuildOptions, Inputs, LLaMA, open_inputs, plan_run
 from llama.config import UnusableInput
+from llama.world import ALONE, World
 from wsm.advice import check_fits
 from wsm.atomic import write_atomically
 from wsm.auto import auto_flags
@@ -37,7 +42,7 @@ MOST_RANDOM_PROMPTS = 512
 """As many as the guide's prompt file has; a larger batch repeats them."""
 
 
-def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
+def build_options(options: RunOptions, world: World = ALONE) -> tuple[BuildOptions, list[str]]:
     """What is to be built, and warnings about variables."""
     settings, warnings = read_settings(options.engine, os.environ)
     built = BuildOptions(
@@ -55,6 +60,7 @@ def build_options(options: RunOptions) -> tuple[BuildOptions, list[str]]:
         kv_dtype=options.kv_dtype,
         kv_device=options.kv_device,
         auto=options.auto,
+        world=world,
     )
     return built, warnings
 
@@ -87,17 +93,25 @@ def shape_of(prompts: Sequence[Sequence[int]], options: RunOptions) -> RunShape:
     )
 
 
-def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
-    """Measure, print, write the JSON; the exit code. ``user_set`` names the variables that the user had set."""
-    reporter = ConsoleReporter(quiet=options.output is not None, verbose=options.verbose)
-    built, warnings = build_options(options)
-    _check_outputs(options)
+def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), job: Job = SOLO) -> int:
+    """Measure, print, write the JSON; the exit code.
+
+    Args:
+        user_set: names of the variables that the user had set.
+        job: this process's part where several ranks run; the one that speaks prints and writes.
+    """
+    job.check_tp(options.tp, argv)
+    job.join()
+    quiet = options.output is not None or not job.speaks
+    reporter = ConsoleReporter(quiet=quiet, verbose=options.verbose, bars=job.speaks)
+    built, warnings = build_options(options, job.world)
+    if job.speaks:
+        _check_outputs(options)
     reporter.say("[INFO] Global state tracker initialized")
     inputs = open_inputs(built)
     distinct = batch_prompts(options, inputs, reporter.say)
+    job.world.agree(_facts(options, distinct))
     plan = plan_run(inputs, shape_of(distinct, options))
-    if options.auto:
-        reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     _announce(reporter, built, inputs, plan)
     check_fits(plan)
     prompts = fill_batch(distinct, options.batch_size)
@@ -118,27 +132,50 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
         if built.settings.mode != "full":
             way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
             reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
-        try:
-            _rounds(options, llm, prompts, reporter, got)
-        except KeyboardInterrupt:
-            got.interrupted = True
-            if not got.rounds:
-                raise
+        _measure(options, llm, prompts, reporter, got)
         with _finishing():
-            llm.stop()
-            if options.trace is not None:
-                _write_trace(options.trace, llm, got)
-            result = result_of(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
-            write_atomically(options.out_json, dump(result))
-    _print_result(options, reporter, result)
-    if got.interrupted:
-        done = f"{len(got.rounds)} of {options.repeats} repeats are in {options.out_json}"
-        print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)
+            result = _result(options, argv, user_set, llm, prompts, got, [*warnings, *llm.warnings])
+            if job.speaks:
+                _write(options, llm, got, result)
+    if job.speaks:
+        _print_result(options, reporter, result)
     return 130 if got.interrupted else 0
+
+
+def _facts(options: RunOptions, prompts: Sequence[Sequence[int]]) -> dict[str, str]:
+    """What has to be the same on every rank, besides what is built."""
+    shared = "batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk warmup_rounds repeats"
+    names = (*shared.split(), "no_probe")
+    flags = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in names}
+    digest = hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
+    return {**flags, "prompts of digest": digest}
+
+
+def _result(
+    options: RunOptions,
+    argv: Sequence[str],
+    user_set: Sequence[str],
+    llm: LLaMA,
+    prompts: list[list[int]],
+    got: Progress,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The JSON's content, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
+    if got.interrupted:
+        llm.inputs.world.abandon()
+    llm.stop()
+    got.chosen = agreed_round(llm, got.rounds, interrupted=got.interrupted)
+    result = result_of(options, argv, user_set, llm, prompts, got, warnings)
+    if llm.inputs.world.shard.size == 1:
+        return result
+    mine = rank_report(llm, got.rounds[got.chosen], prompts, got.ceilings, result["warnings"])
+    return with_ranks(result, collect(llm, mine, interrupted=got.interrupted))
 
 
 def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, plan: Plan) -> None:
     mode = built.settings.mode
+    if built.auto:
+        reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
     if mode == "full" and built.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
@@ -155,18 +192,32 @@ def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, pl
         reporter.say(plan.budget_text())
 
 
+def _measure(
+    options: RunOptions, llm: LLaMA, prompts: list[list[int]], reporter: ConsoleReporter, got: Progress
+) -> None:
+    """All rounds; after Ctrl-C those that were finished, if any was."""
+    try:
+        _rounds(options, llm, prompts, reporter, got)
+    except KeyboardInterrupt:
+        got.interrupted = True
+        if not got.rounds:
+            raise
+
+
 def _rounds(
     options: RunOptions, llm: LLaMA, prompts: list[list[int]], reporter: ConsoleReporter, got: Progress
 ) -> None:
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, options.ignore_eos)
     with llm.load_times.timed("warmup_s"):
         for _ in range(options.warmup_rounds):
+            llm.inputs.world.barrier()
             warm_up(llm, prompts, sampling)
     if llm.manager is not None and options.warmup_rounds:
         llm.manager.wait_loaded()
     llm.load_times.parts["from_process_start_s"] = time.time() - psutil.Process().create_time()
     for number in range(options.repeats):
         with reporter.bar(options.max_new_tokens, "tok", f"round {number + 1}/{options.repeats}") as advance:
+            llm.inputs.world.barrier()
             got.rounds.append(run_round(llm, prompts, sampling, on_token=lambda: advance(1)))
 
 
@@ -196,8 +247,14 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
+def _write(options: RunOptions, llm: LLaMA, got: Progress, result: dict[str, Any]) -> None:
+    if options.trace is not None:
+        _write_trace(options.trace, llm, got)
+    write_atomically(options.out_json, dump(result))
+
+
 def _write_trace(path: Path, llm: LLaMA, got: Progress) -> None:
-    chosen = got.rounds[median_round(got.rounds)]
+    chosen = got.rounds[got.chosen]
     phases = {"prefill": (chosen.start, chosen.prefill_done), "decode": (chosen.prefill_done, chosen.done)}
     write_atomically(path, chrome_trace(llm.telemetry, phases) + "\n")
 
@@ -216,23 +273,26 @@ def _cache_kept_sound(inputs: Inputs) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _finishing() -> Iterator[None]:
-    """Ctrl-C comes too late to lose finished rounds: what takes a second is let through."""
+    """Ctrl-C or SIGTERM comes too late to lose finished rounds: what takes a second is let through."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_result(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
     if options.output is not None:
         print(row(result, options.output))
-        return
-    if options.print_text:
-        for number, text in enumerate(result["output"]["texts"]):
+    else:
+        for number, text in enumerate(result["output"]["texts"] or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
-    reporter.say(summary(result))
-    reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
+        reporter.say(summary(result))
+        reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
+    if result["interrupted"]:
+        done = f"{result['repeats']['n']} of {options.repeats} repeats are in {options.out_json}"
+        print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)

@@ -109,7 +109,8 @@ def _type_of(part: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if "array" not in kinds:
         return " or ".join(kinds)
     items = _followed(part["items"], schema)
-    item = "string" if "enum" in items else items["type"]
+    types = "string" if "enum" in items else items["type"]
+    item = types if isinstance(types, str) else " or ".join(types)
     return " or ".join(f"array of {item}" if kind == "array" else kind for kind in kinds)
 
 

@@ -46,8 +46,9 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 class ConsoleReporter(Reporter):
     """Log lines on stdout (silent where a row is printed instead), bars on stderr, only on a terminal."""
 
-    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool, bars: bool = True) -> None:
         self._quiet, self.verbose = quiet, verbose and not quiet
+        self._no_bars = None if bars else True  # None: where stderr is no terminal
 
     def say(self, line: str) -> None:
         if not self._quiet:
@@ -55,7 +56,7 @@ class ConsoleReporter(Reporter):
 
     @contextmanager
     def bar(self, total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
-        with tqdm(total=total, unit=unit, desc=what, disable=None, unit_scale=unit == "B", leave=False) as bar:
+        with tqdm(total=total, unit=unit, desc=what, disable=self._no_bars, unit_scale=unit == "B", leave=False) as bar:
 
             def advance(done: int) -> None:
                 bar.update(done)

@@ -12,17 +12,27 @@ from bench.results import read_result
 from bench.run import batch_prompts, build_options, shape_of
 from bench.summary import ConsoleReporter, table
 from llama.build import BuildOptions, open_inputs, plan_run
-from llama.checkpoint import Checkpoint, WeightlessCheckpoint, builtin_checkpoint, has_weights, open_checkpoint
+from llama.checkpoint import (
+    Checkpoint,
+    Shard,
+    WeightlessCheckpoint,
+    builtin_checkpoint,
+    has_weights,
+    open_checkpoint,
+    share_of,
+)
 from llama.config import UnusableInput
 from llama.tokenizer import load_tokenizer
+from llama.world import World
 from wsm.advice import check_fits
 from wsm.atomic import write_atomically
-from wsm.manifest import plan_store, read_manifest
+from wsm.manifest import read_manifest
 from wsm.pack import PackRequest, pack
 from wsm.plan_text import describe
 from wsm.settings import Settings
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
+from wsm.store_plan import plan_store
 from wsm.verify import verify
 
 
@@ -39,9 +49,12 @@ def run_pack(options: PackOptions) -> int:
             dtype=options.dtype,
         )
     )
-    size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to)).target_bytes
+    tp = options.tp or 1
+    size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to), tp).target_bytes
+    ranks = f" for {tp} ranks" if tp > 1 else ""
     reporter.say(
-        f"[INFO] packing {inputs.checkpoint.config.name}: {size / 1e9:.3f} GB on each of {len(options.to)} target(s)"
+        f"[INFO] packing {inputs.checkpoint.config.name}{ranks}: {size / 1e9:.3f} GB on each of {len(options.to)} "
+        "target(s)"
     )
 
     def confirm(question: str) -> bool:
@@ -55,7 +68,7 @@ def run_pack(options: PackOptions) -> int:
             return False
 
     with reporter.bar(size * len(options.to), "B", "packing") as advance:
-        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force)
+        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
         pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
     return 0
@@ -68,28 +81,36 @@ def run_verify(options: VerifyOptions) -> int:
     if options.checkpoints is not None:
         weightless = options.checkpoints.is_dir() and not has_weights(options.checkpoints)
         checkpoint = WeightlessCheckpoint(options.checkpoints) if weightless else open_checkpoint(options.checkpoints)
-    description = read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint)
-    store = PackedStore(description, staging_bytes=options.staging_mb * 10**6, verify="always")
-    try:
-        if checkpoint is not None:
-            compare_heads(store, checkpoint)
-        with reporter.bar(description.nbytes, "B", "verifying") as advance:
-            bad = verify(store, progress=advance)
-    finally:
-        store.close()
-    for warning in store.warnings:
+    shares = [
+        read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=rank)
+        for rank in range(read_manifest(options.manifest, checkpoint=checkpoint).shard.size)
+    ]
+    nbytes, groups = sum(share.nbytes for share in shares), sum(len(share.groups) for share in shares)
+    bad: list[str] = []
+    warnings: dict[str, None] = {}
+    with reporter.bar(nbytes, "B", "verifying") as advance:
+        for share in shares:
+            store = PackedStore(share, staging_bytes=options.staging_mb * 10**6, verify="always")
+            try:
+                if checkpoint is not None:
+                    compare_heads(store, share_of(checkpoint, share.shard))
+                bad += verify(store, progress=advance)
+            finally:
+                store.close()
+            warnings |= dict.fromkeys(store.warnings)
+    for warning in warnings:
         reporter.say(f"[WARNING] {warning}")
     for sentence in bad:
         print(sentence, file=sys.stderr)
-    what = "read back" if description.version == 1 else "sound"
-    good, groups = len(description.groups) - len(bad), len(description.groups)
-    reporter.say(f"[INFO] {good} of {groups} groups {what}, {description.nbytes / 1e9:.3f} GB")
+    what = "read back" if shares[0].version == 1 else "sound"
+    reporter.say(f"[INFO] {groups - len(bad)} of {groups} groups {what}, {nbytes / 1e9:.3f} GB")
     return 4 if bad else 0
 
 
 def run_plan(options: RunOptions) -> int:
     """Print what would lie where; exit code 3 if it does not fit."""
-    built, warnings = build_options(options)
+    ranks = options.tp or 1
+    built, warnings = build_options(options, World(Shard(0, ranks), Shard(0, ranks)))
     inputs = open_inputs(built)
     plan = plan_run(inputs, shape_of(batch_prompts(options, inputs, print), options))
     ceilings = recall_for(inputs)

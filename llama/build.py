@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from llama.checkpoint import (
     builtin_checkpoint,
     has_weights,
     open_checkpoint,
+    share_of,
     synthetic_checkpoint,
 )
 from llama.config import UnusableInput
@@ -30,20 +32,25 @@ from llama.loading import DEFAULT_CACHE, LayerProgress, LoadTimes, Reporter, cho
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer, load_tokenizer
 from llama.weights import TensorWeights, WeightSource
+from llama.world import ALONE, World
 from wsm.advice import check_fits
 from wsm.auto import choose_settings
-from wsm.budget import limit_device_memory, measure_hardware
+from wsm.budget import GIB, Hardware, limit_device_memory, measure_hardware, tightest
 from wsm.cached_store import cached_store
+from wsm.collectives import CollectiveTimes
 from wsm.device import Device, open_device
 from wsm.kv import KVTiers
 from wsm.link import Link
 from wsm.manager import WeightStreamingManager
-from wsm.manifest import DTYPE_NAMES, DTYPES, StoreDescription, plan_store, read_manifest, stored_config
+from wsm.manifest import DTYPES, StoreDescription, read_manifest, stored_config
+from wsm.numa import bind_to_gpu
 from wsm.plan import Plan, PlanInputs, RunShape, make_plan
-from wsm.settings import Settings
+from wsm.settings import Settings, spelled
 from wsm.source import CheckpointSource, GroupSource
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
+from wsm.store_match import check_suits
+from wsm.store_plan import plan_store
 from wsm.telemetry import Telemetry
 
 LOADING_THREADS = 8
@@ -53,7 +60,7 @@ SYNTHETIC_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Which model, from where, onto what; ``settings`` say how it is paged."""
+    """Which model, from where, onto what; ``settings`` say how it is paged, ``world`` with which other processes."""
 
     settings: Settings
     checkpoints: Path | None = None
@@ -69,18 +76,28 @@ class BuildOptions:
     kv_dtype: str = "auto"
     kv_device: str | None = None
     auto: bool = False
+    world: World = ALONE
 
 
 @dataclass(slots=True)
 class Inputs:
-    """What a run reads: opened and checked, nothing large allocated."""
+    """What a run reads: opened and checked, nothing large allocated.
+
+    ``checkpoint`` is the whole model's, ``share`` what this rank holds of it, ``numa_node`` where it runs if known.
+    """
 
     options: BuildOptions
     checkpoint: Checkpoint
+    share: Checkpoint
     device: torch.device
     dtype: torch.dtype
     description: StoreDescription | None
+    numa_node: int | None = None
     _tokenizer: Tokenizer | None = None
+
+    @property
+    def world(self) -> World:
+        return self.options.world
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -127,34 +144,48 @@ def open_inputs(options: BuildOptions) -> Inputs:
     """
     if options.raw_device and not options.manifest:
         raise UnusableInput("--raw-device needs --manifest, which says what lies where on it")
-    device = choose_device(options.device)
+    world = options.world
+    device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
+    share = share_of(checkpoint, world.shard)
     wanted = _dtype_named(options.dtype)
     description = None
     if options.manifest is not None and options.settings.mode != "full":
-        description = read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint)
-        _check_store(description, checkpoint, wanted, options)
-    dtype = description.dtype if description is not None else wanted or checkpoint.dtype
-    return Inputs(options, checkpoint, device, dtype, description)
-
-
-def _check_store(
-    description: StoreDescription, checkpoint: Checkpoint, wanted: torch.dtype | None, options: BuildOptions
-) -> None:
-    shape = [f for f in fields(checkpoint.config) if f.name != "name"]
-    for part in shape:
-        stored, asked = getattr(description.config, part.name), getattr(checkpoint.config, part.name)
-        if stored != asked:
-            raise UnusableInput(
-                f"--manifest {description.path} holds {description.config.name} ({part.name} {stored}), "
-                f"the model is {checkpoint.config.name} ({part.name} {asked}): give the checkpoint that was packed"
-            )
-    if wanted is not None and wanted != description.dtype:
-        model = f"--checkpoints {options.checkpoints}" if options.checkpoints else f"--synthetic {options.synthetic}"
-        raise UnusableInput(
-            f"the store of {description.path} holds {DTYPE_NAMES[description.dtype]}; pack another: "
-            f"bench_infer.py pack {model} --dtype {DTYPE_NAMES[wanted]} --to TARGET --manifest FILE"
+        description = read_manifest(
+            options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=world.shard.rank
         )
+        check_suits(description, checkpoint.config, wanted, world.shard.size, _model_flags(options))
+    dtype = description.dtype if description is not None else wanted or checkpoint.dtype
+    inputs = Inputs(options, checkpoint, share, device, dtype, description)
+    if world.shard.size > 1:
+        world.agree(_facts(inputs))
+        inputs.numa_node = bind_to_gpu(device)
+        world.connect(device)
+    return inputs
+
+
+def _model_flags(options: BuildOptions) -> str:
+    """The flags that name the model, as the user gave them."""
+    named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
+    return " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
+
+
+def _facts(inputs: Inputs) -> dict[str, str]:
+    """What has to be the same on every rank, as the user spells it."""
+    settings, description = inputs.options.settings, inputs.description
+    sources = [f"{source.name} {source.digest}" for source in inputs.checkpoint.sources()]
+    return {
+        **{spelled(field.name): str(getattr(settings, field.name)) for field in fields(settings)},
+        "model": str(inputs.checkpoint.config),
+        "checkpoint": ", ".join(sources),
+        "store": str(description.content) if description is not None else "none",
+        "dtype": str(inputs.dtype),
+        "device": inputs.device.type,
+        "--prefill-chunk-tokens": str(inputs.options.prefill_chunk_tokens),
+        "--micro-batch": str(inputs.options.micro_batch),
+        "--auto": str(inputs.options.auto),
+        "torch": torch.__version__,
+    }
 
 
 def record_of(inputs: Inputs) -> KVFormat:
@@ -167,19 +198,24 @@ def plan_run(inputs: Inputs, shape: RunShape) -> Plan:
     if inputs.description is not None:
         layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
     else:
-        layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1).layouts)
+        layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1, inputs.world.shard.size).layouts)
+    world = inputs.world
+    hardware = measure_hardware(inputs.device, world.local.size, (GIB if world.shard.size == 1 else 2 * GIB))
+    everywhere = world.exchange(json.dumps(asdict(hardware)))
     planned = PlanInputs(
-        config=inputs.checkpoint.config,
+        config=inputs.share.config,
         dtype=inputs.dtype,
         layouts=layouts,
         settings=inputs.options.settings,
         shape=shape,
-        hardware=measure_hardware(inputs.device),
+        hardware=tightest(hardware, [Hardware(**json.loads(text)) for text in everywhere if text is not None]),
         chunk_tokens=inputs.options.prefill_chunk_tokens,
         micro_batch=inputs.options.micro_batch,
         kv_record_bytes=record_of(inputs).record_bytes,
         topk_blk=inputs.options.topk_blk,
         kv_device=inputs.options.kv_device,
+        ranks=world.shard.size,
+        ranks_here=world.local.size,
     )
     return make_plan(choose_settings(planned) if inputs.options.auto else planned)
 
@@ -192,7 +228,8 @@ class LLaMA:
 
     def __init__(self, inputs: Inputs, plan: Plan, device: Device, settings: Settings, measured: bool) -> None:
         self.inputs, self.plan, self.device, self.settings = inputs, plan, device, settings
-        self.config = inputs.checkpoint.config
+        self.config = inputs.share.config
+        self.collectives = CollectiveTimes(device, keep=measured)
         self.telemetry = Telemetry(device, keep=measured)
         self.manager: WeightStreamingManager | None = None
         self.kv_tiers: KVTiers | None = None
@@ -279,11 +316,14 @@ class LLaMA:
             if self.settings.mode == "full":
                 before_load(self)
                 with self.load_times.timed("residents_s"):
-                    weights = TensorWeights(inputs.checkpoint, inputs.device, inputs.dtype, on_loaded=progress)
+                    weights = TensorWeights(inputs.share, inputs.device, inputs.dtype, on_loaded=progress)
             else:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
-        self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens)
-        if inputs.device.type == "cuda" and weights.resident and self.kv.resident:
+        collective = inputs.world.collective(self.collectives)
+        self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens, collective)
+        # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
+        one = inputs.world.shard.size == 1
+        if inputs.device.type == "cuda" and weights.resident and self.kv.resident and one:
             self.graphs = self.model.graphs = DecodeGraphs(self.model, self.kv)
 
     def _make_kv(self) -> KVCache:
@@ -346,15 +386,16 @@ class LLaMA:
         inputs, settings = self.inputs, self.settings
         description = inputs.description
         if description is None and settings.mode != "mixed":
-            return CheckpointSource(inputs.checkpoint, inputs.dtype, threads=LOADING_THREADS)
+            return CheckpointSource(inputs.share, inputs.dtype, threads=LOADING_THREADS)
         if description is None:
-            with contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as stack, inputs.world.first_here():
                 description = cached_store(
                     inputs.checkpoint,
                     inputs.dtype,
                     inputs.options.cache_dir.expanduser(),
                     say=lambda line: reporter.say(f"[INFO] {line}"),
                     progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
+                    shard=inputs.world.shard,
                 )
             inputs.description = description
         store = PackedStore(
@@ -363,7 +404,7 @@ class LLaMA:
             verify="always" if settings.verify_weights else "first",
         )
         try:
-            compare_heads(store, inputs.checkpoint)
+            compare_heads(store, inputs.share)
         except BaseException:
             store.close()
             raise
@@ -451,6 +492,8 @@ class LLaMA:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.inputs.world.abandon()
         self.close()
 
 

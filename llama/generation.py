@@ -141,10 +141,10 @@ def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], op
                 f"prompt {row} has {len(prompt)} tokens; with {options.max_new_tokens} new ones that is more "
                 f"than the {room} that the KV cache holds: raise --max-seq-len"
             )
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
             raise UnusableInput(
                 f"prompt {row} has token ids from {min(prompt)} to {max(prompt)}; {model.config.name} knows "
-                f"0 to {model.config.vocab_size - 1}: use the tokenizer of this model"
+                f"0 to {model.vocab_size - 1}: use the tokenizer of this model"
             )
 
 

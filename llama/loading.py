@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llama.checkpoint import WHOLE, Shard
 from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
 
@@ -31,16 +32,23 @@ class Reporter:
         return contextlib.nullcontext(lambda done: None)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the first CUDA device, or the CPU."""
+def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
+    """The named device, or a CUDA device, or the CPU; of several ranks on a host each has its own GPU."""
     if name in (None, "auto"):
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(str(name))
     except RuntimeError:
         raise UnusableInput(f"--device {name} is not known; cpu and cuda[:N] are") from None
     if device.type == "cuda":
-        index, count = device.index or 0, torch.cuda.device_count()
+        if device.index is not None and local.size > 1:
+            raise UnusableInput(f"--device {name} would be every rank's: with --device cuda each has its own")
+        index, count = device.index or local.rank, torch.cuda.device_count()
+        if index >= count and local.size > 1:
+            raise UnusableInput(
+                f"there are {count} CUDA devices here for {local.size} ranks: start fewer with torchrun "
+                f"--nproc-per-node {max(1, count)}, or give --device cpu"
+            )
         if index >= count:
             raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")
         return torch.device("cuda", index)

@@ -20,6 +20,7 @@ from llama.graphs import DecodeGraphs
 from llama.kv_cache import KVCache, Wrote, attended_tokens
 from llama.kv_select import BLOCK_TOKENS
 from llama.weights import WeightSource, side_by_side
+from llama.world import Collective
 
 Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
 
@@ -135,10 +136,20 @@ class Transformer:
     Args:
         weights: hands out groups in pass order, and the globals.
         max_tokens: the longest row, prompt and new tokens together.
+        collective: sums and gathers over the ranks, where ``config`` and ``weights`` are one rank's share.
     """
 
-    def __init__(self, config: ModelConfig, weights: WeightSource, device: torch.device, max_tokens: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        device: torch.device,
+        max_tokens: int,
+        collective: Collective | None = None,
+    ) -> None:
         self.config, self.weights, self.device, self.max_tokens = config, weights, device, max_tokens
+        self.collective = collective or Collective()
+        self.vocab_size = config.vocab_size * self.collective.shard.size
         self.dtype = weights.globals["norm"].dtype
         self.graphs: DecodeGraphs | None = None
         self._freqs_cis = rotary_table(config, max_tokens, device)
@@ -173,7 +184,7 @@ class Transformer:
 
     def layers(self, batch: TokenBatch, kv: KVCache, acquire: Acquire, chunk_tokens: int) -> Tensor:
         """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
-        h = F.embedding(batch.tokens, self.weights.globals[EMBEDDING])
+        h = self._embed(batch.tokens)
         chunks = self._chunks(batch, chunk_tokens, kv)
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
@@ -183,6 +194,23 @@ class Transformer:
                 for chunk in chunks:
                     self._feed_forward_(h[chunk.part], w)
         return h
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The residual ``[N, dim]`` of the tokens; a rank knows the rows of its own part of the vocabulary."""
+        table, shard = self.weights.globals[EMBEDDING], self.collective.shard
+        if shard.size == 1:
+            return F.embedding(tokens, table)
+        own = tokens - shard.rank * self.config.vocab_size
+        elsewhere = (own < 0) | (own >= self.config.vocab_size)
+        h = F.embedding(own.masked_fill_(elsewhere, 0), table).masked_fill_(elsewhere.unsqueeze(1), 0)
+        return self.collective.reduce_(h)
+
+    def _add_product_(self, h: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Add ``x weight^T`` to the residual ``h``; where ranks share the product, their sum once."""
+        if self.collective.shard.size == 1:
+            h.addmm_(x, weight.t())
+        else:
+            h.add_(self.collective.reduce_(F.linear(x, weight)))
 
     def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv: KVCache) -> list[Chunk]:
         freqs_cis = self._freqs_cis[batch.positions].unsqueeze(1)
@@ -233,7 +261,7 @@ class Transformer:
         rotate_(heads[:, : self.config.n_heads + self.config.n_kv_heads], chunk.freqs_cis)
         new = heads[:, self.config.n_heads :].unflatten(1, (2, -1))  # [n, 2, n_kv_heads, head_dim]
         outs = [self._attend(q, new, part, chunk, kv, layer) for part in chunk.parts]
-        h.addmm_(outs[0] if len(outs) == 1 else torch.cat(outs), w["wo"].t())
+        self._add_product_(h, outs[0] if len(outs) == 1 else torch.cat(outs), w["wo"])
 
     def _attend(self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
         """What a part of a chunk attends to, ``[n, n_heads * head_dim]``; may take the place of its queries."""
@@ -278,7 +306,7 @@ class Transformer:
         gate = F.silu(F.linear(x, w["w1"]), inplace=True)  # [n, ffn_dim]
         gate.mul_(F.linear(x, w["w3"]))
         del x
-        h.addmm_(gate, w["w2"].t())
+        self._add_product_(h, gate, w["w2"])
 
     def _head(self, h: Tensor, chunk_tokens: int) -> Tensor:
         w = self.weights.globals
@@ -287,4 +315,4 @@ class Transformer:
         for begin in range(0, h.shape[0], chunk_tokens):
             part = slice(begin, begin + chunk_tokens)
             logits[part] = F.linear(rms_norm(h[part], w["norm"], self.config.norm_eps), head)
-        return logits
+        return self.collective.gather(logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import Checkpoint, SourceFile
-from llama.checkpoint.base import all_tensors
-from llama.checkpoint.names import GroupId, full_name
+from llama.checkpoint.base import all_tensors, stretch
+from llama.checkpoint.names import Cut, GroupId, full_name
 from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import ModelConfig
 from wsm.groups import round_up, views
@@ -41,14 +42,17 @@ class CountingCheckpoint:
     def sources(self) -> tuple[SourceFile, ...]:
         return (SourceFile("counting", 0, "00"),)
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         self.names.append(name)
-        # Whole numbers below 256 are exact in every dtype.
-        out.copy_(((torch.arange(out.numel()) + sum(name.encode())) % 251).view(out.shape))
-
-    def first_row(self, name: str) -> Tensor:
         shape = dict(all_tensors(self.config))[name]
-        return tensor_of(self, name, shape, self.dtype)[0] if len(shape) == 2 else tensor_of(self, name, shape)
+        # Whole numbers below 256 are exact in every dtype.
+        whole = ((torch.arange(math.prod(shape)) + sum(name.encode())) % 251).view(shape)
+        out.copy_(stretch(whole, cut))
+
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
+        shape = dict(all_tensors(self.config))[name]
+        whole = tensor_of(self, name, shape, self.dtype)
+        return stretch(whole, cut)[0] if len(shape) == 2 else whole
 
     def close(self) -> None:
         """There are no files."""

@@ -17,9 +17,10 @@ from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_ti
 from wsm import blockdev
 from wsm.blockdev import check_writable, loop_device_over, signatures, unusable_target, why_busy
 from wsm.errors import DoesNotFit, StoreError
-from wsm.manifest import plan_store, read_manifest
+from wsm.manifest import read_manifest
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
+from wsm.store_plan import plan_store
 from wsm.verify import verify
 
 MIB = 1 << 20

@@ -84,7 +84,7 @@ def test_json_md_has_a_row_for_every_fixed_key() -> None:
 
 def test_json_md_says_what_several_objects_share_once() -> None:
     page = document(read_schema())
-    assert page.count("phases.{prefill,decode}.floor_ms` |") == 1
+    assert page.count("| `phases.{prefill,decode}.floor_ms` |") == 1
     assert page.count("`ceilings.*.value` |") == 1
     assert "| `repeats.raw[].ttft_ms` |" in page
 

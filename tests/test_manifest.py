@@ -21,7 +21,8 @@ from tests.stores import CONFIG, CountingCheckpoint, checkpoint, pack_tiny
 from tests.test_groups import configs
 from wsm.errors import StoreError
 from wsm.groups import BLOCK
-from wsm.manifest import manifest_digest, plan_store, read_manifest, stripes
+from wsm.manifest import manifest_digest, read_manifest
+from wsm.store_plan import plan_store, stripes
 from wsm.superblock import Superblock, check, parse
 
 Change = Callable[[dict[str, Any]], object]

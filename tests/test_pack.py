@@ -25,9 +25,10 @@ from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, che
 from wsm.atomic import write_atomically
 from wsm.errors import DoesNotFit, StoreError
 from wsm.groups import BLOCK
-from wsm.manifest import plan_store, read_manifest
+from wsm.manifest import read_manifest
 from wsm.pack import PackRequest, pack
 from wsm.store import PackedStore
+from wsm.store_plan import plan_store
 from wsm.targets import opened
 
 GROUPS = 1 + 2 * CONFIG.n_layers

@@ -13,10 +13,12 @@ from wsm.settings import (
     KINDS_OF_VALUE,
     PRESETS,
     WSM_PRESETS,
+    Ranks,
     Settings,
     environment_echo,
     field_of,
     preset_environment,
+    read_ranks,
     read_settings,
     set_by_user,
     spelled,
@@ -149,3 +151,32 @@ def test_an_unknown_variable_warns_with_the_name_that_was_meant() -> None:
 def test_fields_are_spelled_as_the_user_spells_them() -> None:
     assert spelled("gpu_cached_layers") == "--gpu-cached-layers"
     assert spelled("cpu_evict") == "WSM_CPU_EVICT"
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "host-a",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+def test_ranks_are_torchruns_and_one_without_it() -> None:
+    assert read_ranks({}) == Ranks() == read_ranks({"WORLD_SIZE": "1"})
+    assert read_ranks(TORCHRUN) == Ranks(3, 4, 1, 2, 0, "host-a", 29500, keeps_store=False)
+    by_hand = {name: value for name, value in TORCHRUN.items() if not name.startswith("TORCHELASTIC")}
+    assert read_ranks({**by_hand, "RANK": "0", "LOCAL_RANK": "0"}).keeps_store
+    assert not read_ranks(by_hand).keeps_store
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"RANK": "4"}, {"LOCAL_RANK": "2"}, {"RANK": "x"}, {"MASTER_ADDR": ""}, {"MASTER_PORT": ""}, {"RANK": "-1"}],
+)
+def test_variables_that_are_no_place_among_ranks_are_refused(change: dict[str, str]) -> None:
+    with pytest.raises(UnusableInput, match="torchrun"):
+        read_ranks({**TORCHRUN, **change})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,8 @@ MODULES_BYTES = 192 << 20
 """Kernels that CUDA loads when they are first used, outside torch's allocator; measured on one H200: 180 MB."""
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
+SORTED_BYTES = 56
+"""Bytes a logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
 
 
 class MemoryLine(NamedTuple):
@@ -124,13 +126,15 @@ def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory |
     return max(0, available_bytes - max(4 * GIB, total_bytes // 20))
 
 
-def measure_hardware(device: torch.device) -> Hardware:
-    """The memory of this machine now. On CUDA this creates the context and takes its size from what it leaves free.
+def measure_hardware(device: torch.device, ranks_here: int = 1, most_context_bytes: int = GIB) -> Hardware:
+    """The memory of this machine now, the CPU's divided among the ranks that run on it.
+
+    On CUDA this creates the context and takes its size from what it leaves free.
 
     To be called before the first computation, so that no kernel is loaded yet.
     """
     memory = psutil.virtual_memory()
-    cpu = cpu_available(memory.available, memory.total, cgroup_memory())
+    cpu = cpu_available(memory.available, memory.total, cgroup_memory()) // ranks_here
     if device.type != "cuda":
         return Hardware(str(device), None, None, 0, cpu)
     import torch
@@ -138,9 +142,20 @@ def measure_hardware(device: torch.device) -> Hardware:
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device)
-    # What others hold of this GPU looks like context; no context is larger than 1 GiB.
-    context = min(max(0, total - free - held), GIB)
+    # What others hold of this GPU looks like context; no context is larger than 1 GiB, NCCL's buffers aside.
+    context = min(max(0, total - free - held), most_context_bytes)
     return Hardware(str(device), total, free + held + context, context + MODULES_BYTES, cpu)
+
+
+def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
+    """This rank's hardware with the least memory that any rank has: all of them have to come to the same plan."""
+    gpus = [rank.gpu_available_bytes for rank in all_ranks if rank.gpu_available_bytes is not None]
+    return replace(
+        mine,
+        gpu_available_bytes=min(gpus) if gpus else None,
+        gpu_context_bytes=max(rank.gpu_context_bytes for rank in all_ranks),
+        cpu_available_bytes=min(rank.cpu_available_bytes for rank in all_ranks),
+    )
 
 
 def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
@@ -191,8 +206,8 @@ def activation_bytes(config: ModelConfig, work: Work) -> int:
     # The residual, the rotations of its positions (complex64), token ids and positions; and the rotary table.
     kept = tokens * (config.dim * work.itemsize + 4 * config.head_dim + 16) + 4 * config.head_dim * work.kv_tokens
     head = 2 * logits + min(chunk, rows) * (config.vocab_size * work.itemsize + 8 * config.dim)
-    # Sorting, the sums of the nucleus in whole numbers and what goes with them: 40 bytes a value, and a sort's scratch.
-    sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * (56 if work.on_gpu else 40)
+    # On the CPU a sort needs no scratch.
+    sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * (SORTED_BYTES if work.on_gpu else 40)
     computing = chunk_bytes(config, chunk, work.itemsize) + _attention_extra(config, work, chunk) + logits
     return kept + max(computing, head, sampling)
 

@@ -13,21 +13,22 @@ from typing import IO
 
 import torch
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import WHOLE, Checkpoint, Shard
 from llama.config import UnusableInput
 from wsm.errors import DoesNotFit, StoreError
-from wsm.manifest import DTYPE_NAMES, VERSION, StoreDescription, plan_store, read_manifest
+from wsm.manifest import DTYPE_NAMES, VERSION, StoreDescription, read_manifest
 from wsm.pack import PackRequest, Progress, pack
 from wsm.store import PackedStore
+from wsm.store_plan import plan_store
 
 
-def store_path(checkpoint: Checkpoint, dtype: torch.dtype, cache_dir: Path) -> Path:
-    """Where a checkpoint's packed file lies: one a dtype, named after the content of its sources."""
+def store_path(checkpoint: Checkpoint, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
+    """Where a checkpoint's packed file lies: one a dtype and number of ranks, named after its sources' content."""
     files = [[*file, _written(checkpoint, file.name)] for file in checkpoint.sources()]
-    content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files]
+    content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
-    return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{digest}.wsm"
+    return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
 
 
 def _written(checkpoint: Checkpoint, name: str) -> int | None:
@@ -42,24 +43,26 @@ def cached_store(
     *,
     say: Callable[[str], None],
     progress: Callable[[int], Progress],
+    shard: Shard = WHOLE,
 ) -> StoreDescription:
     """The checkpoint's packed file, packed now if it is not there or not whole.
 
     Args:
+        shard: whose part of it is described; the file is packed for ``shard.size`` ranks.
         say: told the size and the free space before anything is written.
         progress: given the bytes to come; what it returns is called with the bytes of each group.
 
     Raises:
         DoesNotFit: if the filesystem has too little room.
     """
-    path = store_path(checkpoint, dtype, cache_dir)
+    path = store_path(checkpoint, dtype, cache_dir, shard.size)
     manifest = path.with_suffix(".json")
     with _locked(path.with_suffix(".lock")):
-        found = _sound(manifest, path)
+        found = _sound(manifest, path, shard.rank)
         if found is not None:
             return found
         path.unlink(missing_ok=True)
-        size = plan_store(checkpoint.config, dtype, 1).target_bytes
+        size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
         usage = os.statvfs(cache_dir)
         free = usage.f_bavail * usage.f_frsize
         say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
@@ -70,19 +73,19 @@ def cached_store(
             )
         pack(
             checkpoint,
-            PackRequest((str(path),), manifest, dtype),
+            PackRequest((str(path),), manifest, dtype, tp=shard.size),
             confirm=lambda question: True,
             progress=progress(size),
         )
-        return read_manifest(manifest)
+        return read_manifest(manifest, rank=shard.rank)
 
 
-def _sound(manifest: Path, path: Path) -> StoreDescription | None:
+def _sound(manifest: Path, path: Path, rank: int) -> StoreDescription | None:
     """The store, if its manifest and superblock are there and fit each other."""
     if not manifest.exists() or not path.exists():
         return None
     try:
-        description = read_manifest(manifest, raw_device=str(path))
+        description = read_manifest(manifest, raw_device=str(path), rank=rank)
         PackedStore(description, staging_bytes=1 << 20).close()
     except (UnusableInput, StoreError):
         return None

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import xxhash
 
-from llama.checkpoint import Checkpoint, SourceFile
-from llama.checkpoint.names import KINDS, GroupId, pass_order
+from llama.checkpoint import WHOLE, Checkpoint, Shard, SourceFile
+from llama.checkpoint.names import KINDS, GroupId
 from llama.config import ModelConfig, UnusableInput
-from wsm.groups import BLOCK, GroupLayout, globals_layout, group_layout, round_up
+from wsm.groups import BLOCK, GroupLayout
+from wsm.store_plan import Extent, StorePlan, plan_store, stride_of
 from wsm.superblock import AGAIN, Superblock
 
 FORMAT, VERSION = "wsm-packed-store", 2
@@ -26,33 +27,27 @@ _CHECKSUM = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """A stretch of a target, ready for O_DIRECT; only its first ``needed`` bytes have to exist."""
-
-    target: int
-    offset: int
-    nbytes: int
-    slot_offset: int
-    needed: int
-
-
-@dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """One group (None: the globals): its image, where its bytes lie, and the xxh3-128 of the image."""
+    """One group (None: the globals), or a rank's share of it: its image, where its bytes lie, and their xxh3-128."""
 
     group: GroupId | None
     layout: GroupLayout
     extents: tuple[Extent, ...]
     checksum: str | None
+    rank: int | None = None
 
     @property
     def name(self) -> str:
-        return str(self.group) if self.group is not None else "the globals"
+        group = str(self.group) if self.group is not None else "the globals"
+        return group if self.rank is None else f"{group} of rank {self.rank}"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreDescription:
-    """A manifest, read and checked. ``warnings`` are for the user."""
+    """A manifest, read and checked: what ``shard`` of it holds. ``config`` is the whole model's.
+
+    ``content`` is a digest of what was packed, the same wherever it was packed to; ``warnings`` are for the user.
+    """
 
     version: int
     path: Path
@@ -63,51 +58,13 @@ class StoreDescription:
     superblocks: tuple[Superblock, ...] = ()
     sources: tuple[SourceFile, ...] = ()
     warnings: tuple[str, ...] = ()
+    shard: Shard = WHOLE
+    content: str | None = None
 
     @property
     def nbytes(self) -> int:
-        """What a full read moves."""
+        """What a full read of the shard moves."""
         return sum(extent.nbytes for group in self.groups.values() for extent in group.extents)
-
-
-def stripes(nbytes: int, offset: int, targets: int) -> tuple[Extent, ...]:
-    """An image cut into one contiguous part a target, each at the same ``offset``; parts are multiples of 4096."""
-    part = stride_of(nbytes, targets)
-    return tuple(
-        Extent(target, offset, min(part, nbytes - start), start, min(part, nbytes - start))
-        for target in range(targets)
-        if (start := target * part) < nbytes
-    )
-
-
-def stride_of(nbytes: int, targets: int) -> int:
-    """Bytes that an image takes on each target."""
-    return round_up(-(-nbytes // targets), BLOCK)
-
-
-@dataclass(frozen=True, slots=True)
-class StorePlan:
-    """Where a checkpoint's groups will lie on ``targets`` devices: globals first, then pass order."""
-
-    config: ModelConfig
-    dtype: torch.dtype
-    targets: int
-    offsets: Mapping[GroupId | None, int]
-    layouts: Mapping[GroupId | None, GroupLayout]
-    target_bytes: int
-
-
-def plan_store(config: ModelConfig, dtype: torch.dtype, targets: int) -> StorePlan:
-    """The layout of a new store; ``target_bytes`` is what each target has to hold, superblock included."""
-    by_kind = {kind: group_layout(config, kind, dtype) for kind in KINDS}
-    layouts: dict[GroupId | None, GroupLayout] = {None: globals_layout(config, dtype)}
-    layouts.update({group: by_kind[group.kind] for group in pass_order(config.n_layers)})
-    offsets: dict[GroupId | None, int] = {}
-    offset = BLOCK
-    for group, layout in layouts.items():
-        offsets[group] = offset
-        offset += stride_of(layout.nbytes, targets)
-    return StorePlan(config, dtype, targets, offsets, layouts, offset)
 
 
 def manifest_json(
@@ -117,9 +74,9 @@ def manifest_json(
     created: str,
     targets: Sequence[str],
     sources: Sequence[SourceFile],
-    checksums: Mapping[GroupId | None, str],
+    checksums: Mapping[GroupId | None, Sequence[str]],
 ) -> dict[str, Any]:
-    """The manifest of a store packed by ``plan``."""
+    """The manifest of a store packed by ``plan``; ``checksums`` has one a rank."""
     entries = [_entry(plan, group, checksums[group]) for group in plan.offsets]
     return {
         "format": FORMAT,
@@ -128,6 +85,7 @@ def manifest_json(
         "created": created,
         "targets": list(targets),
         "block_size": BLOCK,
+        **({"tp": plan.tp} if plan.tp > 1 else {}),
         "dtype": DTYPE_NAMES[plan.dtype],
         "model": plan.config.to_json(),
         "source": [source._asdict() for source in sources],
@@ -136,7 +94,7 @@ def manifest_json(
     }
 
 
-def _entry(plan: StorePlan, group: GroupId | None, checksum: str) -> dict[str, Any]:
+def _entry(plan: StorePlan, group: GroupId | None, checksums: Sequence[str]) -> dict[str, Any]:
     layout = plan.layouts[group]
     return {
         "layer": group.layer if group is not None else -1,
@@ -144,7 +102,7 @@ def _entry(plan: StorePlan, group: GroupId | None, checksum: str) -> dict[str, A
         "offset": plan.offsets[group],
         "nbytes": layout.nbytes,
         "stride": stride_of(layout.nbytes, plan.targets),
-        "checksum": checksum,
+        **({"checksum": checksums[0]} if plan.tp == 1 else {"checksums": list(checksums)}),
         "tensors": [
             {
                 "name": tensor.name,
@@ -162,6 +120,12 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """xxh3-128 of the manifest without its device names, which may change from boot to boot."""
     content = {key: value for key, value in manifest.items() if key != "targets"}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _content_digest(manifest: Mapping[str, Any]) -> str:
+    """As :func:`manifest_digest`, of nothing that differs between two packings of the same weights."""
+    packing = ("store_id", "created")
+    return manifest_digest({key: value for key, value in manifest.items() if key not in packing})
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -191,10 +155,12 @@ def read_manifest(
     *,
     raw_device: str | None = None,
     checkpoint: Checkpoint | None = None,
+    rank: int = 0,
 ) -> StoreDescription:
     """The description of the store that ``path`` names, of version 2 or 1.
 
     Args:
+        rank: whose share of the store is meant, where it was packed for several.
         raw_device: overrides the manifest's devices (comma-separated where it is striped).
         checkpoint: gives the model's shape to a version 1 manifest, which has none.
 
@@ -214,10 +180,10 @@ def read_manifest(
             f"--manifest {path}: version {manifest['version']!r} of format {manifest.get('format')!r} is not known; "
             f"versions 1 and {VERSION} are"
         )
-    return _describe_v2(manifest, path, targets)
+    return _describe_v2(manifest, path, targets, rank)
 
 
-def _describe_v2(manifest: dict[str, Any], path: Path, targets: tuple[str, ...] | None) -> StoreDescription:
+def _describe_v2(manifest: dict[str, Any], path: Path, targets: tuple[str, ...] | None, rank: int) -> StoreDescription:
     try:
         named = tuple(manifest["targets"])
         if (
@@ -239,15 +205,29 @@ def _describe_v2(manifest: dict[str, Any], path: Path, targets: tuple[str, ...] 
         raise UnusableInput(f"--manifest {path} is damaged: {error}; {AGAIN}") from error
     if targets is not None and len(targets) != len(named):
         raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {len(named)}")
+    rank = min(rank, plan.tp - 1)  # a store of another number of ranks is refused by whoever wants to run it
+    named_rank = rank if plan.tp > 1 else None
     groups = {
-        group: StoredGroup(group, layout, stripes(layout.nbytes, plan.offsets[group], len(named)), checksums[group])
+        group: StoredGroup(group, layout, plan.extents(group, rank), checksums[group][rank], named_rank)
         for group, layout in plan.layouts.items()
     }
-    superblocks = tuple(Superblock(store_id, digest, number, len(named)) for number in range(len(named)))
-    return StoreDescription(VERSION, path, targets or named, plan.config, plan.dtype, groups, superblocks, sources)
+    return StoreDescription(
+        VERSION,
+        path,
+        targets or named,
+        plan.config,
+        plan.dtype,
+        groups,
+        tuple(Superblock(store_id, digest, number, len(named)) for number in range(len(named))),
+        sources,
+        shard=Shard(rank, plan.tp),
+        content=_content_digest(manifest),
+    )
 
 
-def _checked_plan(manifest: Mapping[str, Any], path: Path, targets: int) -> tuple[StorePlan, dict[GroupId | None, str]]:
+def _checked_plan(
+    manifest: Mapping[str, Any], path: Path, targets: int
+) -> tuple[StorePlan, dict[GroupId | None, tuple[str, ...]]]:
     """The one layout that a version 2 store of this model can have, and the checksums; anything else is damage."""
     if manifest["dtype"] not in DTYPES:
         raise UnusableInput(
@@ -262,15 +242,28 @@ def _checked_plan(manifest: Mapping[str, Any], path: Path, targets: int) -> tupl
     found = manifest["groups"]
     if not isinstance(found, list) or len(found) != len(KINDS) * config.n_layers:
         raise UnusableInput(f"--manifest {path}: field groups does not list the groups of {config.n_layers} layers")
-    plan = plan_store(config, DTYPES[manifest["dtype"]], targets)
-    checksums: dict[GroupId | None, str] = {}
+    tp = manifest.get("tp", 1)
+    if type(tp) is not int or tp < 1:
+        raise UnusableInput(f"--manifest {path}: field tp must be a number of ranks, not {tp!r}; {AGAIN}")
+    plan = plan_store(config, DTYPES[manifest["dtype"]], targets, tp)
+    checksums: dict[GroupId | None, tuple[str, ...]] = {}
     for group, entry in zip(plan.offsets, [manifest["globals"], *found], strict=True):
         where = f"--manifest {path}: {'globals' if group is None else f'group {group}'}"
         if not isinstance(entry, dict):
             raise UnusableInput(f"{where} is no object; {AGAIN}")
-        checksums[group] = _checksum(entry.get("checksum"), where)
+        checksums[group] = _checksums(entry, tp, where)
         _check_same(entry, _entry(plan, group, checksums[group]), where)
     return plan, checksums
+
+
+def _checksums(entry: Mapping[str, Any], tp: int, where: str) -> tuple[str, ...]:
+    """One a rank."""
+    if tp == 1:
+        return (_checksum(entry.get("checksum"), where),)
+    found = entry.get("checksums")
+    if not isinstance(found, list) or len(found) != tp:
+        raise UnusableInput(f"{where}: field checksums must have one for each of {tp} ranks; {AGAIN}")
+    return tuple(_checksum(value, f"{where}: checksums[{rank}]") for rank, value in enumerate(found))
 
 
 def _checksum(value: object, where: str) -> str:

@@ -16,7 +16,8 @@ from llama.checkpoint.names import GroupId, TensorSpec, full_name, global_specs,
 from llama.config import UnusableInput
 from wsm.blockdev import is_block_device, logical_block
 from wsm.groups import BLOCK, TENSOR_ALIGNMENT, GroupLayout, TensorLayout, round_up
-from wsm.manifest import DTYPES, Extent, StoreDescription, StoredGroup
+from wsm.manifest import DTYPES, StoreDescription, StoredGroup
+from wsm.store_plan import Extent
 
 _EMBEDDING = ("tok_embeddings.weight", "embed_tokens.weight")
 _NEEDED = ("name", "dtype", "shape", "offset", "nbytes")

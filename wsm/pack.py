@@ -9,7 +9,7 @@ import mmap
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,13 +18,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama.checkpoint import Checkpoint, SourceFile
+from llama.checkpoint import Checkpoint, Shard, SourceFile, share_of
 from llama.checkpoint.names import GroupId, full_name
 from llama.config import UnusableInput
 from wsm.atomic import sync_directory, write_atomically
 from wsm.errors import DoesNotFit, StoreError
 from wsm.groups import BLOCK, views
-from wsm.manifest import DTYPE_NAMES, StorePlan, load_json, manifest_digest, manifest_json, plan_store, stripes
+from wsm.manifest import DTYPE_NAMES, load_json, manifest_digest, manifest_json
+from wsm.store_plan import Extent, StorePlan, plan_store
 from wsm.superblock import Superblock
 from wsm.targets import check_targets, opened
 
@@ -37,12 +38,13 @@ Confirm = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class PackRequest:
-    """What to pack and where; ``targets`` are files or block devices, striped if there are several."""
+    """What to pack, where and for how many ranks; ``targets`` are files or block devices, striped if several."""
 
     targets: tuple[str, ...]
     manifest: Path
     dtype: torch.dtype
     force: bool = False
+    tp: int = 1
 
 
 def pack(
@@ -64,7 +66,7 @@ def pack(
     """
     if request.dtype not in DTYPE_NAMES:
         raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
-    plan = plan_store(checkpoint.config, request.dtype, len(request.targets))
+    plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp)
     sources = checkpoint.sources()
     _check_places(checkpoint, request)
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
@@ -156,22 +158,30 @@ def _check_places(checkpoint: Checkpoint, request: PackRequest) -> None:
 
 def _write_groups(
     checkpoint: Checkpoint, plan: StorePlan, files: Sequence[int], progress: Progress
-) -> dict[GroupId | None, str]:
-    """Groups in order, one being read while the one before it is written; their checksums."""
-    groups = list(plan.layouts)
+) -> dict[GroupId | None, list[str]]:
+    """Groups in order, each rank by rank, one image being read while the one before it is written; their checksums.
+
+    So what the ranks share a page of is read from the drive once, whichever way it is cut.
+    """
+    shares = [share_of(checkpoint, Shard(rank, plan.tp)) for rank in range(plan.tp)]
+    images = [(group, rank) for group in plan.layouts for rank in range(plan.tp)]
     largest = max(layout.nbytes for layout in plan.layouts.values())
     # Mapped, so aligned as O_DIRECT asks, and only as much of it in memory as the groups that pass through it need.
     buffers = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2)]
-    checksums: dict[GroupId | None, str] = {}
+    checksums: dict[GroupId | None, list[str]] = {group: [] for group in plan.layouts}
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
-        coming = ahead.submit(_make_image, checkpoint, plan, groups[0], buffers[0], readers)
-        for number, group in enumerate(groups):
+
+        def make(number: int) -> Future[Tensor]:
+            group, rank = images[number]
+            return ahead.submit(_make_image, shares[rank], plan, group, buffers[number % 2], readers)
+
+        coming = make(0)
+        for number, (group, rank) in enumerate(images):
             image = memoryview(coming.result().numpy().data)
-            if number + 1 < len(groups):
-                other = buffers[(number + 1) % 2]
-                coming = ahead.submit(_make_image, checkpoint, plan, groups[number + 1], other, readers)
-            checksums[group] = xxhash.xxh3_128_hexdigest(image)
-            _write_stripes(plan, group, image, files, out)
+            if number + 1 < len(images):
+                coming = make(number + 1)
+            checksums[group].append(xxhash.xxh3_128_hexdigest(image))
+            _write_stripes(plan.extents(group, rank), image, files, out)
             progress(len(image))
     return checksums
 
@@ -192,9 +202,7 @@ def _make_image(
     return image
 
 
-def _write_stripes(
-    plan: StorePlan, group: GroupId | None, image: memoryview, files: Sequence[int], threads: Executor
-) -> None:
+def _write_stripes(extents: Sequence[Extent], image: memoryview, files: Sequence[int], threads: Executor) -> None:
     """The parts of an image, to all targets at once."""
     writes = [
         threads.submit(
@@ -203,7 +211,7 @@ def _write_stripes(
             image[extent.slot_offset : extent.slot_offset + extent.nbytes],
             extent.offset,
         )
-        for extent in stripes(len(image), plan.offsets[group], plan.targets)
+        for extent in extents
     ]
     for write in writes:
         write.result()

@@ -13,6 +13,8 @@ from llama.config import ModelConfig
 from wsm.budget import (
     GIB,
     MIB,
+    SAMPLED_AT_ONCE,
+    SORTED_BYTES,
     WORKSPACE_BYTES,
     Hardware,
     MemoryLine,
@@ -52,7 +54,8 @@ class PlanInputs:
 
     ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
     whose KV is moved and attended together) are chosen where they are None. ``kv_record_bytes`` are those of one head's
-    keys or values of a token; None: as the model computes them.
+    keys or values of a token; None: as the model computes them. With several ``ranks``, ``config``, ``layouts`` and
+    ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host.
     """
 
     config: ModelConfig
@@ -66,6 +69,8 @@ class PlanInputs:
     kv_record_bytes: int | None = None
     topk_blk: int = 0
     kv_device: str | None = None
+    ranks: int = 1
+    ranks_here: int = 1
 
     def slot_bytes(self) -> int:
         """Bytes of a slot of each kind together: a layer."""
@@ -196,6 +201,9 @@ def make_plan(inputs: PlanInputs) -> Plan:
     if inputs.settings.embedding == "cpu" and not inputs.embedding_on_cpu:
         why = "it is the head too" if inputs.config.tied_embeddings else "mode full pages nothing"
         notes.append(f"--embedding cpu has no effect: {why}")
+    if inputs.ranks > 1:
+        graphs = ", and passes run without CUDA graphs" if inputs.hardware.has_gpu else ""
+        notes.append(f"one of {inputs.ranks} ranks: each figure is its share{graphs}")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
     portions = _portions(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
     gpu_lines, cpu_lines = _gpu_lines(inputs, placement, portions), _cpu_lines(inputs, placement)
@@ -224,7 +232,8 @@ def _budgets(inputs: PlanInputs, notes: list[str]) -> tuple[int | None, int]:
     """GPU and CPU budget: what the flags say, never more than there is. On the CPU only a flag limits the GPU tier."""
     settings, hardware = inputs.settings, inputs.hardware
     gpu = _asked("--gpu-mem-gb", settings.gpu_mem_gb, hardware.gpu_available_bytes, notes)
-    cpu = _asked("--cpu-mem-gb", settings.cpu_mem_gb, hardware.cpu_available_bytes, notes)
+    share = None if settings.cpu_mem_gb is None else settings.cpu_mem_gb / inputs.ranks_here
+    cpu = _asked("--cpu-mem-gb", share, hardware.cpu_available_bytes, notes)
     return gpu, hardware.cpu_available_bytes if cpu is None else cpu
 
 
@@ -277,7 +286,8 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> 
     layer, chunk = inputs.slot_bytes(), portions.chunk_tokens
     wave_tokens = min(shape.prefill_tokens, portions.wave_rows * shape.prompt_tokens)
     work = Work(chunk, wave_tokens, shape.batch, shape.prompt_tokens, inputs.kv_tokens, inputs.dtype.itemsize, on_gpu)
-    activations = activation_bytes(inputs.config, work) + _copied_matrices(inputs) + _converted_kv(inputs, portions)
+    activations = activation_bytes(inputs.config, work) + _copied_matrices(inputs) + _gathered_bytes(inputs)
+    activations += _converted_kv(inputs, portions)
     lines = [
         MemoryLine(f"weights resident, {residents} layers", residents * layer),
         MemoryLine(f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
@@ -307,6 +317,14 @@ def _copied_matrices(inputs: PlanInputs) -> int:
     if inputs.settings.mode == "full":
         return 0
     return max(lie_apart(layout, QKV) for group, layout in inputs.layouts.items() if group and group.kind == "attn")
+
+
+def _gathered_bytes(inputs: PlanInputs) -> int:
+    """Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both."""
+    if inputs.ranks == 1:
+        return 0
+    rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
+    return 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
 
 
 def _rounding(inputs: PlanInputs, placement: Placement) -> int:

@@ -125,20 +125,31 @@ def _copies(device: Device, destination: Tensor, source: Tensor, total_bytes: in
     return device.seconds(end) - device.seconds(start)
 
 
-def probe_link(device: Device, host: Tensor, slot: Tensor) -> dict[str, Ceiling]:
+def probe_link(
+    device: Device, host: Tensor, slot: Tensor, in_step: Callable[[], None] = lambda: None
+) -> dict[str, Ceiling]:
     """``h2d``, ``d2h`` and ``h2d_d2h`` (both ways at once, their sum) between page-locked ``host`` and ``slot``.
 
     Args:
+        in_step: called before each sample; with a barrier, several ranks' links are measured at the same time.
         host: ``uint8``, overwritten.
         slot: ``uint8`` on the device, overwritten; likewise.
     """
     piece = min(64 << 20, host.nbytes, slot.nbytes)
     total = _sample_pieces(device, host[:piece], slot[:piece]) * piece
     how = f"{total / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
-    h2d = [total / _copies(device, slot[:piece], host[:piece], total) / 1e6 for _ in range(SAMPLES)]
-    d2h = [total / _copies(device, host[:piece], slot[:piece], total) / 1e6 for _ in range(SAMPLES)]
+
+    def rates(sample: Callable[[], float]) -> list[float]:
+        found = []
+        for _ in range(SAMPLES):
+            in_step()
+            found.append(sample())
+        return found
+
+    h2d = rates(lambda: total / _copies(device, slot[:piece], host[:piece], total) / 1e6)
+    d2h = rates(lambda: total / _copies(device, host[:piece], slot[:piece], total) / 1e6)
     half = min(piece, host.nbytes // 2, slot.nbytes // 2)
-    both = [_both_ways(device, host, slot, half, total // piece * half) for _ in range(SAMPLES)]
+    both = rates(lambda: _both_ways(device, host, slot, half, total // piece * half))
     return {
         "h2d": _ceiling(h2d, "MBps", how),
         "d2h": _ceiling(d2h, "MBps", how),

@@ -144,6 +144,49 @@ PRESETS: Mapping[str, str] = {
 """What the script sets where the user has not: DESIGN section 9."""
 
 
+class Ranks(NamedTuple):
+    """Where torchrun put this process: which of all ranks it is, which of its host's, and where all of them meet.
+
+    ``attempt`` counts how often torchrun has started them again; ``keeps_store``: whether rank 0 keeps the job's store,
+    no agent of torchrun's doing so.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    attempt: int = 0
+    address: str = ""
+    port: int = 0
+    keeps_store: bool = False
+
+
+def read_ranks(environ: Mapping[str, str]) -> Ranks:
+    """From torchrun's variables; one rank without them.
+
+    Raises:
+        UnusableInput: for variables that are missing or contradict each other.
+    """
+    if environ.get("WORLD_SIZE", "1") == "1":
+        return Ranks()
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"):
+        text = environ.get(name, "0" if name == "TORCHELASTIC_RESTART_COUNT" else "")
+        if not (text.isascii() and text.isdecimal()):
+            raise UnusableInput(f"{name}={text} cannot be used: start several ranks with torchrun, which sets it")
+        numbers[name] = int(text)
+    rank, size, local_rank, local_size, attempt, port = numbers.values()
+    if not (rank < size and local_rank < local_size <= size and environ.get("MASTER_ADDR")):
+        raise UnusableInput(
+            f"rank {rank} of {size}, {local_rank} of {local_size} here, meeting at {environ.get('MASTER_ADDR')!r}: "
+            "these variables are not torchrun's; start several ranks with it"
+        )
+    agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Ranks(
+        rank, size, local_rank, local_size, attempt, environ["MASTER_ADDR"], port, keeps_store=rank == 0 and not agent
+    )
+
+
 def field_of(variable: str) -> str:
     """The field of :class:`Settings` that a ``WSM_*`` variable sets."""
     return variable.removeprefix("WSM_").lower()

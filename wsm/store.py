@@ -19,8 +19,9 @@ from wsm import superblock
 from wsm.blockdev import target_size
 from wsm.errors import StoreError
 from wsm.groups import BLOCK, GroupLayout, round_up
-from wsm.manifest import Extent, StoreDescription, StoredGroup
+from wsm.manifest import StoreDescription, StoredGroup
 from wsm.source import ChunkRead, Done
+from wsm.store_plan import Extent
 from wsm.superblock import AGAIN
 from wsm.targets import open_for_reading
 

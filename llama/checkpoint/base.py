@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama.checkpoint.names import full_name, global_specs, group_specs, pass_order
+from llama.checkpoint.names import Cut, full_name, global_specs, group_specs, pass_order
 from llama.config import ModelConfig, UnusableInput
 
 
@@ -36,15 +36,21 @@ class Checkpoint(Protocol):
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
+
+        Args:
+            cut: the stretch of the matrix that is wanted, and the shape of ``out``; q and k are cut between heads.
 
         Raises:
             UnusableInput: if the model has no such tensor, or one of another shape.
         """
 
-    def first_row(self, name: str) -> Tensor | None:
-        """The first row of a matrix, or a whole vector, without reading the rest; None where there are no weights."""
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor | None:
+        """The first row of a matrix (or of a stretch of it), or a whole vector, without reading the rest.
+
+        None where there are no weights.
+        """
 
     def close(self) -> None:
         """Let go of the files."""
@@ -72,6 +78,11 @@ def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     for group in pass_order(config.n_layers):
         for spec in group_specs(config, group.kind):
             yield full_name(group, spec.name), spec.shape
+
+
+def stretch(matrix: Tensor, cut: Cut | None) -> Tensor:
+    """A view of the rows or columns that ``cut`` names; all of it without."""
+    return matrix if cut is None else matrix.narrow(*cut)
 
 
 def check_stored(stored: Stored, shape: tuple[int, ...], config_file: str) -> None:

@@ -19,8 +19,10 @@ from llama.checkpoint.base import (
     refuse_pointer,
     refuse_unknown_tensors,
     source_file,
+    stretch,
     weights_dtype,
 )
+from llama.checkpoint.names import Cut
 from llama.config import ModelConfig, UnusableInput
 
 _LAYER_NAMES = {
@@ -100,24 +102,24 @@ class HFCheckpoint:
     def sources(self) -> tuple[SourceFile, ...]:
         return tuple(source_file(path) for path in self._paths)
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         theirs = hf_name(name)
         if theirs not in self._where:
             raise UnusableInput(f"{self.directory} has no tensor {theirs}")
-        weight = self._files[self._where[theirs]].get_tensor(theirs)  # a view of the mapped file
+        # Views of the mapped file: only what is copied is read.
+        weight = stretch(self._files[self._where[theirs]].get_tensor(theirs), cut)
         if weight.shape != out.shape:
             raise UnusableInput(f"{theirs} has shape {list(weight.shape)} in the checkpoint, not {list(out.shape)}")
-        heads = {"wq": self.config.n_heads, "wk": self.config.n_kv_heads}.get(name.split(".")[-2])
-        if heads is None:
-            out.copy_(weight)
-        else:
-            interleaved = to_interleaved(weight, heads)
+        if name.split(".")[-2] in ("wq", "wk"):
+            interleaved = to_interleaved(weight, weight.shape[0] // self.config.head_dim)
             out.view(interleaved.shape).copy_(interleaved)
+        else:
+            out.copy_(weight)
 
-    def first_row(self, name: str) -> Tensor:
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
         theirs = hf_name(name)
-        weight: Tensor = self._files[self._where[theirs]].get_tensor(theirs)
-        return weight[0] if weight.dim() == 2 else weight  # un-permuting leaves row 0 where it is
+        weight = stretch(self._files[self._where[theirs]].get_tensor(theirs), cut)
+        return weight[0] if weight.dim() == 2 else weight  # un-permuting leaves the first row of a head where it is
 
     def close(self) -> None:
         self._files, self._where = {}, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +21,14 @@ from llama.checkpoint.base import (
     refuse_pointer,
     refuse_unknown_tensors,
     source_file,
+    stretch,
     weights_dtype,
 )
+from llama.checkpoint.names import BY_COLUMNS, Cut
 from llama.config import ModelConfig, UnusableInput
 
 MOST_SHARDS = 8
 _EMBEDDING = "tok_embeddings.weight"
-_CUT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -51,9 +52,10 @@ class MetaCheckpoint:
         self.config = ModelConfig.from_meta(params, name, vocab_size=self._vocab_size(params["dim"]))
         if not any("output.weight" in shard for shard in self._shards):
             self.config = dataclasses.replace(self.config, tied_embeddings=True)
-        self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
+        self._shapes = dict(all_tensors(self.config))
+        self.dtype = weights_dtype([self._check(name, shape) for name, shape in self._shapes.items()])
         found = {str(name) for shard in self._shards for name in shard}
-        refuse_unknown_tensors(directory, sorted(found), {name for name, _ in all_tensors(self.config)})
+        refuse_unknown_tensors(directory, sorted(found), set(self._shapes))
 
     def _parts(self, name: str) -> list[Tensor]:
         for path, shard in zip(self._paths, self._shards, strict=True):
@@ -71,7 +73,7 @@ class MetaCheckpoint:
 
     def _cut_axis(self, name: str, part: Tensor, shape: tuple[int, ...]) -> int:
         """The axis along which the shards cut a matrix of ``shape``."""
-        return int(name.endswith(_CUT_BY_COLUMNS) or (name == _EMBEDDING and part.shape[1] != shape[1]))
+        return int(name.endswith(BY_COLUMNS) or (name == _EMBEDDING and part.shape[1] != shape[1]))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> Stored:
         parts = self._parts(name)
@@ -95,23 +97,32 @@ class MetaCheckpoint:
     def sources(self) -> tuple[SourceFile, ...]:
         return tuple(source_file(path) for path in self._paths)
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         parts = self._parts(name)
         if len(parts) == 1 or out.dim() == 1:
-            _copy(name, out, parts[0])
+            _copy(name, out, stretch(parts[0], cut))
             return
-        axis, start = self._cut_axis(name, parts[0], tuple(out.shape)), 0
-        for part in parts:
-            _copy(name, out.narrow(axis, start, part.shape[axis]), part)
-            start += part.shape[axis]
+        axis = self._cut_axis(name, parts[0], self._shapes[name])
+        for begin, part in _places(parts, axis):
+            if cut is None or cut.axis != axis:
+                _copy(name, out.narrow(axis, begin, part.shape[axis]), stretch(part, cut))
+                continue
+            low, high = max(begin, cut.start), min(begin + part.shape[axis], cut.start + cut.length)
+            if low < high:
+                _copy(name, out.narrow(axis, low - cut.start, high - low), part.narrow(axis, low - begin, high - low))
 
-    def first_row(self, name: str) -> Tensor:
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
         parts = self._parts(name)
-        shape = dict(all_tensors(self.config))[name]
+        shape = self._shapes[name]
         if len(shape) == 1:
             return parts[0]
-        by_columns = len(parts) > 1 and self._cut_axis(name, parts[0], shape) == 1
-        return torch.cat([part[0] for part in parts]) if by_columns else parts[0][0]
+        row, columns = (cut.start, None) if cut is not None and cut.axis == 0 else (0, cut)
+        axis = self._cut_axis(name, parts[0], shape)
+        if len(parts) > 1 and axis == 1:
+            whole = torch.cat([part[row] for part in parts])
+        else:
+            whole = next(part[row - begin] for begin, part in _places(parts, 0) if row < begin + part.shape[0])
+        return whole if columns is None else whole.narrow(0, columns.start, columns.length)
 
     def close(self) -> None:
         self._shards = [{} for _ in self._paths]
@@ -145,6 +156,14 @@ def _open_shard(path: Path) -> Mapping[str, Tensor]:
         raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")
     refuse_foreign_tensors(path, map(str, shard))
     return shard
+
+
+def _places(parts: Sequence[Tensor], axis: int) -> Iterator[tuple[int, Tensor]]:
+    """Each shard's part and where it begins in the whole."""
+    begin = 0
+    for part in parts:
+        yield begin, part
+        begin += part.shape[axis]
 
 
 def _copy(name: str, out: Tensor, part: Tensor) -> None:

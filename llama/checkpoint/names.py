@@ -15,6 +15,18 @@ QKV = ("wq", "wk", "wv")
 """Stored one behind the other, so that they are one product of one matrix."""
 
 
+BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
+"""The matrices that are cut by columns where a model is cut in shards or ranks; all others are cut by rows."""
+
+
+class Cut(NamedTuple):
+    """A stretch of a matrix: ``length`` rows (axis 0) or columns (axis 1) from ``start`` on."""
+
+    axis: int
+    start: int
+    length: int
+
+
 class GroupId(NamedTuple):
     """The attn or the ffn weights of one layer, norm included: what is stored, moved and evicted as one."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import SourceFile, all_tensors
+from llama.checkpoint.names import Cut
 from llama.config import PRESETS, ModelConfig, UnusableInput
 
 BLOCK_VALUES = (1 << 20) + 1
@@ -44,18 +45,37 @@ class SyntheticCheckpoint:
         recipe = f"1 {self.config.to_json()} seed={self._seed} block={BLOCK_VALUES} norm={NORM_STD}"
         return (SourceFile(f"synthetic:{self.config.name}", 0, hashlib.sha256(recipe.encode()).hexdigest()[:32]),)
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        if self._shapes.get(name) != tuple(out.shape):
+    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
+        shape = self._shapes.get(name)
+        wanted = shape if shape is None or cut is None else (*shape[: cut.axis], cut.length, *shape[cut.axis + 1 :])
+        if shape is None or wanted != tuple(out.shape):
             raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
-        self._fill(name, out.view(-1))
+        if cut is None or cut.axis == 0:
+            self._fill(name, out.view(-1), 0 if cut is None else cut.start * shape[1])
+        else:
+            self._fill_columns(name, out, cut.start, shape[1])
 
-    def _fill(self, name: str, flat: Tensor) -> None:
+    def _fill(self, name: str, flat: Tensor, first: int = 0) -> None:
+        """The tensor's values from its ``first`` on."""
         block = self._block("norm" if name.endswith("norm.weight") else "matrix", flat.dtype)
-        filled, start = 0, self._start(name)
+        filled, start = 0, (self._start(name) + first) % BLOCK_VALUES
         while filled < flat.numel():
             take = min(block.numel() - start, flat.numel() - filled)
             flat[filled : filled + take].copy_(block[start : start + take])
             filled, start = filled + take, 0
+
+    def _fill_columns(self, name: str, out: Tensor, first: int, columns: int) -> None:
+        """Some columns of a matrix of ``columns``, in as few copies as the block's end allows."""
+        block, (rows, length) = self._block("matrix", out.dtype), out.shape
+        row = 0
+        while row < rows:
+            start = (self._start(name) + row * columns + first) % BLOCK_VALUES
+            count = min(rows - row, (BLOCK_VALUES - start - length) // columns + 1)
+            if count > 0:
+                out[row : row + count].copy_(block.as_strided((count, length), (columns, 1), start))
+            else:  # this row goes over the block's end
+                self._fill(name, out[row], row * columns + first)
+            row += max(1, count)
 
     def _start(self, name: str) -> int:
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
@@ -68,9 +88,10 @@ class SyntheticCheckpoint:
                 self._blocks[role, dtype] = values.to(dtype)
             return self._blocks[role, dtype]
 
-    def first_row(self, name: str) -> Tensor:
-        row = torch.empty(self._shapes[name][-1], dtype=self.dtype)
-        self._fill(name, row)
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
+        columns = self._shapes[name][-1]
+        row = torch.empty(cut.length if cut is not None and cut.axis == 1 else columns, dtype=self.dtype)
+        self._fill(name, row, 0 if cut is None else cut.start * (columns if cut.axis == 0 else 1))
         return row
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import SourceFile, read_json
+from llama.checkpoint.names import Cut
 from llama.config import ModelConfig, UnusableInput
 
 
@@ -41,12 +42,12 @@ class WeightlessCheckpoint:
     def sources(self) -> tuple[SourceFile, ...]:
         return ()
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         raise UnusableInput(
             f"{self.directory} holds no weights: only a packed store of mode mixed, stream or preload runs"
         )
 
-    def first_row(self, name: str) -> None:
+    def first_row(self, name: str, cut: Cut | None = None) -> None:
         return None
 
     def close(self) -> None:

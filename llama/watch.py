@@ -1,0 +1,272 @@
+"""Whether all ranks of a job are alive. Each says so once a second in the job's store, and reads what the others say.
+
+So a rank that was killed, hangs in the system or lost its host is missed within seconds, whatever the others wait for,
+and one that fails says why to all. Nothing here knows of collectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+BEAT_S = 1.0
+LOST_S = 10.0
+"""Silence after which a rank counts as lost: far beyond any pause that the interpreter's lock makes."""
+START_S = 25.0
+GRACE_S = 8.0
+"""For an orderly end, once another rank is known to have failed."""
+_POLL_S = 0.02
+
+
+class Store(Protocol):
+    """What is used of torch's store: a dictionary that all ranks share."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a job ends: the rank that is to blame, its host, what the user reads, the exit code."""
+
+    rank: int
+    host: str
+    reason: str
+    code: int
+
+    @property
+    def sentence(self) -> str:
+        return f"rank {self.rank} on {self.host}: {self.reason}"
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed or was lost, so the job ends."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.sentence)
+        self.ending = ending
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a rank says: a count that goes on, where it runs, how it stands, and why it failed (None: it did not).
+
+    ``ended``: it still reads how the others end; ``left``: it needs the store no more.
+    """
+
+    count: int
+    host: str
+    state: Literal["running", "ended", "left"] = "running"
+    ending: Ending | None = None
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str | bytes) -> Beat:
+        fields: dict[str, Any] = json.loads(text)
+        if fields["ending"] is not None:
+            fields["ending"] = Ending(**fields["ending"])
+        return cls(**fields)
+
+
+class Roll:
+    """Who is alive, from the beats that were read; a function of them and of the clock.
+
+    Silence is measured by the reader's own clock, from when a count was last seen to change: no two clocks have to
+    agree.
+    """
+
+    def __init__(self, rank: int, size: int, lost_s: float) -> None:
+        self._rank, self._lost_s = rank, lost_s
+        self._last: list[tuple[int, float] | None] = [None] * size
+
+    def read(self, beats: Sequence[Beat], now_s: float) -> Ending | None:
+        """The first failure among the other ranks: what one says of itself before what its silence says."""
+        for rank, beat in enumerate(beats):
+            if rank != self._rank and beat.ending is not None:
+                return beat.ending
+        for rank, beat in enumerate(beats):
+            last = self._last[rank]
+            if last is None or last[0] != beat.count:
+                self._last[rank] = (beat.count, now_s)
+            elif rank != self._rank and beat.state == "running" and self.is_silent(rank, now_s):
+                reason = (
+                    f"no sign of life for {self._lost_s:g} s: it was killed or its host is gone; see its own output"
+                )
+                return Ending(rank, beat.host, reason, 1)
+        return None
+
+    def is_silent(self, rank: int, now_s: float) -> bool:
+        """Whether a rank's count has not changed for so long that it counts as lost."""
+        last = self._last[rank]
+        return last is not None and now_s - last[1] > self._lost_s
+
+
+class Watch:
+    """This rank's sign of life, and its eye on the others.
+
+    Two threads: one beats and reads, the other acts on what was found, even where the store no longer answers.
+    ``_said`` (this rank's newest beat) and ``_found`` are written under ``_lock`` alone; ``_found`` only once.
+
+    Args:
+        store: a connection of its own, used by this object alone.
+        host: the name of this rank's machine.
+        on_failure: called once, on a thread of its own, when another rank has failed.
+        last_resort: called if the job is not closed or settled ``GRACE_S`` after that.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        host: str,
+        *,
+        on_failure: Callable[[Ending], None],
+        last_resort: Callable[[Ending], None],
+    ) -> None:
+        self._store, self.rank, self.size, self.host = store, rank, size, host
+        self._on_failure, self._last_resort = on_failure, last_resort
+        self._keys = [f"beat/{number}" for number in range(size)]
+        self._roll = Roll(rank, size, LOST_S)
+        self._lock = threading.Lock()
+        self._said = Beat(0, host)
+        self._found: Ending | None = None
+        self._beats: list[Beat] = []
+        self._heard_s = time.monotonic()
+        self._settled = threading.Event()
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    # -- life
+
+    def start(self, limit_s: float) -> None:
+        """Say that this rank is here, wait for all others, then watch.
+
+        Raises:
+            RankFailed: naming a rank that did not come within ``limit_s``.
+        """
+        self._say(self._said)
+        until = time.monotonic() + limit_s
+        while not self._store.check(self._keys):
+            if time.monotonic() > until:
+                missing = [rank for rank, key in enumerate(self._keys) if not self._store.check([key])]
+                reason = f"did not start within {limit_s:g} s, {self.size} ranks being expected; see its own output"
+                for rank in missing:
+                    self._found = Ending(rank, "a host that was not heard of", reason, 1)
+                    raise RankFailed(self._found)
+            time.sleep(_POLL_S)
+        self._listen()
+        for name, work in (("watch-beat", self._beat), ("watch-guard", self._guard)):
+            thread = threading.Thread(target=work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """Watch no more; a second call does nothing."""
+        self._closed.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=BEAT_S)
+
+    # -- what is known
+
+    @property
+    def hosts(self) -> list[str]:
+        return [beat.host for beat in self._beats]
+
+    @property
+    def failure(self) -> Ending | None:
+        """How another rank ended the job, if one did."""
+        return self._found
+
+    def check(self) -> None:
+        """Raises RankFailed if another rank has failed."""
+        if self._found is not None:
+            raise RankFailed(self._found)
+
+    def wait_for_failure(self, seconds: float) -> Ending | None:
+        """The failure of another rank, which may take a moment to be seen."""
+        until = time.monotonic() + seconds
+        while self._found is None and time.monotonic() < until:
+            time.sleep(_POLL_S)
+        return self._found
+
+    def endings(self, seconds: float) -> list[Ending | None]:
+        """Why each rank failed, when all have ended or ``seconds`` are over; None for one that has not failed."""
+        self._listen_until(lambda: all(beat.state != "running" for beat in self._beats), seconds)
+        return [beat.ending for beat in self._beats]
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Until no other rank that is alive needs the store."""
+
+        def gone(rank: int) -> bool:
+            return self._beats[rank].state == "left" or self._roll.is_silent(rank, time.monotonic())
+
+        self._listen_until(lambda: all(gone(rank) for rank in range(self.size) if rank != self.rank), seconds)
+
+    def _listen_until(self, enough: Callable[[], bool], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):  # the store's keeper has left
+            while not enough() and time.monotonic() < until:
+                time.sleep(_POLL_S)
+                self._listen()
+
+    # -- what is said
+
+    def settle(self, ending: Ending | None) -> None:
+        """Say how this rank ended (None: well), and leave the rest to the caller."""
+        self._settled.set()
+        with contextlib.suppress(RuntimeError):
+            self._say(Beat(self._said.count + 1, self.host, "ended", ending))
+
+    def leave(self) -> None:
+        """Say that this rank reads no more, and watch no more."""
+        with contextlib.suppress(RuntimeError):
+            self._say(Beat(self._said.count + 1, self.host, "left", self._said.ending))
+        self.close()
+
+    def _say(self, beat: Beat) -> None:
+        with self._lock:
+            self._said = beat
+            self._store.set(self._keys[self.rank], beat.to_text())
+
+    # -- the threads
+
+    def _listen(self) -> None:
+        beats = [Beat.from_text(text) for text in self._store.multi_get(self._keys)]
+        found = self._roll.read(beats, time.monotonic())
+        with self._lock:
+            self._beats, self._heard_s = beats, time.monotonic()
+            self._found = self._found or found
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            try:
+                with self._lock:
+                    said = self._said = Beat(self._said.count + 1, self.host, self._said.state, self._said.ending)
+                    self._store.set(self._keys[self.rank], said.to_text())
+                self._listen()
+            except RuntimeError:  # the store is gone: the guard counts the silence
+                continue
+
+    def _guard(self) -> None:
+        while not self._closed.wait(BEAT_S / 4):
+            if self._found is None and time.monotonic() - self._heard_s > LOST_S:
+                host = self._beats[0].host if self._beats else "the first host"
+                self._found = Ending(0, host, f"the job's store has not answered for {LOST_S:g} s", 1)
+            if self._found is not None:
+                break
+        if self._found is None or self._settled.is_set():
+            return
+        # On a thread of its own: what it calls may hang, and the last resort is for that too.
+        threading.Thread(target=self._on_failure, args=(self._found,), name="watch-failure", daemon=True).start()
+        if not self._settled.wait(GRACE_S) and not self._closed.is_set():
+            self._last_resort(self._found)

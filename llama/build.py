@@ -35,11 +35,12 @@ from llama.weights import TensorWeights, WeightSource
 from llama.world import ALONE, World
 from wsm.advice import check_fits
 from wsm.auto import choose_settings
+from wsm.blockdev import is_block_device
 from wsm.budget import GIB, Hardware, limit_device_memory, measure_hardware, tightest
 from wsm.cached_store import cached_store
 from wsm.collectives import CollectiveTimes
 from wsm.device import Device, open_device
-from wsm.kv import KVTiers
+from wsm.kv import DiskOptions, KVTiers
 from wsm.link import Link
 from wsm.manager import WeightStreamingManager
 from wsm.manifest import DTYPES, StoreDescription, read_manifest, stored_config
@@ -183,6 +184,8 @@ def _facts(inputs: Inputs) -> dict[str, str]:
         "device": inputs.device.type,
         "--prefill-chunk-tokens": str(inputs.options.prefill_chunk_tokens),
         "--micro-batch": str(inputs.options.micro_batch),
+        "--kv-dtype": str(inputs.options.kv_dtype),
+        "--kv-device": str(inputs.options.kv_device),
         "--auto": str(inputs.options.auto),
         "torch": torch.__version__,
     }
@@ -330,7 +333,13 @@ class LLaMA:
         inputs, placement = self.inputs, self.plan.kv
         if placement.below:
             self.kv_tiers = KVTiers(
-                placement, self.device, self.settings, self.telemetry, self.link, wanted=self._wanted_groups
+                placement,
+                self.device,
+                self.settings,
+                self.telemetry,
+                self.link,
+                wanted=self._wanted_groups,
+                disk=self._kv_disk() if placement.disk else None,
             )
             self.warnings += self.kv_tiers.warnings
         return KVCache(
@@ -344,6 +353,16 @@ class LLaMA:
             tier=self.kv_tiers,
             topk=inputs.options.topk_blk,
         )
+
+    def _kv_disk(self) -> DiskOptions:
+        """``--kv-device``; of several ranks each has a file of its own."""
+        path, world, description = self.inputs.options.kv_device, self.inputs.world, self.inputs.description
+        assert path is not None
+        if world.shard.size > 1:
+            if is_block_device(path):
+                raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
+            path = f"{path}.rank{world.shard.rank}"
+        return DiskOptions(path, tuple(description.targets) if description is not None else ())
 
     def _wanted_groups(self) -> int:
         return self.manager.wanted_groups() if self.manager is not None else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
 from wsm.device import open_device
 from wsm.errors import StoreError
-from wsm.kv import KVTiers
+from wsm.kv import DiskOptions, KVTiers
 from wsm.kv_layout import KVLayout, KVPlacement, Unit
 from wsm.link import Link
 from wsm.settings import Settings
@@ -63,13 +65,18 @@ def cache(
     dtype: str = "auto",
     settings: Settings | None = None,
     wanted: Callable[[], int] = lambda: 0,
+    disk: Path | None = None,
 ) -> Iterator[tuple[KVCache, KVTiers]]:
     config, record = model.config, kv_format(dtype, torch.float32, model.config.head_dim)
     layout = KVLayout(config.n_layers, rows, stretch_rows, config.n_kv_heads, tokens, record.record_bytes)
     units = tuple(unit for place, unit in enumerate(layout.units()) if below(place))
     device = open_device(model.device)
     telemetry = Telemetry(device)
-    with KVTiers(KVPlacement(layout, cpu=units), device, settings or Settings(), telemetry, Link(), wanted) as tiers:
+    placement = KVPlacement(layout, cpu=units)
+    if disk is not None:
+        placement = KVPlacement(layout, cpu=units[::3], disk=tuple(u for u in units if u not in units[::3]))
+    where = None if disk is None else DiskOptions(str(disk), ())
+    with KVTiers(placement, device, settings or Settings(), telemetry, Link(), wanted, where) as tiers:
         how: dict[str, Any] = {"record": record, "stretch_rows": stretch_rows, "tier": tiers, "topk": topk}
         yield KVCache(config, rows, tokens, model.device, torch.float32, **how), tiers
 
@@ -173,6 +180,67 @@ def test_rows_that_have_ended_stop_costing_traffic(model: Transformer, on_device
     assert ended < free / 4
 
 
+# -- on a device of its own
+
+
+@pytest.mark.parametrize("stretch_rows", [1, 2, 5])
+def test_kv_on_a_disk_gives_the_tokens_of_kv_on_the_device(
+    stretch_rows: int, model: Transformer, on_device: list[list[int]], tmp_path: Path
+) -> None:
+    """Row 3 fills its block of 256 on the way: 260 tokens lie in two blocks, row 0's 300 too; then again."""
+    prompts = [*PROMPTS[:3], PROMPTS[3][:253], *PROMPTS[4:]]
+    whole = KVCache(model.config, 5, 512, model.device, torch.float32)
+    expected = generate(model, whole, prompts, options()).tokens
+    with cache(model, stretch_rows, EVERYWHERE, disk=tmp_path / "kv") as (kv, tiers):
+        assert generate(model, kv, PROMPTS, options()).tokens == on_device
+        assert generate(model, kv, prompts, options()).tokens == expected
+        assert generate(model, kv, PROMPTS, options(wave=stretch_rows)).tokens == on_device
+        tiers.stop()
+        moved = tiers.telemetry.kv_transfers()
+        assert {t.tier for t in moved} == {"kv_h2d", "kv_d2h", "kv_read", "kv_write"}
+    assert not (tmp_path / "kv").exists()
+
+
+def test_a_broken_off_generation_leaves_a_sound_disk(
+    model: Transformer, on_device: list[list[int]], tmp_path: Path
+) -> None:
+    def interrupt(mark: str) -> None:
+        if mark == "token":
+            raise KeyboardInterrupt
+
+    with cache(model, 1, EVERYWHERE, disk=tmp_path / "kv") as (kv, _):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                generate(model, kv, PROMPTS, options(), interrupt)
+            assert generate(model, kv, PROMPTS, options()).tokens == on_device
+
+
+def test_chosen_blocks_from_a_disk_are_those_from_memory(model: Transformer, tmp_path: Path) -> None:
+    """Two ragged rows of 6 and 4 blocks, 3 a step; the longer one begins a block on the way."""
+    prompts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1530, 1000)]
+    found = []
+    for disk in (None, tmp_path / "kv"):
+        with cache(model, 2, EVERYWHERE, rows=2, tokens=1792, topk=3, disk=disk) as (kv, tiers):
+            tokens = generate(model, kv, prompts, options(10, 2048)).tokens
+            found.append((tokens, tiers.fraction_fetched))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], rel=0.02)  # the pass that never came may be counted
+
+
+def test_an_error_of_the_disk_is_no_wrong_token(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cache(model, 2, EVERYWHERE, disk=tmp_path / "kv") as (kv, tiers):
+        assert tiers._disk is not None
+
+        def broken(*_: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(tiers._disk._device, "_pread", broken)
+        with pytest.raises(StoreError, match="in offloaded KV: read error: Input/output error; check the drive"):
+            generate(model, kv, PROMPTS, options())
+
+
 # -- what is chosen
 
 
@@ -268,22 +336,35 @@ def test_8_blocks_are_exact_at_2048_tokens_and_a_quarter_of_the_traffic_at_8192(
     stretch_rows=st.integers(1, 3),
     below=st.integers(1, 255),
     passes=st.integers(1, 5),
+    on_disk=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 def test_nothing_is_read_before_it_is_there_nor_overwritten_while_it_is_read(
-    layers: int, rows: int, stretch_rows: int, below: int, passes: int, seed: int
+    layers: int, rows: int, stretch_rows: int, below: int, passes: int, on_disk: bool, seed: int
 ) -> None:
     """On a device whose copies and computations run late: each decode step finds all that was written before."""
-    layout = KVLayout(layers, rows, min(rows, stretch_rows), 2, 256, 8)
+    layout = KVLayout(layers, rows, min(rows, stretch_rows), 2, 512, 8)
     units = tuple(unit for place, unit in enumerate(layout.units()) if below >> (place % 8) & 1)
     if not units:
         return
     device = AsyncDevice(seed)
     wrong: list[str] = []
-    lengths = [1 + (3 * row) % 5 for row in range(rows)]
+    lengths = [1 + (3 * row) % 5 + 250 * (row % 2) for row in range(rows)]
+    placement = KVPlacement(layout, disk=units) if on_disk else KVPlacement(layout, cpu=units)
     try:
-        with KVTiers(KVPlacement(layout, cpu=units), device, Settings(), Telemetry(device), Link(), lambda: 0) as tiers:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            KVTiers(
+                placement,
+                device,
+                Settings(),
+                Telemetry(device),
+                Link(),
+                lambda: 0,
+                DiskOptions(f"{folder}/kv", ()) if on_disk else None,
+            ) as tiers,
+        ):
             for number in range(passes):
                 before = [0] * rows if number == 0 else [length + number - 1 for length in lengths]
                 after = [length + number for length in lengths]

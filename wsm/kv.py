@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wsm.arena import PageLockedArena
-from wsm.device import Device
-from wsm.kv_layout import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Unit
+from wsm.device import Device, Event
+from wsm.kv_disk import KVDisk
+from wsm.kv_layout import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
+from wsm.kv_plan import fresh_bytes, page_locked_bytes
 from wsm.kv_schedule import Fetch, KVSchedule, Window, Write
 from wsm.link import PIECE_BYTES, Link
 from wsm.settings import Settings
@@ -22,12 +24,13 @@ from wsm.telemetry import Telemetry
 
 
 class KVTiers:
-    """Keeps the KV of the placement's units in page-locked CPU memory; a ``KVTier`` for the model's cache.
+    """Keeps KV in page-locked CPU memory and on a disk, as the placement says; a ``KVTier`` for the model's cache.
 
     Construction takes all the memory; the threads start with it. Close it, also after a failure.
 
     Args:
         link: shared with the weights, so that whoever needs its bytes sooner goes first.
+        disk: the device for what the placement puts on one.
         wanted: how many weight groups are wanted on the device and not there yet (``WSM_KV_THROTTLE_*``).
 
     Raises:
@@ -42,30 +45,37 @@ class KVTiers:
         telemetry: Telemetry,
         link: Link,
         wanted: Callable[[], int],
+        disk: DiskOptions | None = None,
     ) -> None:
         self.placement, self.layout, self.device, self.telemetry = placement, placement.layout, device, telemetry
         self._settings, self._link, self._wanted_groups = settings, link, wanted
         self.pauses = 0
         self._below = frozenset((*placement.cpu, *placement.disk))
-        fresh_bytes = self.layout.stretch_rows * self.layout.n_kv_heads * self.layout.token_bytes
-        self._arena = PageLockedArena(placement.bytes_of(placement.cpu) + -(-fresh_bytes // 4096) * 4096, device)
+        self._arena = PageLockedArena(page_locked_bytes(placement), device)
+        self._disk: KVDisk | None = None
         try:
-            self._homes = {unit: self._home(unit) for unit in placement.cpu}
-            self._fresh = self._arena.take(fresh_bytes)
+            self._homes = {unit: self._arena.take(self.layout.unit_bytes(unit)) for unit in placement.cpu}
+            self._fresh = self._arena.take(fresh_bytes(self.layout))
+            if placement.disk:
+                assert disk is not None
+                self._disk = KVDisk(placement, disk.path, disk.weights, self._arena.take, telemetry)
             self._windows = [Window(self._window_buffer()) for _ in range(WINDOWS)]
         except BaseException:
-            self._arena.close()
+            self._free_memory()
             raise
         self._schedule = KVSchedule(self.layout, tuple(self._below), self._windows)
         self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
-            for name, work in (("wsm-kv-in", self._fetch_all), ("wsm-kv-out", self._write_all))
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True) for name, work in self._works()
         ]
         for thread in self._threads:
             thread.start()
 
-    def _home(self, unit: Unit) -> Tensor:
-        return self._arena.take(self.layout.unit_bytes(unit))
+    def _works(self) -> list[tuple[str, Callable[[], None]]]:
+        works: list[tuple[str, Callable[[], None]]] = [
+            ("wsm-kv-in", self._fetch_all),
+            ("wsm-kv-out", self._write_all),
+        ]
+        return [*works, ("wsm-kv-read", self._stage_all)] if self._disk is not None else works
 
     def _window_buffer(self) -> Tensor:
         # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
@@ -77,7 +87,7 @@ class KVTiers:
 
     @property
     def warnings(self) -> list[str]:
-        return self._arena.warnings
+        return [*self._arena.warnings, *(self._disk.warnings if self._disk is not None else ())]
 
     @property
     def passes(self) -> int:
@@ -97,6 +107,7 @@ class KVTiers:
 
     def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
         self._schedule.begin(stretches, before, after, k)
+        self._drop_staged()
 
     def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
         """Waits on the host until the fetch is queued, then makes the compute stream wait for it.
@@ -108,12 +119,14 @@ class KVTiers:
         stream = self.device.compute_stream()
         asked = self.telemetry.mark(stream)
         fetch = self._schedule.enter(Unit(layer, stretch))
+        assert fetch.window is not None
         assert fetch.window.filled is not None
         self.device.wait(stream, fetch.window.filled)
         self.telemetry.kv_waited(asked, self.telemetry.mark(stream))
         return self._view(fetch), fetch.k > 0
 
     def _view(self, fetch: Fetch) -> Tensor:
+        assert fetch.window is not None
         rows = len(self.layout.rows_of(fetch.unit.stretch))
         shape = self.layout.shape(rows, fetch.k * KV_BLOCK_TOKENS)
         return fetch.window.buffer[: torch.Size(shape).numel()].view(shape)
@@ -127,12 +140,19 @@ class KVTiers:
 
     def reset(self) -> None:
         self._schedule.reset()
+        self._drop_staged()
+
+    def _drop_staged(self) -> None:
+        if self._disk is not None:
+            self._disk.drop_older(self._schedule.epoch)
 
     # -- life
 
     def stop(self) -> None:
         """Move nothing more and join the threads. The telemetry is complete after it."""
         self._schedule.close()
+        if self._disk is not None:
+            self._disk.stop()
         for thread in self._threads:
             thread.join()
         self._threads.clear()
@@ -143,10 +163,15 @@ class KVTiers:
         try:
             self.stop()
         finally:
-            self._homes.clear()
             for window in self._windows:
                 window.buffer = torch.empty(0, dtype=torch.uint8)
-            self._arena.close()
+            self._free_memory()
+
+    def _free_memory(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+        self._homes = {}
+        self._arena.close()
 
     def __enter__(self) -> KVTiers:
         return self
@@ -167,10 +192,12 @@ class KVTiers:
 
     def _fetch_all(self) -> None:
         stream = self.device.stream()
-        while (fetch := self._schedule.next_fetch()) is not None:
+        while (fetch := self._schedule.next_fetch(self._staged)) is not None:
+            assert fetch.window is not None
             if fetch.window.drained is not None:
                 self.device.wait(stream, fetch.window.drained)
-            copies = self._chosen(fetch) if fetch.k else self._whole(fetch)
+            slot = self._disk.taken if self._disk is not None else None
+            copies = self._copies(fetch, slot)
             needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
             for nbytes, copy in _pieces(copies):
                 with self._link.turn(needed_at):
@@ -180,12 +207,25 @@ class KVTiers:
                     end = self.device.record(stream)
                     self._link.queued(end)
                 self.telemetry.kv_moved("kv_h2d", fetch.unit.layer, fetch.pass_no, nbytes, start, end)
-            self._schedule.fetched(fetch, self.device.record(stream))
+            filled = self.device.record(stream)
+            if slot is not None and self._disk is not None:
+                self._disk.give_back(slot, filled)
+            self._schedule.fetched(fetch, filled)
 
-    def _whole(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
-        """Copies of all that the rows hold, a piece each: bytes, and what queues it on a stream."""
-        home, window = self._homes[fetch.unit], fetch.window.buffer
-        for run in self.layout.runs(fetch.lengths):
+    def _copies(self, fetch: Fetch, slot: Tensor | None) -> Iterator[tuple[int, Work]]:
+        """What to queue for a fetch, a piece each: its bytes, and what queues it on a stream."""
+        if fetch.k and slot is None:
+            return self._chosen(fetch)
+        if not fetch.k:
+            return self._whole(fetch, self.layout.runs(fetch.lengths), slot)
+        nbytes = self._view(fetch).nbytes
+        return self._whole(fetch, [Run(0, nbytes)], slot)
+
+    def _whole(self, fetch: Fetch, runs: Sequence[Run], slot: Tensor | None) -> Iterator[tuple[int, Work]]:
+        """Copies of runs of bytes, from the unit's home or from a slot that holds the same."""
+        assert fetch.window is not None
+        home, window = self._homes[fetch.unit] if slot is None else slot, fetch.window.buffer
+        for run in runs:
             for offset in range(run.offset, run.offset + run.nbytes, PIECE_BYTES):
                 part = slice(offset, min(offset + PIECE_BYTES, run.offset + run.nbytes))
                 copy = partial(self.device.copy, window[part], home[part])
@@ -208,6 +248,21 @@ class KVTiers:
 
                 yield window[row].nbytes, gather
 
+    def _staged(self, fetch: Fetch) -> bool:
+        return self._disk is None or self._disk.staged(fetch)
+
+    def _stage_all(self) -> None:
+        """Read units of the disk ahead of their fetch, a slot each."""
+        disk = self._disk
+        assert disk is not None
+        while (slot := disk.free_slot()) is not None:
+            fetch = self._schedule.next_staging(disk.units)
+            if fetch is None:
+                return
+            disk.stage(fetch, slot)
+            disk.drop_older(self._schedule.epoch)
+            self._schedule.changed()
+
     def _write_all(self) -> None:
         stream = self.device.stream()
         while (write := self._schedule.next_write()) is not None:
@@ -219,11 +274,33 @@ class KVTiers:
             end = self.device.record(stream)
             end.synchronize()
             self.telemetry.kv_moved("kv_d2h", write.unit.layer, write.pass_no, nbytes, start, end)
-            if write.window is not None:
-                write.window.drained = end
-            else:
-                self._scatter(write, rows)
+            self._settle(write, rows, end)
             self._schedule.written(write)
+
+    def _on_host(self, small: Tensor) -> Tensor:
+        """A small tensor's values, without waiting for what is queued on the compute stream."""
+        stream, found = self.device.stream(), list[Tensor]()
+        self.device.run(stream, lambda: found.append(small.cpu()))
+        self.device.record(stream).synchronize()
+        return found[0]
+
+    def _settle(self, write: Write, rows: Sequence[int], end: Event) -> None:
+        """From page-locked memory to where it stays."""
+        on_disk = self._disk if self._disk is not None and write.unit in self._disk.units else None
+        if on_disk is not None and write.wanted is not None:
+            on_disk.wanted[write.unit] = write.changed[0], self._on_host(write.wanted)
+        if write.window is not None:
+            write.window.drained = end
+            if on_disk is not None:
+                on_disk.write_window(write)
+        elif rows:
+            if on_disk is None:
+                home = self._homes[write.unit].view(self.layout.shape(len(write.before)))
+                self._scatter(write, rows, home, [write.before[row] for row in rows])
+            else:
+                places = [write.before[row] % KV_BLOCK_TOKENS for row in rows]
+                self._scatter(write, rows, on_disk.tails(write.unit), places)
+                on_disk.write_full(write, rows)
 
     def _throttle(self) -> None:
         """Let the weights go first where many are wanted: one pause, then the write, so nothing waits for ever."""
@@ -235,7 +312,9 @@ class KVTiers:
     def _write_window(self, write: Write, stream: Any) -> int:
         """Whole rows from the window to their home; the bytes."""
         assert write.window is not None
-        home, window = self._homes[write.unit], write.window.buffer
+        home = self._homes.get(write.unit) if self._disk is None or write.unit in self._homes else self._disk.down
+        window = write.window.buffer
+        assert home is not None
         lengths = [after if after > before else 0 for before, after in zip(write.before, write.after, strict=True)]
         runs = self.layout.runs(lengths)
         for run in runs:
@@ -250,16 +329,24 @@ class KVTiers:
         self.device.copy(self._fresh[: flat.numel()], flat, stream)
         return flat.numel()
 
-    def _scatter(self, write: Write, rows: Sequence[int]) -> None:
-        """The new tokens, which are in page-locked memory by now, to the places of those rows that go on."""
-        if not rows:
-            return
+    def _scatter(self, write: Write, rows: Sequence[int], home: Tensor, places: Sequence[int]) -> None:
+        """The new tokens, which are in page-locked memory by now, to their ``places`` in those rows that go on.
+
+        Args:
+            home: ``uint8 [rows of the unit, n_kv_heads, tokens, 2, record]``.
+        """
         layout, words = self.layout, word_of(self.layout.record_bytes)
         fresh = self._fresh[: len(write.changed) * layout.n_kv_heads * layout.token_bytes].view(words)
         fresh = fresh.view(len(write.changed), layout.n_kv_heads, 2, -1)
-        places = torch.tensor([write.changed.index(row) for row in rows])
-        home = self._homes[write.unit].view(layout.shape(len(write.before))).view(words)
-        home[torch.tensor(rows), :, torch.tensor([write.before[row] for row in rows])] = fresh[places]
+        taken = torch.tensor([write.changed.index(row) for row in rows])
+        home.view(words)[torch.tensor(rows), :, torch.tensor(places)] = fresh[taken]
+
+
+class DiskOptions(NamedTuple):
+    """The device for KV beyond CPU memory, and what the weights lie on, which it must not be."""
+
+    path: str
+    weights: tuple[str, ...]
 
 
 Work = Callable[[Any], None]

@@ -105,10 +105,20 @@ def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[Me
         gpu.append(MemoryLine("KV block bounds", bounds))
     cpu = [MemoryLine(f"KV, {len(kv.cpu)} of {whole} parts", kv.bytes_of(kv.cpu) + fresh_bytes(layout))]
     if kv.disk:
-        tails = sum(tail_bytes(layout, len(layout.rows_of(unit.stretch))) for unit in kv.disk)
-        nbytes = DISK_SLOTS * layout.window_bytes + tails
-        cpu.append(MemoryLine(f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots", nbytes))
+        cpu.append(MemoryLine(f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots", _beside_disk(kv)))
     return gpu, cpu
+
+
+def page_locked_bytes(kv: KVPlacement) -> int:
+    """Page-locked CPU memory of all that lies below the device."""
+    return kv.bytes_of(kv.cpu) + fresh_bytes(kv.layout) + _beside_disk(kv)
+
+
+def _beside_disk(kv: KVPlacement) -> int:
+    if not kv.disk:
+        return 0
+    tails = sum(tail_bytes(kv.layout, len(kv.layout.rows_of(unit.stretch))) for unit in kv.disk)
+    return DISK_SLOTS * kv.layout.window_bytes + tails
 
 
 def kv_bytes_per_pass(kv: KVPlacement, length: int, topk: int) -> int:

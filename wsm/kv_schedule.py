@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -28,6 +28,7 @@ class Window:
 class Fetch:
     """A unit to bring into a window for a pass.
 
+    There is no window yet where it is only read ahead, into CPU memory.
     ``lengths`` are the tokens to bring of each of its rows, 0 of one that has ended. Where ``k`` is not 0, so many
     blocks are brought of each row and head, those that ``wanted`` names: int64 ``[rows, n_kv_heads, k]`` on the device,
     for the rows from ``first`` on.
@@ -35,7 +36,7 @@ class Fetch:
 
     unit: Unit
     pass_no: int
-    window: Window
+    window: Window | None
     lengths: tuple[int, ...]
     k: int
     wanted: Tensor | None
@@ -48,7 +49,8 @@ class Write:
     """What a pass has added to a unit, to be put into its tier.
 
     ``before`` and ``after`` are the tokens of each row, equal where nothing is to be written. ``fresh`` has the new
-    records, ``uint8 [changed rows, n_kv_heads, 2, record]``; where it is None, they are in ``window``.
+    records, ``uint8 [changed rows, n_kv_heads, 2, record]``; where it is None, they are in ``window``. ``wanted`` as in
+    :class:`Fetch`, for the next one.
     """
 
     unit: Unit
@@ -59,6 +61,7 @@ class Write:
     window: Window | None
     done: Event
     changed: tuple[int, ...]
+    wanted: Tensor | None
 
 
 @dataclass(slots=True)
@@ -85,6 +88,7 @@ class _Pass:
     origin: int = 0
     k: int = 0
     decoding: bool = False
+    staged: int = 0
     fetched: int = 0
     used: int = 0
     entered_before: dict[Unit, int] = field(default_factory=dict)
@@ -139,7 +143,7 @@ class KVSchedule:
 
     def _drop_ready(self) -> None:
         self._epoch += 1
-        self._free.extend(fetch.window for fetch in self._ready)
+        self._free.extend(_window_of(fetch) for fetch in self._ready)
         self._ready.clear()
 
     def enter(self, unit: Unit) -> Fetch:
@@ -161,11 +165,11 @@ class KVSchedule:
             fetch = self._in_use.pop(unit)
             before, after = self._lengths(unit, fetch.pass_no)
             changed = tuple(row for row, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
-            fetch.window.drained = done
+            _window_of(fetch).drained = done
             if fresh is not None:
-                self._free.append(fetch.window)
+                self._free.append(_window_of(fetch))
             window = fetch.window if fresh is None else None
-            self._writes.append(Write(unit, fetch.pass_no, before, after, fresh, window, done, changed))
+            self._writes.append(Write(unit, fetch.pass_no, before, after, fresh, window, done, changed, wanted))
             progress = self._units[unit]
             progress.wanted, progress.first = wanted, changed[0] if changed else 0
             self._changed.notify_all()
@@ -193,7 +197,7 @@ class KVSchedule:
             self._drop_ready()
             for unit, fetch in self._in_use.items():
                 self._units[unit].applied += 1
-                self._free.append(fetch.window)
+                self._free.append(_window_of(fetch))
             self._in_use.clear()
             self._ended.clear()
             self._pass = _Pass()
@@ -221,9 +225,31 @@ class KVSchedule:
 
     def _next_fetch(self) -> Fetch | None:
         now = self._pass
-        return self.fetch_at(now.fetched, self._free[0]) if now.units and self._free else None
+        return self._fetch_at(now.fetched, self._free[0]) if now.units and self._free else None
 
-    def fetch_at(self, place: int, window: Window) -> Fetch | None:
+    def next_staging(self, units: Container[Unit]) -> Fetch | None:
+        """Wait for the next of ``units`` that will be fetched and can be read now; None once closing."""
+        with self._changed:
+            while not self._closing:
+                now = self._pass
+                now.staged = max(now.staged, now.fetched)
+                while now.units and now.staged < now.fetched + len(now.units):
+                    if now.units[now.staged % len(now.units)] in units:
+                        fetch = self._fetch_at(now.staged, None)
+                        if fetch is None:
+                            break
+                        now.staged += 1
+                        return fetch
+                    now.staged += 1
+                self._changed.wait()
+        return None
+
+    @property
+    def epoch(self) -> int:
+        """Grows when what was expected of coming passes is dropped."""
+        return self._epoch
+
+    def _fetch_at(self, place: int, window: Window | None) -> Fetch | None:
         """The fetch at a place of the sequence since the pass was begun; None while it may not be made yet."""
         now = self._pass
         if not now.units:
@@ -250,11 +276,11 @@ class KVSchedule:
     def fetched(self, fetch: Fetch, filled: Event) -> None:
         """The copy is queued up to its event ``filled``; nobody may want it any more."""
         with self._changed:
-            fetch.window.filled = filled
+            _window_of(fetch).filled = filled
             if fetch.epoch == self._epoch:
                 self._ready.append(fetch)
             else:
-                self._free.append(fetch.window)
+                self._free.append(_window_of(fetch))
             self._changed.notify_all()
 
     # -- what the writing thread asks and tells
@@ -307,3 +333,8 @@ class KVSchedule:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+
+
+def _window_of(fetch: Fetch) -> Window:
+    assert fetch.window is not None
+    return fetch.window

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import Round
+from bench.spread import statistic
 from llama.config import UnusableInput
 from wsm.probe import Ceiling
 from wsm.telemetry import Interval, PhaseStats, Transfer, merged
@@ -80,22 +81,12 @@ def median_round(rounds: Sequence[Round]) -> int:
 
 
 def repeats_part(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Every round's metrics, and for each metric n, median, mean, sample standard deviation, least and most."""
+    """Every round's metrics, and the spread of each."""
     raw = [{name: round_metrics(timed)[name] for name in METRICS} for timed in rounds]
     return {
         "n": len(rounds),
         "raw": raw,
-        "statistics": {
-            name: {
-                "n": len(raw),
-                "median": statistics.median(r[name] for r in raw),
-                "mean": statistics.fmean(r[name] for r in raw),
-                "stdev": statistics.stdev(r[name] for r in raw) if len(raw) > 1 else None,
-                "min": min(r[name] for r in raw),
-                "max": max(r[name] for r in raw),
-            }
-            for name in METRICS
-        },
+        "statistics": {name: statistic([metrics[name] for metrics in raw]) for name in METRICS},
     }
 
 

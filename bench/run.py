@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from bench import ceilings as ceilings_of
+from bench.conditions import Watch
 from bench.flags import RunOptions
 from bench.measure import Sampling, run_round, warm_up
 from bench.prompts import DEFAULT_FILE, fill_batch, keep_last, random_prompts, read_prompts, tokenize
@@ -149,9 +150,17 @@ def _rounds(
     if llm.manager is not None and options.warmup_rounds:
         llm.manager.wait_loaded()
     llm.load_times.parts["from_process_start_s"] = time.time() - psutil.Process().create_time()
-    for number in range(options.repeats):
-        with reporter.bar(options.max_new_tokens, "tok", f"round {number + 1}/{options.repeats}") as advance:
-            got.rounds.append(run_round(llm, prompts, sampling, on_token=lambda: advance(1)))
+    got.watch = Watch(llm.inputs.device, _read_in_rounds(llm))
+    with got.watch:
+        for number in range(options.repeats):
+            with reporter.bar(options.max_new_tokens, "tok", f"round {number + 1}/{options.repeats}") as advance:
+                got.rounds.append(run_round(llm, prompts, sampling, on_token=lambda: advance(1)))
+
+
+def _read_in_rounds(llm: LLaMA) -> Sequence[str]:
+    """The files or devices of the SSD tier, if passes read them."""
+    description = llm.inputs.description
+    return description.targets if description is not None and llm.plan.placement.residency.ssd else ()
 
 
 def _check_outputs(options: RunOptions) -> None:

@@ -73,6 +73,7 @@ def summary(result: Mapping[str, Any]) -> str:
     """The summary block: the guide's seven figures, then what the time was bound by."""
     lines = ["", "=== Benchmark Summary ==="]
     lines += [f"{name:>24}: {result[name]:.3f}" for name in _SUMMARY]
+    lines += _spread_lines(result["repeats"])
     for name, phase in result["phases"].items():
         if phase["floor_ms"] is None:
             lines.append(f"{name + ' floor':>24}: not known")
@@ -85,6 +86,18 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     lines += [f"[WARNING] {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
+
+
+def _spread_lines(repeats: Mapping[str, Any]) -> list[str]:
+    """Of several rounds, what the figures above are the middle of."""
+    spread = repeats["statistics"]["e2e_ms"]
+    if spread["stdev"] is None:
+        return []
+    text = f"median {spread['median']:.3f} ms of {repeats['n']} rounds, sample stdev {spread['stdev']:.3f}"
+    if spread["median_ci95"] is not None:
+        low, high = spread["median_ci95"]
+        text += f", 95 % interval of the median {low:.3f} to {high:.3f}"
+    return [f"{'e2e_ms over rounds':>24}: {text}"]
 
 
 def _cells(result: Mapping[str, Any]) -> dict[str, Any]:

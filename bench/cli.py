@@ -8,9 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions, parse
+from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions, parse
+from bench.report import run_report
 from bench.run import run
-from bench.verbs import run_pack, run_plan, run_prompts, run_table, run_verify
+from bench.sweep import run_sweep
+from bench.sweep_flags import SweepOptions
+from bench.verb_flags import CompareOptions, ReportOptions
+from bench.verbs import run_compare, run_pack, run_plan, run_prompts, run_verify
 from llama.config import UnusableInput
 from wsm.errors import DoesNotFit, StoreError
 
@@ -29,8 +33,12 @@ def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
             return run_verify(options)
         if isinstance(options, PromptsOptions):
             return run_prompts(options)
-        assert isinstance(options, TableOptions)
-        return run_table(options)
+        if isinstance(options, SweepOptions):
+            return run_sweep(options, user_set, lambda flags: parse(["run", *flags]))
+        if isinstance(options, CompareOptions):
+            return run_compare(options)
+        assert isinstance(options, ReportOptions)
+        return run_report(options)
     except UnusableInput as error:
         return _fail(argv, error, UNUSABLE)
     except (DoesNotFit, torch.OutOfMemoryError) as error:

@@ -135,8 +135,8 @@ class _Drive:
         others = max(0, read - own_read) + max(0, written - own_written)
         if others > max(LEAST_DRIVE_BYTES, MOST_DRIVE_SHARE * own_read):
             self.warnings.append(
-                f"other processes moved {others / 1e6:.0f} MB on the store's drive while the timed rounds ran (this run "
-                f"read {own_read / 1e6:.0f} MB): the ssd figures are of a shared drive; iotop names them"
+                f"other processes moved {others / 1e6:.0f} MB on the store's drive while the timed rounds ran (this "
+                f"run read {own_read / 1e6:.0f} MB): the ssd figures are of a shared drive; iotop names them"
             )
         return replace(seen, drive_other_bytes=others)
 

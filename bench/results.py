@@ -247,20 +247,29 @@ def read_result(path: Path) -> dict[str, Any]:
         UnusableInput: if it is missing, damaged, no result, or of another schema.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UnusableInput(f"{path} is no JSON ({error}): was the run broken off?") from error
+    return checked(result, str(path))
+
+
+def checked(result: Any, where: str) -> dict[str, Any]:
+    """``result``, read from ``where``, if this program wrote it.
+
+    Raises:
+        UnusableInput: if it is no result, or one of another schema.
+    """
     version = result.get("schema_version") if isinstance(result, dict) else None
     if type(version) is not int or not set(FIXED_KEYS) <= set(result):
-        raise UnusableInput(f"{path} is no result of bench_infer.py")
+        raise UnusableInput(f"{where} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
         age = "a newer" if version > SCHEMA_VERSION else "an older"
         raise UnusableInput(
-            f"{path} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
+            f"{where} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
         )
-    return result
+    return dict(result)
 
 
 def dump(result: Mapping[str, Any]) -> str:

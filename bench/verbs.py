@@ -1,16 +1,18 @@
-"""The other verbs: pack, verify, plan, prompts, table."""
+"""The other verbs: pack, verify, plan, prompts, compare."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from bench.ceilings import recall_for
-from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions
+from bench.compare import compare, regressions
+from bench.compare_text import as_csv, as_markdown, as_text
+from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions
 from bench.prompts import make_prompts, prompt_file
-from bench.results import read_result
 from bench.run import batch_prompts, build_options, shape_of
-from bench.summary import ConsoleReporter, table
+from bench.sides import read_sides
+from bench.summary import ConsoleReporter
+from bench.verb_flags import CompareOptions
 from llama.build import BuildOptions, open_inputs, plan_run
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, builtin_checkpoint, has_weights, open_checkpoint
 from llama.config import UnusableInput
@@ -119,7 +121,18 @@ def run_prompts(options: PromptsOptions) -> int:
     return 0
 
 
-def run_table(options: TableOptions) -> int:
-    """Print several results as one table."""
-    print(table([read_result(Path(path)) for path in options.files]))
-    return 0
+def run_compare(options: CompareOptions) -> int:
+    """Print results against the first; with ``--threshold``, exit code 1 if one is slower by more."""
+    comparison = compare(read_sides(options.paths))
+    print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
+    if options.threshold is None:
+        return 0
+    slower = regressions(comparison, options.threshold)
+    for against in slower:
+        assert against.ratio is not None
+        print(
+            f"bench_infer.py: {against.side.name} is slower than {comparison.sides[0].name} by "
+            f"{100 * (against.ratio.value - 1):.1f} %, more than --threshold {options.threshold:g}",
+            file=sys.stderr,
+        )
+    return 1 if slower else 0

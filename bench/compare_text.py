@@ -145,8 +145,7 @@ def _closing(comparison: Comparison, indent: str) -> Iterator[list[str]]:
         lines = [f"{indent}{line}" for line in differing_lines(values)] or [f"{indent}none"]
         yield [f"{title} that differ", *lines]
     if comparison.warnings:
-        called = {side.name: letters(place) for place, side in enumerate(comparison.sides)}
-        yield ["warnings", *(f"{indent}{called[name]}: {warning}" for name, warning in comparison.warnings)]
+        yield ["warnings", *(f"{indent}{line}" for line in warning_lines(comparison))]
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
@@ -162,6 +161,13 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
             f"({100 * CONFIDENCE:.0f} % interval {shown_interval(ratio, against)}, Welch on logarithms, "
             f"n {ratio.n[0]} and {ratio.n[1]})"
         )
+
+
+def warning_lines(comparison: Comparison) -> Iterator[str]:
+    """Each warning once, with the letters of its sides."""
+    called = {side.name: letters(place) for place, side in enumerate(comparison.sides)}
+    for warning in dict.fromkeys(warning for _, warning in comparison.warnings):
+        yield f"{', '.join(called[name] for name, told in comparison.warnings if told == warning)}: {warning}"
 
 
 def differing_lines(values: Mapping[str, Sequence[Any]]) -> Iterator[str]:

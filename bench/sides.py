@@ -14,6 +14,8 @@ from bench.shape import check_shape
 from bench.sweep_folder import DESCRIPTION, Failure, read_failure, read_points
 from llama.config import UnusableInput
 
+TRACE_SUFFIX = ".trace.json"
+"""A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
 _PLACES = frozenset({"out_json", "trace", "output", "print_text", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
 
@@ -86,6 +88,7 @@ def _folder(folder: Path, name: str, values: Mapping[str, str], *, empty: bool =
         files = sorted((p for p in folder.iterdir() if p.suffix == ".json" and p.name[0] != "."), key=_in_order)
     except OSError as error:
         raise UnusableInput(f"{folder} cannot be read: {error.strerror}") from error
+    files = [path for path in files if not path.name.endswith(TRACE_SUFFIX)]
     failed = [path for path in files if path.name.endswith(".failed.json")]
     results = tuple(read_result(path) for path in files if path not in failed)
     if not results and not failed and not empty:
@@ -166,8 +169,12 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def provenance_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Code, libraries and machine, less the moment (each run has its own)."""
-    return {name: value for name, value in result["provenance"].items() if name != "utc"}
+    """Code, libraries and machine, less the moment, which each run has its own of; flat: ``drive.model``."""
+    flat: dict[str, Any] = {}
+    for name, value in result["provenance"].items():
+        inside = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}".rstrip("."): inner for key, inner in inside.items()}
+    return {name: value for name, value in flat.items() if name != "utc"}
 
 
 def differing(many: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

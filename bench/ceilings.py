@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,30 +47,57 @@ def _release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _cache_file(inputs: Inputs) -> Path:
+def _exact_file(inputs: Inputs) -> Path:
+    """Of this model, mode and sizes: what a run may measure itself against."""
+    settings = inputs.options.settings
+    sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
+    return _file(inputs, [sizes, inputs.checkpoint.config.to_json()])
+
+
+def _near_file(inputs: Inputs) -> Path:
+    """Of layers of this shape, however many, in any mode and budget: what a plan may predict from."""
+    shape = {k: v for k, v in inputs.checkpoint.config.to_json().items() if k not in ("name", "n_layers")}
+    return _file(inputs, ["near", shape])
+
+
+def _file(inputs: Inputs, more: list[Any]) -> Path:
     device, options = inputs.device, inputs.options
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     store = str(options.raw_device or options.manifest or options.cache_dir)
-    settings = options.settings
-    sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
-    key = json.dumps([gpu, str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json()], sort_keys=True)
+    key = json.dumps([gpu, str(inputs.dtype), store, *more], sort_keys=True)
     return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def remember(inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
     """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
-    path = _cache_file(inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    exact = _exact_file(inputs)
+    exact.parent.mkdir(parents=True, exist_ok=True)
+    _write(exact, ceilings)
+    _write(_near_file(inputs), {**_read(_near_file(inputs)), **ceilings})
+
+
+def _write(path: Path, ceilings: dict[str, Ceiling]) -> None:
     content = {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def recall_for(inputs: Inputs) -> dict[str, Ceiling]:
     """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
+    return _of_an_earlier_run(_read(_exact_file(inputs)))
+
+
+def recall_near(inputs: Inputs) -> dict[str, Ceiling]:
+    """As :func:`recall_for`, or else of other modes and budgets and of the same model with fewer layers."""
+    return recall_for(inputs) or _of_an_earlier_run(_read(_near_file(inputs)))
+
+
+def _of_an_earlier_run(ceilings: dict[str, Ceiling]) -> dict[str, Ceiling]:
+    return {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in ceilings.items()}
+
+
+def _read(path: Path) -> dict[str, Ceiling]:
     try:
-        content = json.loads(_cache_file(inputs).read_text(encoding="utf-8"))
-        return {
-            name: Ceiling(**{**entry, "how": f"{entry['how']} (of an earlier run)"}) for name, entry in content.items()
-        }
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Ceiling(**entry) for name, entry in content.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -82,8 +82,8 @@ def overview_charts(sides: Sequence[Side]) -> Iterator[Chart]:
 def side_charts(side: Side) -> Iterator[Chart]:
     """Of one side: time and bytes per phase."""
     if side.typical is not None:
-        yield _tier_times(side.name, side.typical)
-        yield _moved(side.name, side.typical)
+        charts = _tier_times(side.name, side.typical), _moved(side.name, side.typical)
+        yield from (chart for chart in charts if chart.bars)  # full pages nothing: there is nothing to draw
 
 
 # -- of all sides

@@ -26,7 +26,7 @@ def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
     try:
         verb, options = parse(argv)
         if isinstance(options, RunOptions):
-            return run_plan(options) if verb == "plan" else run(options, argv, user_set)
+            return run_plan(options, argv) if verb == "plan" else run(options, argv, user_set)
         if isinstance(options, PackOptions):
             return run_pack(options)
         if isinstance(options, VerifyOptions):

@@ -10,13 +10,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from bench import ceilings as ceilings_of
+from bench.command import kept_command
 from bench.conditions import Watch
 from bench.flags import RunOptions
 from bench.measure import Sampling, run_round, warm_up
@@ -27,10 +29,12 @@ from bench.summary import ConsoleReporter, row, summary
 from bench.trace import chrome_trace
 from llama.build import BuildOptions, Inputs, LLaMA, open_inputs, plan_run
 from llama.config import UnusableInput
+from wsm.advice import check_fits, ran_out
 from wsm.atomic import write_atomically
 from wsm.auto import auto_flags
 from wsm.errors import StoreError
 from wsm.plan import Plan, RunShape
+from wsm.probe import Ceiling
 from wsm.settings import read_settings
 
 
@@ -85,7 +89,11 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
     prompts = batch_prompts(options, inputs, reporter.say)
     plan = plan_run(inputs, shape_of(prompts, options))
     if options.auto:
-        reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
+        chosen = auto_flags(plan)
+        reporter.say(f"[INFO] --auto chose {' '.join(chosen) or 'nothing: the mode has no layers to place'}")
+        reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")
+    known = ceilings_of.recall_near(inputs)
+    check_fits(plan, known)
     _announce(reporter, built, inputs, plan)
     if without_effect := sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")):
         warnings.append(
@@ -99,7 +107,11 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
         if not options.no_probe:
             ceilings_of.remember(inputs, got.ceilings)
 
-    with _cache_kept_sound(inputs), LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm:
+    with (
+        _cache_kept_sound(inputs),
+        _advised(plan, known),
+        LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm,
+    ):
         if built.settings.mode != "full":
             way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
             reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
@@ -205,6 +217,15 @@ def _cache_kept_sound(inputs: Inputs) -> Iterator[None]:
             inputs.description.path.unlink(missing_ok=True)
             raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error
         raise
+
+
+@contextlib.contextmanager
+def _advised(plan: Plan, ceilings: Mapping[str, Ceiling]) -> Iterator[None]:
+    """A device that runs out all the same is told of with the budget and the next smaller run."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ran_out(plan, str(error).splitlines()[0].rstrip(". "), ceilings) from error
 
 
 @contextlib.contextmanager

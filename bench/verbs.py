@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from bench.ceilings import recall_for
+from bench.ceilings import recall_near
+from bench.command import kept_command
 from bench.compare import compare, regressions
 from bench.compare_text import as_csv, as_markdown, as_text
 from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions
@@ -19,6 +21,7 @@ from llama.config import UnusableInput
 from llama.tokenizer import load_tokenizer
 from wsm.advice import check_fits
 from wsm.atomic import write_atomically
+from wsm.auto import auto_flags
 from wsm.manifest import plan_store, read_manifest
 from wsm.pack import PackRequest, pack
 from wsm.plan_text import describe
@@ -90,18 +93,20 @@ def run_verify(options: VerifyOptions) -> int:
     return 4 if bad else 0
 
 
-def run_plan(options: RunOptions) -> int:
-    """Print what would lie where; exit code 3 if it does not fit."""
+def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
+    """Print what would lie where, and what each flag would buy; exit code 3 if it does not fit."""
     built, warnings = build_options(options)
     inputs = open_inputs(built)
     plan = plan_run(inputs, shape_of(batch_prompts(options, inputs, print), options))
-    ceilings = recall_for(inputs)
+    ceilings = recall_near(inputs)
     if not ceilings:
         print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
-    print(describe(plan, {name: ceiling.value for name, ceiling in ceilings.items()} or None))
+    print(describe(plan, ceilings))
+    if options.auto:
+        print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in warnings:
         print(f"[WARNING] {warning}")
-    check_fits(plan)
+    check_fits(plan, ceilings)
     return 0
 
 

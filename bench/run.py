@@ -244,6 +244,8 @@ def _finishing() -> Iterator[None]:
 def _print_result(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
     if options.output is not None:
         print(row(result, options.output))
+        for warning in result["warnings"] if options.output != "json" else ():  # a row has no room for sentences
+            print(f"[WARNING] {warning}", file=sys.stderr)
         return
     if options.print_text:
         for number, text in enumerate(result["output"]["texts"]):

@@ -26,6 +26,7 @@ _SUMMARY = (
     "end_to_end_tok_s",
 )
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "model": lambda r: r["config"]["resolved"]["model"],
     "mode": lambda r: r["mode"],
     "device": lambda r: r["device"],
     "batch_size": lambda r: r["batch_size"],
@@ -34,12 +35,16 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ttft_ms": lambda r: r["ttft_ms"],
     "decode_ms": lambda r: r["decode_ms"],
     "e2e_ms": lambda r: r["e2e_ms"],
+    "repeats": lambda r: r["repeats"]["n"],
+    "e2e_stdev_ms": lambda r: r["repeats"]["statistics"]["e2e_ms"]["stdev"],
     "throughput_tok_s": lambda r: r["throughput_tok_s"],
+    "end_to_end_tok_s": lambda r: r["end_to_end_tok_s"],
     "decode_bound_by": lambda r: r["phases"]["decode"]["bound_by"],
     "decode_roofline_pct": lambda r: r["phases"]["decode"]["roofline_pct"],
     "gpu_GB": lambda r: r["gpu_mem_GB"]["allocated_GB"],
     "page_locked_MB": lambda r: r["memory"]["cpu_page_locked_bytes"] / 1e6,
     "output": lambda r: r["output"]["sha256"][:12],
+    "warnings": lambda r: len(r["warnings"]),
 }
 
 
@@ -108,7 +113,7 @@ def _cells(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results as a Markdown table, a row each."""
+    """Results as a Markdown table, a row each: what ``-o md`` prints."""
     rows = [{name: _shown(value) for name, value in _cells(result).items()} for result in results]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
     head = "| " + " | ".join(f"{name:<{widths[name]}}" for name in _COLUMNS) + " |"

@@ -593,7 +593,7 @@ def test_a_table_has_a_line_for_each_result(runs: Mapping[str, Any]) -> None:
     lines = table(list(runs.values())).splitlines()
     assert len(lines) == 2 + len(MODES)
     assert len({len(line) for line in lines}) == 1
-    assert [line.split()[1] for line in lines[2:]] == list(MODES)
+    assert [line.split()[3] for line in lines[2:]] == list(MODES)
     assert " - " in lines[-1]
 
 

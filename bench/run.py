@@ -89,9 +89,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
     prompts = batch_prompts(options, inputs, reporter.say)
     plan = plan_run(inputs, shape_of(prompts, options))
     if options.auto:
-        chosen = auto_flags(plan)
-        reporter.say(f"[INFO] --auto chose {' '.join(chosen) or 'nothing: the mode has no layers to place'}")
-        reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")
+        _say_choice(reporter, plan, argv)
     known = ceilings_of.recall_near(inputs)
     check_fits(plan, known)
     _announce(reporter, built, inputs, plan)
@@ -132,6 +130,12 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = ()) 
         done = f"{len(got.rounds)} of {options.repeats} repeats are in {options.out_json}"
         print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)
     return 130 if got.interrupted else 0
+
+
+def _say_choice(reporter: ConsoleReporter, plan: Plan, argv: Sequence[str]) -> None:
+    chosen = auto_flags(plan)
+    reporter.say(f"[INFO] --auto chose {' '.join(chosen) or 'nothing: the mode has no layers to place'}")
+    reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")
 
 
 def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, plan: Plan) -> None:

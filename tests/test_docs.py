@@ -21,9 +21,14 @@ CHINESE = (ROOT / "docs" / "QUICKSTART.zh-CN.md").read_text(encoding="utf-8")
 TUNING = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
 
 
-def _verbs() -> dict[str, argparse.ArgumentParser]:
-    [verbs] = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each verb."""
+    [verbs] = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return dict(verbs.choices)
+
+
+def _verbs() -> dict[str, argparse.ArgumentParser]:
+    return verbs_of(build_parser())
 
 
 def _flags() -> Iterator[str]:

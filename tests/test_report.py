@@ -6,10 +6,8 @@ import builtins
 import html
 import json
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,40 +21,9 @@ from bench.cli import main
 from bench.page import page
 from bench.report import charts_of
 from bench.sides import Side, read_sides
-from bench.svg import draw, ticks
+from bench.svg import ticks
 from bench.sweep_folder import Failure
-from bench.timeline import Lane, Timeline, read_trace, timelines_of
-from llama.config import UnusableInput
 from tests.results import stored, varied
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-QUIET = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-]
-ROUNDS = [100.0, 104.0, 98.0, 101.0, 99.0]
-
-
-@pytest.fixture
-def swept(measured: Mapping[str, Any], tmp_path: Path) -> list[Side]:
-    """Two modes at three distances, one of the six failed."""
-    sides = []
-    for mode, factor in (("mixed", 1.0), ("stream", 0.8)):
-        for distance in (4, 6, 8):
-            values = {"--mode": mode, "--prefetch-distance": str(distance)}
-            result = varied(measured, [factor * distance * sample for sample in ROUNDS], mode=mode)
-            sides.append(Side(f"{mode} {distance}", (result,), tmp_path, (), values))
-    return [*sides[:5], Side("stream 8", (), tmp_path, (Failure(3, "it does not <fit>"),), sides[5].values)]
-
 
 # -- the page
 
@@ -209,56 +176,6 @@ def test_ticks_are_few_round_and_inside(most: float, share: float) -> None:
     assert all(share * most - 1e-6 * most <= tick <= most * (1 + 1e-9) for tick in found)
 
 
-# -- timelines
-
-
-def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tuple[Path, Path]) -> None:
-    [side] = read_sides([measured_files[0]])
-    assert side.typical is not None
-    run, one_pass = timelines_of(side)
-    assert run.window[1] == pytest.approx(side.typical["e2e_ms"], rel=0.01)
-    [computed] = (lane.spans for lane in one_pass.lanes if lane.name == "compute")
-    start, end = one_pass.window
-    assert len([span for span in computed if start <= span[0] < end]) == 2 * 48  # the built-in model's groups
-    lanes = {lane.name: lane.spans for lane in run.lanes}
-    busy_ms = sum(end - start for start, end, _ in lanes["compute"])
-    told = side.typical["phases"]
-    assert busy_ms == pytest.approx(
-        told["prefill"]["busy_ms"]["compute"] + told["decode"]["busy_ms"]["compute"], rel=0.02
-    )
-
-
-def test_without_a_trace_the_timeline_says_that_it_is_of_sums(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    [only] = timelines_of(Side("a", (dict(measured),), stored(tmp_path / "a.json", measured)))
-    assert "not when" in only.note
-    assert only.window[1] == pytest.approx(measured["e2e_ms"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"traceEvents": [{}]}',
-        '{"traceEvents": [{"ph": "X", "tid": 0, "ts": 0, "dur": 1, "name": "x"}]}',
-        '{"traceEvents": [{"ph":"M","tid":0,"args":{"name":"x"}},{"ph":"X","tid":0,"ts":0,"dur":-1,"name":"x"}]}',
-        '{"traceEvents": [{"ph":"M","tid":0,"args":{"name":"x"}},{"ph":"X","tid":0,"ts":NaN,"dur":1,"name":"x"}]}',
-    ],
-)
-def test_a_damaged_trace_is_one_sentence(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "t.trace.json"
-    path.write_text(content)
-    with pytest.raises(UnusableInput, match="no timeline of --trace"):
-        read_trace(path)
-
-
-def test_a_long_trace_stays_a_small_page() -> None:
-    spans = tuple((place * 0.1, place * 0.1 + 0.09, "busy") for place in range(200_000))
-    drawn = draw(Timeline("t", "t", "", (0.0, 20_000.0), (Lane("compute", spans),)))
-    assert len(drawn) < 100_000
-    assert "200000 times" in drawn
-
-
 # -- the verb
 
 
@@ -310,52 +227,3 @@ def test_the_page_never_replaces_a_result(measured: Mapping[str, Any], tmp_path:
     for out in (path, tmp_path, tmp_path / "none" / "r.html"):
         assert main(["report", str(path), "--out", str(out)]) == 2
     assert path.read_bytes() == before
-
-
-# -- in a browser
-
-
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[..., str]:
-    """Opens a page in Chromium; gives what it logged."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-
-    def browse(file: Path, *more: str) -> str:
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        ended = subprocess.run(
-            [CHROMIUM, *QUIET, profile, *more, file.as_uri()], capture_output=True, text=True, timeout=120, check=True
-        )
-        return ended.stderr
-
-    return browse
-
-
-def test_a_browser_shows_the_page_without_a_word_on_its_console(
-    browse: Callable[..., str], swept: list[Side], tmp_path: Path
-) -> None:
-    (tmp_path / "r.html").write_text(page(swept), encoding="utf-8")
-    shots = [tmp_path / f"{scheme}.png" for scheme in ("light", "dark")]
-    for scheme, shot in enumerate(shots):
-        logged = browse(
-            tmp_path / "r.html",
-            f"--screenshot={shot}",
-            "--window-size=1200,1600",
-            f"--blink-settings=preferredColorScheme={1 - scheme}",
-        )
-        assert "CONSOLE" not in logged
-    light, dark = (mean_brightness(shot) for shot in shots)
-    assert light > 0.8
-    assert dark < 0.3
-
-
-def test_the_browsers_console_is_listened_to(browse: Callable[..., str], tmp_path: Path) -> None:
-    """Were it not, the test above could not fail: a page that breaks its own policy does speak there."""
-    policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'">'
-    (tmp_path / "bad.html").write_text(f"<!doctype html><head>{policy}</head><body><script>1</script>")
-    assert "CONSOLE" in browse(tmp_path / "bad.html", f"--screenshot={tmp_path / 'bad.png'}")
-
-
-def mean_brightness(png: Path) -> float:
-    image = pytest.importorskip("matplotlib.image", reason="the plot extra is not installed")
-    return float(image.imread(png)[..., :3].mean())

@@ -38,8 +38,8 @@ def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotF
 
 
 def _explained(sentence: str, plan: Plan, inputs: PlanInputs, ceilings: Mapping[str, Ceiling]) -> str:
-    lines = [f"{sentence}; {advice(inputs)}"]
     fitting = smallest_change(inputs)
+    lines = [f"{sentence}; {_advice(inputs, fitting)}"]
     if fitting is not None:
         lines.append(cost_of(plan, make_plan(fitting), ceilings))
     return "\n".join([*lines, plan.budget_text()])
@@ -64,9 +64,8 @@ def _of(tier: str, needed: int, budget: int) -> str:
     return f"it takes {_gib(needed)} of {tier} memory and the budget is {_gib(budget)}"
 
 
-def advice(inputs: PlanInputs) -> str:
+def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     """The smallest change that fits, as flags to type; or the least memory that would do."""
-    fitting = smallest_change(inputs)
     if fitting is not None:
         return f"it fits with {' '.join(changed_flags(inputs, fitting))}"
     least = least_memory(inputs)

@@ -23,7 +23,7 @@ from tests.tiny import hf_directory, hf_model
 from wsm.probe import Ceiling
 from wsm.settings import Settings
 
-FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--device", "cpu"]
+FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--no-probe", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*argv: str, probe: bool = False) -> tuple[int, str, str]:
+    def run(*argv: str) -> tuple[int, str, str]:
         places = [
             "--checkpoints",
             str(model),
@@ -45,7 +45,7 @@ def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call
         ]
         verb, rest = (argv[:1], argv[1:]) if argv[:1] == ("plan",) else ((), argv)
         capsys.readouterr()
-        code = main([*verb, *places, *FAST, *(["--no-probe"] if not probe else []), *rest])
+        code = main([*verb, *places, *FAST, *rest])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -128,8 +128,8 @@ def tiers(plan: str) -> list[str]:
 # -- plan and exit 3
 
 
-def test_plan_shows_what_a_flag_would_buy_in_bytes_and_after_a_run_in_time(
-    run: Callable[..., tuple[int, str, str]],
+def test_plan_shows_what_a_flag_would_buy_in_bytes_and_once_rates_are_known_in_time(
+    run: Callable[..., tuple[int, str, str]], model: Path, tmp_path: Path
 ) -> None:
     flags = ["--gpu-cached-layers", "1", "--cpu-cache-layers", "2", "--prefetch-distance", "1"]
     _, unknown, _ = run("plan", *flags)
@@ -137,11 +137,12 @@ def test_plan_shows_what_a_flag_would_buy_in_bytes_and_after_a_run_in_time(
     [line] = [line for line in unknown.splitlines() if "--gpu-cached-layers 2" in line]
     assert line.split()[2:4] == ["-", "-"]
     assert float(line.split()[4]) < 0
-    assert run(*flags, probe=True)[0] == 0
+    rates = {name: Ceiling(1000.0, 900.0, "MBps", 1.0, "") for name in ("ssd", "h2d", "h2d_with_ssd", "hbm")}
+    remember(inputs_of(tmp_path / "c", model), rates)
     _, known, _ = run("plan", *flags)
     assert "what each flag would buy: a decode pass " in known
     [line] = [line for line in known.splitlines() if "--gpu-cached-layers 2" in line]
-    assert float(line.split()[2]) <= 0
+    assert float(line.split()[2]) < 0
 
 
 def inputs_of(tmp_path: Path, model: Path, **settings: Any) -> Inputs:

@@ -137,7 +137,7 @@ def test_plan_shows_what_a_flag_would_buy_in_bytes_and_once_rates_are_known_in_t
     [line] = [line for line in unknown.splitlines() if "--gpu-cached-layers 2" in line]
     assert line.split()[2:4] == ["-", "-"]
     assert float(line.split()[4]) < 0
-    rates = {name: Ceiling(1000.0, 900.0, "MBps", 1.0, "") for name in ("ssd", "h2d", "h2d_with_ssd", "hbm")}
+    rates = {name: Ceiling(1000.0, 900.0, "MBps", 1.0, "") for name in ("ssd", "h2d", "h2d_with_ssd")}
     remember(inputs_of(tmp_path / "c", model), rates)
     _, known, _ = run("plan", *flags)
     assert "what each flag would buy: a decode pass " in known

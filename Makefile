@@ -19,7 +19,7 @@ bench: $(VENV)/.installed
 	set -e; for mode in $(MODES); do \
 	  $(BIN)/python bench_infer.py --mode $$mode --out-json bench_results_$$mode.json; \
 	done
-	$(BIN)/python bench_infer.py table $(MODES:%=bench_results_%.json)
+	$(BIN)/python bench_infer.py compare $(MODES:%=bench_results_%.json)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

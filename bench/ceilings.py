@@ -55,14 +55,25 @@ def _release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _cache_file(inputs: Inputs) -> Path:
-    """One file a machine, store and setting that the probe depends on, and rank."""
-    options, shard = inputs.options, inputs.world.shard
-    settings = options.settings
-    store = str(options.raw_device or options.manifest or options.cache_dir.expanduser())
+def _exact_file(inputs: Inputs) -> Path:
+    """Of this model, mode, sizes and rank: what a run may measure itself against."""
+    settings, shard = inputs.options.settings, inputs.world.shard
     sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
-    of_run = [str(inputs.dtype), store, sizes, inputs.checkpoint.config.to_json(), *(shard if shard.size > 1 else ())]
-    key = json.dumps([_hardware(inputs.device, Path(store.partition(",")[0])), *of_run], sort_keys=True)
+    return _file(inputs, [sizes, inputs.checkpoint.config.to_json(), *(shard if shard.size > 1 else ())])
+
+
+def _near_file(inputs: Inputs) -> Path:
+    """Of layers of this shape, however many, in any mode and budget: what a plan may predict from."""
+    shape = {k: v for k, v in inputs.checkpoint.config.to_json().items() if k not in ("name", "n_layers")}
+    return _file(inputs, ["near", shape])
+
+
+def _file(inputs: Inputs, more: list[Any]) -> Path:
+    """One file a machine and store."""
+    options = inputs.options
+    store = str(options.raw_device or options.manifest or options.cache_dir.expanduser())
+    hardware = _hardware(inputs.device, Path(store.partition(",")[0]))
+    key = json.dumps([hardware, str(inputs.dtype), store, *more], sort_keys=True)
     return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -74,18 +85,34 @@ def _hardware(device: torch.device, store: Path) -> list[Any]:
 
 def remember(inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
     """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
-    path = _cache_file(inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    exact = _exact_file(inputs)
+    exact.parent.mkdir(parents=True, exist_ok=True)
+    _write(exact, ceilings)
+    _write(_near_file(inputs), {**_read(_near_file(inputs)), **ceilings})
+
+
+def _write(path: Path, ceilings: dict[str, Ceiling]) -> None:
     content = {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def recall_for(inputs: Inputs) -> dict[str, Ceiling]:
     """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
+    return _of_an_earlier_run(_read(_exact_file(inputs)))
+
+
+def recall_near(inputs: Inputs) -> dict[str, Ceiling]:
+    """As :func:`recall_for`, or else of other modes and budgets and of the same model with fewer layers."""
+    return recall_for(inputs) or _of_an_earlier_run(_read(_near_file(inputs)))
+
+
+def _of_an_earlier_run(ceilings: dict[str, Ceiling]) -> dict[str, Ceiling]:
+    return {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in ceilings.items()}
+
+
+def _read(path: Path) -> dict[str, Ceiling]:
     try:
-        content = json.loads(_cache_file(inputs).read_text(encoding="utf-8"))
-        return {
-            name: Ceiling(**{**entry, "how": f"{entry['how']} (of an earlier run)"}) for name, entry in content.items()
-        }
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Ceiling(**entry) for name, entry in content.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

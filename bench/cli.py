@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions, parse
+from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions, parse
 from bench.job import SOLO, Job, Terminated, job_of
+from bench.report import run_report
 from bench.run import run
-from bench.verbs import run_pack, run_plan, run_prompts, run_table, run_verify
+from bench.sweep import run_sweep
+from bench.sweep_flags import SweepOptions
+from bench.verb_flags import CompareOptions, ReportOptions
+from bench.verbs import run_compare, run_pack, run_plan, run_prompts, run_verify
 from llama.config import UnusableInput
 from llama.watch import RankFailed
 from wsm.errors import DoesNotFit, StoreError
@@ -45,15 +49,19 @@ def _run_verb(argv: Sequence[str], user_set: Sequence[str], job: Job) -> int:
         return run(options, argv, user_set, job)
     job.refuse_other_ranks(verb)
     if isinstance(options, RunOptions):
-        return run_plan(options)
+        return run_plan(options, argv)
     if isinstance(options, PackOptions):
         return run_pack(options)
     if isinstance(options, VerifyOptions):
         return run_verify(options)
     if isinstance(options, PromptsOptions):
         return run_prompts(options)
-    assert isinstance(options, TableOptions)
-    return run_table(options)
+    if isinstance(options, SweepOptions):
+        return run_sweep(options, user_set, lambda flags: parse(["run", *flags]))
+    if isinstance(options, CompareOptions):
+        return run_compare(options)
+    assert isinstance(options, ReportOptions)
+    return run_report(options)
 
 
 _CODES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], int], ...] = (

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bench.flag_types import boolean, names, number, path, topk, whole
+from bench.sweep_flags import SweepOptions, add_sweep, sweep_options
+from bench.verb_flags import CompareOptions, ReportOptions, add_compare, add_report
 from llama.config import UnusableInput
 from llama.kv_format import KV_DTYPES
 from llama.loading import DEFAULT_CACHE
 
-VERBS = ("run", "pack", "verify", "plan", "prompts", "table")
+VERBS = ("run", "pack", "verify", "plan", "prompts", "sweep", "compare", "report")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,6 @@ class PromptsOptions:
     checkpoints: Path | None
     seed: int
     cache_dir: Path
-    verbose: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TableOptions:
-    files: tuple[Path, ...]
     verbose: bool
 
 
@@ -213,13 +209,13 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--seed", type=whole(0), default=0, help="(0)")
     prompts.add_argument("--cache-dir", type=path, default=DEFAULT_CACHE, metavar="DIR")
     prompts.add_argument("--verbose", action="store_true")
-    table = verbs.add_parser("table", help="several result files as one Markdown table")
-    table.add_argument("files", type=path, nargs="+", metavar="JSON")
-    table.add_argument("--verbose", action="store_true")
+    add_sweep(verbs.add_parser("sweep", help="a run for every combination of listed values"), run)
+    add_compare(verbs.add_parser("compare", help="results against the first one: table, ratio, verdict"))
+    add_report(verbs.add_parser("report", help="results as one HTML page, and as PNG"))
     return parser
 
 
-Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | TableOptions
+Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
 _ENGINE = (
     "mode",
     "prefetch_distance",
@@ -256,7 +252,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
         return verb, VerifyOptions(**values)
     if verb == "prompts":
         return verb, PromptsOptions(**values)
-    return verb, TableOptions(**{**values, "files": tuple(values["files"])})
+    if verb == "sweep":
+        return verb, sweep_options(values)
+    values["paths"] = tuple(values["paths"])
+    return verb, CompareOptions(**values) if verb == "compare" else ReportOptions(**values)
 
 
 def _check_run(options: RunOptions) -> None:

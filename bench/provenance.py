@@ -18,7 +18,8 @@ from llama.checkpoint import Checkpoint
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def _run(*command: str, cwd: Path | None = None) -> str | None:
+def output_of(*command: str, cwd: Path | None = None) -> str | None:
+    """What a command prints, stripped; None if it is not there, fails or takes over 20 s."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=cwd)
     except (OSError, subprocess.SubprocessError):
@@ -27,10 +28,10 @@ def _run(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    if _run("git", "rev-parse", "--show-toplevel", cwd=_ROOT) != str(_ROOT):
+    if output_of("git", "rev-parse", "--show-toplevel", cwd=_ROOT) != str(_ROOT):
         return {"git_commit": None, "git_dirty": None}  # installed somewhere inside another project
-    commit = _run("git", "rev-parse", "HEAD", cwd=_ROOT)
-    changes = _run("git", "status", "--porcelain", "--untracked-files=no", cwd=_ROOT)
+    commit = output_of("git", "rev-parse", "HEAD", cwd=_ROOT)
+    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=_ROOT)
     return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
 
 
@@ -50,7 +51,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     names = ("driver", "pcie_gen", "pcie_gen_max", "pcie_width", "pcie_width_max")
     if device.type != "cuda":
         return {"gpu": None, **dict.fromkeys(names)}
-    answer = _run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    answer = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     rows = [[value.strip() for value in line.split(",")] for line in (answer or "").splitlines()]
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     own = [row for row in rows if len(row) == len(fields) and (len(rows) == 1 or row[0].endswith(uuid))]
@@ -80,17 +81,13 @@ def drive_of(path: Path) -> dict[str, Any] | None:
     all is None where there is no such path.
     """
     try:
-        status = os.stat(path)
+        filesystem = None if stat.S_ISBLK(os.stat(path).st_mode) else _filesystem(path)
     except OSError:
         return None
-    is_device = stat.S_ISBLK(status.st_mode)
-    filesystem = None if is_device else _filesystem(path)
-    number = status.st_rdev if is_device else status.st_dev
-    try:
-        entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
-    except OSError:
+    entry = _block_entry(path)
+    if entry is None:
         return {"device": None, "model": None, "rotational": None, "filesystem": filesystem}
-    disk = entry.parent if (entry / "partition").exists() else entry
+    disk = _whole(entry)
 
     def read(name: str) -> str | None:
         try:
@@ -105,6 +102,26 @@ def drive_of(path: Path) -> dict[str, Any] | None:
         "rotational": None if rotational is None else rotational == "1",
         "filesystem": filesystem,
     }
+
+
+def disk_of(path: Path) -> str | None:
+    """The kernel's name of the whole disk that ``path`` lies on, or is; None where no single one is known."""
+    entry = _block_entry(path)
+    return None if entry is None else _whole(entry).name
+
+
+def _block_entry(path: Path) -> Path | None:
+    """What sysfs has of the block device that ``path`` lies on, or is."""
+    try:
+        status = os.stat(path)
+        number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+        return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
+    except OSError:
+        return None
+
+
+def _whole(entry: Path) -> Path:
+    return entry.parent if (entry / "partition").exists() else entry
 
 
 def _filesystem(path: Path) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.conditions import Watch
 from bench.flags import RunOptions
 from bench.measure import Round, phases_of
 from bench.provenance import collect
@@ -29,6 +30,7 @@ from bench.results import (
     round_metrics,
     tpot_part,
 )
+from bench.spread import steadiness_warnings
 from llama.build import LLaMA
 from wsm.manifest import DTYPE_NAMES
 from wsm.prediction import predicted_pass_ms
@@ -45,6 +47,7 @@ class Progress:
     rounds: list[Round]
     interrupted: bool = False
     chosen: int = 0
+    watch: Watch = dataclasses.field(default_factory=lambda: Watch(torch.device("cpu"), ()))
 
 
 def result_of(
@@ -92,6 +95,7 @@ def result_of(
             "environment_set_by_user": list(user_set),
         },
         "provenance": provenance,
+        "conditions": got.watch.conditions.as_json(),
         "output": {
             "sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
             "texts": [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
@@ -104,6 +108,8 @@ def result_of(
             *beaten_floors(stats, got.ceilings),
             *(prediction_warnings(stats, predicted) if llm.inputs.device.type == "cuda" else ()),
             *drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done)),
+            *steadiness_warnings([timed.prefill_ms + timed.decode_ms for timed in got.rounds]),
+            *got.watch.warnings,
             *missing,
         ],
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import Round
+from bench.spread import statistic
 from llama.config import UnusableInput
 from wsm.forecast import Bound, Work, ceiling_of, parts_ms
 from wsm.probe import Ceiling
@@ -81,22 +82,12 @@ def median_round(rounds: Sequence[Round]) -> int:
 
 
 def repeats_part(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Every round's metrics, and for each metric n, median, mean, sample standard deviation, least and most."""
+    """Every round's metrics, and the spread of each."""
     raw = [{name: round_metrics(timed)[name] for name in METRICS} for timed in rounds]
     return {
         "n": len(rounds),
         "raw": raw,
-        "statistics": {
-            name: {
-                "n": len(raw),
-                "median": statistics.median(r[name] for r in raw),
-                "mean": statistics.fmean(r[name] for r in raw),
-                "stdev": statistics.stdev(r[name] for r in raw) if len(raw) > 1 else None,
-                "min": min(r[name] for r in raw),
-                "max": max(r[name] for r in raw),
-            }
-            for name in METRICS
-        },
+        "statistics": {name: statistic([metrics[name] for metrics in raw]) for name in METRICS},
     }
 
 
@@ -269,20 +260,29 @@ def read_result(path: Path) -> dict[str, Any]:
         UnusableInput: if it is missing, damaged, no result, or of another schema.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UnusableInput(f"{path} is no JSON ({error}): was the run broken off?") from error
+    return checked(result, str(path))
+
+
+def checked(result: Any, where: str) -> dict[str, Any]:
+    """``result``, read from ``where``, if this program wrote it.
+
+    Raises:
+        UnusableInput: if it is no result, or one of another schema.
+    """
     version = result.get("schema_version") if isinstance(result, dict) else None
     if type(version) is not int or not set(FIXED_KEYS) <= set(result):
-        raise UnusableInput(f"{path} is no result of bench_infer.py")
+        raise UnusableInput(f"{where} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
         age = "a newer" if version > SCHEMA_VERSION else "an older"
         raise UnusableInput(
-            f"{path} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
+            f"{where} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
         )
-    return result
+    return dict(result)
 
 
 def dump(result: Mapping[str, Any]) -> str:

@@ -12,13 +12,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from bench import ceilings as ceilings_of
+from bench.command import kept_command
+from bench.conditions import Watch
 from bench.flags import RunOptions
 from bench.job import SOLO, Job
 from bench.measure import Sampling, run_round, warm_up
@@ -31,11 +34,12 @@ from bench.trace import chrome_trace
 from llama.build import BuildOptions, Inputs, LLaMA, open_inputs, plan_run
 from llama.config import UnusableInput
 from llama.world import ALONE, World
-from wsm.advice import check_fits
+from wsm.advice import check_fits, ran_out
 from wsm.atomic import write_atomically
 from wsm.auto import auto_flags
 from wsm.errors import StoreError
 from wsm.plan import Plan, RunShape
+from wsm.probe import Ceiling
 from wsm.settings import read_settings
 
 MOST_RANDOM_PROMPTS = 512
@@ -112,8 +116,11 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
     distinct = batch_prompts(options, inputs, reporter.say)
     job.world.agree(_facts(options, distinct))
     plan = plan_run(inputs, shape_of(distinct, options))
+    if options.auto:
+        _say_choice(reporter, plan, argv)
+    known = ceilings_of.recall_near(inputs)
     _announce(reporter, built, inputs, plan)
-    check_fits(plan)
+    check_fits(plan, known)
     prompts = fill_batch(distinct, options.batch_size)
     without_effect = sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE"))
     if without_effect and not plan.kv.below:
@@ -128,7 +135,11 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
         if not options.no_probe:
             ceilings_of.remember(inputs, got.ceilings)
 
-    with _cache_kept_sound(inputs), LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm:
+    with (
+        _cache_kept_sound(inputs),
+        _advised(plan, known),
+        LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm,
+    ):
         if built.settings.mode != "full":
             way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
             reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
@@ -172,10 +183,14 @@ def _result(
     return with_ranks(result, collect(llm, mine, interrupted=got.interrupted))
 
 
+def _say_choice(reporter: ConsoleReporter, plan: Plan, argv: Sequence[str]) -> None:
+    chosen = auto_flags(plan)
+    reporter.say(f"[INFO] --auto chose {' '.join(chosen) or 'nothing: the mode has no layers to place'}")
+    reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")
+
+
 def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, plan: Plan) -> None:
     mode = built.settings.mode
-    if built.auto:
-        reporter.say(f"[INFO] --auto chose {' '.join(auto_flags(plan)) or 'nothing: the mode has no layers to place'}")
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
     if mode == "full" and built.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
@@ -215,10 +230,18 @@ def _rounds(
     if llm.manager is not None and options.warmup_rounds:
         llm.manager.wait_loaded()
     llm.load_times.parts["from_process_start_s"] = time.time() - psutil.Process().create_time()
-    for number in range(options.repeats):
-        with reporter.bar(options.max_new_tokens, "tok", f"round {number + 1}/{options.repeats}") as advance:
-            llm.inputs.world.barrier()
-            got.rounds.append(run_round(llm, prompts, sampling, on_token=lambda: advance(1)))
+    got.watch = Watch(llm.inputs.device, _read_in_rounds(llm))
+    with got.watch:
+        for number in range(options.repeats):
+            with reporter.bar(options.max_new_tokens, "tok", f"round {number + 1}/{options.repeats}") as advance:
+                llm.inputs.world.barrier()
+                got.rounds.append(run_round(llm, prompts, sampling, on_token=lambda: advance(1)))
+
+
+def _read_in_rounds(llm: LLaMA) -> Sequence[str]:
+    """The files or devices of the SSD tier, if passes read them."""
+    description = llm.inputs.description
+    return description.targets if description is not None and llm.plan.placement.residency.ssd else ()
 
 
 def _check_outputs(options: RunOptions) -> None:
@@ -272,6 +295,15 @@ def _cache_kept_sound(inputs: Inputs) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _advised(plan: Plan, ceilings: Mapping[str, Ceiling]) -> Iterator[None]:
+    """A device that runs out all the same is told of with the budget and the next smaller run."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ran_out(plan, str(error).splitlines()[0].rstrip(". "), ceilings) from error
+
+
+@contextlib.contextmanager
 def _finishing() -> Iterator[None]:
     """Ctrl-C or SIGTERM comes too late to lose finished rounds: what takes a second is let through."""
     if threading.current_thread() is not threading.main_thread():
@@ -288,6 +320,8 @@ def _finishing() -> Iterator[None]:
 def _print_result(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
     if options.output is not None:
         print(row(result, options.output))
+        for warning in result["warnings"] if options.output != "json" else ():  # a row has no room for sentences
+            print(f"[WARNING] {warning}", file=sys.stderr)
     else:
         for number, text in enumerate(result["output"]["texts"] or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")

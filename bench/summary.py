@@ -26,6 +26,7 @@ _SUMMARY = (
     "end_to_end_tok_s",
 )
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "model": lambda r: r["config"]["resolved"]["model"],
     "mode": lambda r: r["mode"],
     "device": lambda r: r["device"],
     "batch_size": lambda r: r["batch_size"],
@@ -34,12 +35,16 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ttft_ms": lambda r: r["ttft_ms"],
     "decode_ms": lambda r: r["decode_ms"],
     "e2e_ms": lambda r: r["e2e_ms"],
+    "repeats": lambda r: r["repeats"]["n"],
+    "e2e_stdev_ms": lambda r: r["repeats"]["statistics"]["e2e_ms"]["stdev"],
     "throughput_tok_s": lambda r: r["throughput_tok_s"],
+    "end_to_end_tok_s": lambda r: r["end_to_end_tok_s"],
     "decode_bound_by": lambda r: r["phases"]["decode"]["bound_by"],
     "decode_roofline_pct": lambda r: r["phases"]["decode"]["roofline_pct"],
     "gpu_GB": lambda r: r["gpu_mem_GB"]["allocated_GB"],
     "page_locked_MB": lambda r: r["memory"]["cpu_page_locked_bytes"] / 1e6,
     "output": lambda r: r["output"]["sha256"][:12],
+    "warnings": lambda r: len(r["warnings"]),
 }
 
 
@@ -74,6 +79,7 @@ def summary(result: Mapping[str, Any]) -> str:
     """The summary block: the guide's seven figures, then what the time was bound by."""
     lines = ["", "=== Benchmark Summary ==="]
     lines += [f"{name:>24}: {result[name]:.3f}" for name in _SUMMARY]
+    lines += _spread_lines(result["repeats"])
     for name, phase in result["phases"].items():
         if phase["floor_ms"] is None:
             lines.append(f"{name + ' floor':>24}: not known")
@@ -88,6 +94,18 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _spread_lines(repeats: Mapping[str, Any]) -> list[str]:
+    """Of several rounds, what the figures above are the middle of."""
+    spread = repeats["statistics"]["e2e_ms"]
+    if spread["stdev"] is None:
+        return []
+    text = f"median {spread['median']:.3f} ms of {repeats['n']} rounds, sample stdev {spread['stdev']:.3f}"
+    if spread["median_ci95"] is not None:
+        low, high = spread["median_ci95"]
+        text += f", 95 % interval of the median {low:.3f} to {high:.3f}"
+    return [f"{'e2e_ms over rounds':>24}: {text}"]
+
+
 def _cells(result: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {name: significant(read(result)) for name, read in _COLUMNS.items()}
@@ -96,7 +114,7 @@ def _cells(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results as a Markdown table, a row each."""
+    """Results as a Markdown table, a row each: what ``-o md`` prints."""
     rows = [{name: _shown(value) for name, value in _cells(result).items()} for result in results]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
     head = "| " + " | ".join(f"{name:<{widths[name]}}" for name in _COLUMNS) + " |"

@@ -1,16 +1,20 @@
-"""The other verbs: pack, verify, plan, prompts, table."""
+"""The other verbs: pack, verify, plan, prompts, compare."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-from bench.ceilings import recall_for
-from bench.flags import PackOptions, PromptsOptions, RunOptions, TableOptions, VerifyOptions
+from bench.ceilings import recall_near
+from bench.command import kept_command
+from bench.compare import compare, regressions
+from bench.compare_text import as_csv, as_markdown, as_text
+from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions
 from bench.prompts import make_prompts, prompt_file
-from bench.results import read_result
 from bench.run import batch_prompts, build_options, shape_of
-from bench.summary import ConsoleReporter, table
+from bench.sides import read_sides
+from bench.summary import ConsoleReporter
+from bench.verb_flags import CompareOptions
 from llama.build import BuildOptions, open_inputs, plan_run
 from llama.checkpoint import (
     Checkpoint,
@@ -26,6 +30,7 @@ from llama.tokenizer import load_tokenizer
 from llama.world import World
 from wsm.advice import check_fits
 from wsm.atomic import write_atomically
+from wsm.auto import auto_flags
 from wsm.manifest import read_manifest
 from wsm.pack import PackRequest, pack
 from wsm.plan_text import describe
@@ -107,19 +112,21 @@ def run_verify(options: VerifyOptions) -> int:
     return 4 if bad else 0
 
 
-def run_plan(options: RunOptions) -> int:
-    """Print what would lie where; exit code 3 if it does not fit."""
+def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
+    """Print what would lie where, and what each flag would buy; exit code 3 if it does not fit."""
     ranks = options.tp or 1
     built, warnings = build_options(options, World(Shard(0, ranks), Shard(0, ranks)))
     inputs = open_inputs(built)
     plan = plan_run(inputs, shape_of(batch_prompts(options, inputs, print), options))
-    ceilings = recall_for(inputs)
+    ceilings = recall_near(inputs)
     if not ceilings:
         print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
-    print(describe(plan, {name: ceiling.value for name, ceiling in ceilings.items()} or None))
+    print(describe(plan, ceilings))
+    if options.auto:
+        print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in warnings:
         print(f"[WARNING] {warning}")
-    check_fits(plan)
+    check_fits(plan, ceilings)
     return 0
 
 
@@ -143,7 +150,18 @@ def run_prompts(options: PromptsOptions) -> int:
     return 0
 
 
-def run_table(options: TableOptions) -> int:
-    """Print several results as one table."""
-    print(table([read_result(Path(path)) for path in options.files]))
-    return 0
+def run_compare(options: CompareOptions) -> int:
+    """Print results against the first; with ``--threshold``, exit code 1 if one is slower by more."""
+    comparison = compare(read_sides(options.paths))
+    print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
+    if options.threshold is None:
+        return 0
+    slower = regressions(comparison, options.threshold)
+    for against in slower:
+        assert against.ratio is not None
+        print(
+            f"bench_infer.py: {against.side.name} is slower than {comparison.sides[0].name} by "
+            f"{100 * (against.ratio.value - 1):.1f} %, more than --threshold {options.threshold:g}",
+            file=sys.stderr,
+        )
+    return 1 if slower else 0

@@ -15,12 +15,20 @@ from bench.results import FIXED_KEYS
 from bench.schema_doc import DOC_FILE, document, read_schema
 from wsm.settings import PRESETS
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "docs" / "QUICKSTART.zh-CN.md").read_text(encoding="utf-8")
+TUNING = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
+
+
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each verb."""
+    [verbs] = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(verbs.choices)
 
 
 def _verbs() -> dict[str, argparse.ArgumentParser]:
-    [verbs] = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(verbs.choices)
+    return verbs_of(build_parser())
 
 
 def _flags() -> Iterator[str]:
@@ -54,18 +62,44 @@ def test_the_readme_names_every_verb(verb: str) -> None:
 
 
 @pytest.mark.parametrize("variable", sorted(PRESETS))
-def test_the_readme_names_every_variable(variable: str) -> None:
+def test_readme_and_chinese_guide_name_every_variable(variable: str) -> None:
     assert f"`{variable}`" in README, f"README.md lacks {variable}"
+    assert f"| `{variable}` |" in CHINESE, f"QUICKSTART.zh-CN.md lacks {variable}"
 
 
 @pytest.mark.parametrize("key", FIXED_KEYS)
-def test_the_readme_names_every_key_of_the_guide(key: str) -> None:
+def test_readme_and_chinese_guide_name_every_key_of_the_guide(key: str) -> None:
     assert re.search(rf"`{key}\b", README), f"README.md lacks the JSON key {key}"
+    assert re.search(rf"`{key}\b", CHINESE), f"QUICKSTART.zh-CN.md lacks the JSON key {key}"
 
 
-@pytest.mark.parametrize("code", [cli.UNUSABLE, cli.TOO_LARGE, cli.BAD_STORE, cli.INTERRUPTED])
-def test_the_readme_explains_every_exit_code(code: int) -> None:
-    assert re.search(rf"^\| {code} \| \w", README, re.MULTILINE), f"README.md lacks exit code {code}"
+@pytest.mark.parametrize("code", [0, cli.FAILED, cli.UNUSABLE, cli.TOO_LARGE, cli.BAD_STORE, cli.INTERRUPTED])
+def test_readme_and_chinese_guide_explain_every_exit_code(code: int) -> None:
+    for name, page in (("README.md", README), ("QUICKSTART.zh-CN.md", CHINESE)):
+        assert re.search(rf"^\| {code} \| \w", page, re.MULTILINE), f"{name} lacks exit code {code}"
+
+
+@pytest.mark.parametrize("name", ["README", "CHINESE", "TUNING"])
+def test_no_page_names_a_flag_or_variable_that_does_not_exist(name: str) -> None:
+    page = {"README": README, "CHINESE": CHINESE, "TUNING": TUNING}[name]
+    known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
+    foreign = {"--user"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - foreign
+    assert sorted(flags - known) == []
+    variables = set(re.findall(r"\bWSM_[A-Z_]+[A-Z]\b", page))
+    assert sorted(variables - set(PRESETS) - {"WSM_KV_THROTTLE"}) == []
+
+
+def test_the_tuning_guide_names_only_keys_that_the_json_has() -> None:
+    keys = {part for row in re.findall(r"^\| `([^`]+)`", document(read_schema()), re.MULTILINE) for part in _names(row)}
+    named = [word for word in re.findall(r"`([a-z][\w]*(?:\.[\w]+)+)`", TUNING) if not word.endswith((".py", ".json"))]
+    assert len(named) >= 8
+    assert [word for word in named if not set(word.split(".")) <= keys] == []
+
+
+def _names(key: str) -> list[str]:
+    """``a.{b,c}.d`` is of the names a, b, c and d."""
+    return re.findall(r"\w+", key)
 
 
 def test_the_exit_codes_are_those_of_the_design() -> None:
@@ -89,8 +123,8 @@ def test_json_md_says_what_several_objects_share_once() -> None:
     assert "| `repeats.raw[].ttft_ms` |" in page
 
 
-def test_documents_named_in_the_readme_exist() -> None:
-    root = Path(__file__).parent.parent
-    links = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert links
-    assert [link for link in links if not (root / link).exists()] == []
+def test_documents_named_in_the_documents_exist() -> None:
+    for folder, page in ((ROOT, README), (ROOT / "docs", CHINESE), (ROOT / "docs", TUNING)):
+        links = re.findall(r"\]\((?!http)([^)#]+)", page)
+        assert links
+        assert [link for link in links if not (folder / link).exists()] == []

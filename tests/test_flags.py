@@ -14,11 +14,11 @@ from bench.flags import (
     PackOptions,
     PromptsOptions,
     RunOptions,
-    TableOptions,
     VerifyOptions,
     parse,
 )
 from bench.run import build_options
+from bench.verb_flags import CompareOptions, ReportOptions
 from llama.config import UnusableInput
 from wsm.settings import Settings
 
@@ -295,11 +295,19 @@ def test_prompts_come_512_of_2048_tokens_as_in_the_guides_file() -> None:
     assert "--tokens" in refusal("prompts", "--out", "p", "--tokens", "0")
 
 
-def test_table_takes_files() -> None:
-    verb, options = parse(["table", "a.json", "b.json"])
-    assert verb == "table"
-    assert options == TableOptions(files=(Path("a.json"), Path("b.json")), verbose=False)
-    assert "JSON" in refusal("table")
+def test_compare_takes_results_a_threshold_and_a_form() -> None:
+    verb, options = parse(["compare", "a.json", "b", "--threshold", "3", "-o", "csv"])
+    assert verb == "compare"
+    assert options == CompareOptions((Path("a.json"), Path("b")), threshold=3.0, output="csv", verbose=False)
+    assert "RESULT" in refusal("compare")
+    assert "--threshold" in refusal("compare", "a", "b", "--threshold", "-1")
+
+
+def test_report_takes_results_and_where_to_write() -> None:
+    verb, options = parse(["report", "a.json", "--png", "plots"])
+    assert verb == "report"
+    assert options == ReportOptions((Path("a.json"),), Path("report.html"), Path("plots"), verbose=False)
+    assert "RESULT" in refusal("report")
 
 
 def test_a_flag_of_another_verb_is_refused() -> None:

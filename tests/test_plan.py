@@ -18,6 +18,7 @@ from wsm.budget import GIB, Hardware
 from wsm.forecast import predicted_floor
 from wsm.plan import RunShape, make_plan
 from wsm.plan_text import describe
+from wsm.probe import Ceiling
 from wsm.settings import Settings
 
 # -- the 70B model at the guide's flags
@@ -155,7 +156,9 @@ def test_kept_groups_move_nothing() -> None:
 
 
 def test_the_plan_in_words_has_tiers_pools_budgets_and_the_floor() -> None:
-    text = describe(make_plan(inputs_for()), CEILINGS)
+    text = describe(
+        make_plan(inputs_for()), {name: Ceiling(rate, rate, "", 1.0, "") for name, rate in CEILINGS.items()}
+    )
     for part in (
         "Llama-3.1-70B, mode mixed: 80 layers of 1711.3 MB",
         "GPU  4 layers, 6.375 GiB: 10, 30, 50, 70",
@@ -166,6 +169,7 @@ def test_the_plan_in_words_has_tiers_pools_budgets_and_the_floor() -> None:
         "allocator slack",
         "71875.0 MB from the SSD",
         "decode: at least 10267.85 ms a pass, bound by the SSD",
+        "what each flag would buy: a decode pass is predicted to take 10267.85 ms now",
     ):
         assert part in text
     assert "at least" not in describe(make_plan(inputs_for()))

@@ -43,6 +43,15 @@ def test_while_a_fast_drive_is_read_the_link_has_only_its_rate_beside_it() -> No
     assert found == pytest.approx(expected * 1e3, rel=1e-3)
 
 
+def test_a_probe_that_saw_the_link_faster_beside_the_drive_makes_fewer_reads_no_dearer() -> None:
+    noisy = {"h2d": 1_000.0, "h2d_with_ssd": 9_000.0, "ssd": 60_000.0}
+    more_cached = Settings(mode="mixed", gpu_cached_layers=4, cpu_cache_layers=60, prefetch_distance=6)
+    fewer, more = decode_ms(more_cached, **noisy), decode_ms(MIXED, **noisy)
+    assert fewer is not None
+    assert more is not None
+    assert fewer <= more
+
+
 def test_without_streams_or_rates_nothing_is_predicted() -> None:
     assert decode_ms(Settings(mode="preload"), h2d=50_000.0, hbm=4e6) is None
     assert decode_ms(STREAM) is None

@@ -27,12 +27,12 @@ def mounted(monkeypatch: pytest.MonkeyPatch, mounts: dict[str, str]) -> None:
 
 def gpu_machine(monkeypatch: pytest.MonkeyPatch, answer: str | None, uuid: str = SECOND) -> None:
     """A machine whose nvidia-smi answers so, and on which torch calls the GPU of ``uuid`` cuda:0."""
-    run = provenance._run
+    run = provenance.output_of
 
     def answered(*command: str, cwd: Path | None = None) -> str | None:
         return answer if command[0] == "nvidia-smi" else run(*command, cwd=cwd)
 
-    monkeypatch.setattr(provenance, "_run", answered)
+    monkeypatch.setattr(provenance, "output_of", answered)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
 
@@ -138,7 +138,7 @@ def test_a_device_itself_has_no_filesystem() -> None:
 
 
 def test_without_git_the_commit_is_null_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_run", lambda *command, cwd=None: None)
+    monkeypatch.setattr(provenance, "output_of", lambda *command, cwd=None: None)
     found, warnings = collect(checkpoint(), torch.device("cpu"), 0, None)
     assert (found["git_commit"], found["git_dirty"]) == (None, None)
     assert "provenance.git_commit could not be had" in warnings

@@ -623,7 +623,7 @@ def test_a_table_has_a_line_for_each_result(runs: Mapping[str, Any]) -> None:
     lines = table(list(runs.values())).splitlines()
     assert len(lines) == 2 + len(MODES)
     assert len({len(line) for line in lines}) == 1
-    assert [line.split()[1] for line in lines[2:]] == list(MODES)
+    assert [line.split()[3] for line in lines[2:]] == list(MODES)
     assert " - " in lines[-1]
 
 
@@ -633,13 +633,3 @@ def test_a_row_is_one_line_of_json_or_two_of_csv(runs: Mapping[str, Any]) -> Non
     head, line = row(runs["mixed"], "csv").splitlines()
     assert dict(zip(head.split(","), line.split(","), strict=True))["mode"] == "mixed"
     assert row(runs["mixed"], "md") == table([runs["mixed"]])
-
-
-def test_the_verb_table_reads_files(
-    runs: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(runs["mixed"]), encoding="utf-8")
-    assert main(["table", str(tmp_path / "a.json")]) == 0
-    assert capsys.readouterr().out.strip() == table([runs["mixed"]])
-    assert main(["table", str(tmp_path / "a.json"), str(tmp_path / "none.json")]) == 2
-    assert "none.json" in capsys.readouterr().err

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from wsm.budget import GIB
+from wsm.cost import cost_of
 from wsm.errors import DoesNotFit
 from wsm.plan import Plan, PlanInputs, make_plan
+from wsm.probe import Ceiling
 from wsm.settings import spelled
 
 
-def check_fits(plan: Plan) -> None:
+def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> None:
     """Nothing, if the plan fits.
 
+    Args:
+        ceilings: this machine's rates, as far as they are known: the cost of the change is predicted from them.
+
     Raises:
-        DoesNotFit: with a line that says what is short and the smallest change of flags that fits, then both budgets.
+        DoesNotFit: with a line that says what is short and the smallest change of flags that fits, one with what the
+            change costs, then both budgets.
     """
     if not plan.fits:
-        raise DoesNotFit(f"the run does not fit: {_shortage(plan)}; {advice(plan.inputs)}\n{plan.budget_text()}")
+        raise DoesNotFit(_explained(f"the run does not fit: {_shortage(plan)}", plan, plan.inputs, ceilings or {}))
+
+
+def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotFit:
+    """What to say when the device ran out although the plan fitted: the next smaller run, for 5 % less memory."""
+    needed = 0.95 * plan.gpu_bytes / GIB
+    inputs = replace(plan.inputs, settings=replace(plan.inputs.settings, gpu_mem_gb=needed))
+    sentence = f"the GPU ran out of memory ({cause}), though {_gib(plan.gpu_bytes)} were planned"
+    return DoesNotFit(_explained(sentence, plan, inputs, ceilings))
+
+
+def _explained(sentence: str, plan: Plan, inputs: PlanInputs, ceilings: Mapping[str, Ceiling]) -> str:
+    fitting = smallest_change(inputs)
+    lines = [f"{sentence}; {_advice(inputs, fitting)}"]
+    if fitting is not None:
+        lines.append(cost_of(plan, make_plan(fitting), ceilings))
+    return "\n".join([*lines, plan.budget_text()])
 
 
 def _shortage(plan: Plan) -> str:
@@ -42,9 +64,8 @@ def _of(tier: str, needed: int, budget: int) -> str:
     return f"it takes {_gib(needed)} of {tier} memory and the budget is {_gib(budget)}"
 
 
-def advice(inputs: PlanInputs) -> str:
+def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     """The smallest change that fits, as flags to type; or the least memory that would do."""
-    fitting = smallest_change(inputs)
     if fitting is not None:
         return f"it fits with {' '.join(changed_flags(inputs, fitting))}"
     least = least_memory(inputs)

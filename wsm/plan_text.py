@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from wsm.budget import GIB
 from wsm.forecast import predicted_floor
 from wsm.plan import Plan
+from wsm.probe import Ceiling
+from wsm.what_if import what_each_flag_buys
 
 _RESOURCE = {
     "ssd": "the SSD",
@@ -17,8 +19,8 @@ _RESOURCE = {
 }
 
 
-def describe(plan: Plan, ceilings: Mapping[str, float] | None = None) -> str:
-    """The plan for people: tiers, pools, both budgets, bytes a pass and, with ceilings, the floor."""
+def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
+    """The plan for people: tiers, pools, budgets, bytes a pass, the floor, and what one step of each flag would buy."""
     config, residency, placement = plan.inputs.config, plan.placement.residency, plan.placement
     layer = plan.inputs.slot_bytes()
     tiers = (("GPU", residency.gpu), ("CPU", residency.cpu), ("SSD", residency.ssd))
@@ -33,11 +35,13 @@ def describe(plan: Plan, ceilings: Mapping[str, float] | None = None) -> str:
         plan.budget_text(),
         _moved_text(plan),
     ]
+    best = {name: ceiling.value for name, ceiling in (ceilings or {}).items()}
     sections += [
         f"{phase}: at least {floor.ms:.2f} ms a pass, bound by {_RESOURCE[floor.bound_by]} "
         f"({', '.join(f'{part} {ms:.2f} ms' for part, ms in floor.parts_ms.items())})"
-        for phase, floor in predicted_floor(plan, ceilings or {}).items()
+        for phase, floor in predicted_floor(plan, best).items()
     ]
+    sections.append(what_each_flag_buys(plan, ceilings or {}))
     return "\n".join(sections)
 
 

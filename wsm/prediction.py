@@ -30,8 +30,11 @@ def _pass_ms(work: Work, ceilings: Mapping[str, Ceiling]) -> float | None:
 
 
 def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> float:
-    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards."""
+    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards.
+
+    A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
+    """
     alone = ceilings["h2d"].median * 1e6
-    beside = ceilings["h2d_with_ssd"].median * 1e6 if "h2d_with_ssd" in ceilings else alone
+    beside = min(alone, ceilings["h2d_with_ssd"].median * 1e6) if "h2d_with_ssd" in ceilings else alone
     moved = beside * ssd_s
     return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone

@@ -1,0 +1,56 @@
+"""The verb ``report``: results as one HTML page, and its plots as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.charts import Chart, overview_charts, side_charts, sweep_charts
+from bench.page import page
+from bench.sides import Side, read_sides
+from bench.timeline import Timeline, timelines_of
+from bench.verb_flags import ReportOptions
+from llama.config import UnusableInput
+from wsm.atomic import write_atomically
+
+
+def run_report(options: ReportOptions) -> int:
+    """Write the page, and with ``--png`` a file for every plot."""
+    sides = read_sides(options.paths)
+    _check_out(options.out, options.paths)
+    write_atomically(options.out, page(sides))
+    print(f"[INFO] {len(sides)} side(s) in {options.out}")
+    if options.png is not None:
+        written = write_plots(list(charts_of(sides)), options.png)
+        print(f"[INFO] {len(written)} plots in {options.png}")
+    return 0
+
+
+def charts_of(sides: Sequence[Side]) -> Iterator[Chart | Timeline]:
+    """Every chart of the page, in its order."""
+    yield from sweep_charts(sides)
+    yield from overview_charts(sides)
+    for side in sides:
+        yield from timelines_of(side)
+        yield from side_charts(side)
+
+
+def write_plots(charts: Sequence[Chart | Timeline], folder: Path) -> list[Path]:
+    """The charts as PNG in ``folder``, numbered in the page's order.
+
+    Raises:
+        UnusableInput: where matplotlib is not installed.
+    """
+    try:
+        from bench.plots import write_png
+    except ModuleNotFoundError as error:
+        raise UnusableInput(f"--png needs {error.name}: pip install 'wsm-bench[plot]' (the page was written)") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    return [write_png(chart, folder, number) for number, chart in enumerate(charts, 1)]
+
+
+def _check_out(out: Path, read: Sequence[Path]) -> None:
+    if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
+        raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
+    if not out.absolute().parent.is_dir():
+        raise UnusableInput(f"--out {out}: its folder does not exist")

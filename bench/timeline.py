@@ -1,0 +1,146 @@
+"""When each tier worked: from a trace beside a result, or from its phases' sums."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.charts import number
+from bench.sides import TRACE_SUFFIX, Side
+from llama.config import UnusableInput
+
+Span = tuple[float, float, str]
+"""Start and end in ms, and the kind that decides the colour."""
+_KIND_OF_LANE = {"SSD reads": "SSD", "H2D": "link", "compute waits": "stalled", "compute": "busy"}
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    name: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Lanes below each other over ``window`` (ms)."""
+
+    name: str
+    title: str
+    note: str
+    window: tuple[float, float]
+    lanes: tuple[Lane, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A trace's lanes, and when each pass began: at the computation whose name comes first, again and again (ms)."""
+
+    lanes: tuple[Lane, ...]
+    passes: tuple[float, ...]
+
+
+def timelines_of(side: Side) -> Iterator[Timeline]:
+    """The whole run and one decode pass, if a trace lies beside the result; else what the phases' sums tell.
+
+    Raises:
+        UnusableInput: if the trace is damaged.
+    """
+    if side.typical is None:
+        return
+    trace = _trace_beside(side)
+    if trace is None:
+        yield _from_phases(side.name, side.typical)
+        return
+    read = read_trace(trace)
+    end = max((span[1] for lane in read.lanes for span in lane.spans), default=0.0)
+    note = f"Every read, copy and computation, from {trace.name}."
+    yield Timeline(f"timeline-{side.name}", "Timeline of the run", note, (0.0, end), read.lanes)
+    window = _middle_pass(read)
+    if window is not None:
+        note = "The same, magnified: a pass in the middle of the decode."
+        yield Timeline(f"timeline-pass-{side.name}", "Timeline of one decode pass", note, window, read.lanes)
+
+
+def inside(spans: Sequence[Span], window: tuple[float, float]) -> Iterator[Span]:
+    """What of the spans lies in the window."""
+    for start, end, kind in spans:
+        if end > window[0] and start < window[1]:
+            yield max(start, window[0]), min(end, window[1]), kind
+
+
+def _trace_beside(side: Side) -> Path | None:
+    """``mixed.trace.json`` beside ``mixed.json``, or what ``--trace`` named if it lies there."""
+    if side.source.suffix != ".json" or side.typical is None:
+        return None
+    named = side.typical["config"]["resolved"].get("trace")
+    places = [side.source.with_suffix(TRACE_SUFFIX)]
+    if isinstance(named, str):
+        places.append(side.source.parent / Path(named).name)
+    return next((place for place in places if place.is_file()), None)
+
+
+def read_trace(path: Path) -> Trace:
+    """A Chrome trace that ``--trace`` wrote.
+
+    Raises:
+        UnusableInput: if it is none.
+    """
+    try:
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        names = {event["tid"]: str(event["args"]["name"]) for event in events if event["ph"] == "M"}
+        spans: dict[int, list[Span]] = {lane: [] for lane in names}
+        computed: list[tuple[float, str]] = []
+        for event in events:
+            if event["ph"] == "X":
+                start, length = float(event["ts"]) / 1e3, float(event["dur"]) / 1e3
+                if not (math.isfinite(start) and math.isfinite(length) and length >= 0):
+                    raise ValueError(f"an event at {start} ms lasts {length} ms")
+                lane, name = event["tid"], str(event["name"])
+                spans[lane].append((start, start + length, _kind(names[lane], name)))
+                if names[lane] == "compute":
+                    computed.append((start, name))
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnusableInput(f"{path} is no timeline of --trace ({error}): delete it, or trace the run again") from error
+    first = min(computed, default=(0.0, ""))[1]
+    lanes = tuple(Lane(names[lane], tuple(sorted(found))) for lane, found in spans.items())
+    return Trace(lanes, tuple(sorted(start for start, name in computed if name == first)))
+
+
+def _kind(lane: str, event: str) -> str:
+    return event if lane == "phase" else _KIND_OF_LANE.get(lane, "busy")
+
+
+def _middle_pass(trace: Trace) -> tuple[float, float] | None:
+    """A pass in the middle of the decode; None where fewer than two begin in it."""
+    decode = next((span for lane in trace.lanes for span in lane.spans if span[2] == "decode"), None)
+    if decode is None:
+        return None
+    starts = [start for start in trace.passes if decode[0] <= start <= decode[1]]
+    middle = len(starts) // 2
+    return (starts[middle - 1], starts[middle]) if middle else None
+
+
+def _from_phases(name: str, result: Mapping[str, Any]) -> Timeline:
+    """Each tier's sums, drawn inside their phase: how long, not when."""
+    lanes: dict[str, list[Span]] = {"phase": [], "SSD reads": [], "H2D": [], "compute": []}
+    start = 0.0
+    for phase in ("prefill", "decode"):
+        found = result["phases"][phase]
+        end = start + float(found["wall_ms"])
+        lanes["phase"].append((start, end, phase))
+        for tier, lane in (("ssd", "SSD reads"), ("h2d", "H2D"), ("compute", "compute")):
+            busy = number(found["busy_ms"].get(tier)) or 0.0
+            lanes[lane].append((start, min(end, start + busy), _KIND_OF_LANE[lane]))
+            if tier == "compute":
+                waited = number(found["stall_ms"].get("h2d")) or 0.0
+                lanes[lane].append((start + busy, min(end, start + busy + waited), "stalled"))
+        start = end
+    note = "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
+    kept = tuple(Lane(lane, tuple(span for span in spans if span[1] > span[0])) for lane, spans in lanes.items())
+    return Timeline(f"timeline-{name}", "Timeline of the run", note, (0.0, start), kept)

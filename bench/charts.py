@@ -64,12 +64,21 @@ class Curves:
 Chart = Bars | Curves
 MOST_BELIEVED_PCT = 105.0
 """A run cannot be faster than its floor; some 5 % of it are the ceilings' own noise."""
-_TIERS = {"ssd": "SSD reads", "h2d": "link", "compute": "compute"}
-_MOVED = {
+MOVED = {
     "ssd_read": "SSD to CPU",
     "weight_h2d": "weights to GPU",
     "kv_h2d": "KV to GPU",
     "kv_d2h": "KV from GPU",
+    "kv_read": "KV from its drive",
+    "kv_write": "KV to its drive",
+}
+"""What moves, by the names of a result and of a trace."""
+STALLED_KV = "stalled by KV"
+_TIERS = {
+    "ssd": "SSD reads",
+    "h2d": "link",
+    "compute": "compute",
+    **{tier: told for tier, told in MOVED.items() if tier.startswith("kv_")},
 }
 
 
@@ -136,21 +145,22 @@ def _tier_times(name: str, result: Mapping[str, Any]) -> Bars:
     for phase, found in result["phases"].items():
         for tier, told in _TIERS.items():
             busy, stall, idle = (number(found[group].get(tier)) for group in ("busy_ms", "stall_ms", "idle_ms"))
-            waited = number(found["stall_ms"].get("h2d")) if tier == "compute" else None
             if busy is None:
                 continue
             parts = [Segment("busy", busy)]
             if tier == "compute":
-                parts += [Segment("stalled", waited or 0.0), Segment("idle", idle or 0.0)]
-            else:
                 # A tier's stall is time that the next tier waited for it: part of neither its busy nor its idle time.
-                parts.append(Segment("idle", idle or 0.0))
+                parts.append(Segment("stalled", number(found["stall_ms"].get("h2d")) or 0.0))
+                if waited := number(found["stall_ms"].get("kv")):
+                    parts.append(Segment(STALLED_KV, waited))
+            if idle is not None:
+                parts.append(Segment("idle", idle))
             after = f"{100 * busy / found['wall_ms']:.0f} % busy" if found["wall_ms"] else ""
             if stall and tier != "compute":
                 after += f", {stall:.4g} ms waited for"
             bars.append(Bar(f"{phase}, {told}", tuple(parts), after))
     note = (
-        "Each tier over the whole phase. Stalled: computing waited for weights. "
+        f"Each tier over the whole phase. Stalled: computing waited for weights, {STALLED_KV}: for KV. "
         "Idle: nothing to do, or embedding, head and sampling."
     )
     return Bars(f"tiers-{name}", "Time per phase", note, "ms", tuple(bars))
@@ -165,7 +175,7 @@ def _moved(name: str, result: Mapping[str, Any]) -> Bars:
                 continue
             passes = number(found["passes"]) or 1
             after = f"{amount / 1e6:.4g} MB, {amount / passes / 1e6:.4g} MB a pass"
-            bars.append(Bar(f"{phase}, {_MOVED.get(key, key)}", (Segment(_MOVED.get(key, key), amount / 1e6),), after))
+            bars.append(Bar(f"{phase}, {MOVED.get(key, key)}", (Segment(MOVED.get(key, key), amount / 1e6),), after))
     note = "Bytes that moved between the phase's first and last moment (10^6 bytes)."
     return Bars(f"bytes-{name}", "Bytes per phase", note, "MB", tuple(bars))
 

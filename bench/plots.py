@@ -15,6 +15,7 @@ from bench.timeline import Timeline, inside
 _COLOURS: Mapping[str, str] = {
     "busy": "#0b6fb8",
     "stalled": "#d1495b",
+    "stalled by KV": "#d45aa5",
     "idle": "#d9dee5",
     "prefill": "#8e5bb5",
     "decode": "#0b6fb8",
@@ -22,10 +23,13 @@ _COLOURS: Mapping[str, str] = {
     "above the floor": "#d9dee5",
     "SSD": "#c77700",
     "SSD to CPU": "#c77700",
+    "in CPU memory": "#b5b04a",
     "link": "#0b8f78",
     "weights to GPU": "#0b8f78",
     "KV to GPU": "#8e5bb5",
-    "KV from GPU": "#8e5bb5",
+    "KV from GPU": "#b58ad6",
+    "KV from its drive": "#a0522d",
+    "KV to its drive": "#cd853f",
 }
 _DOTS_PER_INCH = 150
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.charts import number
+from bench.charts import MOVED, STALLED_KV, number
 from bench.sides import TRACE_SUFFIX, Side
 from llama.config import UnusableInput
 
 Span = tuple[float, float, str]
 """Start and end in ms, and the kind that decides the colour."""
-_KIND_OF_LANE = {"SSD reads": "SSD", "H2D": "link", "compute waits": "stalled", "compute": "busy"}
+_KIND_OF_LANE = {
+    "SSD reads": "SSD",
+    "CPU tier": "in CPU memory",
+    "H2D": "link",
+    "compute waits": "stalled",
+    "compute": "busy",
+}
+_KV = "KV"
+"""The lane of all KV that moves: its bars' names end in the tier, and each tier is drawn as a lane of its own."""
+_KV_TIERS = tuple(tier for tier in MOVED if tier.startswith("kv_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,8 @@ def timelines_of(side: Side) -> Iterator[Timeline]:
         yield _from_phases(side.name, side.typical)
         return
     read = read_trace(trace)
-    end = max((span[1] for lane in read.lanes for span in lane.spans), default=0.0)
+    # What was read ahead for a pass after the last one ends outside the phases.
+    end = max((span[1] for lane in read.lanes if lane.name == "phase" for span in lane.spans), default=0.0)
     note = f"Every read, copy and computation, from {trace.name}."
     yield Timeline(f"timeline-{side.name}", "Timeline of the run", note, (0.0, end), read.lanes)
     window = _middle_pass(read)
@@ -91,29 +102,42 @@ def read_trace(path: Path) -> Trace:
     """
     try:
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        names = {event["tid"]: str(event["args"]["name"]) for event in events if event["ph"] == "M"}
-        spans: dict[int, list[Span]] = {lane: [] for lane in names}
+        lane_of = {event["tid"]: _lane(event["args"]["name"]) for event in events if event["name"] == "thread_name"}
+        spans: dict[str, list[Span]] = {lane: [] for lane in lane_of.values()}
         computed: list[tuple[float, str]] = []
         for event in events:
             if event["ph"] == "X":
                 start, length = float(event["ts"]) / 1e3, float(event["dur"]) / 1e3
                 if not (math.isfinite(start) and math.isfinite(length) and length >= 0):
                     raise ValueError(f"an event at {start} ms lasts {length} ms")
-                lane, name = event["tid"], str(event["name"])
-                spans[lane].append((start, start + length, _kind(names[lane], name)))
-                if names[lane] == "compute":
+                lane, name = lane_of[event["tid"]], str(event["name"])
+                kind = _kind(lane, name)
+                spans.setdefault(kind if lane == _KV else lane, []).append((start, start + length, kind))
+                if lane == "compute":
                     computed.append((start, name))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnusableInput(f"{path} is no timeline of --trace ({error}): delete it, or trace the run again") from error
     first = min(computed, default=(0.0, ""))[1]
-    lanes = tuple(Lane(names[lane], tuple(sorted(found))) for lane, found in spans.items())
+    lanes = tuple(Lane(lane, tuple(sorted(found))) for lane, found in spans.items() if found or lane != _KV)
     return Trace(lanes, tuple(sorted(start for start, name in computed if name == first)))
 
 
+def _lane(thread: str) -> str:
+    """``H2D 2`` is the second track of ``H2D``, for bars that overlap those of the first."""
+    return re.sub(r" \d+$", "", thread)
+
+
 def _kind(lane: str, event: str) -> str:
-    return event if lane == "phase" else _KIND_OF_LANE.get(lane, "busy")
+    if lane == "phase":
+        return event
+    if lane == _KV:
+        tier = event.rpartition(".")[2]
+        return MOVED.get(tier, tier)
+    if lane == "compute waits" and event == f"wait {_KV}":
+        return STALLED_KV
+    return _KIND_OF_LANE.get(lane, "busy")
 
 
 def _middle_pass(trace: Trace) -> tuple[float, float] | None:
@@ -129,6 +153,7 @@ def _middle_pass(trace: Trace) -> tuple[float, float] | None:
 def _from_phases(name: str, result: Mapping[str, Any]) -> Timeline:
     """Each tier's sums, drawn inside their phase: how long, not when."""
     lanes: dict[str, list[Span]] = {"phase": [], "SSD reads": [], "H2D": [], "compute": []}
+    lanes |= {MOVED[tier]: [] for tier in _KV_TIERS}
     start = 0.0
     for phase in ("prefill", "decode"):
         found = result["phases"][phase]
@@ -138,9 +163,20 @@ def _from_phases(name: str, result: Mapping[str, Any]) -> Timeline:
             busy = number(found["busy_ms"].get(tier)) or 0.0
             lanes[lane].append((start, min(end, start + busy), _KIND_OF_LANE[lane]))
             if tier == "compute":
-                waited = number(found["stall_ms"].get("h2d")) or 0.0
-                lanes[lane].append((start + busy, min(end, start + busy + waited), "stalled"))
+                lanes[lane] += _waits(found["stall_ms"], start + busy, end)
+        for tier in _KV_TIERS:
+            busy = number(found["busy_ms"].get(tier)) or 0.0
+            lanes[MOVED[tier]].append((start, min(end, start + busy), MOVED[tier]))
         start = end
     note = "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
-    kept = tuple(Lane(lane, tuple(span for span in spans if span[1] > span[0])) for lane, spans in lanes.items())
-    return Timeline(f"timeline-{name}", "Timeline of the run", note, (0.0, start), kept)
+    kept = {lane: tuple(span for span in spans if span[1] > span[0]) for lane, spans in lanes.items()}
+    shown = tuple(Lane(lane, spans) for lane, spans in kept.items() if spans or lane not in MOVED.values())
+    return Timeline(f"timeline-{name}", "Timeline of the run", note, (0.0, start), shown)
+
+
+def _waits(stall_ms: Mapping[str, Any], start: float, end: float) -> Iterator[Span]:
+    """What the computation waited for, one after the other."""
+    for tier, kind in (("h2d", "stalled"), ("kv", STALLED_KV)):
+        waited = number(stall_ms.get(tier)) or 0.0
+        yield min(end, start), min(end, start + waited), kind
+        start += waited

@@ -16,14 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.charts import Bars, Curves, overview_charts, side_charts, sweep_charts
+import bench.page
+from bench.charts import MOVED, STALLED_KV, Bars, Curves, overview_charts, side_charts, sweep_charts
 from bench.cli import main
 from bench.page import page
 from bench.report import charts_of
 from bench.sides import Side, read_sides
-from bench.svg import ticks
+from bench.svg import kind_class, ticks
 from bench.sweep_folder import Failure
 from tests.results import stored, varied
+from wsm.telemetry import KV_TIERS
 
 # -- the page
 
@@ -167,6 +169,31 @@ def test_a_sweep_gives_a_curve_for_every_combination_of_the_other_flags(swept: l
         "mode stream": [(4, pytest.approx(320)), (6, pytest.approx(480))],
     }
     assert times.curves[0].points[0][2] == (392.0, 416.0)
+
+
+def test_what_moves_and_what_waits_has_a_colour_on_the_page_and_in_a_plot() -> None:
+    plots = pytest.importorskip("bench.plots", reason="the plot extra is not installed")
+    styles = (Path(bench.page.__file__).parent / "report.css").read_text(encoding="utf-8")
+    assert set(MOVED) == {"ssd_read", "weight_h2d", *KV_TIERS}
+    for kind in (*MOVED.values(), "busy", "stalled", STALLED_KV, "idle", "SSD", "in CPU memory", "link"):
+        assert f".{kind_class(kind)} {{" in styles or f".{kind_class(kind)}, " in styles
+        assert kind in plots._COLOURS
+
+
+def test_a_side_shows_the_wait_for_kv_and_its_ways(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    waited = varied(
+        measured,
+        phases__decode__stall_ms__kv=1.5,
+        phases__decode__busy_ms__kv_read=2.5,
+        phases__decode__bytes_moved__kv_read=3_000_000,
+    )
+    tiers, moved = side_charts(Side("a", (waited,), tmp_path))
+    assert isinstance(tiers, Bars)
+    assert isinstance(moved, Bars)
+    parts = {bar.label: {segment.kind: segment.value for segment in bar.segments} for bar in (*tiers.bars, *moved.bars)}
+    assert parts["decode, compute"][STALLED_KV] == 1.5
+    assert [*parts["decode, KV from its drive"].values()] == [3.0]
+    assert STALLED_KV not in parts["prefill, compute"]
 
 
 @given(st.floats(1e-6, 1e9), st.floats(0, 0.99))

@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
+from bench.charts import MOVED, STALLED_KV
 from bench.sides import Side, read_sides
 from bench.svg import draw
 from bench.timeline import Lane, Timeline, read_trace, timelines_of
+from bench.trace import chrome_trace
+from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
-from tests.results import stored
+from tests.results import stored, varied
+from wsm.device import CpuDevice
+from wsm.telemetry import KV_TIERS, Telemetry, Transfer
+
+NAMED = '{"ph": "M", "tid": 0, "name": "thread_name", "args": {"name": "H2D"}}'
 
 
 def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tuple[Path, Path]) -> None:
@@ -31,6 +38,34 @@ def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tu
     )
 
 
+def test_bars_side_by_side_are_one_lane_and_each_way_of_kv_is_its_own(tmp_path: Path) -> None:
+    telemetry, device = Telemetry(CpuDevice()), CpuDevice()
+    telemetry.reads = [Transfer(GroupId(n, "attn"), None, 10, n, n + 1.5) for n in range(3)]
+    for at, tier in enumerate(KV_TIERS):
+        telemetry.kv_disk(tier, 3, 1, 100, at, at + 2.0)
+    asked, granted = device.record(device.stream()), device.record(device.stream())
+    asked.time_s, granted.time_s = 1.0, 2.0
+    telemetry.kv_waited(asked, granted)
+    path = tmp_path / "t.json"
+    path.write_text(chrome_trace(telemetry, {"decode": (0.0, 6.0)}))
+    lanes = {lane.name: lane.spans for lane in read_trace(path).lanes}
+    assert [span[2] for span in lanes["SSD reads"]] == ["SSD"] * 3
+    for at, tier in enumerate(KV_TIERS):
+        assert lanes[MOVED[tier]] == ((1e3 * at, 1e3 * at + 2e3, MOVED[tier]),)
+    assert lanes["compute waits"] == ((1e3, 2e3, STALLED_KV),)
+    assert "KV" not in lanes
+
+
+def test_the_sums_show_kv_and_the_wait_for_it(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    moved = varied(measured, phases__decode__busy_ms__kv_h2d=2.0, phases__decode__stall_ms__kv=1.0)
+    [only] = timelines_of(Side("a", (moved,), stored(tmp_path / "a.json", moved)))
+    lanes = {lane.name: lane.spans for lane in only.lanes}
+    [[start, end, kind]] = lanes["KV to GPU"]
+    assert (end - start, kind) == (pytest.approx(2.0), "KV to GPU")
+    assert STALLED_KV in {span[2] for span in lanes["compute"]}
+    assert "KV from GPU" not in lanes
+
+
 def test_without_a_trace_the_timeline_says_that_it_is_of_sums(measured: Mapping[str, Any], tmp_path: Path) -> None:
     [only] = timelines_of(Side("a", (dict(measured),), stored(tmp_path / "a.json", measured)))
     assert "not when" in only.note
@@ -44,8 +79,8 @@ def test_without_a_trace_the_timeline_says_that_it_is_of_sums(measured: Mapping[
         "[]",
         '{"traceEvents": [{}]}',
         '{"traceEvents": [{"ph": "X", "tid": 0, "ts": 0, "dur": 1, "name": "x"}]}',
-        '{"traceEvents": [{"ph":"M","tid":0,"args":{"name":"x"}},{"ph":"X","tid":0,"ts":0,"dur":-1,"name":"x"}]}',
-        '{"traceEvents": [{"ph":"M","tid":0,"args":{"name":"x"}},{"ph":"X","tid":0,"ts":NaN,"dur":1,"name":"x"}]}',
+        '{"traceEvents": [' + NAMED + ', {"ph":"X","tid":0,"ts":0,"dur":-1,"name":"x"}]}',
+        '{"traceEvents": [' + NAMED + ', {"ph":"X","tid":0,"ts":NaN,"dur":1,"name":"x"}]}',
     ],
 )
 def test_a_damaged_trace_is_one_sentence(tmp_path: Path, content: str) -> None:

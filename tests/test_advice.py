@@ -15,7 +15,7 @@ from tests.plans import TINY, inputs_for, placements
 from wsm.advice import changed_flags, check_fits, least_memory, smallest_change
 from wsm.budget import GIB, Hardware
 from wsm.errors import DoesNotFit
-from wsm.plan import PlanInputs, RunShape, make_plan
+from wsm.plan import Plan, PlanInputs, RunShape, make_plan
 from wsm.settings import Settings
 
 machines = st.builds(
@@ -94,6 +94,19 @@ def test_the_advice_for_70b(settings: Settings, batch: int, advised: list[str]) 
     assert fitting is not None
     assert changed_flags(inputs, fitting) == advised
     assert f"it fits with {' '.join(advised)}\n" in str(raised.value)
+
+
+def test_the_advice_for_a_large_batch_is_found_in_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(inputs: PlanInputs) -> Plan:
+        made.append(inputs.shape.batch)
+        return make_plan(inputs)
+
+    monkeypatch.setattr("wsm.advice.make_plan", counted)
+    inputs = inputs_for(settings=Settings(gpu_mem_gb=16), shape=RunShape(20_000, 2016, 32, 20_000 * 2016))
+    assert smallest_change(inputs) is not None
+    assert len(made) < 300
 
 
 def test_a_depth_below_the_aggressive_prefetch_is_never_advised() -> None:

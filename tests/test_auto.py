@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -43,6 +43,17 @@ def with_settings(inputs: PlanInputs, **changes: int) -> PlanInputs:
     in_cpu=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     depth=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     distance=st.integers(2, 6),
+)
+@example(
+    mode="mixed",
+    gpu_GiB=17.0,
+    cpu_GiB=5.0,
+    ssd_MBps=500.0,
+    h2d_MBps=12_000.0,
+    on_gpu=(0, 0),
+    in_cpu=(1, 3),
+    depth=(1, 1),
+    distance=2,
 )
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_auto_beats_or_ties_every_setting_of_a_grid_on_the_same_budgets(

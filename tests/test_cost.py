@@ -70,7 +70,7 @@ def test_a_run_that_does_not_fit_tells_the_cost_on_the_line_after_the_advice() -
         with pytest.raises(DoesNotFit) as raised:
             check_fits(plan, ceilings)
         first, second, *budget = str(raised.value).splitlines()
-        assert first.endswith("it fits with --gpu-cached-layers 2")
+        assert first.endswith("it fits with --gpu-cached-layers 3")
         assert second.startswith(said)
         assert budget[0].startswith("GPU memory")
 
@@ -83,6 +83,26 @@ def test_a_device_that_runs_out_all_the_same_is_advised_to_take_less_than_it_too
     assert "it fits with --gpu-cached-layers 3" in first
     assert "instead of 10267.85 ms" in cost
     assert any(line.strip().startswith("weights resident, 4 layers") for line in budget)
+
+
+def test_a_device_that_runs_out_is_advised_what_frees_memory_within_the_same_budget() -> None:
+    plan = plan_of(mode="stream", gpu_mem_gb=17.0)
+    assert not plan.kv.below
+    first = str(ran_out(plan, "CUDA out of memory", {})).splitlines()[0]
+    assert first.endswith("it fits with --gpu-cached-layers 3")
+    after = plan_of(mode="stream", gpu_mem_gb=17.0, gpu_cached_layers=3)
+    assert after.gpu_bytes <= 0.95 * plan.gpu_bytes
+
+
+def test_where_kv_fills_the_budget_a_smaller_budget_is_advised() -> None:
+    plan = plan_of(batch=32, gpu_mem_gb=24.0)
+    assert plan.fits
+    assert plan.kv.below
+    first = str(ran_out(plan, "CUDA out of memory", {})).splitlines()[0]
+    advised = first.split("it fits with --gpu-mem-gb ")[1]
+    after = plan_of(batch=32, gpu_mem_gb=float(advised))
+    assert after.fits
+    assert after.gpu_bytes <= 0.95 * plan.gpu_bytes
 
 
 # -- what each flag would buy

@@ -83,7 +83,7 @@ def test_readme_and_chinese_guide_explain_every_exit_code(code: int) -> None:
 def test_no_page_names_a_flag_or_variable_that_does_not_exist(name: str) -> None:
     page = {"README": README, "CHINESE": CHINESE, "TUNING": TUNING}[name]
     known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
-    foreign = {"--user", "--nproc-per-node"}  # pip's, torchrun's
+    foreign = {"--user", "--nproc-per-node"}  # of pip and of torchrun
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - foreign
     assert sorted(flags - known) == []
     variables = set(re.findall(r"\bWSM_[A-Z_]+[A-Z]\b", page))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from bench.cli import main
 from bench.trace import LANES, chrome_trace
 from llama.checkpoint.names import GroupId
 from wsm.device import CpuDevice
@@ -55,12 +54,9 @@ def test_kv_that_moves_and_waits_for_it_have_their_bars() -> None:
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, list[dict[str, Any]]]]:
+def lanes(measured_files: tuple[Path, Path]) -> dict[str, dict[int, list[dict[str, Any]]]]:
     """The built-in model in ``mixed``: layers on all three tiers."""
-    place = tmp_path_factory.mktemp("trace")
-    files = ["--cache-dir", str(place / "cache"), "--out-json", str(place / "r.json"), "--trace", str(place / "t.json")]
-    assert main(["--device", "cpu", "--max-new-tokens", "4", "--ignore-eos", *files]) == 0
-    return bars_by_lane(Path(place / "t.json").read_text())
+    return bars_by_lane(measured_files[1].read_text(encoding="utf-8"))
 
 
 def test_every_lane_is_there_and_in_order(lanes: dict[str, dict[int, list[dict[str, Any]]]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,20 +26,34 @@ def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> Non
             change costs, then both budgets.
     """
     if not plan.fits:
-        raise DoesNotFit(_explained(f"the run does not fit: {_shortage(plan)}", plan, plan.inputs, ceilings or {}))
+        sentence = f"the run does not fit: {_shortage(plan)}"
+        raise DoesNotFit(_explained(sentence, plan, smallest_change(plan.inputs), ceilings or {}))
 
 
 def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotFit:
-    """What to say when the device ran out although the plan fitted: the next smaller run, for 5 % less memory."""
-    needed = 0.95 * plan.gpu_bytes / GIB
-    inputs = replace(plan.inputs, settings=replace(plan.inputs.settings, gpu_mem_gb=needed))
+    """What to say when the device ran out although the plan fitted: the next smaller run, for 5 % less memory.
+
+    The same budget with less in it, so that what was not planned for finds room; where KV fills whatever the budget
+    leaves, a smaller budget, since nothing else frees any.
+    """
+    target = int(0.95 * plan.gpu_bytes)
     sentence = f"the GPU ran out of memory ({cause}), though {_gib(plan.gpu_bytes)} were planned"
-    return DoesNotFit(_explained(sentence, plan, inputs, ceilings))
+    fitting = None if plan.kv.below else smallest_change(plan.inputs, most_gpu_bytes=target)
+    if fitting is None:
+        less = replace(plan.inputs, settings=replace(plan.inputs.settings, gpu_mem_gb=_two_digits(target)))
+        fitting = smallest_change(less)
+    return DoesNotFit(_explained(sentence, plan, fitting, ceilings))
 
 
-def _explained(sentence: str, plan: Plan, inputs: PlanInputs, ceilings: Mapping[str, Ceiling]) -> str:
-    fitting = smallest_change(inputs)
-    lines = [f"{sentence}; {_advice(inputs, fitting)}"]
+def _two_digits(nbytes: int) -> float:
+    """In GiB, rounded down to two digits that count: what is typed is to be what was planned with."""
+    gib = nbytes / GIB
+    scale = 10.0 ** (1 - math.floor(math.log10(gib)))
+    return math.floor(gib * scale) / scale
+
+
+def _explained(sentence: str, plan: Plan, fitting: PlanInputs | None, ceilings: Mapping[str, Ceiling]) -> str:
+    lines = [f"{sentence}; {_advice(plan.inputs, fitting)}"]
     if fitting is not None:
         lines.append(cost_of(plan, make_plan(fitting), ceilings))
     return "\n".join([*lines, plan.budget_text()])
@@ -67,7 +81,9 @@ def _of(tier: str, needed: int, budget: int) -> str:
 def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     """The smallest change that fits, as flags to type; or the least memory that would do."""
     if fitting is not None:
-        return f"it fits with {' '.join(changed_flags(inputs, fitting))}"
+        budget = fitting.settings.gpu_mem_gb
+        smaller = [] if budget == inputs.settings.gpu_mem_gb else [f"--gpu-mem-gb {budget:g}"]
+        return f"it fits with {' '.join([*smaller, *changed_flags(inputs, fitting)])}"
     least = least_memory(inputs)
     needed = f"{_gib(least.cpu_bytes)} of CPU memory"
     if least.gpu_budget_bytes is not None:
@@ -81,12 +97,16 @@ def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """A flag that takes less memory the smaller its value; ``least`` is the smallest that still changes anything."""
+    """A flag that takes less memory the smaller its value; ``least`` is the smallest that still changes anything.
+
+    ``many`` values are searched by halves, which finds one that fits where the next larger one does not.
+    """
 
     flag: str
     value: Callable[[PlanInputs], int]
     least: Callable[[PlanInputs], int]
     change: Callable[[PlanInputs, int], PlanInputs]
+    many: bool = False
 
 
 def _setting(field: str, *, at_most: Callable[[PlanInputs], int], least: Callable[[PlanInputs], int]) -> Lever:
@@ -114,6 +134,7 @@ BATCH = Lever(
     lambda inputs: inputs.shape.batch,
     lambda inputs: 1,
     lambda inputs, value: replace(inputs, shape=inputs.shape.with_batch(value)),
+    many=True,
 )
 # The pools are part of --cpu-cache-layers, so a smaller --prefetch-distance only turns slots into residents: it frees
 # nothing, and is never advised.
@@ -136,20 +157,31 @@ def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
 # -- the search
 
 
-def smallest_change(inputs: PlanInputs) -> PlanInputs | None:
+Good = Callable[[Plan], bool]
+
+
+def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> PlanInputs | None:
     """The inputs that fit and give up least; None if nothing does.
 
     Another mode alone is tried first, where the mode's own rule (everything on the GPU; all the rest in CPU memory)
     may be what does not fit. Then flags, each as large as fits, and each only once those before it are used up: for the
     GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory.
+
+    Args:
+        most_gpu_bytes: what is to be planned at most, besides fitting the budget.
     """
+
+    def on_gpu(plan: Plan) -> bool:
+        return plan.gpu_short_bytes == 0 and (most_gpu_bytes is None or plan.gpu_bytes <= most_gpu_bytes)
+
     own = inputs.settings.mode
     others = [_with_mode(inputs, mode) for mode in _OTHER_MODES[own]]
     for candidate in (inputs, *others):
-        if make_plan(candidate).fits:
+        plan = make_plan(candidate)
+        if plan.fits and on_gpu(plan):
             return candidate
     for candidate in (inputs, *others):
-        found = _reduced(candidate)
+        found = _reduced(candidate, on_gpu)
         if found is not None:
             return found
     return None
@@ -159,45 +191,86 @@ def _with_mode(inputs: PlanInputs, mode: str) -> PlanInputs:
     return replace(inputs, settings=replace(inputs.settings, mode=mode))
 
 
-def _reduced(inputs: PlanInputs) -> PlanInputs | None:
+def _reduced(inputs: PlanInputs, on_gpu: Good) -> PlanInputs | None:
     """The flags turned down until all fits, then up again as far as they can be: the last one turned down first."""
     usable = _LEVERS_OF[inputs.settings.mode]
     for_gpu = [lever for lever in usable if lever is not CPU_LAYERS]
     for_cpu = [lever for lever in usable if lever is CPU_LAYERS]
     for_cpu += [BATCH] if inputs.hardware.has_gpu else for_gpu
-    found = _turn_down(inputs, for_gpu, lambda plan: plan.gpu_bytes, lambda plan: plan.gpu_short_bytes == 0)
+    found = _turn_down(inputs, for_gpu, lambda plan: plan.gpu_bytes, on_gpu)
     found = _turn_down(found, for_cpu, lambda plan: plan.cpu_bytes, lambda plan: plan.cpu_short_bytes == 0)
-    if not make_plan(found).fits:
+
+    def good(plan: Plan) -> bool:
+        return plan.fits and on_gpu(plan)
+
+    if not good(make_plan(found)):
         return None
     for lever in reversed((*for_gpu, *for_cpu)):
-        found = _turn_up(found, lever, inputs)
+        found = _turn_up(found, lever, inputs, good)
     return found
 
 
-def _turn_down(
-    inputs: PlanInputs, levers: Sequence[Lever], size: Callable[[Plan], int], good: Callable[[Plan], bool]
-) -> PlanInputs:
+def _turn_down(inputs: PlanInputs, levers: Sequence[Lever], size: Callable[[Plan], int], good: Good) -> PlanInputs:
     """Each flag at the largest value that is good, or else at the one that takes least; then the next flag."""
     for lever in levers:
+        asked, least = lever.value(inputs), lever.least(inputs)
+
+        def at(value: int, lever: Lever = lever, inputs: PlanInputs = inputs) -> Plan:
+            return make_plan(lever.change(inputs, value))
+
         best = make_plan(inputs)
-        for value in range(lever.value(inputs) - 1, lever.least(inputs) - 1, -1):
-            if good(best):
-                break
-            plan = make_plan(lever.change(inputs, value))
-            best = plan if size(plan) < size(best) else best
-        inputs = best.inputs
+        if good(best) or asked <= least:
+            continue
+        if lever.many:
+            value = _largest_by_halves(least, asked, lambda value: good(at(value)))
+            found = [at(least if value is None else value)]
+        else:
+            found = _down_to_good(map(at, range(asked - 1, least - 1, -1)), good)
+        inputs = (found[-1] if good(found[-1]) else min((best, *found), key=size)).inputs
     return inputs
 
 
-def _turn_up(inputs: PlanInputs, lever: Lever, original: PlanInputs) -> PlanInputs:
-    """The flag at the largest value up to the original one that fits."""
-    for value in range(lever.value(original), lever.value(inputs), -1):
+def _down_to_good(plans: Iterable[Plan], good: Good) -> list[Plan]:
+    """The plans up to the first that is good."""
+    seen = []
+    for plan in plans:
+        seen.append(plan)
+        if good(plan):
+            break
+    return seen
+
+
+def _turn_up(inputs: PlanInputs, lever: Lever, original: PlanInputs, good: Good) -> PlanInputs:
+    """The flag at the largest value up to the original one that is good."""
+    now, asked = lever.value(inputs), lever.value(original)
+
+    def at(value: int) -> PlanInputs:
         larger = lever.change(inputs, value)
         # The rows' lengths are known for the original batch alone, so every batch is cut from that one.
-        larger = replace(larger, shape=original.shape.with_batch(larger.shape.batch))
-        if make_plan(larger).fits:
-            return larger
-    return inputs
+        return replace(larger, shape=original.shape.with_batch(larger.shape.batch))
+
+    def is_good(value: int) -> bool:
+        return value == now or good(make_plan(at(value)))
+
+    if not lever.many:
+        value = next(filter(is_good, range(asked, now, -1)), now)
+    elif (found := _largest_by_halves(now, asked, is_good)) is not None:
+        value = found
+    else:
+        value = now
+    return inputs if value == now else at(value)
+
+
+def _largest_by_halves(least: int, most: int, good: Callable[[int], bool]) -> int | None:
+    """A good value whose successor is not good or is beyond ``most``; None if ``least`` is not good."""
+    if least <= most and good(most):
+        return most
+    if least > most or not good(least):
+        return None
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if good(middle) else (least, middle)
+    return least
 
 
 def least_memory(inputs: PlanInputs) -> Plan:

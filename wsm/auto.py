@@ -39,12 +39,17 @@ def _layers_for(inputs: PlanInputs, settings: Settings) -> PlanInputs:
     """As many layers on the GPU as fit, then as many in CPU memory."""
     layers = inputs.config.n_layers
     small = replace(settings, group_prefetch_depth=LOOK_AHEAD_GROUPS, prefetch_distance=READ_AHEAD_LAYERS)
-    best = inputs
-    for on_gpu in range(layers, -1, -1):
-        best = replace(inputs, settings=replace(small, gpu_cached_layers=on_gpu, cpu_cache_layers=1))
-        plan = make_plan(best)
-        if plan.gpu_short_bytes == 0 and (inputs.hardware.has_gpu or plan.fits):
-            break
+    # The globals are loaded through CPU layers where these are as large, and else through a buffer of their own.
+    as_large = min(layers, -(-inputs.layouts[None].nbytes // inputs.slot_bytes()))
+    plans = [
+        make_plan(replace(inputs, settings=replace(small, gpu_cached_layers=on_gpu, cpu_cache_layers=in_cpu)))
+        for on_gpu in range(layers, -1, -1)
+        for in_cpu in dict.fromkeys((1, as_large))
+    ]
+    # So do residents of the GPU: where all layers lie there, fewer may fit where all do not.
+    fitting = [plan for plan in plans if plan.fits]
+    nearly = [plan for plan in plans if plan.gpu_short_bytes == 0 and inputs.hardware.has_gpu]
+    best = (*fitting, *nearly, plans[-1])[0].inputs
     if settings.mode == "stream":
         return best
     for in_cpu in range(max(1, layers - best.settings.gpu_cached_layers), 0, -1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 KV_BLOCK_TOKENS = 256
@@ -25,6 +27,11 @@ class Run(NamedTuple):
     nbytes: int
 
 
+@lru_cache(maxsize=16)
+def _units(n_layers: int, stretches: int) -> tuple[Unit, ...]:
+    return tuple(map(Unit._make, product(range(n_layers), range(stretches))))
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """A unit is ``uint8 [rows, n_kv_heads, tokens, 2, record_bytes]``; ``tokens`` are whole blocks."""
@@ -44,9 +51,19 @@ class KVLayout:
         first = stretch * self.stretch_rows
         return range(first, min(first + self.stretch_rows, self.batch))
 
-    def units(self) -> list[Unit]:
+    def units(self) -> tuple[Unit, ...]:
         """All of them, in the order of a pass."""
-        return [Unit(layer, stretch) for layer in range(self.n_layers) for stretch in range(self.stretches)]
+        return _units(self.n_layers, self.stretches)
+
+    @property
+    def n_units(self) -> int:
+        return self.n_layers * self.stretches
+
+    def rows_in(self, units: Sequence[Unit]) -> int:
+        """Rows of all these units together; only a layer's last stretch may be a short one."""
+        last = self.stretches - 1
+        missing = self.stretches * self.stretch_rows - self.batch
+        return len(units) * self.stretch_rows - missing * sum(unit.stretch == last for unit in units)
 
     @property
     def token_bytes(self) -> int:
@@ -116,5 +133,14 @@ class KVPlacement:
         elsewhere = {*self.cpu, *self.disk}
         return tuple(unit for unit in self.layout.units() if unit not in elsewhere)
 
+    @property
+    def on_gpu(self) -> int:
+        """Units on the device."""
+        return self.layout.n_units - self.below
+
+    @property
+    def gpu_bytes(self) -> int:
+        return self.layout.n_layers * self.layout.batch * self.layout.row_bytes - self.bytes_of((*self.cpu, *self.disk))
+
     def bytes_of(self, units: Sequence[Unit]) -> int:
-        return sum(self.layout.unit_bytes(unit) for unit in units)
+        return self.layout.rows_in(units) * self.layout.row_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from wsm.budget import MIB, MemoryLine, allocator_bytes
 from wsm.groups import BLOCK, round_up
@@ -27,7 +28,7 @@ class KVCosts:
     kv_device: str | None
 
     def bounds(self, layout: KVLayout, units: Sequence[Unit]) -> int:
-        return sum(len(layout.rows_of(unit.stretch)) for unit in units) * self.bounds_row_bytes
+        return layout.rows_in(units) * self.bounds_row_bytes
 
 
 def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCosts) -> KVPlacement:
@@ -40,30 +41,37 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
         gpu_room: bytes that nothing else takes of the GPU's budget; None for no limit.
         cpu_room: likewise of the CPU's.
     """
-    units = layout.units()
     everywhere = KVPlacement(layout)
     if gpu_room is None or _on_device(everywhere, costs) <= gpu_room:
         return everywhere
     most = layout.window_bytes
     bounds = min(layout.batch, layout.stretch_rows) * costs.bounds_row_bytes
-    beside = _windows(layout, costs) + _slack(costs) + len(units) * bounds
-    stay = max(0, min(len(units) - 1, (gpu_room - beside) // max(1, most - bounds)))
-    here = set(spread(range(len(units)), stay)) if stay else set[int]()
-    below = [unit for place, unit in enumerate(units) if place not in here]
+    beside = _windows(layout, costs) + _slack(costs) + layout.n_units * bounds
+    stay = max(0, min(layout.n_units - 1, (gpu_room - beside) // max(1, most - bounds)))
+    _, below = _split(layout.units(), stay)
     if costs.kv_device is None:
-        return KVPlacement(layout, cpu=tuple(below))
+        return KVPlacement(layout, cpu=below)
     return _with_disk(layout, below, cpu_room)
 
 
-def _with_disk(layout: KVLayout, below: list[Unit], cpu_room: int) -> KVPlacement:
+def _split(units: Sequence[Unit], stay: int) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+    """``stay`` of the units, spread evenly over them, and the others."""
+    if not stay:
+        return (), tuple(units)
+    chosen = bytearray(len(units))
+    for place in spread(range(len(units)), stay):
+        chosen[place] = 1
+    return tuple(compress(units, chosen)), tuple(unit for unit, here in zip(units, chosen, strict=True) if not here)
+
+
+def _with_disk(layout: KVLayout, below: tuple[Unit, ...], cpu_room: int) -> KVPlacement:
     fresh, unit, tail = fresh_bytes(layout), layout.window_bytes, tail_bytes(layout, layout.stretch_rows)
     if fresh + len(below) * unit <= cpu_room:
-        return KVPlacement(layout, cpu=tuple(below))
+        return KVPlacement(layout, cpu=below)
     room = cpu_room - fresh - DISK_SLOTS * unit - len(below) * tail
     stay = max(0, min(len(below), room // max(1, unit - tail)))
-    places = set(spread(range(len(below)), stay)) if stay else set[int]()
-    cpu = tuple(unit for place, unit in enumerate(below) if place in places)
-    return KVPlacement(layout, cpu=cpu, disk=tuple(unit for place, unit in enumerate(below) if place not in places))
+    cpu, disk = _split(below, stay)
+    return KVPlacement(layout, cpu=cpu, disk=disk)
 
 
 def fresh_bytes(layout: KVLayout) -> int:
@@ -87,7 +95,7 @@ def _slack(costs: KVCosts) -> int:
 
 
 def _on_device(kv: KVPlacement, costs: KVCosts) -> int:
-    nbytes = kv.bytes_of(kv.gpu)
+    nbytes = kv.gpu_bytes
     return allocator_bytes(nbytes) if costs.on_gpu else nbytes
 
 
@@ -96,9 +104,9 @@ def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[Me
     layout, below = kv.layout, (*kv.cpu, *kv.disk)
     if not below:
         return [MemoryLine(f"KV, {layout.batch} x {layout.tokens} tokens", _on_device(kv, costs))], []
-    whole, rows = len(layout.units()), min(layout.batch, layout.stretch_rows)
+    whole, rows = layout.n_units, min(layout.batch, layout.stretch_rows)
     gpu = [
-        MemoryLine(f"KV, {len(kv.gpu)} of {whole} parts (a layer, {rows} rows)", _on_device(kv, costs)),
+        MemoryLine(f"KV, {kv.on_gpu} of {whole} parts (a layer, {rows} rows)", _on_device(kv, costs)),
         MemoryLine(f"KV windows, {WINDOWS} parts", _windows(layout, costs) + _slack(costs)),
     ]
     if bounds := costs.bounds(layout, below):
@@ -117,14 +125,13 @@ def page_locked_bytes(kv: KVPlacement) -> int:
 def _beside_disk(kv: KVPlacement) -> int:
     if not kv.disk:
         return 0
-    tails = sum(tail_bytes(kv.layout, len(kv.layout.rows_of(unit.stretch))) for unit in kv.disk)
-    return DISK_SLOTS * kv.layout.window_bytes + tails
+    return DISK_SLOTS * kv.layout.window_bytes + tail_bytes(kv.layout, kv.layout.rows_in(kv.disk))
 
 
 def kv_bytes_per_pass(kv: KVPlacement, length: int, topk: int) -> int:
     """Bytes that a decode pass brings to the device where every row has ``length`` tokens."""
     layout = kv.layout
-    rows = sum(len(layout.rows_of(unit.stretch)) for unit in (*kv.cpu, *kv.disk))
+    rows = layout.rows_in((*kv.cpu, *kv.disk))
     if 0 < topk < -(-(length + 1) // KV_BLOCK_TOKENS):
         return rows * layout.n_kv_heads * topk * layout.block_bytes
     return rows * sum(run.nbytes for run in layout.runs([length]))

@@ -61,7 +61,7 @@ def rank_report(
 ) -> Report:
     """What this rank measured in a round; to be asked when the device is idle."""
     world, device = llm.inputs.world, llm.inputs.device
-    on_gpu, manager = device.type == "cuda", llm.manager
+    on_gpu = device.type == "cuda"
     phases = {}
     windows = ((timed.start, timed.prefill_done), (timed.prefill_done, timed.done))
     for name, window, stats in zip(PHASES, windows, phases_of(llm, timed, prompts), strict=True):
@@ -87,7 +87,7 @@ def rank_report(
         "numa_node": llm.inputs.numa_node,
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
-        "cpu_page_locked_bytes": manager.page_locked_bytes if manager is not None else 0,
+        "cpu_page_locked_bytes": llm.page_locked_bytes,
         "ceilings_MBps": {name: ceiling.value for name, ceiling in ceilings.items() if ceiling.unit == "MBps"},
         "phases": phases,
         "output_sha256": hashlib.sha256(json.dumps(timed.generation.tokens).encode()).hexdigest(),

@@ -191,13 +191,12 @@ def _memory(llm: LLaMA) -> dict[str, Any]:
     device = llm.inputs.device
     on_gpu = device.type == "cuda"
     context = llm.plan.inputs.hardware.gpu_context_bytes
-    kv_bytes = llm.kv_tiers.page_locked_bytes if llm.kv_tiers is not None else 0
     return {
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "gpu_context_bytes": context if on_gpu else None,
-        "cpu_page_locked_bytes": kv_bytes + (llm.manager.page_locked_bytes if llm.manager is not None else 0),
-        "cpu_page_locked_peak_bytes": kv_bytes + (llm.manager.page_locked_peak_bytes if llm.manager is not None else 0),
+        "cpu_page_locked_bytes": llm.page_locked_bytes,
+        "cpu_page_locked_peak_bytes": llm.page_locked_peak_bytes,
         "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rss_anon_bytes": _rss_anon(),
     }

@@ -37,7 +37,7 @@ from llama.world import ALONE, World
 from wsm.advice import check_fits, ran_out
 from wsm.atomic import write_atomically
 from wsm.auto import auto_flags
-from wsm.errors import StoreError
+from wsm.errors import KVDeviceError, StoreError
 from wsm.plan import Plan, RunShape
 from wsm.probe import Ceiling
 from wsm.settings import read_settings
@@ -288,7 +288,8 @@ def _cache_kept_sound(inputs: Inputs) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        if inputs.options.manifest is None and inputs.description is not None:
+        of_cache = inputs.options.manifest is None and not isinstance(error, KVDeviceError)
+        if of_cache and inputs.description is not None:
             inputs.description.path.unlink(missing_ok=True)
             raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error
         raise

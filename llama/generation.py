@@ -81,16 +81,13 @@ def generate(
     logits, waves = _prefill(model, kv, prompts, options, observer)
     _finish(model.device)
     observer("prefill_done")
-    if not bool(torch.isfinite(logits).all()):
-        raise UnusableInput(
-            f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
-            "dtype; take the checkpoint again, or another --dtype"
-        )
     batch: TokenBatch | None = None
     passes = 0
     while True:
+        finite = torch.isfinite(logits).all()
+        logits.masked_fill_(~finite, 0.0)  # a draw from anything else would be the device's own failure
         picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
-        for number, (row, token) in enumerate(zip(rows, picked.tolist(), strict=True)):
+        for number, (row, token) in enumerate(zip(rows, _read_back(model, picked, finite), strict=True)):
             row.take(token)
             if row.ended:
                 kv.end_row(number)
@@ -103,6 +100,21 @@ def generate(
         passes += 1
     observer("done")
     return Generation([row.tokens for row in rows], sum(map(len, prompts)), waves, passes)
+
+
+def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
+    """The picked tokens on the host, in one copy with whether they mean anything.
+
+    Raises:
+        UnusableInput: if the logits behind them were not finite.
+    """
+    *tokens, sound = torch.cat((picked, finite.view(1).to(picked.dtype))).tolist()
+    if not sound:
+        raise UnusableInput(
+            f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
+            "dtype; take the checkpoint again, or another --dtype"
+        )
+    return tokens
 
 
 class _Row:

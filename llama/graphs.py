@@ -47,12 +47,13 @@ class DecodeGraphs:
 
         The cache must be empty: a capture writes a token into each row.
         """
-        length = shortest
+        length, wanted = shortest, list[int]()
         while length <= longest:
-            tokens = attended_tokens(length, self._kv.tokens)
+            wanted.append(attended_tokens(length, self._kv.tokens))
+            length = wanted[-1] + 1
+        for tokens in reversed(wanted):  # the largest first: the others fit into its memory
             if (rows, tokens) not in self._graphs:
                 self._graphs[rows, tokens] = self._capture(rows, min(tokens, longest), chunk_tokens)
-            length = tokens + 1
 
     def _capture(self, rows: int, length: int, chunk_tokens: int) -> _Graph:
         model = self._model

@@ -55,7 +55,7 @@ class Wrote(NamedTuple):
 
 @dataclass(slots=True)
 class _Entered:
-    """A window in use that the tier wants back, and what the pass has put into it; by first row of the window."""
+    """A window in use that the tier wants back, and what the pass has put into it; by row, what its last token asks."""
 
     window: KVWindow
     fresh: list[Tensor] = field(default_factory=list)
@@ -258,7 +258,10 @@ class KVCache:
         bounds = self._bounds.get((layer, stretch))
         if bounds is not None:
             bounds.add_tokens(places, wrote.positions, wrote.keys)
-            new.queries[first], new.positions[first] = wrote.queries.clone(), wrote.positions
+            queries = wrote.queries.clone()
+            for place in range(len(queries)):  # a row each: a later chunk may go on with the last of them
+                new.queries[first + place] = queries[place : place + 1]
+                new.positions[first + place] = wrote.positions[place : place + 1]
 
     def extend(self, segments: Sequence[Segment]) -> None:
         """Count the tokens that a pass has added in every layer."""

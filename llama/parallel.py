@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import socket
 import time
 from collections import Counter
@@ -160,8 +159,6 @@ class TorchWorld(World):
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            # The watch ends a job that lost a rank, with a sentence; NCCL's own watchdog would kill it without.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         self._device = device
         with _broken_if_it_fails(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
             dist.init_process_group(

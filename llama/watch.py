@@ -160,8 +160,7 @@ class Watch:
                 missing = [rank for rank, key in enumerate(self._keys) if not self._store.check([key])]
                 reason = f"did not start within {limit_s:g} s, {self.size} ranks being expected; see its own output"
                 for rank in missing:
-                    self._found = Ending(rank, "a host that was not heard of", reason, 1)
-                    raise RankFailed(self._found)
+                    raise RankFailed(self._find(Ending(rank, "a host that was not heard of", reason, 1)))
             time.sleep(_POLL_S)
         self._listen()
         for name, work in (("watch-beat", self._beat), ("watch-guard", self._guard)):
@@ -247,6 +246,12 @@ class Watch:
             self._beats, self._heard_s = beats, time.monotonic()
             self._found = self._found or found
 
+    def _find(self, ending: Ending) -> Ending:
+        """The first failure that was found: this one, unless there is one already."""
+        with self._lock:
+            self._found = self._found or ending
+            return self._found
+
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
             try:
@@ -261,7 +266,7 @@ class Watch:
         while not self._closed.wait(BEAT_S / 4):
             if self._found is None and time.monotonic() - self._heard_s > LOST_S:
                 host = self._beats[0].host if self._beats else "the first host"
-                self._found = Ending(0, host, f"the job's store has not answered for {LOST_S:g} s", 1)
+                self._find(Ending(0, host, f"the job's store has not answered for {LOST_S:g} s", 1))
             if self._found is not None:
                 break
         if self._found is None or self._settled.is_set():

@@ -72,6 +72,19 @@ def test_the_observer_hears_each_wave_each_token_and_the_end_of_prefill(model: T
     assert marks == [*prefill, "pass", "token", "pass", "token", "done"]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_stop_being_finite_end_the_generation(model: Transformer, temperature: float) -> None:
+    kv = KVCache(model.config, 4, 100, CPU, torch.float32)
+
+    def damage(mark: str) -> None:
+        if mark == "token":
+            kv.enter(0, 0).data.fill_(0xFF)  # NaN, as a broken drive or link might leave it
+
+    options = GenerationOptions(8, temperature, 0.9, 0, frozenset(), True, 64, 4)
+    with pytest.raises(UnusableInput, match="logits that are not finite"):
+        generate(model, kv, PROMPTS, options, damage)
+
+
 def test_a_cache_serves_one_generation_after_another(model: Transformer) -> None:
     kv = KVCache(model.config, 4, 100, CPU, torch.float32)
     options = GenerationOptions(8, 0.0, 1.0, 0, frozenset(), True, 64, 4)

@@ -24,7 +24,7 @@ from torch import Tensor
 from llama.config import UnusableInput
 from tests.stores import aligned, assert_equals, checkpoint, loop_device, pack_tiny
 from wsm import blockdev, kv_target
-from wsm.errors import DoesNotFit, StoreError
+from wsm.errors import DoesNotFit, KVDeviceError
 from wsm.groups import BLOCK
 from wsm.kv_device import KVDevice
 from wsm.kv_target import MAGIC, kv_superblock, run_of
@@ -220,7 +220,7 @@ def test_without_o_direct_a_warning_says_so_and_writes_wait_for_the_drive(
     assert torch.equal(found, content)
     monkeypatch.setattr(os, "fdatasync", lambda file: failing(errno.EIO)(0, 0, 0))
     failure = outcome(device.write, 0, content)
-    assert isinstance(failure, StoreError)
+    assert isinstance(failure, KVDeviceError)
     assert "write error: Input/output error" in str(failure)
     device.close()
 
@@ -262,7 +262,7 @@ def test_a_request_that_o_direct_cannot_serve_is_refused(
 def test_an_error_of_the_drive_names_path_byte_reason_and_mend(path: str, what: str, code: int, reason: str) -> None:
     device, request = faulty(path, what, failing(code))
     failure = outcome(request, 8 * BLOCK, aligned(BLOCK))
-    assert isinstance(failure, StoreError)
+    assert isinstance(failure, KVDeviceError)
     assert str(failure) == (
         f"{path} at byte {9 * BLOCK}, in offloaded KV: {reason}; check the drive, or name another --kv-device"
     )
@@ -274,7 +274,7 @@ def test_an_error_of_the_drive_names_path_byte_reason_and_mend(path: str, what: 
 def test_a_drive_that_gives_no_more_is_an_error_not_a_hang(path: str, what: str, moved: int) -> None:
     device, request = faulty(path, what, lambda number, offset, nbytes: moved if offset > 2 * BLOCK else BLOCK)
     failure = outcome(request, 0, aligned(8 * BLOCK))
-    assert isinstance(failure, StoreError)
+    assert isinstance(failure, KVDeviceError)
     assert f"{path} at byte {3 * BLOCK}, in offloaded KV: short {what}" in str(failure)
     device.close()
 
@@ -285,7 +285,7 @@ def test_a_failed_request_does_not_harm_the_next(path: str) -> None:
 
     device = KVDevice(path, MIB, weights=[], threads=1, pwrite=FakeDrive(os.pwritev, answer))
     content, found = random_bytes(MIB), aligned(MIB)
-    assert isinstance(outcome(device.write, 0, content), StoreError)
+    assert isinstance(outcome(device.write, 0, content), KVDeviceError)
     assert outcome(device.write, 0, content) is None
     assert outcome(device.read, 0, found) is None
     device.close()
@@ -317,7 +317,7 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
     assert told.wait(10)
     device.close()
     assert len(failures) == 1
-    assert isinstance(failures[0], StoreError)
+    assert isinstance(failures[0], KVDeviceError)
     assert len(drive.calls) == 2, "the other three chunks are not worth reading any more"
 
 
@@ -343,7 +343,7 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
     assert closing.is_alive(), "a thread still writes into the buffer"
     release.set()
     closing.join(10)
-    assert [type(answer) for answer in answers] == [StoreError, StoreError, type(None)]
+    assert [type(answer) for answer in answers] == [KVDeviceError, KVDeviceError, type(None)]
     assert "was closed before" in str(answers[0])
     assert kv_threads() == []
     assert not os.path.exists(path)
@@ -555,10 +555,10 @@ def test_space_that_is_gone_when_it_is_reserved_leaves_nothing_behind(
 
 def test_a_drive_that_takes_no_superblock_is_a_store_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwritev", lambda file, buffers, offset: failing(errno.EIO)(0, 0, 0))
-    with pytest.raises(StoreError, match=f"{path} cannot be written: Input/output error; check the drive"):
+    with pytest.raises(KVDeviceError, match=f"{path} cannot be written: Input/output error; check the drive"):
         KVDevice(path, MIB, weights=[])
     monkeypatch.setattr(os, "pwritev", lambda file, buffers, offset: BLOCK)
-    with pytest.raises(StoreError, match=f"{path} does not keep what is written to it"):
+    with pytest.raises(KVDeviceError, match=f"{path} does not keep what is written to it"):
         KVDevice(path, MIB, weights=[])
     assert not os.path.exists(path)
 

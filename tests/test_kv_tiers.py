@@ -327,6 +327,19 @@ def test_8_blocks_are_exact_at_2048_tokens_and_a_quarter_of_the_traffic_at_8192(
             assert whole[8] == whole[0]
 
 
+@pytest.mark.parametrize(("lengths", "chunk"), [((3, 900), 2), ((1, 1, 1, 900), 4)])
+def test_a_chunk_that_ends_one_token_into_a_row_chooses_for_that_row(
+    lengths: tuple[int, ...], chunk: int, model: Transformer
+) -> None:
+    """The row's first token is computed with rows of one token, the rest of it by itself."""
+    prompts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    rows, found = len(lengths), []
+    for size in (chunk, 2048):
+        with cache(model, rows, EVERYWHERE, rows=rows, tokens=1024, topk=2) as (kv, _):
+            found.append(generate(model, kv, prompts, options(4, size, rows)).tokens)
+    assert found[0] == found[1]
+
+
 # -- order
 
 

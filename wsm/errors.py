@@ -7,3 +7,7 @@ class DoesNotFit(RuntimeError):
 
 class StoreError(RuntimeError):
     """The packed store could not be read, or is not what its manifest says (exit code 4)."""
+
+
+class KVDeviceError(StoreError):
+    """KV on a device of its own could not be read or written; the packed store is sound (exit code 4)."""

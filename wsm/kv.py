@@ -274,21 +274,21 @@ class KVTiers:
             end = self.device.record(stream)
             end.synchronize()
             self.telemetry.kv_moved("kv_d2h", write.unit.layer, write.pass_no, nbytes, start, end)
-            self._settle(write, rows, end)
+            self._settle(write, rows, end, stream)
             self._schedule.written(write)
 
-    def _on_host(self, small: Tensor) -> Tensor:
-        """A small tensor's values, without waiting for what is queued on the compute stream."""
-        stream, found = self.device.stream(), list[Tensor]()
+    def _on_host(self, small: Tensor, stream: Any) -> Tensor:
+        """A small tensor's values, through a stream that is idle: nothing that is queued elsewhere is waited for."""
+        found = list[Tensor]()
         self.device.run(stream, lambda: found.append(small.cpu()))
         self.device.record(stream).synchronize()
         return found[0]
 
-    def _settle(self, write: Write, rows: Sequence[int], end: Event) -> None:
+    def _settle(self, write: Write, rows: Sequence[int], end: Event, stream: Any) -> None:
         """From page-locked memory to where it stays."""
         on_disk = self._disk if self._disk is not None and write.unit in self._disk.units else None
         if on_disk is not None and write.wanted is not None:
-            on_disk.wanted[write.unit] = write.changed[0], self._on_host(write.wanted)
+            on_disk.wanted[write.unit] = write.changed[0], self._on_host(write.wanted, stream)
         if write.window is not None:
             write.window.drained = end
             if on_disk is not None:
@@ -338,7 +338,8 @@ class KVTiers:
         layout, words = self.layout, word_of(self.layout.record_bytes)
         fresh = self._fresh[: len(write.changed) * layout.n_kv_heads * layout.token_bytes].view(words)
         fresh = fresh.view(len(write.changed), layout.n_kv_heads, 2, -1)
-        taken = torch.tensor([write.changed.index(row) for row in rows])
+        order = {row: place for place, row in enumerate(write.changed)}
+        taken = torch.tensor([order[row] for row in rows])
         home.view(words)[torch.tensor(rows), :, torch.tensor(places)] = fresh[taken]
 
 

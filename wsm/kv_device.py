@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wsm.errors import StoreError
+from wsm.errors import KVDeviceError
 from wsm.groups import BLOCK, round_up
 from wsm.io_threads import IOThreads, Piece
 from wsm.kv_target import KVTarget
@@ -34,7 +34,7 @@ class KVDevice:
     Raises:
         UnusableInput: for what must not be written (see :class:`KVTarget`), said before anything is.
         DoesNotFit: if it is too small.
-        StoreError: if it cannot be read or written.
+        KVDeviceError: if it cannot be read or written.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class KVDevice:
         self._threads.submit(self._pieces(offset, buffer, writing=True), done)
 
     def close(self) -> None:
-        """Join every thread and give the target back; requests that were not done end with a StoreError.
+        """Join every thread and give the target back; requests that were not done end with a KVDeviceError.
 
         A file that this run made is removed, one that was there is emptied, a device keeps its superblock. A second
         call does nothing.
@@ -91,7 +91,7 @@ class KVDevice:
         if self._closed:
             return
         self._closed = True
-        self._threads.close(StoreError(f"{self.path} was closed before this KV was read or written"))
+        self._threads.close(KVDeviceError(f"{self.path} was closed before this KV was read or written"))
         self._target.give_back()
 
     def _pieces(self, offset: int, buffer: Tensor, *, writing: bool) -> Iterator[Piece]:
@@ -135,7 +135,7 @@ class KVDevice:
         except OSError as error:
             raise self._error(offset, f"write error: {error.strerror}") from error
 
-    def _error(self, offset: int, what: str) -> StoreError:
-        return StoreError(
+    def _error(self, offset: int, what: str) -> KVDeviceError:
+        return KVDeviceError(
             f"{self.path} at byte {offset}, in offloaded KV: {what}; check the drive, or name another --kv-device"
         )

@@ -46,7 +46,8 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
         return everywhere
     most = layout.window_bytes
     bounds = min(layout.batch, layout.stretch_rows) * costs.bounds_row_bytes
-    beside = _windows(layout, costs) + _slack(costs) + layout.n_units * bounds
+    rounding = 2 * MIB if costs.on_gpu else 0  # the parts that stay are one tensor
+    beside = _windows(layout, costs) + _slack(costs) + rounding + layout.n_units * bounds
     stay = max(0, min(layout.n_units - 1, (gpu_room - beside) // max(1, most - bounds)))
     _, below = _split(layout.units(), stay)
     if costs.kv_device is None:
@@ -90,7 +91,7 @@ def _windows(layout: KVLayout, costs: KVCosts) -> int:
 
 
 def _slack(costs: KVCosts) -> int:
-    """Small tensors of the choice, and the allocator's rounding."""
+    """Small tensors of the choice of blocks and of what is written back."""
     return 16 * MIB if costs.on_gpu else 0
 
 

@@ -26,12 +26,13 @@ from wsm.blockdev import (
     unusable_target,
     why_busy,
 )
-from wsm.errors import DoesNotFit, StoreError
+from wsm.errors import DoesNotFit, KVDeviceError
 from wsm.groups import BLOCK
 from wsm.targets import lock, open_direct
 
 MAGIC = b"WSMKV\0\0\0"
 VERSION = 1
+_LOOKED_AT = 64 << 20
 _FIELDS = struct.Struct("<8sI4x16s")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -60,7 +61,7 @@ class KVTarget:
     Raises:
         UnusableInput: for what must not be written, said before anything is.
         DoesNotFit: if it is too small.
-        StoreError: if it cannot be read or written.
+        KVDeviceError: if it cannot be read or written.
     """
 
     def __init__(self, path: str, nbytes: int, weights: Sequence[str]) -> None:
@@ -89,7 +90,7 @@ class KVTarget:
         self._check_room(nbytes)
         self._write_superblock(nbytes)
         if run_of(_head(self.file, self.path)) != self._run:
-            raise StoreError(f"--kv-device {self.path} does not keep what is written to it; check the drive")
+            raise KVDeviceError(f"--kv-device {self.path} does not keep what is written to it; check the drive")
 
     def _write_superblock(self, nbytes: int) -> None:
         try:
@@ -102,7 +103,7 @@ class KVTarget:
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise self._too_small(nbytes, f"the filesystem has no room for it ({error.strerror})") from error
-            raise StoreError(
+            raise KVDeviceError(
                 f"--kv-device {self.path} cannot be written: {error.strerror}; check the drive, or name another place"
             ) from error
 
@@ -157,7 +158,7 @@ class KVTarget:
 
     def _is_ours(self) -> bool:
         """Whether the file is still where it was, and nobody else's."""
-        with contextlib.suppress(OSError, StoreError):
+        with contextlib.suppress(OSError, KVDeviceError):
             if not os.path.samestat(os.stat(self._name), os.fstat(self.file)):
                 return False
             head = _head(self.file, self.path)
@@ -194,8 +195,9 @@ def _check_device(path: str) -> None:
     except OSError as error:
         raise unusable_target(path, error) from error
     try:
-        _refuse_weights(_head(file, path), path)
-        block = logical_block(file)
+        head = _head(file, path)
+        _refuse_weights(head, path)
+        block, in_the_way = logical_block(file), run_of(head) is None and not _blank(file)
     finally:
         os.close(file)
     if (busy := why_busy(path)) is not None:
@@ -205,8 +207,18 @@ def _check_device(path: str) -> None:
             f"--kv-device {path} bears {' and '.join(found)}: nothing was written; if nobody needs that, "
             f"`wipefs -a {path}` clears it, or name a file"
         )
+    if in_the_way:
+        raise UnusableInput(
+            f"--kv-device {path} is not empty and bears no KV, but perhaps an older packed store: nothing was written; "
+            f"if nobody needs it, `blkdiscard -z {path}` clears it, or name a file"
+        )
     if block > BLOCK:
         raise UnusableInput(f"--kv-device {path} has logical blocks of {block} bytes; KV is aligned to {BLOCK}")
+
+
+def _blank(file: int) -> bool:
+    """Whether a device's first 64 MiB are zeros; a store of version 1 begins at 4 MiB, without a signature."""
+    return not any(os.pread(file, 1 << 20, offset).strip(b"\0") for offset in range(0, _LOOKED_AT, 1 << 20))
 
 
 def _refuse_weights(head: bytes, path: str) -> None:
@@ -229,6 +241,6 @@ def _head(file: int, path: str) -> bytes:
     try:
         return block[: os.preadv(file, [block], 0)]
     except OSError as error:
-        raise StoreError(
+        raise KVDeviceError(
             f"--kv-device {path} at byte 0: read error: {error.strerror}; check the drive, or name another place"
         ) from error

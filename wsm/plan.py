@@ -298,6 +298,9 @@ def _gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> 
         MemoryLine(f"activations, {wave_tokens} tokens in chunks of {chunk}", activations),
     ]
     if on_gpu:
+        if inputs.settings.mode in ("full", "preload") and inputs.ranks == 1:
+            graphs = chunk_bytes(inputs.config, shape.batch, inputs.dtype.itemsize) + _converted_kv(inputs, portions)
+            lines.append(MemoryLine("decode graphs", graphs))
         lines.append(MemoryLine("CUDA context and kernels", inputs.hardware.gpu_context_bytes))
         lines.append(MemoryLine("library workspaces", WORKSPACE_BYTES))
         lines.append(MemoryLine("allocator slack", _rounding(inputs, placement) + activations // 8 + 32 * MIB))

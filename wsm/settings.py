@@ -202,6 +202,9 @@ def preset_environment(environ: MutableMapping[str, str]) -> None:
     """Set what the user has not set. Must run before torch is imported, since OpenMP reads its variable once."""
     for name, preset in PRESETS.items():
         environ.setdefault(name, preset)
+    if environ.get("WORLD_SIZE", "1") != "1":
+        # The watch ends a job that lost a rank, with a sentence; NCCL's own watchdog would kill it without.
+        environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def set_by_user(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -202,10 +202,14 @@ def plan_warnings(phases: Mapping[str, PhaseStats], bytes_per_pass: Mapping[str,
 
 
 def prediction_warnings(phases: Mapping[str, PhaseStats], pass_ms: Mapping[str, float | None]) -> list[str]:
-    """A line for each phase that took over 5 % more or less than was predicted from the medians of the probe."""
+    """A line for each phase that took over 5 % more or less than was predicted from the medians of the probe.
+
+    The prediction is a steady pass's; what was staged before a phase or for the next one is counted as it moved.
+    """
     warnings = []
     for name, stats in phases.items():
-        expected_ms = (pass_ms[name] or 0.0) * stats.passes
+        moved, used = stats.bytes_moved["weight_h2d"], stats.bytes["weight_h2d"]
+        expected_ms = (pass_ms[name] or 0.0) * stats.passes * (moved / used if used else 1.0)
         if expected_ms and abs(stats.wall_ms - expected_ms) > 0.05 * expected_ms:
             warnings.append(
                 f"{name}: took {stats.wall_ms:.0f} ms, {expected_ms:.0f} were predicted: either the pass waited for "

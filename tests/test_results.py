@@ -357,6 +357,11 @@ def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() ->
     assert len(prediction_warnings(phases, {"prefill": 110.0, "decode": 112.0})) == 2
 
 
+def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
+    stats = stats_of("prefill", passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
+    assert prediction_warnings({"prefill": stats}, {"prefill": 100.0}) == []
+
+
 def test_numbers_keep_six_significant_digits() -> None:
     value = {"a": [1234.5678, 0.000123456789], "b": 123456789.0, "n": 123456789, "t": (True, None, "1.23456789")}
     kept = significant(value)

@@ -15,7 +15,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama.build import LLaMA
-
 from tests.tiny import hf_directory, hf_model
 
 TOKENS = torch.randint(0, 256, (3, 400), generator=torch.Generator().manual_seed(0)).tolist()

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from llama.batch import Segment, TokenBatch, cut
 from llama.checkpoint.names import EMBEDDING, QKV, GroupId
@@ -82,7 +81,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.repeat_interleave(n_rep, dim=1), v.repeat_interleave(n_rep, dim=1)
         n_rep = 1
     starts_here = length == end
-    mask = None if starts_here or length == 1 else causal_lower_right(length, end)
+    mask = None if starts_here or length == 1 else _causal_at_the_end(length, end)
     causal = starts_here and length > 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=n_rep > 1)
     return out.squeeze(0)
@@ -130,6 +129,14 @@ class Chunk(NamedTuple):
     parts: tuple[Part, ...]
 
 
+def _causal_at_the_end(length: int, end: int) -> Tensor:
+    """The mask of a row's last ``length`` of ``end`` tokens."""
+    # The import takes seconds: the command line does without it, and a model has done it before its first pass.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(length, end)
+
+
 class Transformer:
     """A LLaMA over any :class:`WeightSource`.
 
@@ -153,6 +160,7 @@ class Transformer:
         self.dtype = weights.globals["norm"].dtype
         self.graphs: DecodeGraphs | None = None
         self._freqs_cis = rotary_table(config, max_tokens, device)
+        _causal_at_the_end(1, 2)
 
     def prepare(self, kv: KVCache, rows: int, prompt_tokens: int, new_tokens: int, chunk_tokens: int) -> None:
         """Capture the graphs of a generation that is to come, where there are graphs; ``kv`` is empty."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel", "bench.cli"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel", "bench.cli", "torch.nn.attention.bias"])
 
 
 def free_port() -> int:

@@ -91,13 +91,13 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path) -> None:
 
 def test_ragged_batches_chunks_and_waves_give_the_tokens_of_single_rows(tmp_path: Path) -> None:
     model = ours(hf_directory(tmp_path, hf_model()))
-    alone = [run(model, [prompt]).tokens[0] for prompt in PROMPTS]
+    alone = [run(model, [prompt], max_new_tokens=8).tokens[0] for prompt in PROMPTS]
     for chunk_tokens in (1, 7, 64, 4096):
         for wave_rows in (1, 2, 4):
-            together = run(model, PROMPTS, chunk_tokens=chunk_tokens, wave_rows=wave_rows)
+            together = run(model, PROMPTS, max_new_tokens=8, chunk_tokens=chunk_tokens, wave_rows=wave_rows)
             assert together.tokens == alone
             assert together.prefill_passes == -(-len(PROMPTS) // wave_rows)
-            assert together.decode_passes == 23
+            assert together.decode_passes == 7
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 64])

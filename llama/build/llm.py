@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,46 +13,30 @@ import torch
 from torch import Tensor
 
 from llama.batch import prefill_batch
-from llama.checkpoint import (
-    Checkpoint,
-    WeightlessCheckpoint,
-    builtin_checkpoint,
-    has_weights,
-    open_checkpoint,
-    share_of,
-    synthetic_checkpoint,
-)
+from llama.build.inputs import BuildOptions, Inputs, open_inputs, plan_run, record_of
 from llama.config import UnusableInput
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
 from llama.kv_cache import KVCache
-from llama.kv_format import KVFormat, kv_format
-from llama.loading import DEFAULT_CACHE, LayerProgress, LoadTimes, Reporter, choose_device
+from llama.loading import LayerProgress, LoadTimes, Reporter
 from llama.model import Transformer
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer
 from llama.weights import TensorWeights, WeightSource
-from llama.world import ALONE, World
 from wsm.advice import check_fits
-from wsm.auto import choose_settings
 from wsm.blockdev import is_block_device
-from wsm.budget import GIB, Hardware, limit_device_memory, measure_hardware, tightest
+from wsm.budget import limit_device_memory
 from wsm.cached_store import cached_store
 from wsm.collectives import CollectiveTimes
 from wsm.device import Device, open_device
 from wsm.kv import DiskOptions, KVTiers
 from wsm.link import Link
 from wsm.manager import WeightStreamingManager
-from wsm.manifest import DTYPES, StoreDescription, read_manifest, stored_config
-from wsm.numa import bind_to_gpu
-from wsm.plan import Plan, PlanInputs, RunShape, make_plan
-from wsm.settings import Settings, spelled
+from wsm.plan import Plan, RunShape
+from wsm.settings import Settings
 from wsm.source import CheckpointSource, GroupSource
 from wsm.store import PackedStore
 from wsm.store_heads import compare_heads
-from wsm.store_match import check_suits
-from wsm.store_plan import plan_store
 from wsm.telemetry import Telemetry
-from llama.build.inputs import BuildOptions, Inputs, open_inputs, plan_run, record_of
 
 LOADING_THREADS = 8
 

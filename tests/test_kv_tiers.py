@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import linecache
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,6 +20,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import wsm.kv
+from llama import kv_cache
 from llama.batch import decode_batch, prefill_batch
 from llama.checkpoint import open_checkpoint
 from llama.generation import GenerationOptions, generate
@@ -25,10 +32,14 @@ from llama.model import Rows, Transformer
 from llama.weights import TensorWeights
 from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
-from wsm.device import open_device
+from wsm import kv_schedule
+from wsm.arena import ALIGNMENT
+from wsm.device import CpuDevice, open_device
 from wsm.errors import StoreError
 from wsm.kv import DiskOptions, KVTiers
 from wsm.kv_layout import KVLayout, KVPlacement, Unit
+from wsm.kv_plan import page_locked_bytes
+from wsm.kv_target import kv_superblock
 from wsm.link import Link
 from wsm.settings import Settings
 from wsm.telemetry import Telemetry
@@ -132,6 +143,61 @@ def test_a_generation_that_was_broken_off_leaves_a_sound_cache(model: Transforme
         with pytest.raises(KeyboardInterrupt):
             generate(model, kv, PROMPTS, options(), interrupt)
         assert generate(model, kv, PROMPTS, options()).tokens == on_device
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_ctrl_c_between_any_two_lines_leaves_a_sound_cache(on_disk: bool, model: Transformer, tmp_path: Path) -> None:
+    """Every 41st line that the computation's thread runs in the KV code; what comes after neither waits nor differs."""
+    prompts = [PROMPTS[2], PROMPTS[1], PROMPTS[4]]
+    short = options(new=4, wave=2)
+    expected = generate(model, KVCache(model.config, 3, 256, model.device, torch.float32), prompts, short).tokens
+    with cache(model, 2, EVERYWHERE, rows=3, tokens=256, disk=tmp_path / "kv" if on_disk else None) as (kv, _):
+        place, interrupted = 3, True
+        while interrupted:
+            with interrupting(place) as interrupted_now, contextlib.suppress(KeyboardInterrupt):
+                generate(model, kv, prompts, short)
+            interrupted = bool(interrupted_now)
+            assert in_time(lambda: generate(model, kv, prompts, short).tokens) == expected, place
+            place += 41
+    assert place > 500
+
+
+@contextmanager
+def interrupting(line: int) -> Iterator[list[str]]:
+    """Ctrl-C before the so-many-th line that this thread runs in the KV code; yields where it came.
+
+    Lines with ``with`` are left out: on the way out of a block the tracer stops at them, where no signal is served.
+    """
+    left, came = line, list[str]()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in (kv_cache.__file__, wsm.kv.__file__, kv_schedule.__file__):
+            return None
+        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not came and not source.lstrip().startswith("with "):
+            left -= 1
+            if left == 0:
+                came.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield came
+    finally:
+        sys.settrace(before)
+
+
+def in_time(work: Callable[[], list[list[int]]]) -> list[list[int]]:
+    """What ``work`` gives; a failure, not a hang, where it never comes back."""
+    found: list[list[list[int]]] = []
+    worker = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    worker.start()
+    worker.join(60)
+    assert found, "it hangs or has failed"
+    return found[0]
 
 
 def test_a_unit_that_was_entered_and_never_left_is_given_back(model: Transformer, on_device: list[list[int]]) -> None:
@@ -239,6 +305,17 @@ def test_an_error_of_the_disk_is_no_wrong_token(
         monkeypatch.setattr(tiers._disk._device, "_pread", broken)
         with pytest.raises(StoreError, match="in offloaded KV: read error: Input/output error; check the drive"):
             generate(model, kv, PROMPTS, options())
+
+
+def test_what_others_left_on_a_device_is_never_read(model: Transformer, tmp_path: Path) -> None:
+    """A file of a killed run, full of NaN; the row fills its fourth block of five on the way, the fifth is empty."""
+    prompt = [torch.randint(0, 256, (1020,), generator=torch.Generator().manual_seed(3)).tolist()]
+    whole = KVCache(model.config, 1, 1280, model.device, torch.float32)
+    expected = generate(model, whole, prompt, options()).tokens
+    left = tmp_path / "kv"
+    left.write_bytes(kv_superblock(b"a run that died.") + b"\xff" * (4 << 20))
+    with cache(model, 1, EVERYWHERE, rows=1, tokens=1280, disk=left) as (kv, _):
+        assert generate(model, kv, prompt, options()).tokens == expected
 
 
 # -- what is chosen
@@ -457,3 +534,28 @@ def test_closing_gives_the_memory_back_and_joins_the_threads(model: Transformer)
     tiers.begin([0], [0] * 5, [1] * 5, 0)
     with pytest.raises(RuntimeError, match="closed"):
         tiers.enter(0, 0)
+
+
+def test_threads_that_cannot_start_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, before = threading.Thread.start, set(threading.enumerate())
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "wsm-kv-read":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    placement = KVPlacement(layout := KVLayout(2, 1, 1, 1, 256, 8), disk=tuple(layout.units()))
+    where, device = DiskOptions(str(tmp_path / "kv"), ()), CpuDevice()
+    with pytest.raises(RuntimeError, match="can't start"):
+        KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0, where)
+    assert set(threading.enumerate()) <= before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_do_not_end_on_a_page_have_room() -> None:
+    layout = KVLayout(3, 2, 1, 1, 256, 12)
+    device, placement = CpuDevice(), KVPlacement(layout, cpu=tuple(layout.units()))
+    assert layout.unit_bytes(Unit(0, 0)) % ALIGNMENT
+    with KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0) as tiers:
+        assert tiers.page_locked_bytes == page_locked_bytes(placement)

@@ -64,11 +64,15 @@ class KVTiers:
             self._free_memory()
             raise
         self._schedule = KVSchedule(self.layout, tuple(self._below), self._windows)
-        self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True) for name, work in self._works()
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for name, work in self._works():
+                thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def _works(self) -> list[tuple[str, Callable[[], None]]]:
         works: list[tuple[str, Callable[[], None]]] = [

@@ -105,7 +105,8 @@ class KVDisk:
 
     def _whole(self, fetch: Fetch, slot: Tensor) -> Iterator[Move]:
         blocks = [length // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS for length in fetch.lengths]
-        for run in self.layout.runs(blocks):
+        # Not a byte that this run has not written: a device keeps those of others, and they may be read as NaN.
+        for run in self.layout.runs(blocks, worth=1.0):
             yield self._offsets[fetch.unit] + run.offset, slot[run.offset : run.offset + run.nbytes]
 
     def _chosen(self, fetch: Fetch, slot: Tensor) -> Iterator[Move]:
@@ -171,7 +172,7 @@ class KVDisk:
         layout, rows = self.layout, len(write.after)
         window = self._down[: rows * layout.row_bytes].view(layout.shape(rows))
         whole = [after // KV_BLOCK_TOKENS if row in write.changed else 0 for row, after in enumerate(write.after)]
-        runs = layout.runs([blocks * KV_BLOCK_TOKENS for blocks in whole])
+        runs = layout.runs([blocks * KV_BLOCK_TOKENS for blocks in whole], worth=1.0)
         moves = [
             (self._offsets[write.unit] + run.offset, self._down[run.offset : run.offset + run.nbytes]) for run in runs
         ]

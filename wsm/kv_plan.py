@@ -112,7 +112,7 @@ def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[Me
     ]
     if bounds := costs.bounds(layout, below):
         gpu.append(MemoryLine("KV block bounds", bounds))
-    cpu = [MemoryLine(f"KV, {len(kv.cpu)} of {whole} parts", kv.bytes_of(kv.cpu) + fresh_bytes(layout))]
+    cpu = [MemoryLine(f"KV, {len(kv.cpu)} of {whole} parts", _homes(kv) + fresh_bytes(layout))]
     if kv.disk:
         cpu.append(MemoryLine(f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots", _beside_disk(kv)))
     return gpu, cpu
@@ -120,7 +120,12 @@ def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[Me
 
 def page_locked_bytes(kv: KVPlacement) -> int:
     """Page-locked CPU memory of all that lies below the device."""
-    return kv.bytes_of(kv.cpu) + fresh_bytes(kv.layout) + _beside_disk(kv)
+    return _homes(kv) + fresh_bytes(kv.layout) + _beside_disk(kv)
+
+
+def _homes(kv: KVPlacement) -> int:
+    """Each part begins on a page; of some head sizes it does not end on one."""
+    return sum(round_up(kv.layout.unit_bytes(unit), BLOCK) for unit in kv.cpu)
 
 
 def _beside_disk(kv: KVPlacement) -> int:

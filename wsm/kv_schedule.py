@@ -107,11 +107,12 @@ class KVSchedule:
     def __init__(self, layout: KVLayout, below: Sequence[Unit], windows: Sequence[Window]) -> None:
         self._changed = threading.Condition()
         self._layout, self._below = layout, frozenset(below)
-        self._free = deque(windows)
+        self._windows, self._free = tuple(windows), deque(windows)
         self._ready: deque[Fetch] = deque()
         self._in_use: dict[Unit, Fetch] = {}
         self._writes: deque[Write] = deque()
-        self._writing = 0
+        self._writing: Write | None = None
+        self._fetching: Fetch | None = None
         self._units = {unit: _Progress() for unit in below}
         self._pass = _Pass()
         self._epoch = 0
@@ -192,15 +193,23 @@ class KVSchedule:
             self._ended.add(row)
 
     def reset(self) -> None:
-        """Every row is empty; a pass that was broken off is forgotten, what is being written goes on."""
+        """Every row is empty; a pass that was broken off is forgotten, what is being written goes on.
+
+        Who has a window, and what is still to be written, is counted anew: Ctrl-C may have come between two lines of
+        :meth:`enter` or :meth:`leave`, and neither may be lost to it.
+        """
         with self._changed:
-            self._drop_ready()
-            for unit, fetch in self._in_use.items():
-                self._units[unit].applied += 1
-                self._free.append(_window_of(fetch))
+            self._epoch += 1
+            self._ready.clear()
             self._in_use.clear()
             self._ended.clear()
             self._pass = _Pass()
+            writes = [*self._writes, *([self._writing] if self._writing else [])]
+            elsewhere = [write.window for write in writes]
+            elsewhere += [self._fetching.window] if self._fetching else []
+            self._free = deque(window for window in self._windows if not any(window is held for held in elsewhere))
+            for unit, progress in self._units.items():
+                progress.entered = progress.applied + sum(write.unit == unit for write in writes)
             self.blocks_fetched = self.blocks_whole = 0
             self._changed.notify_all()
 
@@ -218,6 +227,7 @@ class KVSchedule:
                 if fetch is not None and staged(fetch):
                     self._free.popleft()
                     self._pass.fetched += 1
+                    self._fetching = fetch
                     self._count_blocks(fetch)
                     return fetch
                 self._changed.wait()
@@ -276,7 +286,7 @@ class KVSchedule:
     def fetched(self, fetch: Fetch, filled: Event) -> None:
         """The copy is queued up to its event ``filled``; nobody may want it any more."""
         with self._changed:
-            _window_of(fetch).filled = filled
+            _window_of(fetch).filled, self._fetching = filled, None
             if fetch.epoch == self._epoch:
                 self._ready.append(fetch)
             else:
@@ -290,12 +300,14 @@ class KVSchedule:
         with self._changed:
             while not self._writes and not self._closing:
                 self._changed.wait()
-            return None if self._closing else self._writes.popleft()
+            self._writing = None if self._closing else self._writes.popleft()
+            return self._writing
 
     def written(self, write: Write) -> None:
         """All that was added is in its tier, and its window, if it had one, has been read."""
         with self._changed:
             self._units[write.unit].applied += 1
+            self._writing = None
             if write.window is not None:
                 self._free.append(write.window)
             self._changed.notify_all()

@@ -211,6 +211,8 @@ def make_plan(inputs: PlanInputs) -> Plan:
     shared = 0 if inputs.hardware.has_gpu or gpu_budget is None else gpu_budget
     cpu_room = cpu_budget - shared - sum(line.nbytes for line in cpu_lines)
     kv = place_kv(inputs.kv_layout(portions.stretch_rows), gpu_room, cpu_room, kv_costs(inputs))
+    if inputs.kv_device is not None and not kv.disk:
+        notes.append("--kv-device is not used: there is room for all KV above it")
     on_gpu, on_cpu = kv_lines(kv, kv_costs(inputs))
     return Plan(
         inputs=inputs,

@@ -64,6 +64,8 @@ def _ranges(layers: tuple[int, ...]) -> str:
 
 def _moved_text(plan: Plan) -> str:
     names = {"ssd_read": "from the SSD", "weight_h2d": "CPU to GPU", "hbm_read": "read from device memory"}
+    if plan.kv.below:
+        names["kv_h2d"] = "of KV to the GPU"
     return "a pass moves " + ", ".join(f"{plan.bytes_per_pass[k] / 1e6:.1f} MB {text}" for k, text in names.items())
 
 

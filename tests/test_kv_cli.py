@@ -24,6 +24,7 @@ from wsm.budget import GIB
 from wsm.kv_device import KVDevice
 from wsm.kv_layout import WINDOWS
 from wsm.kv_plan import DISK_SLOTS
+from wsm.manager import WeightStreamingManager
 
 Run = Callable[..., tuple[int, str, str]]
 ROWS, LAYERS = 4, 8
@@ -129,10 +130,12 @@ def test_the_plan_prints_kv_in_each_tier_and_what_a_pass_brings(home: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("threshold", "pauses"), [("1", True), ("1000", False)])
+@pytest.mark.parametrize(("threshold", "pauses"), [("5", True), ("6", False)])
 def test_the_throttle_variable_is_counted_in_the_json(
     threshold: str, pauses: bool, home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With five groups wanted whenever KV is written: how many there are at a moment, the machine decides."""
+    monkeypatch.setattr(WeightStreamingManager, "wanted_groups", lambda self: 5)
     monkeypatch.setenv("WSM_KV_THROTTLE_THRESHOLD", threshold)
     monkeypatch.setenv("WSM_KV_THROTTLE_MS", "1")
     assert run(*budgets(home, full_cpu=False))[0] == 0

@@ -256,3 +256,42 @@ def test_a_sweep_of_real_runs_keeps_results_and_the_reason_of_one_that_does_not_
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "s")]) == 0
     assert "gave no result (exit 3: the run does not fit" in capsys.readouterr().out
+
+
+def test_a_sweep_under_other_variables_is_another_sweep(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sweep", "--seed", "1", "--out-dir", str(tmp_path / "s"), "--repeats"]
+    monkeypatch.setenv("WSM_CPU_EVICT", "belady")
+    assert main([*argv, "1"]) == 0  # the preset of this process, not the user's
+    monkeypatch.setenv("WSM_CPU_EVICT", "fifo")
+    assert main([*argv, "2"], ("WSM_CPU_EVICT",)) == 2
+    assert "its environment: {}, not {'WSM_CPU_EVICT': 'fifo'}" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert main([*argv, "2"]) == 2
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert main([*argv, "2"]) == 0
+    assert seeds(script) == ["1", "1"]
+
+
+def test_fewer_repeats_lose_no_line(script: Path, tmp_path: Path) -> None:
+    assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "3") == 0
+    before = lines_of(tmp_path / "s")
+    assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "1") == 0
+    assert lines_of(tmp_path / "s") == before
+    assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "1", "--retry-failed") == 0
+    assert seeds(script)[6:] == ["7"]
+    assert sorted((line["point"], line["repeat"]) for line in lines_of(tmp_path / "s")) == [
+        (point, repeat) for point in (1, 2) for repeat in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--checkpoints", "--prompts", "--manifest"])
+def test_a_file_that_does_not_exist_is_refused_before_the_folder_is_made(
+    script: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").touch()
+    argv = [flag, str(tmp_path / "there"), flag, str(tmp_path / "none")]
+    assert sweep(tmp_path / "s", *argv) == 2
+    assert f"{flag} {tmp_path / 'none'} does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.page import page
-from bench.sides import TRACE_SUFFIX, Side, read_sides
+from bench.sides import Side, read_sides
 from bench.timeline import Timeline, timelines_of
 from bench.verb_flags import ReportOptions
 from llama.config import UnusableInput
@@ -53,23 +53,14 @@ def write_plots(charts: Sequence[Chart | Timeline], folder: Path) -> list[Path]:
     return [write_png(chart, folder, number) for number, chart in enumerate(charts, 1)]
 
 
-def _check_out(out: Path, paths: Sequence[Path]) -> None:
-    """Nothing that holds measurements may be written over: no JSON, and nothing that was read under any name."""
+def _check_out(out: Path, read: Sequence[Path]) -> None:
+    """Nothing that holds measurements may be written over: no JSON, whatever folder it lies in, and nothing named."""
     if {out.suffix, out.resolve().suffix} & _RESULTS:
         raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
-    if out.exists() and (not out.is_file() or any(out.samefile(path) for path in _files_read(paths))):
+    if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
     if not out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {out}: its folder does not exist")
-
-
-def _files_read(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from (inner for inner in path.rglob("*") if inner.suffix in _RESULTS and inner.exists())
-        elif path.exists():
-            yield path
-            yield from path.parent.glob(f"*{TRACE_SUFFIX}")
 
 
 def _check_png(png: Path, out: Path) -> None:

@@ -49,9 +49,7 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
     folder, points = options.out_dir, options.sweep.points
     with _opened(options, _description(options, environment)):
         jobs = list(_jobs(points, options.repeats))
-        # An earlier call may have asked for more repeats: what it measured stays in the lines.
-        ever = _jobs(points, max(options.repeats, most_repeats(folder, points)))
-        ended = [outcome for job in ever if (outcome := outcome_of(folder, *job)) is not None]
+        ended = _ended(folder, points)
         write_lines(folder, ended)
         if options.retry_failed:
             ended = [outcome for outcome in ended if outcome.failure is None or outcome.repeat > options.repeats]
@@ -60,10 +58,18 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
         _say(
             f"[SWEEP] {len(options.sweep.points)} points x {options.repeats} processes, {len(left)} to run, in {folder}"
         )
-        outcomes = ended + _run(options, left, len(jobs), environment)
-        if options.retry_failed:
-            write_lines(folder, outcomes)
+        try:
+            outcomes = ended + _run(options, left, len(jobs), environment)
+        finally:
+            if options.retry_failed:  # what was run again has two lines now
+                write_lines(folder, _ended(folder, points))
     return _closing(options, outcomes)
+
+
+def _ended(folder: Path, points: Sequence[Point]) -> list[Outcome]:
+    """All that is there, of earlier calls with more repeats too."""
+    jobs = _jobs(points, most_repeats(folder, points))
+    return [outcome for job in jobs if (outcome := outcome_of(folder, *job)) is not None]
 
 
 def _jobs(points: Sequence[Point], repeats: int) -> Iterator[Job]:

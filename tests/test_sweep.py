@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from bench import sweep as sweep_module
 from bench import sweep_process
 from bench.cli import main
 from bench.sides import read_sides
+from bench.sweep_folder import Outcome, Point
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -284,6 +286,23 @@ def test_fewer_repeats_lose_no_line(script: Path, tmp_path: Path) -> None:
     assert sorted((line["point"], line["repeat"]) for line in lines_of(tmp_path / "s")) == [
         (point, repeat) for point in (1, 2) for repeat in (1, 2, 3)
     ]
+
+
+def test_a_retry_that_is_broken_off_leaves_a_line_for_each_process(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--seed", "1,7,8"]
+    assert sweep(tmp_path / "s", *argv) == 0
+    before, real = lines_of(tmp_path / "s"), sweep_module.run_point
+
+    def run_point(folder: Path, point: Point, *rest: Any) -> Outcome:
+        if point.number == 3:
+            raise KeyboardInterrupt
+        return real(folder, point, *rest)
+
+    monkeypatch.setattr(sweep_module, "run_point", run_point)
+    assert sweep(tmp_path / "s", *argv, "--retry-failed") == 130
+    assert lines_of(tmp_path / "s") == before
 
 
 @pytest.mark.parametrize("flag", ["--checkpoints", "--prompts", "--manifest"])

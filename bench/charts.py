@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,9 @@ def _rooflines(sides: Sequence[Side]) -> Bars:
                 bars.append(Bar(label, (), "no floor known"))
                 continue
             percent = found["roofline_pct"]
+            if percent is None:
+                bars.append(Bar(label, (), "no time to measure the floor by"))
+                continue
             reached = Segment("floor", min(100.0, percent))
             rest = Segment("above the floor", max(0.0, 100 - percent))
             after = f"{percent:.1f} %, bound by {found['bound_by']}"
@@ -200,9 +204,10 @@ def sweep_charts(sides: Sequence[Side]) -> Iterator[Chart]:
 
 def _as_number(text: str | None) -> float | None:
     try:
-        return float(text) if text is not None else None
+        value = float(text) if text is not None else None
     except ValueError:
         return None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _curves(sides: Sequence[Side], flag: str, metric: str, unit: str, title: str) -> Curves:

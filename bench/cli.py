@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions, parse
+from bench.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions, check_point, parse
 from bench.job import SOLO, Job, Terminated, job_of
 from bench.report import run_report
 from bench.run import run
@@ -57,7 +57,7 @@ def _run_verb(argv: Sequence[str], user_set: Sequence[str], job: Job) -> int:
     if isinstance(options, PromptsOptions):
         return run_prompts(options)
     if isinstance(options, SweepOptions):
-        return run_sweep(options, user_set, lambda flags: parse(["run", *flags]))
+        return run_sweep(options, user_set, check_point)
     if isinstance(options, CompareOptions):
         return run_compare(options)
     assert isinstance(options, ReportOptions)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.results import METRICS
-from bench.sides import Side, differing, provenance_of, settings_of
+from bench.sides import Side, device_of, differing, mixed_devices, mixed_within, provenance_of, settings_of
 from bench.verdict import FEWEST, Ratio, ratio_of
 from llama.config import UnusableInput
 
@@ -169,7 +169,10 @@ def _obstacles(base: Side, side: Side) -> Iterator[str]:
         if one.typical is None:
             reasons = "; ".join(f"exit {failure.exit_code}: {failure.reason}" for failure in one.failures)
             yield f"{one.name} gave no result ({reasons})"
-        elif len(hashes := {result["output"]["sha256"] for result in one.results}) > 1:
+            continue
+        if devices := mixed_devices(one):
+            yield f"{one.name} mixes compute devices: {', '.join(map(_short, devices))}"
+        if len(hashes := {result["output"]["sha256"] for result in one.results}) > 1:
             yield f"{one.name} gave {len(hashes)} different outputs from the same settings"
     if base.typical is not None and side.typical is not None:
         yield from _unlike(base.typical, side.typical)
@@ -183,7 +186,7 @@ def _unlike(base: Mapping[str, Any], side: Mapping[str, Any]) -> Iterator[str]:
         "batch_size": lambda r: r["batch_size"],
         "prompt tokens": lambda r: r["prompt_lens"],
         "new tokens": lambda r: r["decode_tokens_total"],
-        "compute device": lambda r: r["provenance"]["gpu"] or r["provenance"]["cpu"],
+        "compute device": device_of,
     }
     found = False
     for name, of in looked_at.items():
@@ -227,9 +230,11 @@ def regressions(comparison: Comparison, threshold_pct: float) -> list[Against]:
 
 
 def _warnings(sides: Sequence[Side]) -> Iterator[tuple[str, str]]:
-    """Each side's warnings once, with its name, and its failed processes."""
+    """Each side's warnings once, with its name, what its results differ in, and its failed processes."""
     for side in sides:
         for warning in dict.fromkeys(str(line) for result in side.results for line in result["warnings"]):
             yield side.name, warning
+        for name, values in mixed_within(side).items():
+            yield side.name, f"its results differ in {name}: {', '.join(map(_short, values))}"
         for failure in side.failures:
             yield side.name, f"a process failed with exit {failure.exit_code}: {failure.reason}"

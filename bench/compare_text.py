@@ -112,7 +112,8 @@ def shown_ratio(ratio: Ratio | None, against: Against) -> str:
 
 
 def shown_interval(ratio: Ratio | None, against: Against) -> str:
-    if ratio is None or ratio.low is None or ratio.high is None or against.obstacles:
+    """None where nothing is judged: an interval of two samples is as wide as chance would have it."""
+    if ratio is None or ratio.low is None or ratio.high is None or not against.judged:
         return "-"
     return f"{ratio.low:.4f}..{ratio.high:.4f}"
 
@@ -121,8 +122,9 @@ def _bare_ratio_rows(comparison: Comparison) -> Iterator[Row]:
     """The same for programs: empty where two sides are not comparable."""
     ratios = [against.ratio if not against.obstacles else None for against in comparison.against]
     yield Row("ratio", (1.0, *(ratio.value if ratio else None for ratio in ratios)))
-    yield Row("ratio_low99", (None, *(ratio.low if ratio else None for ratio in ratios)))
-    yield Row("ratio_high99", (None, *(ratio.high if ratio else None for ratio in ratios)))
+    judged = [ratio if ratio is not None and ratio.judged is not None else None for ratio in ratios]
+    yield Row("ratio_low99", (None, *(ratio.low if ratio else None for ratio in judged)))
+    yield Row("ratio_high99", (None, *(ratio.high if ratio else None for ratio in judged)))
     yield Row("verdict", ("base", *(against.verdict for against in comparison.against)))
     yield Row("why", (None, *(why_unjudged(against) or None for against in comparison.against)))
 

@@ -258,6 +258,20 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     return verb, CompareOptions(**values) if verb == "compare" else ReportOptions(**values)
 
 
+def check_point(argv: Sequence[str]) -> None:
+    """Whether a run takes these arguments and finds what they name.
+
+    Raises:
+        UnusableInput: naming the flag.
+    """
+    _, options = parse(["run", *argv])
+    assert isinstance(options, RunOptions)
+    for name in ("checkpoints", "prompts", "manifest"):
+        named: Path | None = getattr(options, name)
+        if named is not None and not named.exists():
+            raise UnusableInput(f"--{name} {named} does not exist: nothing was run")
+
+
 def _check_run(options: RunOptions) -> None:
     given = [
         flag

@@ -13,11 +13,15 @@ from bench.verb_flags import ReportOptions
 from llama.config import UnusableInput
 from wsm.atomic import write_atomically
 
+_RESULTS = frozenset({".json", ".jsonl"})
+
 
 def run_report(options: ReportOptions) -> int:
     """Write the page, and with ``--png`` a file for every plot."""
     sides = read_sides(options.paths)
     _check_out(options.out, options.paths)
+    if options.png is not None:
+        _check_png(options.png, options.out)
     write_atomically(options.out, page(sides))
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     if options.png is not None:
@@ -50,7 +54,16 @@ def write_plots(charts: Sequence[Chart | Timeline], folder: Path) -> list[Path]:
 
 
 def _check_out(out: Path, read: Sequence[Path]) -> None:
+    """Nothing that holds measurements may be written over: no JSON, whatever folder it lies in, and nothing named."""
+    if {out.suffix, out.resolve().suffix} & _RESULTS:
+        raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
     if not out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {out}: its folder does not exist")
+
+
+def _check_png(png: Path, out: Path) -> None:
+    there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
+    if not there.is_dir() or png.absolute() == out.absolute():
+        raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")

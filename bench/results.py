@@ -279,13 +279,15 @@ def checked(result: Any, where: str) -> dict[str, Any]:
         UnusableInput: if it is no result, or one of another schema.
     """
     version = result.get("schema_version") if isinstance(result, dict) else None
-    if type(version) is not int or not set(FIXED_KEYS) <= set(result):
+    if type(version) is not int:
         raise UnusableInput(f"{where} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
         age = "a newer" if version > SCHEMA_VERSION else "an older"
         raise UnusableInput(
             f"{where} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
         )
+    if missing := [key for key in FIXED_KEYS if key not in result]:
+        raise UnusableInput(f"{where} is no result of bench_infer.py: {missing[0]} is missing")
     return dict(result)
 
 

@@ -13,11 +13,15 @@ from bench.results import checked, read_result
 from bench.shape import check_shape
 from bench.sweep_folder import DESCRIPTION, Failure, read_failure, read_points
 from llama.config import UnusableInput
+from wsm.auto import CHOSEN
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
 _PLACES = frozenset({"out_json", "trace", "output", "print_text", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
+
+_MAY_EXPLAIN = ("git_commit", "torch", "driver")
+"""Provenance that a time may depend on, and that a machine changes while results are gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ def _spoken(values: Mapping[str, str]) -> str:
 
 
 def _check_same_settings(side: Side) -> None:
-    kept = [{k: v for k, v in settings_of(r).items() if k not in _PLACES} for r in side.results]
+    kept = [{k: v for k, v in settings_of(r).items() if k not in _not_asked(r)} for r in side.results]
     mixed = differing(kept)
     if mixed:
         shown = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in list(mixed.items())[:4])
@@ -159,6 +163,35 @@ def _check_same_settings(side: Side) -> None:
             f"{side.source} mixes runs of different settings ({shown}): "
             "name the files one by one, or put those of the same settings in a folder each"
         )
+
+
+def _not_asked(result: Mapping[str, Any]) -> frozenset[str]:
+    """``--auto`` chooses by the memory that is free, which varies from process to process of the same command."""
+    return _PLACES | CHOSEN if result["config"]["resolved"].get("auto") else _PLACES
+
+
+def mixed_devices(side: Side) -> list[str]:
+    """The compute devices of a side that has more than one."""
+    found = list(dict.fromkeys(device_of(result) for result in side.results))
+    return found if len(found) > 1 else []
+
+
+def device_of(result: Mapping[str, Any]) -> str:
+    return str(result["provenance"]["gpu"] or result["provenance"]["cpu"])
+
+
+def mixed_within(side: Side) -> dict[str, list[Any]]:
+    """What the results of a side differ in that may explain a difference of their times, with its values."""
+    told = differing([_explaining(result) for result in side.results])
+    return {
+        name: [value for at, value in enumerate(values) if value not in values[:at]] for name, values in told.items()
+    }
+
+
+def _explaining(result: Mapping[str, Any]) -> dict[str, Any]:
+    settings = settings_of(result)
+    chosen = {name: settings.get(name) for name in sorted(CHOSEN)} if settings.get("auto") else {}
+    return {**{name: result["provenance"].get(name) for name in _MAY_EXPLAIN}, **chosen}
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:

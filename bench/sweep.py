@@ -21,6 +21,7 @@ from bench.sweep_folder import (
     Point,
     append_line,
     failure_file,
+    most_repeats,
     outcome_of,
     read_description,
     write_description,
@@ -29,9 +30,10 @@ from bench.sweep_folder import (
 )
 from bench.sweep_process import run_point
 from llama.config import UnusableInput
-from wsm.settings import PRESETS
+from wsm.settings import ECHOED_ONLY, PRESETS
 
 Job = tuple[Point, int]
+_DECIDING = frozenset((*PRESETS, *ECHOED_ONLY))
 
 
 def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[Sequence[str]], object]) -> int:
@@ -39,31 +41,41 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
 
     Args:
         user_set: variables that the user had set: the processes get those, and no presets of this one.
-        check: parses a run's arguments; raises UnusableInput for those that no run takes.
+        check: parses a run's arguments; raises UnusableInput for those that no run takes, or whose files are missing.
     """
     for point in options.sweep.points:
         check([*point.argv, f"--repeats={options.inner_repeats}"])
     environment = {name: v for name, v in os.environ.items() if name not in PRESETS or name in user_set}
-    folder = options.out_dir
-    with _opened(options):
-        jobs = list(_jobs(options))
-        ended = [outcome for job in jobs if (outcome := outcome_of(folder, *job)) is not None]
-        if options.retry_failed:
-            ended = [outcome for outcome in ended if outcome.failure is None]
+    folder, points = options.out_dir, options.sweep.points
+    with _opened(options, _description(options, environment)):
+        jobs = list(_jobs(points, options.repeats))
+        ended = _ended(folder, points)
         write_lines(folder, ended)
+        if options.retry_failed:
+            ended = [outcome for outcome in ended if outcome.failure is None or outcome.repeat > options.repeats]
         done = {(outcome.point, outcome.repeat) for outcome in ended}
         left = [job for job in jobs if (job[0].number, job[1]) not in done]
         _say(
             f"[SWEEP] {len(options.sweep.points)} points x {options.repeats} processes, {len(left)} to run, in {folder}"
         )
-        outcomes = ended + _run(options, left, len(jobs), environment)
+        try:
+            outcomes = ended + _run(options, left, len(jobs), environment)
+        finally:
+            if options.retry_failed:  # what was run again has two lines now
+                write_lines(folder, _ended(folder, points))
     return _closing(options, outcomes)
 
 
-def _jobs(options: SweepOptions) -> Iterator[Job]:
+def _ended(folder: Path, points: Sequence[Point]) -> list[Outcome]:
+    """All that is there, of earlier calls with more repeats too."""
+    jobs = _jobs(points, most_repeats(folder, points))
+    return [outcome for job in jobs if (outcome := outcome_of(folder, *job)) is not None]
+
+
+def _jobs(points: Sequence[Point], repeats: int) -> Iterator[Job]:
     """All points once, then all in reverse, and so on: what drifts with time weighs on every point alike."""
-    for repeat in range(1, options.repeats + 1):
-        order = options.sweep.points if repeat % 2 else tuple(reversed(options.sweep.points))
+    for repeat in range(1, repeats + 1):
+        order = points if repeat % 2 else tuple(reversed(points))
         yield from ((point, repeat) for point in order)
 
 
@@ -121,13 +133,13 @@ def _say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(options: SweepOptions) -> Iterator[None]:
+def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[None]:
     """The folder with this sweep's description, for this process alone, rid of what a killed one left half-written.
 
     Raises:
         UnusableInput: if it holds another sweep or something else, or another process sweeps in it.
     """
-    folder, wanted = options.out_dir, _description(options)
+    folder = options.out_dir
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,16 +163,20 @@ def _opened(options: SweepOptions) -> Iterator[None]:
         yield
 
 
-def _description(options: SweepOptions) -> dict[str, object]:
-    return {**options.sweep.as_json(), "inner_repeats": options.inner_repeats}
+def _description(options: SweepOptions, environment: Mapping[str, str]) -> dict[str, object]:
+    """What has to stay the same: flags, and the variables that the user set of those that decide how a run goes."""
+    chosen = {name: v for name, v in sorted(environment.items()) if name.startswith("WSM_") or name in _DECIDING}
+    return {**options.sweep.as_json(), "inner_repeats": options.inner_repeats, "environment": chosen}
 
 
 def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
     found = read_description(folder)
-    differing = [name for name in ("axes", "fixed", "inner_repeats", "points") if found.get(name) != wanted[name]]
+    found.setdefault("environment", {})  # of before it was kept: most likely nothing was set
+    names = ("axes", "fixed", "inner_repeats", "points", "environment")
+    differing = [name for name in names if found.get(name) != wanted[name]]
     if differing:
         name = differing[0]
         raise UnusableInput(
             f"--out-dir {folder} holds another sweep (its {name}: {found.get(name)}, not {wanted[name]}): "
-            "repeat that sweep's flags to go on with it, or name another folder"
+            "repeat that sweep's flags and variables to go on with it, or name another folder"
         )

@@ -17,9 +17,9 @@ from bench.flag_types import path, whole
 from bench.sweep_folder import Point, Sweep
 from llama.config import UnusableInput
 
-UNSPLIT = ("--raw-device", "--prompt", "--checkpoints", "--prompts", "--manifest", "--cache-dir")
-_OWN = ("--help", "--out-json", "--trace", "--output", "--repeats", "--verbose")
-"""Flags of a run that a sweep sets itself, or has in a sense of its own."""
+UNSPLIT = ("--raw-device", "--prompt", "--checkpoints", "--prompts", "--manifest", "--cache-dir", "--kv-device")
+_OWN = ("--help", "--out-json", "--trace", "--output", "--repeats", "--verbose", "--tp")
+"""Flags of a run that a sweep sets itself, has in a sense of its own, or (--tp: torchrun's) cannot use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,14 @@ def outcome_of(folder: Path, point: Point, repeat: int) -> Outcome | None:
     return None
 
 
+def most_repeats(folder: Path, points: Sequence[Point]) -> int:
+    """The highest repeat of any point that has ended; 0 if none has."""
+    files = (path.name for point in points for path in (folder / point.folder).glob("r*.json"))
+    return max(
+        (int(named[1]) for file in files if (named := re.fullmatch(r"r(\d+)(\.failed)?\.json", file))), default=0
+    )
+
+
 def read_failure(path: Path) -> Failure:
     """Why a process failed, from its file."""
     try:

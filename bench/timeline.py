@@ -23,6 +23,8 @@ _KIND_OF_LANE = {
     "compute waits": "stalled",
     "compute": "busy",
 }
+SAME_RUN = 1e-3
+"""How far a trace's phases may be from the result's, which are rounded."""
 _KV = "KV"
 """The lane of all KV that moves: its bars' names end in the tier, and each tier is drawn as a lane of its own."""
 _KV_TIERS = tuple(tier for tier in MOVED if tier.startswith("kv_"))
@@ -52,23 +54,31 @@ class Trace:
     lanes: tuple[Lane, ...]
     passes: tuple[float, ...]
 
+    @property
+    def phases(self) -> tuple[Span, ...]:
+        return tuple(span for lane in self.lanes if lane.name == "phase" for span in lane.spans)
+
 
 def timelines_of(side: Side) -> Iterator[Timeline]:
-    """The whole run and one decode pass, if a trace lies beside the result; else what the phases' sums tell.
+    """The whole run and one decode pass, if its trace lies beside the result; else what the phases' sums tell.
 
     Raises:
         UnusableInput: if the trace is damaged.
     """
     if side.typical is None:
         return
-    trace = _trace_beside(side)
-    if trace is None:
-        yield _from_phases(side.name, side.typical)
+    others = ""
+    for path in _traces_beside(side):
+        read = read_trace(path)
+        if _is_of(read, side.typical):
+            break
+        others += f"{path.name} is of another run. "
+    else:
+        yield _from_phases(side.name, side.typical, others)
         return
-    read = read_trace(trace)
     # What was read ahead for a pass after the last one ends outside the phases.
-    end = max((span[1] for lane in read.lanes if lane.name == "phase" for span in lane.spans), default=0.0)
-    note = f"Every read, copy and computation, from {trace.name}."
+    end = max((span[1] for span in read.phases), default=0.0)
+    note = f"Every read, copy and computation, from {path.name}."
     yield Timeline(f"timeline-{side.name}", "Timeline of the run", note, (0.0, end), read.lanes)
     window = _middle_pass(read)
     if window is not None:
@@ -83,15 +93,24 @@ def inside(spans: Sequence[Span], window: tuple[float, float]) -> Iterator[Span]
             yield max(start, window[0]), min(end, window[1]), kind
 
 
-def _trace_beside(side: Side) -> Path | None:
-    """``mixed.trace.json`` beside ``mixed.json``, or what ``--trace`` named if it lies there."""
+def _traces_beside(side: Side) -> Iterator[Path]:
+    """``mixed.trace.json`` beside ``mixed.json``, and what ``--trace`` named if it lies there."""
     if side.source.suffix != ".json" or side.typical is None:
-        return None
+        return
     named = side.typical["config"]["resolved"].get("trace")
     places = [side.source.with_suffix(TRACE_SUFFIX)]
     if isinstance(named, str):
         places.append(side.source.parent / Path(named).name)
-    return next((place for place in places if place.is_file()), None)
+    yield from (place for place in dict.fromkeys(places) if place.is_file())
+
+
+def _is_of(trace: Trace, result: Mapping[str, Any]) -> bool:
+    """Whether the phases took as long in both: a file of the name may have outlived its run."""
+    took_ms = {kind: end - start for start, end, kind in trace.phases}
+    told_ms = {name: float(result["phases"][name]["wall_ms"]) for name in ("prefill", "decode")}
+    return set(took_ms) == set(told_ms) and all(
+        math.isclose(took_ms[name], ms, rel_tol=SAME_RUN, abs_tol=1e-3) for name, ms in told_ms.items()
+    )
 
 
 def read_trace(path: Path) -> Trace:
@@ -142,7 +161,7 @@ def _kind(lane: str, event: str) -> str:
 
 def _middle_pass(trace: Trace) -> tuple[float, float] | None:
     """A pass in the middle of the decode; None where fewer than two begin in it."""
-    decode = next((span for lane in trace.lanes for span in lane.spans if span[2] == "decode"), None)
+    decode = next((span for span in trace.phases if span[2] == "decode"), None)
     if decode is None:
         return None
     starts = [start for start in trace.passes if decode[0] <= start <= decode[1]]
@@ -150,7 +169,7 @@ def _middle_pass(trace: Trace) -> tuple[float, float] | None:
     return (starts[middle - 1], starts[middle]) if middle else None
 
 
-def _from_phases(name: str, result: Mapping[str, Any]) -> Timeline:
+def _from_phases(name: str, result: Mapping[str, Any], note: str = "") -> Timeline:
     """Each tier's sums, drawn inside their phase: how long, not when."""
     lanes: dict[str, list[Span]] = {"phase": [], "SSD reads": [], "H2D": [], "compute": []}
     lanes |= {MOVED[tier]: [] for tier in _KV_TIERS}
@@ -168,7 +187,7 @@ def _from_phases(name: str, result: Mapping[str, Any]) -> Timeline:
             busy = number(found["busy_ms"].get(tier)) or 0.0
             lanes[MOVED[tier]].append((start, min(end, start + busy), MOVED[tier]))
         start = end
-    note = "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
+    note += "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
     kept = {lane: tuple(span for span in spans if span[1] > span[0]) for lane, spans in lanes.items()}
     shown = tuple(Lane(lane, spans) for lane, spans in kept.items() if spans or lane not in MOVED.values())
     return Timeline(f"timeline-{name}", "Timeline of the run", note, (0.0, start), shown)

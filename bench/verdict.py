@@ -41,12 +41,20 @@ def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
     """
     logs = [math.log(sample) for sample in base], [math.log(sample) for sample in side]
     difference = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
-    value, sizes = math.exp(difference), (len(base), len(side))
+    value, sizes = _exp(difference), (len(base), len(side))
     if min(sizes) < 2:
         return Ratio(value, None, None, sizes, None)
     half = _half_width(*logs)
-    low, high = math.exp(difference - half), math.exp(difference + half)
+    low, high = _exp(difference - half), _exp(difference + half)
     return Ratio(value, low, high, sizes, _judged(value, low, high) if min(sizes) >= FEWEST else None)
+
+
+def _exp(power: float) -> float:
+    """Infinite where no float is as large."""
+    try:
+        return math.exp(power)
+    except OverflowError:
+        return math.inf
 
 
 def _judged(value: float, low: float, high: float) -> Judged:

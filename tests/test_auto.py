@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.plans import H70B, inputs_for
-from wsm.auto import auto_flags, choose_settings
+from wsm.auto import CHOSEN, auto_flags, choose_settings
 from wsm.budget import GIB, Hardware
 from wsm.plan import Plan, PlanInputs, make_plan
 from wsm.prediction import predicted_pass_ms
@@ -100,3 +100,10 @@ def test_modes_without_layers_to_place_stay_as_they_are(mode: str) -> None:
     inputs = inputs_for(EIGHT_LAYERS, Settings(mode=mode), hardware=MACHINE)
     assert choose_settings(inputs) == inputs
     assert auto_flags(make_plan(inputs)) == []
+
+
+def test_what_auto_decides_is_named_in_one_place() -> None:
+    """Results of other choices are told apart by these names."""
+    inputs = inputs_for(EIGHT_LAYERS, Settings())
+    plan = make_plan(replace(inputs, settings=replace(inputs.settings, embedding="cpu")))
+    assert {flag.split()[0].removeprefix("--").replace("-", "_") for flag in auto_flags(plan)} == CHOSEN

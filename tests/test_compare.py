@@ -202,3 +202,40 @@ def test_the_verb_prints_each_form(two_files: tuple[str, str], output: str, caps
     assert main(["compare", *two_files, "-o", output]) == 0
     made = {"text": as_text, "md": as_markdown, "csv": as_csv}[output]
     assert capsys.readouterr().out == made(compare(read_sides([Path(path) for path in two_files]))) + "\n"
+
+
+# -- what a side mixes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"provenance__gpu": "another GPU"}, {"provenance__gpu": None, "provenance__cpu": "another CPU"}]
+)
+def test_a_side_of_several_devices_gets_no_verdict(
+    measured: Mapping[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    one = varied(measured, BASE)
+    mixed = Side("b", (one, one, varied(measured, BASE, **changes)), tmp_path)
+    for sides in ([Side("a", (one,), tmp_path), mixed], [mixed, Side("a", (one,), tmp_path)]):
+        [against] = compare(sides).against
+        assert against.verdict == "not comparable"
+        assert any(told.startswith("b mixes compute devices: ") for told in against.obstacles)
+
+
+def test_code_and_libraries_that_differ_within_a_side_are_warned_of(
+    measured: Mapping[str, Any], tmp_path: Path
+) -> None:
+    old = varied(measured, BASE, provenance__git_commit="abc", provenance__torch="2.0")
+    lines = as_text(
+        compare([Side("a", (old,), tmp_path), Side("b", (old, varied(old, provenance__torch="2.1")), tmp_path)])
+    )
+    assert "  B: its results differ in torch: 2.0, 2.1" in lines.splitlines()
+    assert "differ in git_commit" not in lines
+
+
+def test_below_five_samples_no_interval_is_printed(side: Callable[..., Side]) -> None:
+    few = compare([side("a", BASE[:2]), side("b", SLOWER[:2])])
+    [line] = [line for line in as_text(few).splitlines() if line.startswith("99 % interval")]
+    assert line.split()[-1] == "-"
+    [row] = list(csv.DictReader(io.StringIO(as_csv(few))))[1:]
+    assert (row["ratio_low99"], row["ratio_high99"]) == ("", "")
+    assert float(row["ratio"]) > 1

@@ -112,3 +112,16 @@ def _faster(command: Command, cache: Path) -> list[str]:
         "--cache-dir",
         str(cache),
     ]
+
+
+def test_the_example_that_does_not_fit_says_what_the_page_quotes_and_its_advice_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"^    \S+ bench_infer\.py (.*--gpu-mem-gb.*)$", page, re.MULTILINE)
+    [quoted] = re.findall(r"^    (the run does not fit: .*)$", page, re.MULTILINE)
+    argv = [*shlex.split(line), "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]
+    assert main(argv) == 3
+    assert capsys.readouterr().err.splitlines()[0] == f"bench_infer.py: {quoted}"
+    advice = quoted.split("it fits with ")[1].split()
+    assert main([*argv, *advice, "--no-probe"]) == 0

@@ -254,3 +254,47 @@ def test_the_page_never_replaces_a_result(measured: Mapping[str, Any], tmp_path:
     for out in (path, tmp_path, tmp_path / "none" / "r.html"):
         assert main(["report", str(path), "--out", str(out)]) == 2
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["p01-mode=mixed/r1.json", "sweep.json", "results.jsonl", "link.html", "new.json"])
+def test_the_page_never_replaces_what_lies_in_a_folder_it_reads(
+    measured: Mapping[str, Any], tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sw"
+    stored(sweep / "p01-mode=mixed" / "r1.json", measured)
+    point = {"number": 1, "values": {"--mode": "mixed"}}
+    stored(sweep / "sweep.json", {"format": "bench_infer sweep", "version": 1, "points": [point]})
+    (sweep / "results.jsonl").touch()
+    (sweep / "link.html").symlink_to(sweep / "p01-mode=mixed" / "r1.json")
+    before = {path: path.read_bytes() for path in sweep.rglob("*.*") if path.is_file()}
+    assert main(["report", str(sweep), "--out", str(sweep / out)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in sweep.rglob("*.*") if path.is_file()} == before
+    assert main(["report", str(sweep), "--out", str(sweep / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("png", ["taken", "taken/plots", "r.html"])
+def test_plots_that_find_no_folder_are_refused_before_the_page_is_written(
+    measured_files: tuple[Path, Path], tmp_path: Path, png: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("precious")
+    out = tmp_path / "r.html"
+    assert main(["report", str(measured_files[0]), "--out", str(out), "--png", str(tmp_path / png)]) == 2
+    assert "--png" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_floor_without_a_distance_is_told_and_not_drawn(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    """Of a phase that took no time: floor_ms is there and roofline_pct null."""
+    side = Side("a", (varied(measured, phases__decode__floor_ms=1.0, phases__decode__roofline_pct=None),), tmp_path)
+    bar = list(overview_charts([side]))[1].bars[1]  # type: ignore[union-attr]
+    assert bar.segments == ()
+    assert "<svg" in page([side])
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "-inf"])
+def test_a_swept_value_that_is_not_finite_is_no_place_on_an_axis(
+    measured: Mapping[str, Any], tmp_path: Path, odd: str
+) -> None:
+    sides = [Side(text, (dict(measured),), tmp_path, (), {"--x": text}) for text in ("1", odd, "2")]
+    assert list(sweep_charts(sides)) == []

@@ -12,9 +12,10 @@ import pytest
 
 from bench.cli import main
 from bench.results import SCHEMA_VERSION
-from bench.sides import Side, differing, read_sides
+from bench.sides import Side, differing, mixed_within, read_sides
 from llama.config import UnusableInput
 from tests.results import stored, varied
+from wsm.auto import CHOSEN
 
 
 def refusal(*paths: Path) -> str:
@@ -168,3 +169,38 @@ def test_what_cannot_be_read_is_exit_2_and_one_line(
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("e2e_ms", 10**400),
+        ("e2e_ms", -(10**400)),
+        ("batch_size", 10**24),
+        ("phases__decode__bytes_moved__ssd_read", 10**400),
+        ("phases__decode__bytes_moved__of_tomorrow", 10**400),
+        ("ceilings__of_tomorrow", {"value": [1e300]}),
+    ],
+)
+def test_a_number_that_no_run_gives_is_refused_by_its_key(
+    measured: Mapping[str, Any], tmp_path: Path, path: str, value: object
+) -> None:
+    assert path.split("__")[-1] in refusal(stored(tmp_path / "r.json", varied(measured, **{path: value})))
+
+
+def test_a_schema_of_the_future_is_told_though_it_lost_a_key(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    later = {key: value for key, value in measured.items() if key != "wsm"}
+    told = refusal(stored(tmp_path / "r.json", {**later, "schema_version": SCHEMA_VERSION + 1}))
+    assert "a newer bench_infer.py" in told
+    assert "wsm is missing" in refusal(stored(tmp_path / "r.json", later))
+
+
+def test_what_auto_chose_by_the_free_memory_is_no_other_setting(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    auto = varied(measured, config__resolved__auto=True)
+    chosen = {f"config__resolved__{name}": "cpu" if name == "embedding" else 9 for name in CHOSEN}
+    stored(tmp_path / "s" / "r1.json", auto)
+    stored(tmp_path / "s" / "r2.json", varied(auto, **chosen))
+    [side] = read_sides([tmp_path / "s"])
+    assert mixed_within(side)["gpu_cached_layers"] == [4, 9]
+    stored(tmp_path / "s" / "r3.json", varied(auto, config__resolved__staging_mb=1))
+    assert "staging_mb" in refusal(tmp_path / "s")

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from bench import sweep as sweep_module
 from bench import sweep_process
 from bench.cli import main
 from bench.sides import read_sides
+from bench.sweep_folder import Outcome, Point
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -256,3 +258,59 @@ def test_a_sweep_of_real_runs_keeps_results_and_the_reason_of_one_that_does_not_
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "s")]) == 0
     assert "gave no result (exit 3: the run does not fit" in capsys.readouterr().out
+
+
+def test_a_sweep_under_other_variables_is_another_sweep(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sweep", "--seed", "1", "--out-dir", str(tmp_path / "s"), "--repeats"]
+    monkeypatch.setenv("WSM_CPU_EVICT", "belady")
+    assert main([*argv, "1"]) == 0  # the preset of this process, not the user's
+    monkeypatch.setenv("WSM_CPU_EVICT", "fifo")
+    assert main([*argv, "2"], ("WSM_CPU_EVICT",)) == 2
+    assert "its environment: {}, not {'WSM_CPU_EVICT': 'fifo'}" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert main([*argv, "2"]) == 2
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert main([*argv, "2"]) == 0
+    assert seeds(script) == ["1", "1"]
+
+
+def test_fewer_repeats_lose_no_line(script: Path, tmp_path: Path) -> None:
+    assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "3") == 0
+    before = lines_of(tmp_path / "s")
+    assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "1") == 0
+    assert lines_of(tmp_path / "s") == before
+    assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "1", "--retry-failed") == 0
+    assert seeds(script)[6:] == ["7"]
+    assert sorted((line["point"], line["repeat"]) for line in lines_of(tmp_path / "s")) == [
+        (point, repeat) for point in (1, 2) for repeat in (1, 2, 3)
+    ]
+
+
+def test_a_retry_that_is_broken_off_leaves_a_line_for_each_process(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--seed", "1,7,8"]
+    assert sweep(tmp_path / "s", *argv) == 0
+    before, real = lines_of(tmp_path / "s"), sweep_module.run_point
+
+    def run_point(folder: Path, point: Point, *rest: Any) -> Outcome:
+        if point.number == 3:
+            raise KeyboardInterrupt
+        return real(folder, point, *rest)
+
+    monkeypatch.setattr(sweep_module, "run_point", run_point)
+    assert sweep(tmp_path / "s", *argv, "--retry-failed") == 130
+    assert lines_of(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("flag", ["--checkpoints", "--prompts", "--manifest"])
+def test_a_file_that_does_not_exist_is_refused_before_the_folder_is_made(
+    script: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").touch()
+    argv = [flag, str(tmp_path / "there"), flag, str(tmp_path / "none")]
+    assert sweep(tmp_path / "s", *argv) == 2
+    assert f"{flag} {tmp_path / 'none'} does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

@@ -48,7 +48,7 @@ def test_a_flag_given_several_times_is_a_list_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--raw-device", "--prompt", "--checkpoints", "--prompts", "--manifest", "--cache-dir"]
+    "flag", ["--raw-device", "--prompt", "--checkpoints", "--prompts", "--manifest", "--cache-dir", "--kv-device"]
 )
 def test_a_value_that_may_hold_commas_stays_whole(flag: str) -> None:
     assert points_of(flag, "/dev/a,/dev/b") == [[f"{flag}=/dev/a,/dev/b"]]
@@ -68,6 +68,7 @@ def test_switches_take_on_and_off() -> None:
         (["--mode", "full,full"], "--repeats"),
         (["--out-json", "x"], "--out-json"),
         (["--repeats", "0"], "--repeats"),
+        (["--tp", "2"], "--tp"),
     ],
 )
 def test_a_list_that_cannot_be_swept_is_refused_by_its_flag(argv: list[str], said: str) -> None:
@@ -75,10 +76,10 @@ def test_a_list_that_cannot_be_swept_is_refused_by_its_flag(argv: list[str], sai
 
 
 def test_every_flag_of_a_run_can_be_swept() -> None:
-    """All but where a run reports: a new flag of a run is one of a sweep by itself."""
+    """All but where a run reports, and torchrun's --tp: a new flag of a run is one of a sweep by itself."""
     run = {word for action in _actions("run") for word in action}
     sweep = {word for action in _actions("sweep") for word in action}
-    assert run - sweep == {"--out-json", "--trace", "-o", "--output"}
+    assert run - sweep == {"--out-json", "--trace", "-o", "--output", "--tp"}
 
 
 def _actions(verb: str) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,14 @@ def test_a_long_trace_stays_a_small_page() -> None:
     drawn = draw(Timeline("t", "t", "", (0.0, 20_000.0), (Lane("compute", spans),)))
     assert len(drawn) < 100_000
     assert "200000 times" in drawn
+
+
+def test_a_trace_of_another_run_is_not_shown_as_this_ones(
+    measured: Mapping[str, Any], measured_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Run again without --trace, the old trace still lies there."""
+    again = varied(measured, phases__decode__wall_ms=1.01 * measured["phases"]["decode"]["wall_ms"])
+    shutil.copy(measured_files[1], tmp_path / "a.trace.json")
+    [side] = read_sides([stored(tmp_path / "a.json", again)])
+    [only] = timelines_of(side)
+    assert only.note.startswith("a.trace.json is of another run. From the phases' sums")

@@ -104,3 +104,10 @@ def test_turned_round_the_verdict_turns_round(base: list[float], side: list[floa
     assert {there.judged, back.judged} in ({"faster", "slower"}, {"no difference shown"}) or (
         abs(there.value - 1) < 0.0102  # 1.01 and 1 / 1.01 are not equally far from 1
     )
+
+
+@pytest.mark.parametrize(("base", "side"), [([1e-300] * 5, [1e300] * 5), ([1e-20, 1e24], [1e-20, 1e24])])
+def test_a_ratio_beyond_all_floats_is_infinite_and_no_traceback(base: list[float], side: list[float]) -> None:
+    there, back = ratio_of(base, side), ratio_of(side, base)
+    assert there.high == math.inf
+    assert {there.judged, back.judged} in ({"slower", "faster"}, {None})

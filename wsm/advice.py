@@ -67,7 +67,9 @@ def _of(tier: str, needed: int, budget: int) -> str:
 def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     """The smallest change that fits, as flags to type; or the least memory that would do."""
     if fitting is not None:
-        return f"it fits with {' '.join(changed_flags(inputs, fitting))}"
+        # No flag but the budget itself: what it takes away is KV, which then lies below.
+        flags = changed_flags(inputs, fitting) or [f"--gpu-mem-gb {fitting.settings.gpu_mem_gb:.4g}"]
+        return f"it fits with {' '.join(flags)}"
     least = least_memory(inputs)
     needed = f"{_gib(least.cpu_bytes)} of CPU memory"
     if least.gpu_budget_bytes is not None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,7 +33,7 @@ from llama.model import Rows, Transformer
 from llama.weights import TensorWeights
 from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
-from wsm import kv_schedule
+from wsm import kv_disk, kv_schedule
 from wsm.arena import ALIGNMENT
 from wsm.device import CpuDevice, open_device
 from wsm.errors import StoreError
@@ -162,6 +163,9 @@ def test_ctrl_c_between_any_two_lines_leaves_a_sound_cache(on_disk: bool, model:
     assert place > 500
 
 
+KV_CODE = {module.__file__ for module in (kv_cache, wsm.kv, kv_schedule, kv_disk)}
+
+
 @contextmanager
 def interrupting(line: int) -> Iterator[list[str]]:
     """Ctrl-C before the so-many-th line that this thread runs in the KV code; yields where it came.
@@ -172,7 +176,7 @@ def interrupting(line: int) -> Iterator[list[str]]:
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in (kv_cache.__file__, wsm.kv.__file__, kv_schedule.__file__):
+        if frame.f_code.co_filename not in KV_CODE:
             return None
         source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         if event == "line" and not came and not source.lstrip().startswith("with "):
@@ -191,13 +195,17 @@ def interrupting(line: int) -> Iterator[list[str]]:
 
 
 def in_time(work: Callable[[], list[list[int]]]) -> list[list[int]]:
-    """What ``work`` gives; a failure, not a hang, where it never comes back."""
-    found: list[list[list[int]]] = []
-    worker = threading.Thread(target=lambda: found.append(work()), daemon=True)
-    worker.start()
-    worker.join(60)
-    assert found, "it hangs or has failed"
-    return found[0]
+    """What ``work`` gives or raises; a failure, not a hang, where it never comes back."""
+    found: Future[list[list[int]]] = Future()
+
+    def call() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return found.result(timeout=60)
 
 
 def test_a_unit_that_was_entered_and_never_left_is_given_back(model: Transformer, on_device: list[list[int]]) -> None:

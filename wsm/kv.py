@@ -148,7 +148,7 @@ class KVTiers:
 
     def _drop_staged(self) -> None:
         if self._disk is not None:
-            self._disk.drop_older(self._schedule.epoch)
+            self._disk.expect(self._schedule.epoch)
 
     # -- life
 

@@ -29,6 +29,12 @@ class _Slot(NamedTuple):
     drained: Event | None
 
 
+class _Wake(NamedTuple):
+    """For the staging thread: what was staged for passes before this epoch is not wanted any more."""
+
+    epoch: int
+
+
 class KVDisk:
     """Reads units into page-locked slots ahead of their fetch, and writes blocks as they fill.
 
@@ -66,7 +72,7 @@ class KVDisk:
             unit: take(count * layout.n_kv_heads * layout.block_bytes).view(layout.shape(count, KV_BLOCK_TOKENS))
             for unit, count in rows.items()
         }
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Slot | _Wake | None] = queue.SimpleQueue()
         for _ in range(DISK_SLOTS - 1):
             self._free.put(_Slot(take(layout.window_bytes), None))
         self._down = take(layout.window_bytes)
@@ -85,6 +91,9 @@ class KVDisk:
     def free_slot(self) -> Tensor | None:
         """Wait for a slot whose last bytes have been copied on; None once closing."""
         slot = self._free.get()
+        while isinstance(slot, _Wake):
+            self.drop_older(slot.epoch)
+            slot = self._free.get()
         if slot is None:
             return None
         if slot.drained is not None:
@@ -149,8 +158,15 @@ class KVDisk:
         """A slot's bytes have been copied on, up to ``drained``."""
         self._free.put(_Slot(slot, drained))
 
+    def expect(self, epoch: int) -> None:
+        """Nothing that was staged before ``epoch`` is wanted any more.
+
+        For the computation's thread, which only leaves word: Ctrl-C may come at any point there, and loses no slot.
+        """
+        self._free.put(_Wake(epoch))
+
     def drop_older(self, epoch: int) -> None:
-        """Give back what was staged for passes that will not come."""
+        """Give back what was staged for passes that will not come; for the staging thread."""
         with self._lock:
             old = [self._staged.pop(key) for key in list(self._staged) if key[0] < epoch]
         for slot in old:

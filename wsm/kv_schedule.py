@@ -138,8 +138,9 @@ class KVSchedule:
             layers = range(self._layout.n_layers)
             units = [Unit(layer, stretch) for layer in layers for stretch in stretches]
             used = tuple(unit for unit in units if unit in self._below)
-            self._pass = _Pass(used, tuple(stretches), tuple(before), tuple(after), self.passes - 1, k, decoding)
-            self._pass.entered_before = {unit: self._units[unit].entered for unit in used}
+            coming = _Pass(used, tuple(stretches), tuple(before), tuple(after), self.passes - 1, k, decoding)
+            coming.entered_before = {unit: self._units[unit].entered for unit in used}
+            self._pass = coming  # whole, whenever Ctrl-C comes
             self._changed.notify_all()
 
     def _drop_ready(self) -> None:

@@ -331,7 +331,7 @@ def test_a_run_that_does_not_fit_is_exit_3_and_its_advice_fits(
         8,
         *SMALL,
         "--gpu-mem-gb",
-        0.013,
+        0.011,
         "--cache-dir",
         tmp_path,
         "--out-json",

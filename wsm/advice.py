@@ -68,8 +68,8 @@ def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     """The smallest change that fits, as flags to type; or the least memory that would do."""
     if fitting is not None:
         # No flag but the budget itself: what it takes away is KV, which then lies below.
-        flags = changed_flags(inputs, fitting) or [f"--gpu-mem-gb {fitting.settings.gpu_mem_gb:.4g}"]
-        return f"it fits with {' '.join(flags)}"
+        turned = changed_flags(inputs, fitting) or [f"--gpu-mem-gb {fitting.settings.gpu_mem_gb or 0:.4g}"]
+        return f"it fits with {' '.join(turned)}"
     least = least_memory(inputs)
     needed = f"{_gib(least.cpu_bytes)} of CPU memory"
     if least.gpu_budget_bytes is not None:

@@ -531,7 +531,8 @@ def test_a_write_back_lets_the_weights_go_first_where_many_are_wanted(
         assert generate(model, kv, PROMPTS, options()).tokens == on_device
         tiers.stop()
         writes = sum(t.tier == "kv_d2h" for t in tiers.telemetry.kv_transfers())
-        assert tiers.pauses == (writes if pauses else 0)
+        # What is left to write when it stops is written without a pause.
+        assert 0 < tiers.pauses <= writes if pauses else tiers.pauses == 0
 
 
 def test_closing_gives_the_memory_back_and_joins_the_threads(model: Transformer) -> None:

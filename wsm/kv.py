@@ -153,7 +153,7 @@ class KVTiers:
     # -- life
 
     def stop(self) -> None:
-        """Move nothing more and join the threads. The telemetry is complete after it."""
+        """Fetch nothing more, write what is still to be written, join the threads; the telemetry is then complete."""
         self._schedule.close()
         if self._disk is not None:
             self._disk.stop()
@@ -309,7 +309,7 @@ class KVTiers:
     def _throttle(self) -> None:
         """Let the weights go first where many are wanted: one pause, then the write, so nothing waits for ever."""
         pause_ms = self._settings.kv_throttle_ms
-        if pause_ms and self._wanted_groups() >= self._settings.kv_throttle_threshold:
+        if pause_ms and not self._schedule.closing and self._wanted_groups() >= self._settings.kv_throttle_threshold:
             self.pauses += 1
             time.sleep(pause_ms / 1e3)
 

@@ -256,6 +256,11 @@ class KVSchedule:
         return None
 
     @property
+    def closing(self) -> bool:
+        """Whether nothing more will be fetched."""
+        return self._closing
+
+    @property
     def epoch(self) -> int:
         """Grows when what was expected of coming passes is dropped."""
         return self._epoch
@@ -297,11 +302,11 @@ class KVSchedule:
     # -- what the writing thread asks and tells
 
     def next_write(self) -> Write | None:
-        """Wait for something to write; None once closing."""
+        """Wait for something to write; None once closing, when all that a pass has added is written."""
         with self._changed:
             while not self._writes and not self._closing:
                 self._changed.wait()
-            self._writing = None if self._closing else self._writes.popleft()
+            self._writing = self._writes.popleft() if self._writes else None
             return self._writing
 
     def written(self, write: Write) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from llama.config import UnusableInput
 from wsm.device import Event
-from wsm.errors import DoesNotFit, StoreError
 from wsm.kv_layout import KV_BLOCK_TOKENS, KVLayout, Unit
+from wsm.shared import SharedState
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +92,7 @@ class _Pass:
     entered_before: dict[Unit, int] = field(default_factory=dict)
 
 
-class KVSchedule:
+class KVSchedule(SharedState):
     """One owner of every window and unit. Everything below is read and written under ``_changed`` alone.
 
     Invariants:
@@ -105,7 +103,7 @@ class KVSchedule:
     """
 
     def __init__(self, layout: KVLayout, below: Sequence[Unit], windows: Sequence[Window]) -> None:
-        self._changed = threading.Condition()
+        super().__init__("the KV tiers")
         self._layout, self._below = layout, frozenset(below)
         self._windows, self._free = tuple(windows), deque(windows)
         self._ready: deque[Fetch] = deque()
@@ -117,8 +115,6 @@ class KVSchedule:
         self._pass = _Pass()
         self._epoch = 0
         self._ended: set[int] = set()
-        self._failure: BaseException | None = None
-        self._closing = False
         self.passes = 0
         self.blocks_fetched = self.blocks_whole = 0
 
@@ -323,33 +319,6 @@ class KVSchedule:
     def changed(self) -> None:
         """Something that a waiting thread asks about may have changed."""
         with self._changed:
-            self._changed.notify_all()
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        while not ready():
-            self._check()
-            self._changed.wait()
-        self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            cause = self._failure
-            if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
-                raise type(cause)(str(cause)) from cause
-            raise RuntimeError(f"a thread of the KV tiers failed: {cause!r}") from cause
-        if self._closing:
-            raise RuntimeError("the KV tiers are closed")
-
-    def fail(self, failure: BaseException) -> None:
-        """Hand an exception of any thread to whoever waits, and to the next caller."""
-        with self._changed:
-            if self._failure is None and not self._closing:
-                self._failure = failure
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closing = True
             self._changed.notify_all()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.names import KINDS, GroupId, Kind
-from llama.config import UnusableInput
 from wsm.device import Event
-from wsm.errors import DoesNotFit, StoreError
 from wsm.jobs import CopyJob, ReadJob
 from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
+from wsm.shared import SharedState
 
 RESIDENTS_IN_FLIGHT = 4
 """Reads of residents queued at once: enough to keep the drive busy, few enough for an error to end the rest soon."""
@@ -27,7 +25,7 @@ Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
 
 
-class Tiers:
+class Tiers(SharedState):
     """One state machine a group and tier: absent -> loading -> ready -> in_use -> ready or absent.
 
     Everything below is read and written under ``self._changed`` alone. Invariants:
@@ -56,7 +54,7 @@ class Tiers:
         cpu_pools: Pools,
         loading_pools: Pools,
     ) -> None:
-        self._changed = threading.Condition()
+        super().__init__("the weight streaming manager")
         self._plan, self._settings, self._order = plan, settings, order
         self._balance = Balance.of(settings)
         self._gpu_homes, self._cpu_homes = gpu_homes, cpu_homes
@@ -82,8 +80,6 @@ class Tiers:
         self._held: deque[tuple[int, Kind, Slot]] = deque()
         self._step = 0
         self._entered = -1
-        self._failure: BaseException | None = None
-        self._closing = False
         self.on_loaded: Callable[[GroupId], None] | None = None
         self.loaded_at_s: float | None = None
         self.on_starved: Callable[[float, float], None] = lambda start, end: None
@@ -368,37 +364,10 @@ class Tiers:
                 )
             )
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        while not ready():
-            self._check()
-            self._changed.wait()
-        self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            cause = self._failure
-            if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
-                raise type(cause)(str(cause)) from cause
-            raise RuntimeError(f"a thread of the weight streaming manager failed: {cause!r}") from cause
-        if self._closing:
-            raise RuntimeError("the weight streaming manager is closed")
-
-    def fail(self, failure: BaseException) -> None:
-        """Hand an exception of any thread to whoever waits, and to the next caller."""
-        with self._changed:
-            if self._failure is None and not self._closing:
-                self._failure = failure
-            self._changed.notify_all()
-
     def device_buffer(self) -> Tensor:
         """The largest slot or resident's buffer on the device."""
         slots = [slot for pool in self._gpu_pools.values() for slot in pool.slots] or list(self._gpu_homes.values())
         return max((slot.buffer for slot in slots), key=lambda buffer: buffer.nbytes)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
 
     def release(self) -> None:
         """Let go of the memory of every slot, once nobody uses it."""

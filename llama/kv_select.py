@@ -17,11 +17,6 @@ BLOCK_TOKENS = 256
 """Room for KV is taken, and KV is chosen, in blocks of so many tokens."""
 
 
-def bounds_bytes(rows: int, n_kv_heads: int, blocks: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of the :class:`BlockBounds` of one unit."""
-    return 2 * rows * n_kv_heads * blocks * head_dim * itemsize
-
-
 class BlockBounds:
     """The elementwise smallest and largest key of every block of one unit (one layer, some rows).
 

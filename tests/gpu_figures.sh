@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind docs/PERFORMANCE.md: bash tests/gpu_figures.sh OUTDIR [part ...]
-# Parts: stream mixed drive resident kv all80 (the last takes 150 GB of CPU memory). Without a part: the first four.
+# Parts: stream short mixed drive resident kv kv_kinds all80 (the last takes 150 GB of CPU memory). Without a part: stream
+# mixed drive resident. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two of the results side by side.
 # Stores go to /dev/shm (a stand-in for a fast drive) and to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
 out=${1:?the folder for the results}
@@ -37,7 +38,7 @@ mixed() {
 }
 
 drive() {
-  step mixed_drive 200 $(shape 8) --mode mixed --cache-dir "$drive" --max-new-tokens 8 \
+  step mixed_drive 300 $(shape 8) --mode mixed --cache-dir "$drive" --max-new-tokens 8 --repeats 3 \
     --gpu-cached-layers 2 --cpu-cache-layers 4 --prefetch-distance 2
   rm -rf "$drive"
 }
@@ -47,6 +48,18 @@ resident() {
     step "8b_$mode" 60 --synthetic Llama-3.1-8B --mode $mode --prompt-len 128 --repeats 3
     step "70b16_$mode" 60 --synthetic Llama-3.1-70B:layers=16 --mode $mode --prompt-len 128 --repeats 3
   done
+}
+
+short() {
+  step stream16 60 $(shape 16) --mode stream --cache-dir $drive --max-new-tokens 12 --repeats 3
+}
+
+kv_kinds() {
+  local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 32"
+  step kv_int8 150 $flags --kv-dtype int8
+  step kv_topk4 150 $flags --topk-blk 4
+  step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
+  rm -f /dev/shm/wsm-kv
 }
 
 all80() {
@@ -65,4 +78,3 @@ kv() {
 for part in "${@:-stream mixed drive resident}"; do
   for name in $part; do "$name"; done
 done
-"$python" bench_infer.py table "$out"/*.json

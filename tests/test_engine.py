@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from wsm.manager import WeightStreamingManager
 from wsm.placement import Placement, place
 from wsm.settings import Settings
 from wsm.telemetry import Telemetry
+from wsm.tiers import RESIDENTS_IN_FLIGHT
 
 SLOT = {"attn": 8192, "ffn": 16384}
 
@@ -340,6 +341,35 @@ def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: L
     sweep = [group for group in asked if group.layer in residents]
     assert sweep == [group for group in pass_order(24) if group.layer in residents]
     assert len(set(asked)) == len(asked)
+
+
+def test_the_drive_goes_on_while_gpu_residents_wait_for_their_checksums() -> None:
+    """They need no slot of a pool to themselves: the homes of CPU residents that are read later take them too."""
+
+    class Slow(FakeSource):
+        """Answers nothing before as many reads are asked as may be in flight."""
+
+        held: ClassVar[list[Any]] = []
+        enough = threading.Event()
+
+        def read(self, group: GroupId | None, buffer: Tensor, done: Callable[[BaseException | None], None]) -> None:
+            if group is None or self.enough.is_set():
+                super().read(group, buffer, done)
+                return
+            self.held.append((group, buffer, done))
+            if len(self.held) == RESIDENTS_IN_FLIGHT:
+                self.enough.set()
+                for held in self.held:
+                    super().read(*held)
+
+    settings = replace(Settings(), gpu_cached_layers=6, cpu_cache_layers=9, prefetch_distance=1, warmup_layers=0)
+    source, plan = Slow(), plan_for(16, settings)
+    first = [group for group in pass_order(16) if group.layer in {*plan.residency.gpu, *plan.residency.cpu}]
+    assert sum(group.layer in plan.residency.gpu for group in first[:RESIDENTS_IN_FLIGHT]) > 2
+    with running(plan, settings, source) as manager:
+        assert source.enough.wait(20)
+        assert [group for group, _, _ in source.held] == first[:RESIDENTS_IN_FLIGHT]
+        run_passes(manager, 2)
 
 
 def test_with_the_computation_on_its_heels_the_sweep_takes_streamed_groups_too() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,6 +49,19 @@ def test_a_slow_drive_makes_no_longer_probe() -> None:
     source.close()
     assert took_s < ON_CPU.ssd_s + 2 * 0.2 + 0.3
     assert found["ssd"].value == pytest.approx(SLOT["attn"] / 0.2 / 1e6, rel=0.3)
+
+
+def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
+    class Watched(CpuDevice):
+        places: ClassVar[set[int]] = set()
+
+        def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+            self.places.add(source.data_ptr())
+
+    host, slot = torch.zeros(400 << 20, dtype=torch.uint8), torch.zeros(64 << 20, dtype=torch.uint8)
+    probe_link(Watched(), host, slot)
+    piece = 64 << 20
+    assert {host.data_ptr() + piece * n for n in range(400 // 64)} <= Watched.places
 
 
 def test_a_slow_link_makes_smaller_samples() -> None:

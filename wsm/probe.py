@@ -11,7 +11,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,12 +114,17 @@ def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
             nbytes //= 2
 
 
-def _copies(device: Device, destination: Tensor, source: Tensor, total_bytes: int) -> float:
-    """Seconds that ``total_bytes`` take in back-to-back copies of one piece."""
+def _walk(memory: Tensor, piece: int) -> Iterator[Tensor]:
+    """``memory`` in whole pieces of ``piece`` bytes, over and over: as in a pass, too much for a CPU's caches."""
+    return itertools.cycle(memory[: memory.nbytes // piece * piece].split(piece))
+
+
+def _copies(device: Device, destinations: Iterator[Tensor], sources: Iterator[Tensor], count: int) -> float:
+    """Seconds that ``count`` back-to-back copies take."""
     stream = device.stream()
     start = device.record(stream)
-    for _ in range(-(-total_bytes // source.nbytes)):
-        device.copy(destination, source, stream)
+    for _ in range(count):
+        device.copy(next(destinations), next(sources), stream)
     end = device.record(stream)
     end.synchronize()
     return device.seconds(end) - device.seconds(start)
@@ -132,12 +137,13 @@ def probe_link(
 
     Args:
         in_step: called before each sample; with a barrier, several ranks' links are measured at the same time.
-        host: ``uint8``, overwritten.
+        host: ``uint8``, overwritten; the samples go through it piece after piece.
         slot: ``uint8`` on the device, overwritten; likewise.
     """
     piece = min(64 << 20, host.nbytes, slot.nbytes)
-    total = _sample_pieces(device, host[:piece], slot[:piece]) * piece
-    how = f"{total / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
+    hosts, slots = _walk(host, piece), _walk(slot, piece)
+    count = _sample_pieces(device, hosts, slots, piece)
+    how = f"{count * piece / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
 
     def rates(sample: Callable[[], float]) -> list[float]:
         found = []
@@ -146,10 +152,9 @@ def probe_link(
             found.append(sample())
         return found
 
-    h2d = rates(lambda: total / _copies(device, slot[:piece], host[:piece], total) / 1e6)
-    d2h = rates(lambda: total / _copies(device, host[:piece], slot[:piece], total) / 1e6)
-    half = min(piece, host.nbytes // 2, slot.nbytes // 2)
-    both = rates(lambda: _both_ways(device, host, slot, half, total // piece * half))
+    h2d = rates(lambda: count * piece / _copies(device, slots, hosts, count) / 1e6)
+    d2h = rates(lambda: count * piece / _copies(device, hosts, slots, count) / 1e6)
+    both = rates(lambda: _both_ways(device, host, slot, piece, count))
     return {
         "h2d": _ceiling(h2d, "MBps", how),
         "d2h": _ceiling(d2h, "MBps", how),
@@ -157,28 +162,32 @@ def probe_link(
     }
 
 
-def _sample_pieces(device: Device, host: Tensor, slot: Tensor) -> int:
+def _sample_pieces(device: Device, hosts: Iterator[Tensor], slots: Iterator[Tensor], piece: int) -> int:
     """How many copies of one piece a sample is; the first copies of each way, which are slower, are done here."""
     sizes = sizes_for(device)
     for _ in range(2):
-        _copies(device, host, slot, host.nbytes)
-        piece_s = _copies(device, slot, host, host.nbytes)
-    return max(1, min(-(-sizes.copy_bytes // host.nbytes), int(sizes.copy_s / max(piece_s, 1e-9))))
+        _copies(device, hosts, slots, 1)
+        piece_s = _copies(device, slots, hosts, 1)
+    return max(1, min(-(-sizes.copy_bytes // piece), int(sizes.copy_s / max(piece_s, 1e-9))))
 
 
-def _both_ways(device: Device, host: Tensor, slot: Tensor, piece: int, total: int) -> float:
-    """MB/s of both directions together, each moving ``total`` bytes."""
+def _both_ways(device: Device, host: Tensor, slot: Tensor, piece: int, count: int) -> float:
+    """MB/s of both directions together: each moves ``count`` pieces, through one half of ``host`` and of ``slot``."""
+    middle = host.nbytes // 2, slot.nbytes // 2
+    piece = min(piece, *middle)
     seconds: list[float] = []
 
     def bring_back() -> None:
         device.enter_thread()
-        seconds.append(_copies(device, host[piece : 2 * piece], slot[piece : 2 * piece], total))
+        hosts, slots = _walk(host[middle[0] :], piece), _walk(slot[middle[1] :], piece)
+        seconds.append(_copies(device, hosts, slots, count))
 
     other = threading.Thread(target=bring_back)
     other.start()
-    seconds.append(_copies(device, slot[:piece], host[:piece], total))
+    hosts, slots = _walk(host[: middle[0]], piece), _walk(slot[: middle[1]], piece)
+    seconds.append(_copies(device, slots, hosts, count))
     other.join()
-    return 2 * total / max(seconds) / 1e6
+    return 2 * count * piece / max(seconds) / 1e6
 
 
 def probe_ssd(
@@ -197,11 +206,12 @@ def probe_ssd(
     source.on_read = lambda _, nbytes, start, end: chunks.append((nbytes, start, end))
     link: list[float] = []
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
+    hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
     def keep_link_busy() -> None:
         device.enter_thread()
         while not stop.is_set():
-            link.append(8 * piece / _copies(device, slot[:piece], buffers[-1][:piece], 8 * piece) / 1e6)
+            link.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
 
     copier = threading.Thread(target=keep_link_busy)
     copier.start()

@@ -18,8 +18,8 @@ from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
 from wsm.shared import SharedState
 
-RESIDENTS_IN_FLIGHT = 4
-"""Reads of residents queued at once: enough to keep the drive busy, few enough for an error to end the rest soon."""
+RESIDENTS_IN_FLIGHT = 12
+"""Reads of residents queued at once: enough for a fast drive to go on while several checksums are made."""
 
 Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
@@ -34,6 +34,7 @@ class Tiers(SharedState):
     * Ordinals of a kind never go back: used <= fetched <= started on the GPU, and copied <= started on the CPU.
     * While GPU residents wait to be read, streamed groups leave them one empty CPU slot a kind: so loading never
       waits for the computation, and the computation, which may wait for a resident, never waits for ever.
+    * A CPU resident's home holds it from its read on; before that it may have a GPU resident in it that passes through.
 
     Args:
         order: the groups of one pass, in order.
@@ -136,7 +137,9 @@ class Tiers(SharedState):
 
     def _cpu_slot(self, group: GroupId) -> Slot | None:
         home = self._cpu_homes.get(group)
-        return home if home is not None else self._cpu_pools[group.kind].find(group)
+        if home is not None:
+            return home if home.group == group else None
+        return self._cpu_pools[group.kind].find(group)
 
     def last_resident(self, job: CopyJob) -> bool:
         """Whether ``job`` brings the last of the GPU residents."""
@@ -149,7 +152,7 @@ class Tiers(SharedState):
             job.source.drained = end
             kind = job.group.kind
             if job.step is None:
-                self._staging_pool(kind).clear(job.source)
+                self._unstage(job)
                 self._gpu_to_load -= 1
                 self._loaded(job.group)
             else:
@@ -176,7 +179,7 @@ class Tiers(SharedState):
     def _claim_read(self) -> ReadJob | None:
         """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
 
-        A streamed group without room is passed over; a resident's slot is free again after a copy, so it is waited for.
+        A streamed group without room is passed over; a resident's is free again after a copy, so it is waited for.
         """
         resident = self._to_read[0] if self._to_read else None
         kind = self._next_streamed()
@@ -187,17 +190,38 @@ class Tiers(SharedState):
     def _resident_read(self, group: GroupId) -> ReadJob | None:
         if self._reading >= RESIDENTS_IN_FLIGHT:
             return None
-        if group in self._cpu_homes:
-            destination = self._cpu_homes[group]
-            destination.state, destination.group = "loading", group
-        elif self._staging_pool(group.kind).has_room():
-            destination = self._staging_pool(group.kind).take(group)
-            self._gpu_to_read -= 1
-        else:
+        destination = self._claim_home(group, group) if group in self._cpu_homes else self._claim_staging(group)
+        if destination is None:
             return None
         self._to_read.popleft()
         self._reading += 1
+        self._gpu_to_read -= group in self._gpu_homes
         return ReadJob(group, None, destination)
+
+    def _claim_home(self, resident: GroupId, tenant: GroupId) -> Slot | None:
+        """The home of a CPU resident, for ``tenant``, if nothing is in it."""
+        home = self._cpu_homes[resident]
+        if home.state != "absent":
+            return None
+        home.group, home.state = tenant, "loading"
+        return home
+
+    def _claim_staging(self, group: GroupId) -> Slot | None:
+        """What a GPU resident comes through: the home of a CPU resident that is read late, or else a pool's slot."""
+        for later in reversed(self._to_read):
+            if later.kind == group.kind and later in self._cpu_homes:
+                home = self._claim_home(later, group)
+                if home is not None:
+                    return home
+        pool = self._staging_pool(group.kind)
+        return pool.take(group) if pool.has_room() else None
+
+    def _unstage(self, job: CopyJob) -> None:
+        pool = self._staging_pool(job.group.kind)
+        if pool.find(job.group) is job.source:
+            pool.clear(job.source)
+        else:
+            job.source.group, job.source.state = None, "absent"
 
     def _staging_pool(self, kind: Kind) -> Pool:
         return self._loading_pools[kind] if self._loading_pools else self._cpu_pools[kind]

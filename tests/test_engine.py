@@ -328,6 +328,12 @@ def test_skipping_the_wait_lets_the_first_layers_compute_while_residents_load() 
         assert manager.residents_s is not None
 
 
+def assert_swept(asked: list[GroupId], order: list[GroupId]) -> None:
+    """In order, but for groups that had to wait for room while others were read."""
+    assert sorted(asked) == order
+    assert all(abs(asked.index(group) - place) <= RESIDENTS_IN_FLIGHT for place, group in enumerate(order))
+
+
 @pytest.mark.parametrize("evict", ["belady", "fifo"])
 def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: Literal["belady", "fifo"]) -> None:
     settings = replace(
@@ -339,7 +345,7 @@ def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: L
         manager.wait_loaded()  # nobody computes: so this waits for no slot that only a pass can free
         asked = [group for group in source.asked if group is not None]
     sweep = [group for group in asked if group.layer in residents]
-    assert sweep == [group for group in pass_order(24) if group.layer in residents]
+    assert_swept(sweep, [group for group in pass_order(24) if group.layer in residents])
     assert len(set(asked)) == len(asked)
 
 
@@ -373,12 +379,12 @@ def test_the_drive_goes_on_while_gpu_residents_wait_for_their_checksums() -> Non
 
 
 def test_with_the_computation_on_its_heels_the_sweep_takes_streamed_groups_too() -> None:
-    settings = replace(Settings(), gpu_cached_layers=3, cpu_cache_layers=10, prefetch_distance=6, warmup_layers=0)
-    source = FakeSource(delay_s=0.003)
-    with running(plan_for(16, settings), settings, source) as manager:
+    settings = replace(Settings(), gpu_cached_layers=8, cpu_cache_layers=30, prefetch_distance=12, warmup_layers=0)
+    source = FakeSource(delay_s=0.001)
+    with running(plan_for(48, settings), settings, source) as manager:
         run_passes(manager, 1)
-    first_pass = [group for group in source.asked if group is not None][:32]
-    assert first_pass == pass_order(16)
+    first_pass = [group for group in source.asked if group is not None][:96]
+    assert_swept(first_pass, pass_order(48))
 
 
 def test_an_interrupted_wait_can_be_entered_again() -> None:

@@ -18,7 +18,7 @@ from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
 from wsm.shared import SharedState
 
-RESIDENTS_IN_FLIGHT = 12
+RESIDENTS_IN_FLIGHT = 16
 """Reads of residents queued at once: enough for a fast drive to go on while several checksums are made."""
 
 Pools = Mapping[Kind, Pool]
@@ -179,21 +179,22 @@ class Tiers(SharedState):
     def _claim_read(self) -> ReadJob | None:
         """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
 
-        A streamed group without room is passed over; a resident's is free again after a copy, so it is waited for.
+        Whatever has no room yet is passed over, and comes first again at the next claim.
         """
         resident = self._to_read[0] if self._to_read else None
         kind = self._next_streamed()
         if kind is not None and (resident is None or self._ssd_step(kind) < self._places[resident]):
             return self._streamed_read(kind)
-        return self._resident_read(resident) if resident is not None else None
-
-    def _resident_read(self, group: GroupId) -> ReadJob | None:
         if self._reading >= RESIDENTS_IN_FLIGHT:
             return None
+        jobs = (self._resident_read(group) for group in tuple(self._to_read))
+        return next((job for job in jobs if job is not None), None)
+
+    def _resident_read(self, group: GroupId) -> ReadJob | None:
         destination = self._claim_home(group, group) if group in self._cpu_homes else self._claim_staging(group)
         if destination is None:
             return None
-        self._to_read.popleft()
+        self._to_read.remove(group)
         self._reading += 1
         self._gpu_to_read -= group in self._gpu_homes
         return ReadJob(group, None, destination)
@@ -207,13 +208,18 @@ class Tiers(SharedState):
         return home
 
     def _claim_staging(self, group: GroupId) -> Slot | None:
-        """What a GPU resident comes through: the home of a CPU resident that is read late, or else a pool's slot."""
+        """What a GPU resident comes through.
+
+        It is the slot that streamed groups leave to it, the home of a CPU resident that is read late, or any slot.
+        """
+        pool = self._staging_pool(group.kind)
+        if pool.has_room() and not pool.has_empty(2):
+            return pool.take(group)
         for later in reversed(self._to_read):
             if later.kind == group.kind and later in self._cpu_homes:
                 home = self._claim_home(later, group)
                 if home is not None:
                     return home
-        pool = self._staging_pool(group.kind)
         return pool.take(group) if pool.has_room() else None
 
     def _unstage(self, job: CopyJob) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from llama.checkpoint.names import GroupId
-from wsm.telemetry import Interval, Telemetry
+from wsm.telemetry import Interval, Telemetry, Transfer
 
 LANES = ("phase", "SSD reads", "CPU tier", "H2D", "compute waits", "compute", "KV")
 _MOST_SIDE_BY_SIDE = 1000
@@ -46,7 +47,7 @@ def chrome_trace(telemetry: Telemetry, phases: dict[str, Interval]) -> str:
 def _bars(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Bar]:
     for name, window in phases.items():
         yield Bar("phase", name, window, {})
-    copies = telemetry.copies()
+    copies = _groups_of(telemetry.copies())
     copied_at = {(copy.group, copy.step): copy.end for copy in copies}
     for read in telemetry.reads:
         yield Bar("SSD reads", _name(read.group), (read.start, read.end), {"bytes": read.nbytes})
@@ -64,6 +65,16 @@ def _bars(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Bar]:
             yield Bar("compute waits", "wait KV", waited, {})
     for moved in telemetry.kv_transfers():
         yield Bar("KV", f"L{moved.layer}.{moved.tier}", (moved.start, moved.end), {"bytes": moved.nbytes})
+
+
+def _groups_of(pieces: Iterable[Transfer]) -> list[Transfer]:
+    """One transfer a group and step, from its first piece to its last."""
+    whole: dict[tuple[GroupId | None, int | None], Transfer] = {}
+    for piece in pieces:
+        key = piece.group, piece.step
+        so_far = whole.get(key, replace(piece, nbytes=0))
+        whole[key] = replace(so_far, nbytes=so_far.nbytes + piece.nbytes, end=piece.end)
+    return list(whole.values())
 
 
 def _side_by_side(bars: Iterable[Bar]) -> list[list[Bar]]:

@@ -364,25 +364,24 @@ class WeightStreamingManager:
     def _page(self) -> None:
         stream = self.device.stream()
         while (job := self._tiers.next_copy()) is not None:
-            start, end = self._copy(job, stream)
-            self.telemetry.copied(job.group, job.step, self.source.layout(job.group).nbytes, start, end)
+            end = self._copy(job, stream)
             if self._loading.nbytes and self._tiers.last_resident(job):
                 end.synchronize()  # before it counts as loaded: the clock may start then
                 self._drop(self._loading)
             self._tiers.copied(job, end)
 
-    def _copy(self, job: CopyJob, stream: object) -> tuple[Event, Event]:
-        """Queue one group's copy in pieces, each in its turn on the link; its first and last events."""
+    def _copy(self, job: CopyJob, stream: object) -> Event:
+        """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one."""
         if job.destination.drained is not None:
             self.device.wait(stream, job.destination.drained)
-        start = self.device.record(stream)
         nbytes = self.source.layout(job.group).nbytes
         needed_at = -1 if job.step is None else job.step
-        end = start
         for offset in range(0, nbytes, PIECE_BYTES):
             piece = slice(offset, min(offset + PIECE_BYTES, nbytes))
             with self.link.turn(needed_at):
+                start = self.telemetry.mark(stream)
                 self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
                 end = self.device.record(stream)
                 self.link.queued(end)
-        return start, end
+            self.telemetry.copied(job.group, job.step, piece.stop - piece.start, start, end)
+        return end

@@ -162,8 +162,9 @@ class Telemetry:
             if nbytes and self._keep:
                 self.reads.append(Transfer(group, step, int(nbytes), start, end))
 
-    def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event, end: Event) -> None:
-        if self._keep:
+    def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event) -> None:
+        """A piece of a group was copied to the device; ``start`` is from :meth:`mark`."""
+        if start is not None:
             self._copies.append((group, step, nbytes, start, end))
 
     def link_starved(self, start: float, end: float) -> None:
@@ -199,7 +200,7 @@ class Telemetry:
     # -- answering, when the streams are idle
 
     def copies(self) -> list[Transfer]:
-        """Every copy CPU -> GPU so far."""
+        """Every copy CPU -> GPU so far, piece by piece."""
         seconds = self._device.seconds
         return [Transfer(g, step, n, seconds(start), seconds(end)) for g, step, n, start, end in list(self._copies)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import linecache
 import sys
 import tempfile
@@ -170,7 +171,9 @@ KV_CODE = {module.__file__ for module in (kv_cache, wsm.kv, kv_schedule, kv_disk
 def interrupting(line: int) -> Iterator[list[str]]:
     """Ctrl-C before the so-many-th line that this thread runs in the KV code; yields where it came.
 
-    Lines with ``with`` are left out: on the way out of a block the tracer stops at them, where no signal is served.
+    Left out is where the tracer stops but no signal is served: lines with ``with``, at which it stops on the way out of
+    a block, and the jumps of loops: since Python 3.12 an exception of a tracer at a comprehension's passes over
+    ``__exit__``.
     """
     left, came = line, list[str]()
 
@@ -178,8 +181,9 @@ def interrupting(line: int) -> Iterator[list[str]]:
         nonlocal left
         if frame.f_code.co_filename not in KV_CODE:
             return None
-        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not came and not source.lstrip().startswith("with "):
+        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        looping = dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("FOR_ITER", "JUMP_BACKWARD")
+        if event == "line" and not came and not source.startswith("with ") and not looping:
             left -= 1
             if left == 0:
                 came.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")

@@ -147,6 +147,8 @@ def test_a_failure_in_any_system_call_leaves_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
 ) -> None:
     """Two existing targets and a manifest; each call of each kind fails in turn."""
+    if function == "unlink" and sys.version_info < (3, 11):
+        pytest.skip("pathlib of Python 3.10 holds on to the real os.unlink")
     calls = calls_of_a_whole_pack(tmp_path, os, function, monkeypatch)
     targets = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert calls > 0

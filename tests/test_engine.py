@@ -378,6 +378,20 @@ def test_the_drive_goes_on_while_gpu_residents_wait_for_their_checksums() -> Non
         run_passes(manager, 2)
 
 
+@pytest.mark.parametrize(
+    ("mode", "on_gpu", "in_cpu", "layers_of_memory"),
+    [("stream", 4, 0, 5), ("stream", 8, 0, 1), ("preload", 0, 0, 2), ("mixed", 4, 3, 3), ("mixed", 4, 5, 5)],
+)
+def test_loading_takes_memory_of_its_own_only_where_no_layer_has_any(
+    mode: Literal["stream", "preload", "mixed"], on_gpu: int, in_cpu: int, layers_of_memory: int
+) -> None:
+    settings = replace(Settings(), mode=mode, gpu_cached_layers=on_gpu, cpu_cache_layers=in_cpu, prefetch_distance=1)
+    with running(plan_for(9, settings), settings, FakeSource()) as manager:
+        manager.wait_loaded()
+        assert manager.page_locked_peak_bytes == layers_of_memory * sum(SLOT.values())
+        run_passes(manager, 2)
+
+
 def test_with_the_computation_on_its_heels_the_sweep_takes_streamed_groups_too() -> None:
     settings = replace(Settings(), gpu_cached_layers=8, cpu_cache_layers=30, prefetch_distance=12, warmup_layers=0)
     source = FakeSource(delay_s=0.001)

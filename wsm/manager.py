@@ -17,7 +17,7 @@ from wsm.device import Device, Event
 from wsm.groups import views, without
 from wsm.jobs import CopyJob, ReadJob
 from wsm.link import PIECE_BYTES, Link
-from wsm.placement import LOADING_SLOTS, Placement
+from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.settings import Settings
 from wsm.source import GroupSource
@@ -85,8 +85,7 @@ class WeightStreamingManager:
         plan, residency = self.plan, self.plan.residency
         layer_bytes = sum(self.source.slot_bytes(kind) for kind in KINDS)
         self.arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
-        needs_loading = bool(residency.gpu) and not plan.cpu_slots
-        self._loading = self._new_arena(LOADING_SLOTS * layer_bytes if needs_loading else 0)
+        self._loading = self._new_arena(plan.loading_slots * layer_bytes)
         self._embedding = self._new_arena(self._embedding_bytes if settings.embedding == "cpu" else 0)
         gpu_homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in self.order if g.layer in set(residency.gpu)}
         gpu_pools = {
@@ -108,7 +107,7 @@ class WeightStreamingManager:
             cpu_homes=cpu_homes,
             gpu_pools=gpu_pools,
             cpu_pools=cpu_pools,
-            loading_pools=self._cpu_pools(self._loading, LOADING_SLOTS if needs_loading else 0, retain=False),
+            loading_pools=self._cpu_pools(self._loading, plan.loading_slots, retain=False),
         )
 
     @property

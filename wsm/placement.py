@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
-"""Slots a kind that GPU residents come through while they are loaded, where there is no CPU pool."""
+"""Slots a kind that GPU residents come through while they are loaded, where there is no CPU pool.
+
+CPU residents' homes serve as such until they are read; without CPU residents there is memory for loading alone.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,11 @@ class Placement:
     def cpu_layers(self) -> int:
         """Layers of page-locked memory in all."""
         return len(self.residency.cpu) + self.cpu_slots
+
+    @property
+    def loading_slots(self) -> int:
+        """Slots a kind of page-locked memory that only loading needs."""
+        return LOADING_SLOTS if self.residency.gpu and not self.cpu_layers else 0
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:

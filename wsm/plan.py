@@ -27,7 +27,7 @@ from wsm.budget import (
 from wsm.groups import BLOCK, GroupLayout, TensorLayout, lie_apart, round_up, without
 from wsm.kv_layout import KV_BLOCK_TOKENS, WINDOWS, KVLayout, KVPlacement
 from wsm.kv_plan import KVCosts, kv_bytes_per_pass, kv_lines, place_kv
-from wsm.placement import LOADING_SLOTS, Placement, place
+from wsm.placement import Placement, place
 from wsm.settings import Settings
 
 MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
@@ -365,11 +365,11 @@ def _cpu_lines(inputs: PlanInputs, placement: Placement) -> tuple[MemoryLine, ..
 def loading_bytes(inputs: PlanInputs, placement: Placement) -> int:
     """Page-locked memory that only loading needs.
 
-    GPU residents come through the CPU pools, or through slots of their own where there are none; the globals through
-    any memory that is large enough, or through a buffer of their own.
+    GPU residents come through the CPU layers' memory, or through slots of their own where there is none; the globals
+    through any memory that is large enough, or through a buffer of their own.
     """
     layer, image = inputs.slot_bytes(), inputs.layouts[None].nbytes
-    slots = LOADING_SLOTS * layer if placement.residency.gpu and not placement.cpu_slots else 0
+    slots = placement.loading_slots * layer
     return slots + (image if image > max(slots, placement.cpu_layers * layer) else 0)
 
 

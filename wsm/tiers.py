@@ -12,7 +12,7 @@ from torch import Tensor
 from llama.checkpoint.names import KINDS, GroupId, Kind
 from wsm.device import Event
 from wsm.jobs import CopyJob, ReadJob
-from wsm.placement import Placement
+from wsm.placement import LOADING_SLOTS, Placement
 from wsm.pool import Pool, Slot
 from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
@@ -35,12 +35,13 @@ class Tiers(SharedState):
     * While GPU residents wait to be read, streamed groups leave them one empty CPU slot a kind: so loading never
       waits for the computation, and the computation, which may wait for a resident, never waits for ever.
     * A CPU resident's home holds it from its read on; before that it may have a GPU resident in it that passes through.
+      Where there are no pools, the last homes are kept open for that as long as GPU residents wait.
 
     Args:
         order: the groups of one pass, in order.
         gpu_homes, cpu_homes: the residents' own buffers.
         gpu_pools, cpu_pools: the slots that streamed groups pass through.
-        loading_pools: slots that GPU residents come through where there are no CPU pools.
+        loading_pools: slots that GPU residents come through where there is no other CPU memory.
     """
 
     def __init__(
@@ -191,7 +192,10 @@ class Tiers(SharedState):
         return next((job for job in jobs if job is not None), None)
 
     def _resident_read(self, group: GroupId) -> ReadJob | None:
-        destination = self._claim_home(group, group) if group in self._cpu_homes else self._claim_staging(group)
+        if group in self._gpu_homes:
+            destination = self._claim_staging(group)
+        else:
+            destination = self._claim_home(group, group) if not self._is_last_way_in(group) else None
         if destination is None:
             return None
         self._to_read.remove(group)
@@ -213,24 +217,32 @@ class Tiers(SharedState):
         It is the slot that streamed groups leave to it, the home of a CPU resident that is read late, or any slot.
         """
         pool = self._staging_pool(group.kind)
-        if pool.has_room() and not pool.has_empty(2):
+        if pool is not None and pool.has_room() and not pool.has_empty(2):
             return pool.take(group)
         for later in reversed(self._to_read):
             if later.kind == group.kind and later in self._cpu_homes:
                 home = self._claim_home(later, group)
                 if home is not None:
                     return home
-        return pool.take(group) if pool.has_room() else None
+        return pool.take(group) if pool is not None and pool.has_room() else None
+
+    def _is_last_way_in(self, resident: GroupId) -> bool:
+        """Whether a CPU resident's home has to stay open for the GPU residents that wait, there being no pool."""
+        if self._staging_pool(resident.kind) is not None:
+            return False
+        waiting = [group for group in self._to_read if group.kind == resident.kind]
+        homes = sum(group in self._cpu_homes for group in waiting)
+        return homes <= LOADING_SLOTS and homes < len(waiting)
 
     def _unstage(self, job: CopyJob) -> None:
         pool = self._staging_pool(job.group.kind)
-        if pool.find(job.group) is job.source:
+        if pool is not None and pool.find(job.group) is job.source:
             pool.clear(job.source)
         else:
             job.source.group, job.source.state = None, "absent"
 
-    def _staging_pool(self, kind: Kind) -> Pool:
-        return self._loading_pools[kind] if self._loading_pools else self._cpu_pools[kind]
+    def _staging_pool(self, kind: Kind) -> Pool | None:
+        return (self._loading_pools or self._cpu_pools).get(kind)
 
     def _ssd_step(self, kind: Kind) -> int:
         return self._ssd_cycles[kind].step(self._ssd_started[kind])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -52,16 +52,22 @@ def test_a_slow_drive_makes_no_longer_probe() -> None:
 
 
 def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
-    class Watched(CpuDevice):
-        places: ClassVar[set[int]] = set()
-
-        def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
-            self.places.add(source.data_ptr())
-
+    """Both ways alone go from piece to piece; both at once keep to a half each."""
     host, slot = torch.zeros(400 << 20, dtype=torch.uint8), torch.zeros(64 << 20, dtype=torch.uint8)
+    down, up = set[tuple[int, int]](), set[tuple[int, int]]()
+    first, last = host.data_ptr(), host.data_ptr() + host.nbytes
+
+    class Watched(CpuDevice):
+        def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+            places, of_host = (down, source) if first <= source.data_ptr() < last else (up, destination)
+            places.add((of_host.nbytes >> 20, (of_host.data_ptr() - first) >> 20))
+
     probe_link(Watched(), host, slot)
-    piece = 64 << 20
-    assert {host.data_ptr() + piece * n for n in range(400 // 64)} <= Watched.places
+    whole = {(64, 64 * n) for n in range(6)}
+    assert whole <= up
+    assert whole <= down
+    assert {place for place in down if place[0] == 32} == {(32, 32 * n) for n in range(5)}  # a piece a sample
+    assert {place for place in up if place[0] == 32} == {(32, 200 + 32 * n) for n in range(5)}
 
 
 def test_a_slow_link_makes_smaller_samples() -> None:

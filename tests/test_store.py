@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+import wsm.store
 from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
 from wsm.errors import StoreError
 from wsm.groups import BLOCK
 from wsm.manifest import StoreDescription, read_manifest
-from wsm.store import SMALLEST_CHUNK, PackedStore
+from wsm.store import CHECKSUM_THREADS, SMALLEST_CHUNK, PackedStore
 from wsm.verify import verify
 
 FFN1 = GroupId(1, "ffn")
@@ -450,3 +451,90 @@ def test_an_empty_target_is_refused(packed: StoreDescription, tmp_path: Path) ->
     (tmp_path / "empty").touch()
     with pytest.raises(StoreError, match="bears no packed store"):
         PackedStore(dataclasses.replace(packed, targets=(str(tmp_path / "empty"),)), staging_bytes=MIB)
+
+
+# -- checksums on threads of their own
+
+
+class HeldChecksums:
+    """Every checksum waits until ``go``; ``raises`` instead, if given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
+        self.go, self.begun, self._raises = threading.Event(), threading.Semaphore(0), raises
+        self._real = wsm.store.xxhash.xxh3_128_hexdigest
+        monkeypatch.setattr(wsm.store.xxhash, "xxh3_128_hexdigest", self)
+
+    def __call__(self, image: memoryview) -> Any:
+        self.begun.release()
+        assert self.go.wait(20)
+        if self._raises is not None:
+            raise self._raises
+        return self._real(image)
+
+
+def test_groups_are_read_while_others_are_checked(packed: StoreDescription, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, arrived = HeldChecksums(monkeypatch), threading.Semaphore(0)
+    store = PackedStore(packed, staging_bytes=SMALLEST_CHUNK)
+    assert store.threads == 1
+    answers: list[BaseException | None] = []
+    groups = [GroupId(0, "attn"), GroupId(0, "ffn"), GroupId(1, "attn")]
+    for group in groups:
+        store.read(group, aligned(store.layout(group).nbytes), answers.append, arrived.release)
+    assert all(arrived.acquire(timeout=20) for _ in groups)
+    assert answers == []
+    held.go.set()
+    while len(answers) < len(groups):
+        time.sleep(0.001)
+    store.close()
+    assert answers == [None] * len(groups)
+
+
+def test_close_waits_for_checksums_under_way_and_answers_every_read_once(
+    packed: StoreDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, store = HeldChecksums(monkeypatch), PackedStore(packed, staging_bytes=MIB)
+    groups = [group for group in packed.groups if group is not None] * 8
+    answers: list[BaseException | None] = []
+    for group in groups:
+        store.read(group, aligned(store.layout(group).nbytes), answers.append)
+    assert all(held.begun.acquire(timeout=20) for _ in range(CHECKSUM_THREADS))
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    held.go.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert len(answers) == len(groups)
+    assert answers.count(None) >= CHECKSUM_THREADS
+
+
+def test_a_checksum_that_cannot_be_made_reaches_the_asker(
+    packed: StoreDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HeldChecksums(monkeypatch, MemoryError("no room")).go.set()
+    store = PackedStore(packed, staging_bytes=MIB)
+    with pytest.raises(MemoryError, match="no room"):
+        store.read_blocking(FFN1, aligned(store.layout(FFN1).nbytes))
+    store.close()
+
+
+def test_threads_that_cannot_start_leave_nothing_open(
+    packed: StoreDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, before = threading.Thread.start, set(threading.enumerate())
+    opened = len(os.listdir("/proc/self/fd"))
+    for at in (1, CHECKSUM_THREADS, CHECKSUM_THREADS + 1, CHECKSUM_THREADS + 3):
+        calls = itertools.count(1)
+
+        def start(thread: threading.Thread, calls: Any = calls, at: int = at) -> None:
+            if next(calls) == at:
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start"):
+                PackedStore(packed, staging_bytes=MIB)
+        assert set(threading.enumerate()) == before
+        assert len(os.listdir("/proc/self/fd")) == opened

@@ -20,6 +20,9 @@ from wsm.errors import DoesNotFit
 class Event(Protocol):
     """A point in a stream's work."""
 
+    def query(self) -> bool:
+        """Whether the work before it is done."""
+
     def synchronize(self) -> None:
         """Block the calling thread until the work before it is done."""
 
@@ -82,6 +85,9 @@ class CpuEvent:
     def mark(self) -> None:
         self.time_s = time.perf_counter()
         self._set.set()
+
+    def query(self) -> bool:
+        return self._set.is_set()
 
     def synchronize(self) -> None:
         self._set.wait()

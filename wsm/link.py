@@ -30,8 +30,10 @@ class Link:
         self._queued: deque[Event] = deque()
 
     @contextmanager
-    def turn(self, needed_at: int) -> Iterator[None]:
+    def turn(self, needed_at: int) -> Iterator[Event | None]:
         """The right to queue one piece, which must be told to :meth:`queued` before the block ends.
+
+        Yields the event behind the piece that was queued last, None if that is over: the link has nothing to do then.
 
         Args:
             needed_at: the place in the endless pass order that the bytes are for; the smaller goes first.
@@ -45,7 +47,7 @@ class Link:
         try:
             while len(self._queued) >= PIECES_QUEUED:
                 self._queued.popleft().synchronize()
-            yield
+            yield self._queued[-1] if self._queued and not self._queued[-1].query() else None
         finally:
             with self._changed:
                 self._taken = False

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -351,12 +352,15 @@ class WeightStreamingManager:
             if job.destination.drained is not None:
                 job.destination.drained.synchronize()
             self.telemetry.read_queued(job.group, job.step)
-            self.source.read(job.group, job.destination.buffer, self._on_read(job))
+            self.source.read(job.group, job.destination.buffer, self._on_read(job), partial(self._tiers.arrived, job))
 
     def _on_read(self, job: ReadJob) -> Callable[[BaseException | None], None]:
         def done(failure: BaseException | None) -> None:
-            self.telemetry.read_done(job.group)
-            self._tiers.read(job, failure)
+            try:
+                self.telemetry.read_done(job.group)
+                self._tiers.read(job, failure)
+            except BaseException as error:  # of ``on_loaded``
+                self._tiers.fail(error)
 
         return done
 
@@ -370,17 +374,24 @@ class WeightStreamingManager:
             self._tiers.copied(job, end)
 
     def _copy(self, job: CopyJob, stream: object) -> Event:
-        """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one."""
+        """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one.
+
+        Pieces make one record as long as nothing comes between them: neither another's piece nor time without work.
+        """
         if job.destination.drained is not None:
             self.device.wait(stream, job.destination.drained)
         nbytes = self.source.layout(job.group).nbytes
         needed_at = -1 if job.step is None else job.step
+        start, end, first = None, None, 0
         for offset in range(0, nbytes, PIECE_BYTES):
             piece = slice(offset, min(offset + PIECE_BYTES, nbytes))
-            with self.link.turn(needed_at):
-                start = self.telemetry.mark(stream)
+            with self.link.turn(needed_at) as ahead:
+                if end is None or ahead is not end:
+                    self.telemetry.copied(job.group, job.step, offset - first, start, end)
+                    start, first = self.telemetry.mark(stream), offset
                 self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
                 end = self.device.record(stream)
                 self.link.queued(end)
-            self.telemetry.copied(job.group, job.step, piece.stop - piece.start, start, end)
+        assert end is not None
+        self.telemetry.copied(job.group, job.step, nbytes - first, start, end)
         return end

@@ -114,6 +114,10 @@ def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
             nbytes //= 2
 
 
+Ways = tuple[Iterator[Tensor], Iterator[Tensor]]
+"""Destinations and sources."""
+
+
 def _walk(memory: Tensor, piece: int) -> Iterator[Tensor]:
     """``memory`` in whole pieces of ``piece`` bytes, over and over: as in a pass, too much for a CPU's caches."""
     return itertools.cycle(memory[: memory.nbytes // piece * piece].split(piece))
@@ -154,7 +158,11 @@ def probe_link(
 
     h2d = rates(lambda: count * piece / _copies(device, slots, hosts, count) / 1e6)
     d2h = rates(lambda: count * piece / _copies(device, hosts, slots, count) / 1e6)
-    both = rates(lambda: _both_ways(device, host, slot, piece, count))
+    middle, slot_middle = host.nbytes // 2, slot.nbytes // 2
+    half = min(piece, middle, slot_middle)
+    down = _walk(slot[:slot_middle], half), _walk(host[:middle], half)
+    up = _walk(host[middle:], half), _walk(slot[slot_middle:], half)
+    both = rates(lambda: 2 * count * half / _both_ways(device, down, up, count) / 1e6)
     return {
         "h2d": _ceiling(h2d, "MBps", how),
         "d2h": _ceiling(d2h, "MBps", how),
@@ -171,23 +179,19 @@ def _sample_pieces(device: Device, hosts: Iterator[Tensor], slots: Iterator[Tens
     return max(1, min(-(-sizes.copy_bytes // piece), int(sizes.copy_s / max(piece_s, 1e-9))))
 
 
-def _both_ways(device: Device, host: Tensor, slot: Tensor, piece: int, count: int) -> float:
-    """MB/s of both directions together: each moves ``count`` pieces, through one half of ``host`` and of ``slot``."""
-    middle = host.nbytes // 2, slot.nbytes // 2
-    piece = min(piece, *middle)
+def _both_ways(device: Device, down: Ways, up: Ways, count: int) -> float:
+    """Seconds that ``count`` copies each way take, at the same time."""
     seconds: list[float] = []
 
     def bring_back() -> None:
         device.enter_thread()
-        hosts, slots = _walk(host[middle[0] :], piece), _walk(slot[middle[1] :], piece)
-        seconds.append(_copies(device, hosts, slots, count))
+        seconds.append(_copies(device, *up, count))
 
     other = threading.Thread(target=bring_back)
     other.start()
-    hosts, slots = _walk(host[: middle[0]], piece), _walk(slot[: middle[1]], piece)
-    seconds.append(_copies(device, slots, hosts, count))
+    seconds.append(_copies(device, *down, count))
     other.join()
-    return 2 * count * piece / max(seconds) / 1e6
+    return max(seconds)
 
 
 def probe_ssd(

@@ -15,7 +15,12 @@ from llama.checkpoint.names import KINDS, GroupId, Kind, full_name
 from wsm.groups import GroupLayout, globals_layout, group_layout, views
 
 Done = Callable[[BaseException | None], None]
+Arrived = Callable[[], None]
 ChunkRead = Callable[[GroupId | None, int, float, float], None]
+
+
+def _ignore() -> None:
+    pass
 
 
 class GroupSource(Protocol):
@@ -30,8 +35,12 @@ class GroupSource(Protocol):
     def slot_bytes(self, kind: Kind) -> int:
         """The largest image of a kind."""
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
-        """Fill ``buffer`` (``uint8``, 4096-aligned), then call ``done(None)`` or ``done(error)`` on some thread."""
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = _ignore) -> None:
+        """Fill ``buffer`` (``uint8``, 4096-aligned), then call ``done(None)`` or ``done(error)`` on some thread.
+
+        ``arrived()`` is called before a ``done(None)``, when all bytes are in the buffer but not checked yet. Neither
+        may raise.
+        """
 
     def close(self) -> None:
         """Join every thread."""
@@ -61,7 +70,7 @@ class CheckpointSource:
     def slot_bytes(self, kind: Kind) -> int:
         return self._layouts[kind].nbytes
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = _ignore) -> None:
         tensors = views(buffer, self.layout(group))
         left = len(tensors)
         first_failure: BaseException | None = None
@@ -80,6 +89,8 @@ class CheckpointSource:
                 first_failure = first_failure or failure
                 last = left == 0
             if last:  # nobody writes into the buffer any more
+                if first_failure is None:
+                    arrived()
                 done(first_failure)
 
         for name, out in tensors.items():

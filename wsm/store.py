@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import zip_longest
 from typing import Literal, NamedTuple
 
@@ -20,8 +20,9 @@ from wsm import superblock
 from wsm.blockdev import target_size
 from wsm.errors import StoreError
 from wsm.groups import BLOCK, GroupLayout, round_up
+from wsm.io_threads import IOThreads
 from wsm.manifest import StoreDescription, StoredGroup
-from wsm.source import ChunkRead, Done
+from wsm.source import Arrived, ChunkRead, Done
 from wsm.store_plan import Extent
 from wsm.superblock import AGAIN
 from wsm.targets import open_for_reading
@@ -32,7 +33,7 @@ CHUNK_UNIT = 64 << 10
 """A multiple of every logical block size."""
 MOST_THREADS = 32
 CHECKSUM_THREADS = 8
-"""A thread makes checksums at 6 to 13 GB/s: enough of them for the fastest drives, beside those that read."""
+"""One makes 6 to 13 GB/s of them."""
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
 
@@ -41,23 +42,6 @@ class _Chunk(NamedTuple):
     extent: Extent
     start: int
     nbytes: int
-
-
-class _Request:
-    """One group's read: the chunks not dealt out yet, how many have not come in, and the first failure."""
-
-    def __init__(self, group: StoredGroup, image: memoryview, done: Done, chunk_bytes: int) -> None:
-        self.group, self.image, self.done = group, image, done
-        self.chunks = deque(_chunks(group.extents, chunk_bytes))
-        self.left = len(self.chunks)
-        self.failure: BaseException | None = None
-
-    def give_up(self, failure: BaseException) -> None:
-        """Deal out no more of it. Chunks under way still write into the buffer, so ``done`` waits for them."""
-        if self.failure is None:
-            self.failure = failure
-        self.left -= len(self.chunks)
-        self.chunks.clear()
 
 
 def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[_Chunk]:
@@ -75,12 +59,9 @@ def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[_Chunk]:
 class PackedStore:
     """Reads a packed store's groups; a ``GroupSource``.
 
-    A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Requests
-    are served in the order asked, the next one's chunks beginning while the last of this one's are under way.
-
-    Threads share the requests under ``_changed``: ``_requests`` holds those with chunks to deal, in order;
-    ``_open_requests`` those whose ``done`` has not been called; a request leaves it exactly once, by whoever brings
-    ``left`` to 0.
+    A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Groups are
+    read in the order asked, the next one's chunks beginning while the last of this one's are under way; checksums are
+    made by threads of their own, meanwhile.
 
     Args:
         staging_bytes: SSD bytes in flight.
@@ -108,25 +89,17 @@ class PackedStore:
         wanted = max(SMALLEST_CHUNK, staging_bytes // 16)
         self.chunk_bytes = min(LARGEST_CHUNK, wanted - wanted % CHUNK_UNIT)
         self.threads = max(1, min(MOST_THREADS, staging_bytes // self.chunk_bytes))
-        self._requests: deque[_Request] = deque()
-        self._open_requests: set[_Request] = set()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._checksums = ThreadPoolExecutor(CHECKSUM_THREADS, "wsm-checksum")
         self._files: list[int] = []
         self._buffered: set[int] = set()
-        self._workers: list[threading.Thread] = []
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close_files)
             for target in description.targets:
                 self._files.append(self._open(target))
             self._check_identity()
-        except BaseException:
-            self._close_files()
-            raise
-        for number in range(self.threads):
-            worker = threading.Thread(target=self._serve, name=f"wsm-io-{number}", daemon=True)
-            self._workers.append(worker)
-            worker.start()
+            self._checks = IOThreads(CHECKSUM_THREADS, "wsm-checksum")
+            on_failure.callback(self._checks.close, _closed())
+            self._reads = IOThreads(self.threads, "wsm-io")
+            on_failure.pop_all()
 
     # -- opening
 
@@ -190,11 +163,11 @@ class PackedStore:
     def slot_bytes(self, kind: Kind) -> int:
         return max(g.layout.nbytes for g in self.description.groups.values() if g.group and g.group.kind == kind)
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
         """Queue a group's read into ``buffer`` (CPU ``uint8``, contiguous, 4096-aligned, at least the image's bytes).
 
-        ``done(None)`` or ``done(error)`` is called once, on an I/O thread, when nothing writes into the buffer any
-        more; it must not raise.
+        ``arrived()`` is called when its bytes are all in; then ``done(None)`` or ``done(error)`` once, when they are
+        checked and nothing uses the buffer any more. Both on a thread of the store; neither may raise.
 
         Raises:
             ValueError: for a buffer that is too small or misaligned.
@@ -205,13 +178,17 @@ class PackedStore:
         if buffer.nbytes < nbytes or buffer.data_ptr() % BLOCK:
             raise ValueError(f"{stored.name} needs {nbytes} bytes, {BLOCK}-aligned, not {buffer.nbytes}")
         image = memoryview(buffer.numpy().data)[:nbytes]
-        with self._changed:
-            if self._closing:
-                raise RuntimeError("the packed store is closed")
-            request = _Request(stored, image, done, self.chunk_bytes)
-            self._requests.append(request)
-            self._open_requests.add(request)
-            self._changed.notify_all()
+
+        def came(failure: BaseException | None) -> None:
+            if failure is None:
+                arrived()
+            if failure is None and self._has_to_check(stored):
+                self._checks.submit([partial(self._check, stored, image)], done)
+            else:
+                done(failure)
+
+        chunks = _chunks(stored.extents, self.chunk_bytes)
+        self._reads.submit([partial(self._read, stored, image, chunk) for chunk in chunks], came)
 
     def read_blocking(self, group: GroupId | None, buffer: Tensor) -> None:
         """Fill ``buffer`` with a group's image and come back; raises what the read raised."""
@@ -228,23 +205,9 @@ class PackedStore:
             raise failures[0]
 
     def close(self) -> None:
-        """Join every thread; reads whose bytes are not all in end with a StoreError. A second call does nothing."""
-        with self._changed:
-            self._closing = True
-            self._requests.clear()
-            untouched = []
-            for request in list(self._open_requests):
-                if request.chunks:
-                    request.give_up(StoreError("the packed store was closed before the read was done"))
-                    if request.left == 0:
-                        self._open_requests.discard(request)
-                        untouched.append(request)
-            self._changed.notify_all()
-        for request in untouched:
-            request.done(request.failure)
-        for worker in self._workers:
-            worker.join()
-        self._checksums.shutdown()
+        """Join every thread; reads that were not done end with a StoreError. A second call does nothing."""
+        self._reads.close(_closed())  # first, since they ask for checks
+        self._checks.close(_closed())
         self._close_files()
 
     def _close_files(self) -> None:
@@ -254,82 +217,47 @@ class PackedStore:
 
     # -- the I/O threads
 
-    def _next_chunk(self) -> tuple[_Request, _Chunk] | None:
-        with self._changed:
-            while not self._closing:
-                while self._requests and not self._requests[0].chunks:
-                    self._requests.popleft()
-                if self._requests:
-                    return self._requests[0], self._requests[0].chunks.popleft()
-                self._changed.wait()
-        return None
+    def _read(self, stored: StoredGroup, image: memoryview, chunk: _Chunk) -> None:
+        began = time.perf_counter()
+        self._read_chunk(stored, image, chunk)
+        if self.on_read is not None:
+            self.on_read(stored.group, chunk.nbytes, began, time.perf_counter())
 
-    def _serve(self) -> None:
-        while (work := self._next_chunk()) is not None:
-            request, chunk = work
-            failure: BaseException | None = None
-            began = time.perf_counter()
-            try:
-                self._read_chunk(request, chunk)
-                if self.on_read is not None:
-                    self.on_read(request.group.group, chunk.nbytes, began, time.perf_counter())
-            except BaseException as error:
-                failure = error
-            self._finish_chunk(request, failure)
-
-    def _read_chunk(self, request: _Request, chunk: _Chunk) -> None:
+    def _read_chunk(self, stored: StoredGroup, image: memoryview, chunk: _Chunk) -> None:
         """Read on after a short read; only the end of a target may keep the last block from being whole."""
         extent, file = chunk.extent, self._files[chunk.extent.target]
         place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
         done, tried = 0, False
         while done < chunk.nbytes:
             try:
-                got = self._pread(file, [request.image[place + done : place + chunk.nbytes]], offset + done)
+                got = self._pread(file, [image[place + done : place + chunk.nbytes]], offset + done)
             except OSError as error:
-                raise self._error(request, extent, offset + done, f"read error: {error.strerror}") from error
+                raise self._error(stored, extent, offset + done, f"read error: {error.strerror}") from error
             if got > 0 and chunk.start + done + got >= extent.needed:
                 break
             whole = got - got % BLOCK
             if got <= 0 or (whole == 0 and tried):
-                raise self._error(request, extent, offset + done, "the store ends here (short read): it was cut short")
+                raise self._error(stored, extent, offset + done, "the store ends here (short read): it was cut short")
             # Part of a block is read again from its beginning, as O_DIRECT asks; once, for it may be the target's end.
             done, tried = done + whole, whole == 0
         if file in self._buffered:
             os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _error(self, request: _Request, extent: Extent, offset: int, what: str) -> StoreError:
+    def _error(self, stored: StoredGroup, extent: Extent, offset: int, what: str) -> StoreError:
         target = self.description.targets[extent.target]
-        return StoreError(f"{target} at byte {offset}, in {request.group.name}: {what}; check the drive, or {AGAIN}")
+        return StoreError(f"{target} at byte {offset}, in {stored.name}: {what}; check the drive, or {AGAIN}")
 
-    def _finish_chunk(self, request: _Request, failure: BaseException | None) -> None:
-        """Tell the asker once, when no chunk is under way: the first failure, or whether the checksum is right."""
-        with self._changed:
-            request.left -= 1
-            if failure is not None:
-                request.give_up(failure)
-            if request.left > 0:
-                return
-            self._open_requests.discard(request)
-        stored = request.group
-        sure = stored.checksum is None or (self._verify == "first" and stored.group in self._verified)
-        if request.failure is not None or sure:
-            request.done(request.failure)
-        else:
-            self._checksums.submit(self._check, request)
+    def _has_to_check(self, stored: StoredGroup) -> bool:
+        return stored.checksum is not None and (self._verify == "always" or stored.group not in self._verified)
 
-    def _check(self, request: _Request) -> None:
-        try:
-            failure: BaseException | None = self._checksum_failure(request)
-        except BaseException as error:
-            failure = error
-        request.done(failure)
+    def _check(self, stored: StoredGroup, image: memoryview) -> None:
+        if xxhash.xxh3_128_hexdigest(image) != stored.checksum:
+            where = ", ".join(f"{self.description.targets[e.target]} at byte {e.offset}" for e in stored.extents)
+            raise StoreError(
+                f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"
+            )
+        self._verified.add(stored.group)
 
-    def _checksum_failure(self, request: _Request) -> StoreError | None:
-        stored = request.group
-        if xxhash.xxh3_128_hexdigest(request.image) == stored.checksum:
-            self._verified.add(stored.group)
-            return None
-        where = ", ".join(f"{self.description.targets[e.target]} at byte {e.offset}" for e in stored.extents)
-        return StoreError(
-            f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"
-        )
+
+def _closed() -> StoreError:
+    return StoreError("the packed store was closed before the read was done")

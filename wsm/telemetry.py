@@ -1,20 +1,22 @@
 """Bytes, busy time and stall time per tier, from events on the streams and the host's clock.
 
-The engine only appends records while it runs; nothing is resolved before :meth:`Telemetry.phase` is asked, when the
+The engine only appends records while it runs; they are resolved, once, when :meth:`Telemetry.phase` is asked and the
 device is idle. So measuring costs a few event records a group and no synchronisation.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llama.checkpoint.names import GroupId
 from wsm.device import Device, Event
 
 Interval = tuple[float, float]
+T = TypeVar("T")
 KV_TIERS = ("kv_h2d", "kv_d2h", "kv_read", "kv_write")
 
 
@@ -113,6 +115,24 @@ def moved_bytes(transfers: Iterable[Transfer | KVTransfer], window: Interval) ->
     return round(total)
 
 
+class _Records(Generic[T]):
+    """What is known once its events are resolved; an event is let go then. Any thread may add, one at a time asks."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Sequence[Event], Callable[..., T]]] = deque()
+        self._resolved: list[T] = []
+
+    def add(self, events: Sequence[Event], make: Callable[..., T]) -> None:
+        """``make`` takes the times of ``events``, in seconds of the host's clock."""
+        self._pending.append((events, make))
+
+    def resolved(self, device: Device) -> list[T]:
+        while self._pending:
+            events, make = self._pending.popleft()
+            self._resolved.append(make(*(device.seconds(event) for event in events)))
+        return list(self._resolved)
+
+
 class Telemetry:
     """Collects records from every thread of the engine; answers once a run is over.
 
@@ -129,11 +149,11 @@ class Telemetry:
         self._steps_of_reads: dict[GroupId | None, list[int | None]] = {}
         self.reads: list[Transfer] = []
         self.starved: list[Interval] = []
-        self._copies: list[tuple[GroupId, int | None, int, Event, Event]] = []
-        self._uses: list[tuple[GroupId | None, int, Event, Event, Event]] = []
-        self._kv_copies: list[tuple[str, int, int, int, Event, Event]] = []
+        self._copies = _Records[Transfer]()
+        self._uses = _Records[Use]()
+        self._kv_copies = _Records[KVTransfer]()
         self._kv_disk: list[KVTransfer] = []
-        self._kv_waits: list[tuple[Event, Event]] = []
+        self._kv_waits = _Records[Interval]()
 
     # -- recording
 
@@ -162,10 +182,10 @@ class Telemetry:
             if nbytes and self._keep:
                 self.reads.append(Transfer(group, step, int(nbytes), start, end))
 
-    def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event) -> None:
-        """A piece of a group was copied to the device; ``start`` is from :meth:`mark`."""
-        if start is not None:
-            self._copies.append((group, step, nbytes, start, end))
+    def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event | None) -> None:
+        """Pieces of a group were copied to the device without a break; ``start`` is from :meth:`mark`."""
+        if start is not None and end is not None:
+            self._copies.add((start, end), lambda begun, ended: Transfer(group, step, nbytes, begun, ended))
 
     def link_starved(self, start: float, end: float) -> None:
         """The link had room and no bytes for it."""
@@ -180,12 +200,12 @@ class Telemetry:
         self, group: GroupId | None, step: int, asked: Event | None, granted: Event | None, done: Event | None
     ) -> None:
         if asked is not None and granted is not None and done is not None:
-            self._uses.append((group, step, asked, granted, done))
+            self._uses.add((asked, granted, done), lambda *times: Use(group, step, *times))
 
     def kv_moved(self, tier: str, layer: int, pass_no: int, nbytes: int, start: Event | None, end: Event) -> None:
         """A copy of KV to or from the device, for the ``pass_no``-th pass of the model."""
         if start is not None and nbytes:
-            self._kv_copies.append((tier, layer, pass_no, nbytes, start, end))
+            self._kv_copies.add((start, end), lambda *times: KVTransfer(tier, layer, pass_no, nbytes, *times))
 
     def kv_disk(self, tier: str, layer: int, pass_no: int, nbytes: int, start: float, end: float) -> None:
         """KV that was read from or written to its own device, in seconds of the host's clock."""
@@ -195,33 +215,25 @@ class Telemetry:
     def kv_waited(self, asked: Event | None, granted: Event | None) -> None:
         """The computation waited for KV, inside the use of an attn group."""
         if asked is not None and granted is not None:
-            self._kv_waits.append((asked, granted))
+            self._kv_waits.add((asked, granted), lambda begun, ended: (begun, ended))
 
     # -- answering, when the streams are idle
 
     def copies(self) -> list[Transfer]:
-        """Every copy CPU -> GPU so far, piece by piece."""
-        seconds = self._device.seconds
-        return [Transfer(g, step, n, seconds(start), seconds(end)) for g, step, n, start, end in list(self._copies)]
+        """Every copy CPU -> GPU so far, a group in as many parts as it was broken into."""
+        return self._copies.resolved(self._device)
 
     def uses(self) -> list[Use]:
         """Every group's stay under the computation so far."""
-        seconds = self._device.seconds
-        return [Use(g, step, seconds(a), seconds(b), seconds(c)) for g, step, a, b, c in list(self._uses)]
+        return self._uses.resolved(self._device)
 
     def kv_transfers(self) -> list[KVTransfer]:
         """Every move of KV so far."""
-        seconds = self._device.seconds
-        copies = [
-            KVTransfer(tier, layer, number, nbytes, seconds(start), seconds(end))
-            for tier, layer, number, nbytes, start, end in list(self._kv_copies)
-        ]
-        return copies + list(self._kv_disk)
+        return self._kv_copies.resolved(self._device) + list(self._kv_disk)
 
     def kv_waits(self) -> list[Interval]:
         """Every stretch of time that the computation waited for KV."""
-        seconds = self._device.seconds
-        return [(seconds(asked), seconds(granted)) for asked, granted in list(self._kv_waits)]
+        return self._kv_waits.resolved(self._device)
 
     def phase(self, name: str, window: Interval, steps: range, passes: range) -> PhaseStats:
         """What happened in ``window`` (host seconds), whose passes took the ``steps`` of the pass order.

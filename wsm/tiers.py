@@ -18,8 +18,9 @@ from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
 from wsm.shared import SharedState
 
-RESIDENTS_IN_FLIGHT = 16
-"""Reads of residents queued at once: enough for a fast drive to go on while several checksums are made."""
+RESIDENTS_IN_FLIGHT = 4
+"""Reads of residents whose bytes are on their way: enough to keep the drive busy, few enough for a streamed group that
+gets room to be read soon."""
 
 Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
@@ -126,6 +127,7 @@ class Tiers(SharedState):
         group = self._gpu_cycles[kind].group(self._gpu_started[kind])
         source = self._cpu_slot(group)
         assert source is not None
+        assert source.group == group  # a tenant that was ready has been copied before
         source.state = "in_use"
         self._gpu_started[kind] += 1
         return CopyJob(group, heads[kind].step, source, self._gpu_pools[kind].take(group))
@@ -138,9 +140,7 @@ class Tiers(SharedState):
 
     def _cpu_slot(self, group: GroupId) -> Slot | None:
         home = self._cpu_homes.get(group)
-        if home is not None:
-            return home if home.group == group else None
-        return self._cpu_pools[group.kind].find(group)
+        return home if home is not None else self._cpu_pools[group.kind].find(group)
 
     def last_resident(self, job: CopyJob) -> bool:
         """Whether ``job`` brings the last of the GPU residents."""
@@ -180,7 +180,7 @@ class Tiers(SharedState):
     def _claim_read(self) -> ReadJob | None:
         """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
 
-        Whatever has no room yet is passed over, and comes first again at the next claim.
+        A streamed group without room is passed over, and so is a resident; both come first again at the next claim.
         """
         resident = self._to_read[0] if self._to_read else None
         kind = self._next_streamed()
@@ -272,19 +272,23 @@ class Tiers(SharedState):
         pass_now = max(self._entered, 0) // len(self._order)
         return self._settings.cpu_wrap_around or step // len(self._order) <= pass_now
 
+    def arrived(self, job: ReadJob) -> None:
+        """All bytes of a read are in their slot, to be checked."""
+        with self._changed:
+            self._reading -= job.step is None
+            self._changed.notify_all()
+
     def read(self, job: ReadJob, failure: BaseException | None) -> None:
-        """All bytes of a read are in their slot (or never will be)."""
+        """All bytes of a read are in their slot and right (or never will be)."""
         if failure is not None:
             self.fail(failure)
             return
         with self._changed:
             job.destination.state = "ready"
-            if job.step is None:
-                self._reading -= 1
-                if job.group in self._gpu_homes:
-                    self._staged.append((job.group, job.destination))
-                else:
-                    self._loaded(job.group)
+            if job.step is None and job.group in self._gpu_homes:
+                self._staged.append((job.group, job.destination))
+            elif job.step is None:
+                self._loaded(job.group)
             self._changed.notify_all()
 
     # -- what the computation asks and tells

@@ -390,11 +390,14 @@ def test_a_streamed_group_that_gets_room_waits_behind_few_residents() -> None:
         assert sum(job.step is None for job in jobs) == RESIDENTS_IN_FLIGHT
 
 
-def test_whoever_is_told_of_loaded_layers_may_fail_without_a_hang() -> None:
+@pytest.mark.parametrize("on_gpu", [0, 4])
+def test_whoever_is_told_of_loaded_layers_may_fail_without_a_hang(on_gpu: int) -> None:
+    """On the thread that reads and on the one that copies."""
+
     def fail(group: GroupId) -> None:
         raise OSError("the progress bar's terminal is gone")
 
-    device, settings = CpuDevice(), Settings(gpu_cached_layers=1, cpu_cache_layers=2)
+    device, settings = CpuDevice(), Settings(mode="stream", gpu_cached_layers=on_gpu)
     with WeightStreamingManager(
         plan_for(4, settings), FakeSource(), device, settings, Telemetry(device), on_loaded=fail
     ) as manager:

@@ -171,9 +171,9 @@ KV_CODE = {module.__file__ for module in (kv_cache, wsm.kv, kv_schedule, kv_disk
 def interrupting(line: int) -> Iterator[list[str]]:
     """Ctrl-C before the so-many-th line that this thread runs in the KV code; yields where it came.
 
-    Left out is where the tracer stops but no signal is served: lines with ``with``, at which it stops on the way out of
-    a block, and the jumps of loops: since Python 3.12 an exception of a tracer at a comprehension's passes over
-    ``__exit__``.
+    Left out are lines with ``with``, at which the tracer stops on the way out of a block, where no signal is served.
+    Left out too are the jumps of loops: since Python 3.12 a tracer's exception at those of a comprehension passes over
+    ``__exit__``; one of a signal does not.
     """
     left, came = line, list[str]()
 

@@ -58,7 +58,7 @@ kv_kinds() {
   local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 32"
   step kv_int8 150 $flags --kv-dtype int8
   step kv_topk4 150 $flags --topk-blk 4
-  step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 27
+  step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
   rm -f /dev/shm/wsm-kv
 }
 

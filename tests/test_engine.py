@@ -24,12 +24,14 @@ from llama.checkpoint.names import KINDS, GroupId, Kind, pass_order
 from llama.config import UnusableInput
 from tests.async_device import AsyncDevice
 from tests.test_trace import bars_by_lane
-from wsm.device import CpuDevice, CpuEvent, CpuStream
+from wsm.device import CpuDevice, CpuEvent, CpuStream, Event
 from wsm.errors import StoreError
 from wsm.groups import GroupLayout, TensorLayout
-from wsm.jobs import ReadJob
+from wsm.jobs import CopyJob, ReadJob
+from wsm.link import Link
 from wsm.manager import WeightStreamingManager
-from wsm.placement import Placement, place
+from wsm.placement import LOADING_SLOTS, Placement, place
+from wsm.pool import Slot
 from wsm.settings import Settings
 from wsm.source import Arrived, Done
 from wsm.telemetry import Telemetry
@@ -104,8 +106,13 @@ class FakeSource:
 def running(plan: Placement, settings: Settings, source: FakeSource) -> Iterator[WeightStreamingManager]:
     device = CpuDevice()
     with WeightStreamingManager(plan, source, device, settings, Telemetry(device)) as manager:
-        manager.start()
-        yield manager
+        watchdog = threading.Timer(60, manager._tiers.fail, [TimeoutError("nothing moves any more")])
+        watchdog.start()
+        try:
+            manager.start()
+            yield manager
+        finally:
+            watchdog.cancel()
 
 
 def plan_for(n_layers: int, settings: Settings) -> Placement:
@@ -409,19 +416,10 @@ def test_whoever_is_told_of_loaded_layers_may_fail_without_a_hang(on_gpu: int) -
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_copy_s_record_is_broken_where_the_link_ran_dry(dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of 4096 bytes: a trace has a bar a group and pass all the same, and no byte is counted twice."""
-
-    class Slow(CpuDevice):
-        """Whatever is recorded is under way until somebody waits for it."""
-
-        def record(self, stream: CpuStream) -> CpuEvent:
-            event = super().record(stream)
-            monkeypatch.setattr(type(event), "query", lambda event: dry)
-            return event
-
     monkeypatch.setattr("wsm.manager.PIECE_BYTES", 4096)
-    settings, device = Settings(mode="stream", gpu_cached_layers=1, group_prefetch_depth=2), Slow()
-    with WeightStreamingManager(plan_for(4, settings), FakeSource(), device, settings, Telemetry(device)) as manager:
-        manager.start()
+    monkeypatch.setattr(CpuEvent, "query", lambda event: dry)
+    settings = Settings(mode="stream", gpu_cached_layers=1, group_prefetch_depth=2)
+    with running(plan_for(4, settings), settings, FakeSource()) as manager:
         manager.wait_loaded()
         run_passes(manager, 2)
         manager.stop()
@@ -441,7 +439,7 @@ def test_a_copy_s_record_is_broken_where_the_link_ran_dry(dry: bool, monkeypatch
 
 @pytest.mark.parametrize(
     ("mode", "on_gpu", "in_cpu", "layers_of_memory"),
-    [("stream", 4, 0, 5), ("stream", 8, 0, 1), ("preload", 0, 0, 2), ("mixed", 4, 3, 3), ("mixed", 4, 5, 5)],
+    [("stream", 4, 0, 5), ("stream", 8, 0, 2), ("preload", 0, 0, 2), ("mixed", 4, 3, 3), ("mixed", 4, 5, 5)],
 )
 def test_loading_takes_memory_of_its_own_only_where_no_layer_has_any(
     mode: Literal["stream", "preload", "mixed"], on_gpu: int, in_cpu: int, layers_of_memory: int
@@ -451,6 +449,53 @@ def test_loading_takes_memory_of_its_own_only_where_no_layer_has_any(
         manager.wait_loaded()
         assert manager.page_locked_peak_bytes == layers_of_memory * sum(SLOT.values())
         run_passes(manager, 2)
+
+
+def test_a_copy_s_record_is_broken_where_another_s_piece_comes_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crowded(CpuDevice):
+        """Counts copies."""
+
+        copies = 0
+
+        def copy(self, destination: Tensor, source: Tensor, stream: CpuStream) -> None:
+            super().copy(destination, source, stream)
+            self.copies += 1
+
+    monkeypatch.setattr("wsm.manager.PIECE_BYTES", 4096)
+    monkeypatch.setattr(CpuEvent, "query", lambda event: False)
+    device, settings = Crowded(), Settings(mode="stream", gpu_cached_layers=0, group_prefetch_depth=2)
+    link, plan = Link(), plan_for(1, settings)
+    with WeightStreamingManager(plan, FakeSource(), device, settings, Telemetry(device), link) as manager:
+        group, tiers = GroupId(0, "ffn"), manager._tiers
+        real = link.queued
+
+        def crowded(end: Event) -> None:
+            real(end)
+            if device.copies == 2:
+                real(device.record(device.stream()))
+
+        monkeypatch.setattr(link, "queued", crowded)
+        source = tiers._cpu_homes[group]
+        manager._copy(CopyJob(group, 0, source, Slot(torch.empty_like(source.buffer))), device.stream())
+        assert [copy.nbytes for copy in manager.telemetry.copies()] == [2 * 4096, SLOT["ffn"] - 2 * 4096]
+
+
+def test_two_ways_in_stay_open_while_gpu_residents_wait() -> None:
+    settings, device = Settings(mode="stream", gpu_cached_layers=4), CpuDevice()
+    with WeightStreamingManager(plan_for(8, settings), FakeSource(), device, settings, Telemetry(device)) as manager:
+        tiers, waiting = manager._tiers, set(manager.plan.residency.gpu)
+        jobs = claims(manager)
+        while jobs:
+            unread = {group for group in tiers._to_read if group in tiers._cpu_homes}
+            for kind in KINDS:
+                if any(group.kind == kind and group.layer in waiting for group in tiers._to_read):
+                    assert sum(group.kind == kind for group in unread) >= LOADING_SLOTS
+            for job in jobs:
+                tiers.read(job, None)
+            while (copy := tiers._resident_copy()) is not None:
+                tiers.copied(copy, device.record(device.stream()))
+            jobs = claims(manager)
+        assert not tiers._to_read
 
 
 def test_with_the_computation_on_its_heels_the_sweep_takes_streamed_groups_too() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
-import wsm.store
 from llama.checkpoint.names import GroupId
 from llama.config import UnusableInput
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
@@ -461,8 +461,8 @@ class HeldChecksums:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
         self.go, self.begun, self._raises = threading.Event(), threading.Semaphore(0), raises
-        self._real = wsm.store.xxhash.xxh3_128_hexdigest
-        monkeypatch.setattr(wsm.store.xxhash, "xxh3_128_hexdigest", self)
+        self._real = xxhash.xxh3_128_hexdigest
+        monkeypatch.setattr(xxhash, "xxh3_128_hexdigest", self)
 
     def __call__(self, image: memoryview) -> Any:
         self.begun.release()
@@ -507,6 +507,54 @@ def test_close_waits_for_checksums_under_way_and_answers_every_read_once(
     assert not closing.is_alive()
     assert len(answers) == len(groups)
     assert answers.count(None) >= CHECKSUM_THREADS
+
+
+def test_a_chunk_under_way_while_the_store_closes_is_answered_once(packed: StoreDescription) -> None:
+    """Its checksum is still asked for, of threads that are closed after those that read."""
+    under_way, go = threading.Event(), threading.Event()
+
+    def answer(number: int, offset: int, nbytes: int) -> int:
+        under_way.set()
+        assert go.wait(20)
+        return nbytes
+
+    store = PackedStore(packed, staging_bytes=MIB, pread=FakeDrive(answer))
+    answers: list[BaseException | None] = []
+    store.read(FFN1, aligned(store.layout(FFN1).nbytes), answers.append)
+    assert under_way.wait(20)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    time.sleep(0.05)
+    go.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("broken", ["drive", "checksum"])
+def test_bytes_have_arrived_where_only_the_check_fails(tmp_path: Path, broken: str) -> None:
+    def fail(number: int, offset: int, nbytes: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    description = read_manifest(pack_tiny(tmp_path))
+    drive = FakeDrive(fail if broken == "drive" else None)
+    if broken == "checksum":
+        extent = description.groups[FFN1].extents[0]
+        flip(tmp_path / "store.wsm", extent.offset + 100)
+    store = PackedStore(description, staging_bytes=MIB, pread=drive)
+    answers: list[BaseException | None] = []
+    arrived: list[bool] = []
+    done = threading.Event()
+
+    def answered(failure: BaseException | None) -> None:
+        answers.append(failure)
+        done.set()
+
+    store.read(FFN1, aligned(store.layout(FFN1).nbytes), answered, lambda: arrived.append(not answers))
+    assert done.wait(20)
+    store.close()
+    assert isinstance(answers[0], StoreError)
+    assert arrived == ([True] if broken == "checksum" else [])
 
 
 def test_a_checksum_that_cannot_be_made_reaches_the_asker(

@@ -376,7 +376,8 @@ class WeightStreamingManager:
     def _copy(self, job: CopyJob, stream: object) -> Event:
         """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one.
 
-        Pieces make one record as long as nothing comes between them: neither another's piece nor time without work.
+        Pieces make one record as long as nothing comes between them: neither another's piece nor time without work, as
+        far as the host sees it when it queues the next.
         """
         if job.destination.drained is not None:
             self.device.wait(stream, job.destination.drained)

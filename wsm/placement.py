@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
-"""Slots a kind that GPU residents come through while they are loaded, where there is no CPU pool.
+"""Ways in a kind for GPU residents where there is no CPU pool, so that one is read while another is copied.
 
-CPU residents' homes serve as such until they are read; without CPU residents there is memory for loading alone.
+CPU residents' homes serve as such until they are read; what is missing then is memory for loading alone.
 """
 
 
@@ -62,7 +62,8 @@ class Placement:
     @property
     def loading_slots(self) -> int:
         """Slots a kind of page-locked memory that only loading needs."""
-        return LOADING_SLOTS if self.residency.gpu and not self.cpu_layers else 0
+        missing = max(0, LOADING_SLOTS - len(self.residency.cpu))
+        return missing if self.residency.gpu and not self.cpu_slots else 0
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:

@@ -365,8 +365,8 @@ def _cpu_lines(inputs: PlanInputs, placement: Placement) -> tuple[MemoryLine, ..
 def loading_bytes(inputs: PlanInputs, placement: Placement) -> int:
     """Page-locked memory that only loading needs.
 
-    GPU residents come through the CPU layers' memory, or through slots of their own where there is none; the globals
-    through any memory that is large enough, or through a buffer of their own.
+    GPU residents come through the CPU layers' memory, or through slots of their own where there is too little; the
+    globals through any memory that is large enough, or through a buffer of their own.
     """
     layer, image = inputs.slot_bytes(), inputs.layouts[None].nbytes
     slots = placement.loading_slots * layer

@@ -211,9 +211,8 @@ class PackedStore:
         self._close_files()
 
     def _close_files(self) -> None:
-        for file in self._files:
-            os.close(file)
-        self._files.clear()
+        while self._files:
+            os.close(self._files.pop())
 
     # -- the I/O threads
 

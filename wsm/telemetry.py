@@ -128,8 +128,9 @@ class _Records(Generic[T]):
 
     def resolved(self, device: Device) -> list[T]:
         while self._pending:
-            events, make = self._pending.popleft()
+            events, make = self._pending[0]
             self._resolved.append(make(*(device.seconds(event) for event in events)))
+            self._pending.popleft()
         return list(self._resolved)
 
 

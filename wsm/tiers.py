@@ -214,7 +214,7 @@ class Tiers(SharedState):
     def _claim_staging(self, group: GroupId) -> Slot | None:
         """What a GPU resident comes through.
 
-        It is the slot that streamed groups leave to it, the home of a CPU resident that is read late, or any slot.
+        It is the slot that streamed groups leave to it, the last home that is open, or any slot.
         """
         pool = self._staging_pool(group.kind)
         if pool is not None and pool.has_room() and not pool.has_empty(2):

@@ -32,10 +32,10 @@ from wsm.link import Link
 from wsm.manager import WeightStreamingManager
 from wsm.placement import LOADING_SLOTS, Placement, place
 from wsm.pool import Slot
+from wsm.residents import RESIDENTS_IN_FLIGHT
 from wsm.settings import Settings
 from wsm.source import Arrived, Done
 from wsm.telemetry import Telemetry
-from wsm.tiers import RESIDENTS_IN_FLIGHT
 
 SLOT = {"attn": 8192, "ffn": 16384}
 
@@ -486,16 +486,16 @@ def test_two_ways_in_stay_open_while_gpu_residents_wait() -> None:
         tiers, waiting = manager._tiers, set(manager.plan.residency.gpu)
         jobs = claims(manager)
         while jobs:
-            unread = {group for group in tiers._to_read if group in tiers._cpu_homes}
+            unread = {group for group in tiers._residents.unread if group in tiers._cpu_homes}
             for kind in KINDS:
-                if any(group.kind == kind and group.layer in waiting for group in tiers._to_read):
+                if any(group.kind == kind and group.layer in waiting for group in tiers._residents.unread):
                     assert sum(group.kind == kind for group in unread) >= LOADING_SLOTS
             for job in jobs:
                 tiers.read(job, None)
             while (copy := tiers._resident_copy()) is not None:
                 tiers.copied(copy, device.record(device.stream()))
             jobs = claims(manager)
-        assert not tiers._to_read
+        assert not tiers._residents.unread
 
 
 def test_with_the_computation_on_its_heels_the_sweep_takes_streamed_groups_too() -> None:

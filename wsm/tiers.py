@@ -12,18 +12,12 @@ from torch import Tensor
 from llama.checkpoint.names import KINDS, GroupId, Kind
 from wsm.device import Event
 from wsm.jobs import CopyJob, ReadJob
-from wsm.placement import LOADING_SLOTS, Placement
-from wsm.pool import Pool, Slot
+from wsm.placement import Placement
+from wsm.pool import Slot
+from wsm.residents import Homes, Pools, Residents
 from wsm.schedule import Balance, Cycle, Head, choose, cycle_of
 from wsm.settings import Settings
 from wsm.shared import SharedState
-
-RESIDENTS_IN_FLIGHT = 4
-"""Reads of residents whose bytes are on their way: enough to keep the drive busy, few enough for a streamed group that
-gets room to be read soon."""
-
-Pools = Mapping[Kind, Pool]
-Homes = Mapping[GroupId, Slot]
 
 
 class Tiers(SharedState):
@@ -35,8 +29,6 @@ class Tiers(SharedState):
     * Ordinals of a kind never go back: used <= fetched <= started on the GPU, and copied <= started on the CPU.
     * While GPU residents wait to be read, streamed groups leave them one empty CPU slot a kind: so loading never
       waits for the computation, and the computation, which may wait for a resident, never waits for ever.
-    * A CPU resident's home holds it from its read on; before that it may have a GPU resident in it that passes through.
-      Where there are no pools, the last homes are kept open for that as long as GPU residents wait.
 
     Args:
         order: the groups of one pass, in order.
@@ -73,12 +65,10 @@ class Tiers(SharedState):
         self._gpu_used = dict.fromkeys(KINDS, 0)
         self._ssd_started = dict.fromkeys(KINDS, 0)
         self._ssd_passed = dict.fromkeys(KINDS, 0)
-        self._to_read = deque(group for group in order if group in gpu_homes or group in cpu_homes)
-        self._reading = 0
+        self._residents = Residents(order, gpu_homes, cpu_homes, loading_pools or cpu_pools)
         self._places = {group: place for place, group in enumerate(order)}
-        self._to_load = len(self._to_read)
-        self._gpu_to_read = sum(group in gpu_homes for group in self._to_read)
-        self._gpu_to_load = self._gpu_to_read
+        self._to_load = len(self._residents.unread)
+        self._gpu_to_load = self._residents.unread_for_gpu
         self._staged: deque[tuple[GroupId, Slot]] = deque()
         self._held: deque[tuple[int, Kind, Slot]] = deque()
         self._step = 0
@@ -153,7 +143,7 @@ class Tiers(SharedState):
             job.source.drained = end
             kind = job.group.kind
             if job.step is None:
-                self._unstage(job)
+                self._residents.passed(job)
                 self._gpu_to_load -= 1
                 self._loaded(job.group)
             else:
@@ -182,74 +172,17 @@ class Tiers(SharedState):
 
         A streamed group without room is passed over, and so is a resident; both come first again at the next claim.
         """
-        resident = self._to_read[0] if self._to_read else None
-        kind = self._next_streamed()
-        if kind is not None and (resident is None or self._ssd_step(kind) < self._places[resident]):
+        unread, kind = self._residents.unread, self._next_streamed()
+        if kind is not None and (not unread or self._ssd_step(kind) < self._places[unread[0]]):
             return self._streamed_read(kind)
-        if self._reading >= RESIDENTS_IN_FLIGHT:
-            return None
-        jobs = (self._resident_read(group) for group in tuple(self._to_read))
-        return next((job for job in jobs if job is not None), None)
-
-    def _resident_read(self, group: GroupId) -> ReadJob | None:
-        if group in self._gpu_homes:
-            destination = self._claim_staging(group)
-        else:
-            destination = self._claim_home(group, group) if not self._is_last_way_in(group) else None
-        if destination is None:
-            return None
-        self._to_read.remove(group)
-        self._reading += 1
-        self._gpu_to_read -= group in self._gpu_homes
-        return ReadJob(group, None, destination)
-
-    def _claim_home(self, resident: GroupId, tenant: GroupId) -> Slot | None:
-        """The home of a CPU resident, for ``tenant``, if nothing is in it."""
-        home = self._cpu_homes[resident]
-        if home.state != "absent":
-            return None
-        home.group, home.state = tenant, "loading"
-        return home
-
-    def _claim_staging(self, group: GroupId) -> Slot | None:
-        """What a GPU resident comes through.
-
-        It is the slot that streamed groups leave to it, the last home that is open, or any slot.
-        """
-        pool = self._staging_pool(group.kind)
-        if pool is not None and pool.has_room() and not pool.has_empty(2):
-            return pool.take(group)
-        for later in reversed(self._to_read):
-            if later.kind == group.kind and later in self._cpu_homes:
-                home = self._claim_home(later, group)
-                if home is not None:
-                    return home
-        return pool.take(group) if pool is not None and pool.has_room() else None
-
-    def _is_last_way_in(self, resident: GroupId) -> bool:
-        """Whether a CPU resident's home has to stay open for the GPU residents that wait, there being no pool."""
-        if self._staging_pool(resident.kind) is not None:
-            return False
-        waiting = [group for group in self._to_read if group.kind == resident.kind]
-        homes = sum(group in self._cpu_homes for group in waiting)
-        return homes <= LOADING_SLOTS and homes < len(waiting)
-
-    def _unstage(self, job: CopyJob) -> None:
-        pool = self._staging_pool(job.group.kind)
-        if pool is not None and pool.find(job.group) is job.source:
-            pool.clear(job.source)
-        else:
-            job.source.group, job.source.state = None, "absent"
-
-    def _staging_pool(self, kind: Kind) -> Pool | None:
-        return (self._loading_pools or self._cpu_pools).get(kind)
+        return self._residents.claim()
 
     def _ssd_step(self, kind: Kind) -> int:
         return self._ssd_cycles[kind].step(self._ssd_started[kind])
 
     def _next_streamed(self) -> Kind | None:
         """The kind whose next group may be read from the SSD now."""
-        if not self._gpu_to_read:  # before that nothing has been kept: see _may_read
+        if not self._residents.unread_for_gpu:  # before that nothing has been kept: see _may_read
             self._pin_retained(self._ssd_cycles, self._cpu_pools, self._ssd_started, None)
         return choose({kind: self._read_head(kind) for kind in self._ssd_cycles}, self._balance)
 
@@ -261,11 +194,11 @@ class Tiers(SharedState):
     def _read_head(self, kind: Kind) -> Head:
         step, ahead = self._ssd_step(kind), self._ssd_started[kind] - self._ssd_passed[kind]
         pool = self._cpu_pools[kind]
-        room = pool.has_empty(2) if self._gpu_to_read else pool.has_room()
+        room = pool.has_empty(2) if self._residents.unread_for_gpu else pool.has_room()
         return Head(step, room and ahead < self._plan.read_ahead_layers and self._may_read(step), ahead)
 
     def _may_read(self, step: int) -> bool:
-        if self._gpu_to_read and step >= len(self._order):
+        if self._residents.unread_for_gpu and step >= len(self._order):
             return False
         if not self._settings.cpu_rolling_mode:
             return step <= self._entered
@@ -275,7 +208,8 @@ class Tiers(SharedState):
     def arrived(self, job: ReadJob) -> None:
         """All bytes of a read are in their slot, to be checked."""
         with self._changed:
-            self._reading -= job.step is None
+            if job.step is None:
+                self._residents.arrived()
             self._changed.notify_all()
 
     def read(self, job: ReadJob, failure: BaseException | None) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,6 @@ def result_of(
     store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
     numa_node = llm.manager.numa_node if llm.manager is not None else None
     provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store, numa_node)
-    if not got.ceilings:
-        missing.append(
-            "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
-        )
-    elif "ssd" not in got.ceilings and stats["decode"].bytes_moved["ssd_read"]:
-        missing.append("the SSD could not be probed in so little CPU memory: floor and roofline are not known")
-    if llm.inputs.device.type != "cuda":
-        missing.append("the compute device is the CPU: GPU figures are null, and roofline_pct is informative only")
     settings, predicted = llm.settings, predicted_pass_ms(llm.plan, got.ceilings)
     tokens = chosen.generation.tokens
     return {
@@ -111,8 +103,19 @@ def result_of(
             *steadiness_warnings([timed.prefill_ms + timed.decode_ms for timed in got.rounds]),
             *got.watch.warnings,
             *missing,
+            *_unmeasured(llm.inputs.device, got.ceilings, stats["decode"]),
         ],
     }
+
+
+def _unmeasured(device: torch.device, ceilings: Mapping[str, Ceiling], decode: PhaseStats) -> Iterator[str]:
+    """Why figures are null or mean little."""
+    if not ceilings:
+        yield "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
+    elif "ssd" not in ceilings and decode.bytes_moved["ssd_read"]:
+        yield "the SSD could not be probed in so little CPU memory: floor and roofline are not known"
+    if device.type != "cuda":
+        yield "the compute device is the CPU: GPU figures are null, and roofline_pct is informative only"
 
 
 def _fixed(

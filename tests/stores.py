@@ -25,6 +25,7 @@ from llama.config import ModelConfig
 from wsm.groups import round_up, views
 from wsm.manifest import DTYPE_NAMES
 from wsm.pack import PackRequest, Progress, pack
+from wsm.source import read_blocking
 from wsm.store import PackedStore
 
 CONFIG = ModelConfig("tiny", dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=300)
@@ -94,7 +95,7 @@ def read_tensors(store: PackedStore) -> dict[str, Tensor]:
     tensors = {}
     for group, stored in store.description.groups.items():
         buffer = aligned(stored.layout.nbytes)
-        store.read_blocking(group, buffer)
+        read_blocking(store, group, buffer)
         for name, tensor in views(buffer, stored.layout).items():
             tensors[full_name(group, name)] = tensor.clone()
     return tensors

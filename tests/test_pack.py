@@ -27,6 +27,7 @@ from wsm.errors import DoesNotFit, StoreError
 from wsm.groups import BLOCK
 from wsm.manifest import read_manifest
 from wsm.pack import PackRequest, pack
+from wsm.source import read_blocking
 from wsm.store import PackedStore
 from wsm.store_plan import plan_store
 from wsm.targets import opened
@@ -386,7 +387,7 @@ def test_a_damaged_copy_of_a_store_is_told_from_the_store(tmp_path: Path) -> Non
     flip(tmp_path / "store.wsm", last.offset + last.nbytes - 1)
     store = PackedStore(description, staging_bytes=MIB)
     with pytest.raises(StoreError, match="checksum"):
-        store.read_blocking(stored.group, aligned(stored.layout.nbytes))
+        read_blocking(store, stored.group, aligned(stored.layout.nbytes))
     store.close()
 
 

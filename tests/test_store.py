@@ -23,6 +23,7 @@ from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, che
 from wsm.errors import StoreError
 from wsm.groups import BLOCK
 from wsm.manifest import StoreDescription, read_manifest
+from wsm.source import read_blocking
 from wsm.store import CHECKSUM_THREADS, SMALLEST_CHUNK, PackedStore
 from wsm.verify import verify
 
@@ -55,7 +56,7 @@ class FakeDrive:
 
 def outcome(store: PackedStore, group: GroupId | None) -> BaseException | None:
     try:
-        store.read_blocking(group, aligned(store.layout(group).nbytes))
+        read_blocking(store, group, aligned(store.layout(group).nbytes))
     except StoreError as error:
         return error
     return None
@@ -310,7 +311,7 @@ def test_an_error_of_the_listener_fails_the_read_and_does_not_hang(packed: Store
 
     store.on_read = listener
     with pytest.raises(ZeroDivisionError):
-        store.read_blocking(FFN1, aligned(packed.groups[FFN1].layout.nbytes))
+        read_blocking(store, FFN1, aligned(packed.groups[FFN1].layout.nbytes))
     store.close()
 
 
@@ -563,7 +564,7 @@ def test_a_checksum_that_cannot_be_made_reaches_the_asker(
     HeldChecksums(monkeypatch, MemoryError("no room")).go.set()
     store = PackedStore(packed, staging_bytes=MIB)
     with pytest.raises(MemoryError, match="no room"):
-        store.read_blocking(FFN1, aligned(store.layout(FFN1).nbytes))
+        read_blocking(store, FFN1, aligned(store.layout(FFN1).nbytes))
     store.close()
 
 

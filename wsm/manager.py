@@ -21,7 +21,7 @@ from wsm.link import PIECE_BYTES, Link
 from wsm.placement import Placement
 from wsm.pool import Pool, Slot
 from wsm.settings import Settings
-from wsm.source import GroupSource
+from wsm.source import GroupSource, read_blocking
 from wsm.telemetry import Telemetry
 from wsm.tiers import Tiers
 
@@ -191,17 +191,7 @@ class WeightStreamingManager:
         own = next((arena for arena in self._arenas if arena.nbytes >= layout.nbytes), None)
         arena = own or self._new_arena(layout.nbytes)
         image = arena.whole()[: layout.nbytes]
-        answered = threading.Event()
-        failures: list[BaseException | None] = []
-
-        def done(failure: BaseException | None) -> None:
-            failures.append(failure)
-            answered.set()
-
-        self.source.read(None, image, done)
-        answered.wait()
-        if failures[0] is not None:
-            raise failures[0]
+        read_blocking(self.source, None, image)
         kept = without(layout, EMBEDDING) if self._embedding.nbytes else layout
         on_device = views(torch.empty(kept.nbytes, dtype=torch.uint8, device=self.device.torch_device), kept)
         stream = self.device.stream()

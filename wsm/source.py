@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,6 @@ Arrived = Callable[[], None]
 ChunkRead = Callable[[GroupId | None, int, float, float], None]
 
 
-def _ignore() -> None:
-    pass
-
-
 class GroupSource(Protocol):
     """Reads whole groups into CPU memory, asynchronously and in the order asked; ``None`` stands for the globals."""
 
@@ -35,7 +32,7 @@ class GroupSource(Protocol):
     def slot_bytes(self, kind: Kind) -> int:
         """The largest image of a kind."""
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = _ignore) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
         """Fill ``buffer`` (``uint8``, 4096-aligned), then call ``done(None)`` or ``done(error)`` on some thread.
 
         ``arrived()`` is called before a ``done(None)``, when all bytes are in the buffer but not checked yet. Neither
@@ -44,6 +41,15 @@ class GroupSource(Protocol):
 
     def close(self) -> None:
         """Join every thread."""
+
+
+def read_blocking(source: GroupSource, group: GroupId | None, buffer: Tensor) -> None:
+    """Fill ``buffer`` with a group's image and come back; raises what the read raised."""
+    answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    source.read(group, buffer, answers.put)
+    failure = answers.get()
+    if failure is not None:
+        raise failure
 
 
 class CheckpointSource:
@@ -70,7 +76,7 @@ class CheckpointSource:
     def slot_bytes(self, kind: Kind) -> int:
         return self._layouts[kind].nbytes
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = _ignore) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
         tensors = views(buffer, self.layout(group))
         left = len(tensors)
         first_failure: BaseException | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -189,20 +188,6 @@ class PackedStore:
 
         chunks = _chunks(stored.extents, self.chunk_bytes)
         self._reads.submit([partial(self._read, stored, image, chunk) for chunk in chunks], came)
-
-    def read_blocking(self, group: GroupId | None, buffer: Tensor) -> None:
-        """Fill ``buffer`` with a group's image and come back; raises what the read raised."""
-        finished = threading.Event()
-        failures: list[BaseException | None] = []
-
-        def done(failure: BaseException | None) -> None:
-            failures.append(failure)
-            finished.set()
-
-        self.read(group, buffer, done)
-        finished.wait()
-        if failures[0] is not None:
-            raise failures[0]
 
     def close(self) -> None:
         """Join every thread; reads that were not done end with a StoreError. A second call does nothing."""

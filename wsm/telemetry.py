@@ -186,7 +186,7 @@ class Telemetry:
     def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event | None) -> None:
         """Pieces of a group were copied to the device without a break; ``start`` is from :meth:`mark`."""
         if start is not None and end is not None:
-            self._copies.add((start, end), lambda begun, ended: Transfer(group, step, nbytes, begun, ended))
+            self._copies.add((start, end), lambda *times: Transfer(group, step, nbytes, *times))
 
     def link_starved(self, start: float, end: float) -> None:
         """The link had room and no bytes for it."""

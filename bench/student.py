@@ -9,7 +9,8 @@ _TINY = 1e-300
 
 def probability_below(t: float, freedom: float) -> float:
     """P(T <= t) of Student's t with ``freedom`` degrees of freedom (any positive number)."""
-    tail = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    both = freedom + t * t
+    tail = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / both, t * t / both)
     return 1 - tail if t > 0 else tail
 
 
@@ -30,14 +31,17 @@ def quantile(probability: float, freedom: float) -> float:
     return (low + high) / 2
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
+def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22).
+
+    ``rest`` is 1 - x, which a difference would lose where x is almost 1.
+    """
+    if x <= 0 or rest <= 0:
+        return float(rest <= 0)
     if x > (a + 1) / (a + b + 2):  # there the fraction of the mirrored function converges quickly
-        return 1 - _incomplete_beta(b, a, 1 - x)
+        return 1 - _incomplete_beta(b, a, rest, x)
     scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(scale + a * math.log(x) + b * math.log1p(-x)) / a
+    front = math.exp(scale + a * math.log(x) + b * math.log(rest)) / a
     return front * _beta_fraction(a, b, x)
 
 

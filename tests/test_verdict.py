@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench.student import probability_below, quantile
@@ -39,6 +39,7 @@ def test_with_one_degree_of_freedom_it_is_cauchys_and_with_many_the_normal_distr
         assert probability_below(t, 1e6) == pytest.approx(0.5 * math.erfc(-t / math.sqrt(2)), abs=1e-6)
 
 
+@example(0.5000000000000001, 0.5000000000000001)
 @given(st.floats(0.001, 0.999), st.floats(0.5, 500))
 def test_a_quantile_has_its_probability_below_it(probability: float, freedom: float) -> None:
     assert probability_below(quantile(probability, freedom), freedom) == pytest.approx(probability, abs=1e-9)

@@ -14,7 +14,7 @@ def main() -> int:
     user_set = set_by_user(os.environ)
     preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
     try:
-        from bench.cli import main as command_line
+        from bench.cli.main import main as command_line
 
         return command_line(sys.argv[1:], user_set)
     except KeyboardInterrupt:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-
-class UnusableInput(ValueError):
-    """A flag, variable, prompt, checkpoint or manifest that cannot be used (exit code 2)."""
+from llama import names
+from wsm.errors import UnusableInput
+from wsm.layout.groups import GroupId, Kind, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,9 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     max_position: int = 8192
     tied_embeddings: bool = False
+
+    embedding: ClassVar[str] = names.EMBEDDING
+    fused: ClassVar[tuple[str, ...]] = names.QKV
 
     def __post_init__(self) -> None:
         for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_position"):
@@ -137,6 +140,44 @@ class ModelConfig:
             rope_scaling=_hf_rope_scaling(rope_fields, max_position),
             max_position=max_position,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def specs(self, kind: Kind | None) -> tuple[TensorSpec, ...]:
+        """The tensors of a group of ``kind`` (None: the globals), in the order in which they are stored."""
+        return names.tensor_specs(self, kind)
+
+    def full_name(self, group: GroupId | None, short: str) -> str:
+        """Meta's name of a tensor; ``group`` is None for the globals."""
+        return names.full_name(group, short)
+
+    def share(self, ranks: int) -> ModelConfig:
+        """The shape of one of ``ranks`` shares; each has the same.
+
+        Raises:
+            UnusableInput: if heads, KV heads, feed-forward width or vocabulary cannot be cut evenly, with the numbers
+                that can.
+        """
+        if ranks == 1:
+            return self
+        counts = {
+            "heads": self.n_heads,
+            "KV heads": self.n_kv_heads,
+            "feed-forward width": self.ffn_dim,
+            "vocabulary": self.vocab_size,
+        }
+        for what, count in counts.items():
+            if count % ranks:
+                possible = [n for n in range(1, min(counts.values()) + 1) if all(c % n == 0 for c in counts.values())]
+                raise UnusableInput(
+                    f"{self.name} cannot be cut for {ranks} ranks, its {what} being {count}: start it with "
+                    f"torchrun --nproc-per-node {' or '.join(map(str, possible))}"
+                )
+        return dataclasses.replace(
+            self,
+            n_heads=self.n_heads // ranks,
+            n_kv_heads=self.n_kv_heads // ranks,
+            ffn_dim=self.ffn_dim // ranks,
+            vocab_size=self.vocab_size // ranks,
         )
 
     def to_json(self) -> dict[str, Any]:

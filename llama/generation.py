@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from llama.batch import TokenBatch, decode_batch, prefill_batch
-from llama.config import UnusableInput
-from llama.kv_cache import KVCache
+from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.sampling import check_sampling, sample
+from wsm.errors import UnusableInput
 
 Observer = Callable[[str], None]
 """Called with "start", "pass" (before each pass), "prefill_done", "token" (after each token's read-back), "done"."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama.batch import Segment, TokenBatch
-from llama.kv_cache import KVCache, attended_tokens
-
-if TYPE_CHECKING:
-    from llama.model import Transformer
+from llama.kv.cache import KVCache, attended_tokens
+from llama.model import Transformer
 
 
 class _Graph(NamedTuple):

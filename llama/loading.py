@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint import WHOLE, Shard
-from llama.checkpoint.names import GroupId
-from llama.config import UnusableInput
+from wsm.errors import UnusableInput
+from wsm.layout.groups import GroupId
+from wsm.layout.model import WHOLE, Shard
 
 DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 """Packed files, the built-in model and ceilings."""

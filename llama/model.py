@@ -6,20 +6,20 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.batch import Segment, TokenBatch, cut
-from llama.checkpoint.names import EMBEDDING, QKV, GroupId
 from llama.config import ModelConfig, RopeScaling
-from llama.graphs import DecodeGraphs
-from llama.kv_cache import KVCache, Wrote, attended_tokens
-from llama.kv_select import BLOCK_TOKENS
+from llama.kv.cache import KVCache, Wrote, attended_tokens
+from llama.kv.select import BLOCK_TOKENS
+from llama.names import EMBEDDING, QKV
+from llama.parallel.world import Collective
 from llama.weights import WeightSource, side_by_side
-from llama.world import Collective
+from wsm.layout.groups import GroupId
 
 Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
 
@@ -137,6 +137,16 @@ def _causal_at_the_end(length: int, end: int) -> Tensor:
     return causal_lower_right(length, end)
 
 
+class Replay(Protocol):
+    """Decode passes that are captured once and replayed (:mod:`llama.graphs`)."""
+
+    def prepare(self, rows: int, shortest: int, longest: int, chunk_tokens: int) -> None:
+        """Capture what decoding ``rows`` rows will need whose longest row grows from ``shortest`` to ``longest``."""
+
+    def replayed(self, batch: TokenBatch) -> Tensor | None:
+        """The residual ``[rows, dim]`` of a decode pass; None where nothing captured fits it."""
+
+
 class Transformer:
     """A LLaMA over any :class:`WeightSource`.
 
@@ -158,7 +168,7 @@ class Transformer:
         self.collective = collective or Collective()
         self.vocab_size = config.vocab_size * self.collective.shard.size
         self.dtype = weights.globals["norm"].dtype
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: Replay | None = None
         self._freqs_cis = rotary_table(config, max_tokens, device)
         _causal_at_the_end(1, 2)
 

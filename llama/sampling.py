@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama.config import UnusableInput
+from wsm.errors import UnusableInput
 
 ROWS_AT_ONCE = 16
 """Sorting takes some five times the logits' memory; a batch is sampled so many rows at a time."""

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import tiktoken
 
 from llama.checkpoint.base import AGAIN, read_json, refuse_pointer
-from llama.config import ModelConfig, UnusableInput
+from llama.config import ModelConfig
+from wsm.errors import UnusableInput
 
 
 class Tokenizer(Protocol):

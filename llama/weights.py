@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint import Checkpoint
-from llama.checkpoint.names import QKV, GroupId, TensorSpec, full_name, global_specs, group_specs, pass_order
+from llama.names import QKV
+from wsm.layout.groups import GroupId, TensorSpec, pass_order
 
 
 class WeightSource(Protocol):
@@ -64,14 +65,14 @@ class TensorWeights:
             tensors = _empty(specs, device, dtype)
             for spec in specs:
                 on_cpu = torch.empty(spec.shape, dtype=dtype)
-                checkpoint.read_into(full_name(group, spec.name), on_cpu)
+                checkpoint.read_into(config.full_name(group, spec.name), on_cpu)
                 tensors[spec.name].copy_(on_cpu)
             return tensors
 
-        self._globals = load(None, global_specs(config))
+        self._globals = load(None, config.specs(None))
         self._groups: dict[GroupId, dict[str, Tensor]] = {}
         for group in pass_order(config.n_layers):
-            self._groups[group] = load(group, group_specs(config, group.kind))
+            self._groups[group] = load(group, config.specs(group.kind))
             if on_loaded is not None:
                 on_loaded(group)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wsm.device import Event
+from wsm.engine.device import Event
 
 
 class AsyncEvent:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llama.build import LLaMA
+from llama.llm import LLaMA
 from tests.tiny import hf_directory, hf_model
 
 TOKENS = torch.randint(0, 256, (3, 400), generator=torch.Generator().manual_seed(0)).tolist()

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from llama.checkpoint.names import GroupId, pass_order
 from llama.config import PRESETS, ModelConfig
-from wsm.budget import GIB, Hardware
-from wsm.groups import GroupLayout, globals_layout, group_layout
-from wsm.plan import PlanInputs, RunShape
+from wsm.layout.groups import GroupId, GroupLayout, image_layout, pass_order
+from wsm.plan.memory import GIB, Hardware
+from wsm.plan.plan import PlanInputs, RunShape
 from wsm.settings import Settings
 
 H70B = PRESETS["Llama-3.1-70B"]
@@ -20,8 +19,8 @@ ROOMY = Hardware("cuda:0", 192 * GIB, 192 * GIB, GIB // 2, 512 * GIB)
 
 
 def layouts_of(config: ModelConfig, dtype: torch.dtype) -> dict[GroupId | None, GroupLayout]:
-    layouts: dict[GroupId | None, GroupLayout] = {None: globals_layout(config, dtype)}
-    layouts.update({group: group_layout(config, group.kind, dtype) for group in pass_order(config.n_layers)})
+    layouts: dict[GroupId | None, GroupLayout] = {None: image_layout(config.specs(None), dtype)}
+    layouts.update({group: image_layout(config.specs(group.kind), dtype) for group in pass_order(config.n_layers)})
     return layouts
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel", "bench.cli", "torch.nn.attention.bias"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench.cli.main", "torch.nn.attention.bias"])
 
 
 def free_port() -> int:
@@ -106,26 +106,26 @@ def started(
 
 def impatient_script(*argv: str) -> int:
     """As :func:`script`, waiting less long for signs of life."""
-    import bench.job
-    import llama.parallel
-    import llama.watch
+    import bench.run.job
+    import llama.parallel.ranks
+    import llama.parallel.watch
 
-    llama.parallel.START_S = 2.0
-    llama.watch.LOST_S = bench.job.LOST_S = 4.0
-    llama.watch.GRACE_S = bench.job.GRACE_S = 3.0
+    llama.parallel.ranks.START_S = 2.0
+    llama.parallel.watch.LOST_S = bench.run.job.LOST_S = 4.0
+    llama.parallel.watch.GRACE_S = bench.run.job.GRACE_S = 3.0
     return script(*argv)
 
 
 def script(*argv: str) -> int:
     """The script's command line in this process."""
-    from bench.cli import main
+    from bench.cli.main import main
 
     return main([str(word) for word in argv])
 
 
 def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> int:
     """Greedy tokens and logits of every model in every mode, saved by each rank; 0 if all went well."""
-    from bench.job import job_of
+    from bench.run.job import job_of
     from tests.parallel_models import PLACES, PROMPTS
     from wsm.settings import read_ranks
 
@@ -143,7 +143,7 @@ def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> i
 
 def answer(directory: Path, mode: str, config: dict[str, Any], world: Any, prompts: Sequence[Sequence[int]]) -> Any:
     """Tokens, logits of the first prompt, and page-locked bytes, of a model in a mode."""
-    from llama.build import LLaMA
+    from llama.llm import LLaMA
 
     config = {**config, "world": world}
     with LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=128, max_batch_size=2) as llm:

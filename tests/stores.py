@@ -17,16 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.checkpoint import Checkpoint, SourceFile
+from llama.checkpoint import Checkpoint
 from llama.checkpoint.base import all_tensors, stretch
-from llama.checkpoint.names import Cut, GroupId, full_name
 from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import ModelConfig
-from wsm.groups import round_up, views
-from wsm.manifest import DTYPE_NAMES
-from wsm.pack import PackRequest, Progress, pack
-from wsm.source import read_blocking
-from wsm.store import PackedStore
+from llama.names import Cut, full_name
+from llama.stores import pack
+from wsm.layout.groups import GroupId, round_up, views
+from wsm.layout.model import SourceFile
+from wsm.store.description import DTYPE_NAMES
+from wsm.store.pack import PackRequest, Progress
+from wsm.store.packed_store import PackedStore
+from wsm.store.source import read_blocking
 
 CONFIG = ModelConfig("tiny", dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=300)
 Params = list[dict[str, Any]]

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.checkpoint import Checkpoint
-from llama.checkpoint.names import full_name, global_specs, group_specs, pass_order
+from llama.names import full_name
+from wsm.layout.groups import pass_order
 
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -58,10 +59,8 @@ def hf_directory(directory: Path, model: LlamaForCausalLM, *, dtype: torch.dtype
 
 def tensors_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by full name."""
-    specs = [(None, spec) for spec in global_specs(checkpoint.config)]
-    specs += [
-        (g, spec) for g in pass_order(checkpoint.config.n_layers) for spec in group_specs(checkpoint.config, g.kind)
-    ]  # type: ignore[misc]
+    specs = [(None, spec) for spec in checkpoint.config.specs(None)]
+    specs += [(g, spec) for g in pass_order(checkpoint.config.n_layers) for spec in checkpoint.config.specs(g.kind)]  # type: ignore[misc]
     tensors = {}
     for group, spec in specs:
         out = torch.full(spec.shape, float("nan"), dtype=dtype)

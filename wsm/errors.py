@@ -1,6 +1,10 @@
 """What can go wrong below the command line; ``str(error)`` is the sentence that the user reads."""
 
 
+class UnusableInput(ValueError):
+    """A flag, variable, prompt, checkpoint or manifest that cannot be used (exit code 2)."""
+
+
 class DoesNotFit(RuntimeError):
     """The run needs more memory or disk than its budget holds (exit code 3)."""
 

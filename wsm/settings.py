@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from llama.config import UnusableInput
+from wsm.errors import UnusableInput
 
 MODES = ("mixed", "stream", "preload", "full")
 

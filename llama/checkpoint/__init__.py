@@ -2,26 +2,22 @@
 
 from pathlib import Path
 
-from llama.checkpoint.base import Checkpoint, SourceFile
+from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.builtin import builtin_checkpoint
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.shard import WHOLE, Shard, rank_config, share_of
+from llama.checkpoint.shard import share_of
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from llama.checkpoint.weightless import WeightlessCheckpoint, has_weights
-from llama.config import UnusableInput
+from wsm.errors import UnusableInput
 
 __all__ = [
-    "WHOLE",
     "Checkpoint",
-    "Shard",
-    "SourceFile",
     "SyntheticCheckpoint",
     "WeightlessCheckpoint",
     "builtin_checkpoint",
     "has_weights",
     "open_checkpoint",
-    "rank_config",
     "share_of",
     "synthetic_checkpoint",
 ]

@@ -12,16 +12,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama.checkpoint.names import Cut, full_name, global_specs, group_specs, pass_order
-from llama.config import ModelConfig, UnusableInput
-
-
-class SourceFile(NamedTuple):
-    """A file that weights come from; ``digest`` is a sample of its content, cheap at any size."""
-
-    name: str
-    size: int
-    digest: str
+from llama.config import ModelConfig
+from llama.names import Cut
+from wsm.errors import UnusableInput
+from wsm.layout.groups import pass_order
+from wsm.layout.model import SourceFile
 
 
 class Checkpoint(Protocol):
@@ -73,11 +68,9 @@ _POINTER = b"version https://git-lfs"
 
 def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Full name and shape of every tensor of the model, globals first, then in pass order."""
-    for spec in global_specs(config):
-        yield full_name(None, spec.name), spec.shape
-    for group in pass_order(config.n_layers):
-        for spec in group_specs(config, group.kind):
-            yield full_name(group, spec.name), spec.shape
+    for group in (None, *pass_order(config.n_layers)):
+        for spec in config.specs(group.kind if group else None):
+            yield config.full_name(group, spec.name), spec.shape
 
 
 def stretch(matrix: Tensor, cut: Cut | None) -> Tensor:

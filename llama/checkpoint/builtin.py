@@ -16,7 +16,8 @@ from torch import Tensor
 from llama.checkpoint.base import Checkpoint, all_tensors
 from llama.checkpoint.hf import SINGLE, HFCheckpoint, hf_name, to_halves
 from llama.checkpoint.synthetic import SyntheticCheckpoint
-from llama.config import ModelConfig, UnusableInput
+from llama.config import ModelConfig
+from wsm.errors import UnusableInput
 
 BUILTIN = ModelConfig(
     name="builtin-v1",  # part of the cache directory's name: change it when the weights change

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llama.checkpoint.base import (
     AGAIN,
-    SourceFile,
     Stored,
     all_tensors,
     check_stored,
@@ -22,8 +21,10 @@ from llama.checkpoint.base import (
     stretch,
     weights_dtype,
 )
-from llama.checkpoint.names import Cut
-from llama.config import ModelConfig, UnusableInput
+from llama.config import ModelConfig
+from llama.names import Cut
+from wsm.errors import UnusableInput
+from wsm.layout.model import SourceFile
 
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",

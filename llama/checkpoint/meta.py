@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llama.checkpoint.base import (
     AGAIN,
-    SourceFile,
     Stored,
     all_tensors,
     check_stored,
@@ -24,8 +23,10 @@ from llama.checkpoint.base import (
     stretch,
     weights_dtype,
 )
-from llama.checkpoint.names import BY_COLUMNS, Cut
-from llama.config import ModelConfig, UnusableInput
+from llama.config import ModelConfig
+from llama.names import BY_COLUMNS, Cut
+from wsm.errors import UnusableInput
+from wsm.layout.model import SourceFile
 
 MOST_SHARDS = 8
 _EMBEDDING = "tok_embeddings.weight"

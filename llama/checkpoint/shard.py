@@ -7,56 +7,14 @@ smaller vocabulary, so layouts, KV and memory follow from its :class:`ModelConfi
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, SourceFile, all_tensors
-from llama.checkpoint.names import BY_COLUMNS, Cut
-from llama.config import ModelConfig, UnusableInput
-
-
-class Shard(NamedTuple):
-    """Which of ``size`` equal shares of the model this is."""
-
-    rank: int = 0
-    size: int = 1
-
-
-WHOLE = Shard()
-
-
-def rank_config(config: ModelConfig, size: int) -> ModelConfig:
-    """The shape of one of ``size`` shares; each has the same.
-
-    Raises:
-        UnusableInput: if heads, KV heads, feed-forward width or vocabulary cannot be cut evenly, with the numbers that
-            can.
-    """
-    if size == 1:
-        return config
-    counts = {
-        "heads": config.n_heads,
-        "KV heads": config.n_kv_heads,
-        "feed-forward width": config.ffn_dim,
-        "vocabulary": config.vocab_size,
-    }
-    for what, count in counts.items():
-        if count % size:
-            possible = [n for n in range(1, min(counts.values()) + 1) if all(c % n == 0 for c in counts.values())]
-            raise UnusableInput(
-                f"{config.name} cannot be cut for {size} ranks, its {what} being {count}: start it with "
-                f"torchrun --nproc-per-node {' or '.join(map(str, possible))}"
-            )
-    return dataclasses.replace(
-        config,
-        n_heads=config.n_heads // size,
-        n_kv_heads=config.n_kv_heads // size,
-        ffn_dim=config.ffn_dim // size,
-        vocab_size=config.vocab_size // size,
-    )
+from llama.checkpoint.base import Checkpoint, all_tensors
+from llama.names import BY_COLUMNS, Cut
+from wsm.errors import UnusableInput
+from wsm.layout.model import Shard, SourceFile
 
 
 class RankCheckpoint:
@@ -64,7 +22,7 @@ class RankCheckpoint:
 
     def __init__(self, whole: Checkpoint, shard: Shard) -> None:
         self.whole, self.shard = whole, shard
-        self.config = rank_config(whole.config, shard.size)
+        self.config = whole.config.share(shard.size)
         self.dtype = whole.dtype
         self.directory: Path | None = whole.directory
         self._shapes = dict(all_tensors(self.config))

@@ -16,9 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import SourceFile, all_tensors
-from llama.checkpoint.names import Cut
-from llama.config import PRESETS, ModelConfig, UnusableInput
+from llama.checkpoint.base import all_tensors
+from llama.config import PRESETS, ModelConfig
+from llama.names import Cut
+from wsm.errors import UnusableInput
+from wsm.layout.model import SourceFile
 
 BLOCK_VALUES = (1 << 20) + 1
 """2 MiB in bfloat16: stays in a core's cache while it is copied out."""

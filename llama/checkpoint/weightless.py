@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import SourceFile, read_json
-from llama.checkpoint.names import Cut
-from llama.config import ModelConfig, UnusableInput
+from llama.checkpoint.base import read_json
+from llama.config import ModelConfig
+from llama.names import Cut
+from wsm.errors import UnusableInput
+from wsm.layout.model import SourceFile
 
 
 def has_weights(directory: Path) -> bool:

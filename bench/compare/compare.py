@@ -1,0 +1,240 @@
+"""Sides against the first one: figures, the one test, what differs, and what forbids comparing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.compare.sides import Side, device_of, differing, mixed_devices, mixed_within, provenance_of, settings_of
+from bench.compare.verdict import FEWEST, Ratio, ratio_of
+from bench.result.results import METRICS
+from wsm.errors import UnusableInput
+
+Cell = float | str | None
+_TIMES = ("busy_ms", "stall_ms", "idle_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure of every side; ``name`` carries its unit."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A side against the base.
+
+    Attributes:
+        obstacles: what forbids comparing the two; then the ratio says nothing, and there is no verdict.
+    """
+
+    side: Side
+    ratio: Ratio | None
+    obstacles: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In words, for every case."""
+        if self.obstacles:
+            return "not comparable"
+        if self.ratio is None or self.ratio.judged is None:
+            return "no verdict"
+        return self.ratio.judged
+
+    @property
+    def judged(self) -> bool:
+        return not self.obstacles and self.ratio is not None and self.ratio.judged is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that ``compare`` tells; ``sides[0]`` is the base."""
+
+    sides: tuple[Side, ...]
+    figures: tuple[Row, ...]
+    where_time_went: tuple[Row, ...]
+    against: tuple[Against, ...]
+    settings: Mapping[str, Sequence[Any]]
+    provenance: Mapping[str, Sequence[Any]]
+    warnings: tuple[tuple[str, str], ...]
+
+
+def compare(sides: Sequence[Side]) -> Comparison:
+    """The comparison of every side with the first.
+
+    Raises:
+        UnusableInput: for fewer than two sides.
+    """
+    if len(sides) < 2:
+        raise UnusableInput(f"compare needs two sides or more, and {sides[0].source if sides else 'nothing'} is one")
+    typical = [side.typical for side in sides]
+    found = [result for result in typical if result is not None]
+    return Comparison(
+        sides=tuple(sides),
+        figures=tuple(_figures(sides)),
+        where_time_went=tuple(_where(typical)),
+        against=tuple(_against(sides[0], side) for side in sides[1:]),
+        settings=_spread_out(differing([settings_of(result) for result in found]), typical),
+        provenance=_spread_out(differing([provenance_of(result) for result in found]), typical),
+        warnings=tuple(_warnings(sides)),
+    )
+
+
+def _spread_out(found: Mapping[str, list[Any]], typical: Sequence[object]) -> dict[str, list[Any]]:
+    """The values in the places of their sides; None for a side without a result."""
+    spread = {}
+    for name, values in found.items():
+        rest = iter(values)
+        spread[name] = [None if result is None else next(rest) for result in typical]
+    return spread
+
+
+# -- figures
+
+
+def _figures(sides: Sequence[Side]) -> Iterator[Row]:
+    yield Row("n", tuple(f"{len(side.samples('e2e_ms'))} {side.sampled}" for side in sides))
+    for metric in METRICS:
+        yield Row(f"median {metric}", tuple(_of_samples(side, metric, statistics.median) for side in sides))
+    yield Row("stdev e2e_ms", tuple(_stdev(side) for side in sides))
+    typical = [side.typical for side in sides]
+    yield Row("io weight_h2d_MBps", tuple(_at(result, "io_bw_MBps", "weight_h2d_MBps") for result in typical))
+    for name in ("kv_h2d_MBps", "kv_d2h_MBps"):
+        if any(_at(result, "io_bw_MBps", name) is not None for result in typical):
+            yield Row(f"io {name}", tuple(_at(result, "io_bw_MBps", name) for result in typical))
+    yield Row("gpu allocated_GB", tuple(_at(result, "gpu_mem_GB", "allocated_GB") for result in typical))
+    page_locked = [_at(result, "memory", "cpu_page_locked_bytes") for result in typical]
+    yield Row("page_locked_MB", tuple(value / 1e6 if isinstance(value, int | float) else None for value in page_locked))
+
+
+def _of_samples(side: Side, metric: str, of: Callable[[list[float]], float]) -> Cell:
+    samples = side.samples(metric)
+    return float(of(samples)) if samples else None
+
+
+def _stdev(side: Side) -> Cell:
+    samples = side.samples("e2e_ms")
+    return statistics.stdev(samples) if len(samples) > 1 else None
+
+
+def _at(result: Any, *keys: str) -> Cell:
+    for key in keys:
+        result = result.get(key) if isinstance(result, dict) else None
+    return result if isinstance(result, int | float | str) and not isinstance(result, bool) else None
+
+
+def _where(typical: Sequence[Mapping[str, Any] | None]) -> Iterator[Row]:
+    """Each phase of the results of median e2e_ms: its time, its bytes, and what each tier did meanwhile."""
+    for phase in ("prefill", "decode"):
+        for key in ("wall_ms", "floor_ms", "roofline_pct", "bound_by"):
+            yield Row(f"{phase} {key}", tuple(_at(result, "phases", phase, key) for result in typical))
+        yield Row(f"{phase} tpot_ms" if phase == "decode" else f"{phase} passes", tuple(_paced(typical, phase)))
+        for group in ("bytes_moved", *_TIMES):
+            yield from _tiers(typical, phase, group)
+
+
+def _paced(typical: Sequence[Mapping[str, Any] | None], phase: str) -> Iterator[Cell]:
+    for result in typical:
+        yield _at(result, "tpot_ms", "mean") if phase == "decode" else _at(result, "phases", phase, "passes")
+
+
+def _tiers(typical: Sequence[Mapping[str, Any] | None], phase: str, group: str) -> Iterator[Row]:
+    groups = [result["phases"][phase][group] if result is not None else {} for result in typical]
+    for tier in dict.fromkeys(tier for group_of in groups for tier in group_of):
+        cells = tuple(_at(group_of, tier) for group_of in groups)
+        if any(cells):  # a tier that none of them used tells nothing
+            if group == "bytes_moved":
+                megabytes = tuple(cell / 1e6 if isinstance(cell, int | float) else None for cell in cells)
+                yield Row(f"{phase} {tier} MB", megabytes)
+            else:
+                yield Row(f"{phase} {tier} {group}", cells)
+
+
+# -- verdicts
+
+
+def _against(base: Side, side: Side) -> Against:
+    obstacles = tuple(_obstacles(base, side))
+    if not base.results or not side.results:
+        return Against(side, None, obstacles)
+    return Against(side, ratio_of(base.samples("e2e_ms"), side.samples("e2e_ms")), obstacles)
+
+
+def _obstacles(base: Side, side: Side) -> Iterator[str]:
+    for one in (base, side):
+        if one.typical is None:
+            reasons = "; ".join(f"exit {failure.exit_code}: {failure.reason}" for failure in one.failures)
+            yield f"{one.name} gave no result ({reasons})"
+            continue
+        if devices := mixed_devices(one):
+            yield f"{one.name} mixes compute devices: {', '.join(map(_short, devices))}"
+        if len(hashes := {result["output"]["sha256"] for result in one.results}) > 1:
+            yield f"{one.name} gave {len(hashes)} different outputs from the same settings"
+    if base.typical is not None and side.typical is not None:
+        yield from _unlike(base.typical, side.typical)
+
+
+def _unlike(base: Mapping[str, Any], side: Mapping[str, Any]) -> Iterator[str]:
+    """What has to be equal for a time to mean the same. Unequal outputs are told where nothing else explains them."""
+    looked_at: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "model": lambda r: r["config"]["resolved"]["model"],
+        "model digest": lambda r: r["provenance"]["model_digest"],
+        "batch_size": lambda r: r["batch_size"],
+        "prompt tokens": lambda r: r["prompt_lens"],
+        "new tokens": lambda r: r["decode_tokens_total"],
+        "compute device": device_of,
+    }
+    found = False
+    for name, of in looked_at.items():
+        before, now = of(base), of(side)
+        if before != now:
+            found = found or name != "compute device"
+            yield f"{name}: {_short(before)} against {_short(now)}"
+    if not found and base["output"]["sha256"] != side["output"]["sha256"]:
+        first, second = base["output"]["sha256"][:12], side["output"]["sha256"][:12]
+        yield f"unequal outputs: {first} against {second}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def why_unjudged(against: Against) -> str:
+    """Why there is no verdict, in words."""
+    if against.obstacles:
+        return "; ".join(against.obstacles)
+    if against.ratio is not None and against.ratio.judged is None:
+        return f"n is {against.ratio.n[0]} and {against.ratio.n[1]}, and a verdict needs {FEWEST} a side"
+    return ""
+
+
+def regressions(comparison: Comparison, threshold_pct: float) -> list[Against]:
+    """The sides that are slower than the base by more than the threshold.
+
+    Raises:
+        UnusableInput: where a side could not be judged: then nobody knows, and silence would look like success.
+    """
+    for against in comparison.against:
+        if not against.judged:
+            raise UnusableInput(f"--threshold cannot be judged for {against.side.name}: {why_unjudged(against)}")
+    return [
+        against
+        for against in comparison.against
+        if against.ratio is not None and against.verdict == "slower" and against.ratio.value > 1 + threshold_pct / 100
+    ]
+
+
+def _warnings(sides: Sequence[Side]) -> Iterator[tuple[str, str]]:
+    """Each side's warnings once, with its name, what its results differ in, and its failed processes."""
+    for side in sides:
+        for warning in dict.fromkeys(str(line) for result in side.results for line in result["warnings"]):
+            yield side.name, warning
+        for name, values in mixed_within(side).items():
+            yield side.name, f"its results differ in {name}: {', '.join(map(_short, values))}"
+        for failure in side.failures:
+            yield side.name, f"a process failed with exit {failure.exit_code}: {failure.reason}"

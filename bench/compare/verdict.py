@@ -1,0 +1,74 @@
+"""Whether one side is faster than another: one test, of e2e_ms, decided before the data were seen."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.compare.student import quantile
+
+FEWEST = 5
+LEAST_SHARE = 0.01
+CONFIDENCE = 0.99
+
+Judged = Literal["faster", "slower", "no difference shown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """e2e_ms of a side over that of the base, as the ratio of their geometric means.
+
+    Attributes:
+        low, high: the 99 % interval of Welch's t test on logarithms; None where a side has fewer than two samples.
+        n: samples of the base and of the side.
+        judged: None where either has fewer than five samples.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: tuple[int, int]
+    judged: Judged | None
+
+
+def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
+    """``side`` against ``base``, both in ms and above 0.
+
+    Faster or slower if both have five samples, the interval leaves out 1 and the ratio is over 1 % away from it.
+    """
+    logs = [math.log(sample) for sample in base], [math.log(sample) for sample in side]
+    difference = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
+    value, sizes = _exp(difference), (len(base), len(side))
+    if min(sizes) < 2:
+        return Ratio(value, None, None, sizes, None)
+    half = _half_width(*logs)
+    low, high = _exp(difference - half), _exp(difference + half)
+    return Ratio(value, low, high, sizes, _judged(value, low, high) if min(sizes) >= FEWEST else None)
+
+
+def _exp(power: float) -> float:
+    """Infinite where no float is as large."""
+    try:
+        return math.exp(power)
+    except OverflowError:
+        return math.inf
+
+
+def _judged(value: float, low: float, high: float) -> Judged:
+    if low <= 1 <= high or abs(value - 1) <= LEAST_SHARE:
+        return "no difference shown"
+    return "faster" if value < 1 else "slower"
+
+
+def _half_width(base: Sequence[float], side: Sequence[float]) -> float:
+    """Half of Welch's interval for the difference of two means, variances unequal; 0 where nothing varies at all."""
+    parts = [statistics.variance(samples) / len(samples) for samples in (base, side)]
+    spread = sum(parts)
+    if spread == 0:
+        return 0.0
+    weighted = [part**2 / (len(samples) - 1) for part, samples in zip(parts, (base, side), strict=True)]
+    freedom = spread**2 / sum(weighted)
+    return quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(spread)

@@ -1,0 +1,69 @@
+"""The verb ``report``: results as one HTML page, and its plots as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.compare.sides import Side, read_sides
+from bench.options.verb_flags import ReportOptions
+from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
+from bench.report.page import page
+from bench.report.timeline import Timeline, timelines_of
+from wsm.disk.atomic import write_atomically
+from wsm.errors import UnusableInput
+
+_RESULTS = frozenset({".json", ".jsonl"})
+
+
+def run_report(options: ReportOptions) -> int:
+    """Write the page, and with ``--png`` a file for every plot."""
+    sides = read_sides(options.paths)
+    _check_out(options.out, options.paths)
+    if options.png is not None:
+        _check_png(options.png, options.out)
+    write_atomically(options.out, page(sides))
+    print(f"[INFO] {len(sides)} side(s) in {options.out}")
+    if options.png is not None:
+        written = write_plots(list(charts_of(sides)), options.png)
+        print(f"[INFO] {len(written)} plots in {options.png}")
+    return 0
+
+
+def charts_of(sides: Sequence[Side]) -> Iterator[Chart | Timeline]:
+    """Every chart of the page, in its order."""
+    yield from sweep_charts(sides)
+    yield from overview_charts(sides)
+    for side in sides:
+        yield from timelines_of(side)
+        yield from side_charts(side)
+
+
+def write_plots(charts: Sequence[Chart | Timeline], folder: Path) -> list[Path]:
+    """The charts as PNG in ``folder``, numbered in the page's order.
+
+    Raises:
+        UnusableInput: where matplotlib is not installed.
+    """
+    try:
+        from bench.report.plots import write_png
+    except ModuleNotFoundError as error:
+        raise UnusableInput(f"--png needs {error.name}: pip install 'wsm-bench[plot]' (the page was written)") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    return [write_png(chart, folder, number) for number, chart in enumerate(charts, 1)]
+
+
+def _check_out(out: Path, read: Sequence[Path]) -> None:
+    """Nothing that holds measurements may be written over: no JSON, whatever folder it lies in, and nothing named."""
+    if {out.suffix, out.resolve().suffix} & _RESULTS:
+        raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
+    if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
+        raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
+    if not out.absolute().parent.is_dir():
+        raise UnusableInput(f"--out {out}: its folder does not exist")
+
+
+def _check_png(png: Path, out: Path) -> None:
+    there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
+    if not there.is_dir() or png.absolute() == out.absolute():
+        raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")

@@ -1,0 +1,1 @@
+"""The result: its keys, its file, its statistics."""

@@ -1,0 +1,142 @@
+"""What a run prints: log lines, the summary, rows and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.result.results import significant
+from llama.loading import Reporter
+from wsm.errors import UnusableInput
+
+_SUMMARY = (
+    "ttft_ms",
+    "prefill_ms",
+    "first_token_decode_ms",
+    "decode_ms",
+    "e2e_ms",
+    "throughput_tok_s",
+    "end_to_end_tok_s",
+)
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "model": lambda r: r["config"]["resolved"]["model"],
+    "mode": lambda r: r["mode"],
+    "device": lambda r: r["device"],
+    "batch_size": lambda r: r["batch_size"],
+    "prefill_tokens_total": lambda r: r["prefill_tokens_total"],
+    "decode_tokens_total": lambda r: r["decode_tokens_total"],
+    "ttft_ms": lambda r: r["ttft_ms"],
+    "decode_ms": lambda r: r["decode_ms"],
+    "e2e_ms": lambda r: r["e2e_ms"],
+    "repeats": lambda r: r["repeats"]["n"],
+    "e2e_stdev_ms": lambda r: r["repeats"]["statistics"]["e2e_ms"]["stdev"],
+    "throughput_tok_s": lambda r: r["throughput_tok_s"],
+    "end_to_end_tok_s": lambda r: r["end_to_end_tok_s"],
+    "decode_bound_by": lambda r: r["phases"]["decode"]["bound_by"],
+    "decode_roofline_pct": lambda r: r["phases"]["decode"]["roofline_pct"],
+    "gpu_GB": lambda r: r["gpu_mem_GB"]["allocated_GB"],
+    "page_locked_MB": lambda r: r["memory"]["cpu_page_locked_bytes"] / 1e6,
+    "output": lambda r: r["output"]["sha256"][:12],
+    "warnings": lambda r: len(r["warnings"]),
+}
+
+
+class ConsoleReporter(Reporter):
+    """Log lines on stdout (silent where a row is printed instead), bars on stderr, only on a terminal."""
+
+    def __init__(self, *, quiet: bool, verbose: bool, bars: bool = True) -> None:
+        self._quiet, self.verbose = quiet, verbose and not quiet
+        self._no_bars = None if bars else True  # None: where stderr is no terminal
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            print(_printable(line), flush=True)
+
+    @contextmanager
+    def bar(self, total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
+        with tqdm(total=total, unit=unit, desc=what, disable=self._no_bars, unit_scale=unit == "B", leave=False) as bar:
+
+            def advance(done: int) -> None:
+                bar.update(done)
+
+            yield advance
+
+
+def _printable(text: str) -> str:
+    """``text`` with escapes for what the terminal's encoding lacks, so that no run ends for want of a letter."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The summary block: the guide's seven figures, then what the time was bound by."""
+    lines = ["", "=== Benchmark Summary ==="]
+    lines += [f"{name:>24}: {result[name]:.3f}" for name in _SUMMARY]
+    lines += _spread_lines(result["repeats"])
+    for name, phase in result["phases"].items():
+        if phase["floor_ms"] is None:
+            lines.append(f"{name + ' floor':>24}: not known")
+            continue
+        spread = phase["ceiling_spread_pct"]
+        unsure = f", the ceiling itself varied by {spread:.0f} %" if spread is not None else ""
+        lines.append(
+            f"{name + ' floor':>24}: {phase['floor_ms']:.3f} ms, bound by {phase['bound_by']}, "
+            f"{phase['roofline_pct']:.1f} % of it reached{unsure}"
+        )
+    lines += [f"[WARNING] {warning}" for warning in result["warnings"]]
+    return "\n".join(lines)
+
+
+def _spread_lines(repeats: Mapping[str, Any]) -> list[str]:
+    """Of several rounds, what the figures above are the middle of."""
+    spread = repeats["statistics"]["e2e_ms"]
+    if spread["stdev"] is None:
+        return []
+    text = f"median {spread['median']:.3f} ms of {repeats['n']} rounds, sample stdev {spread['stdev']:.3f}"
+    if spread["median_ci95"] is not None:
+        low, high = spread["median_ci95"]
+        text += f", 95 % interval of the median {low:.3f} to {high:.3f}"
+    return [f"{'e2e_ms over rounds':>24}: {text}"]
+
+
+def _cells(result: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return {name: significant(read(result)) for name, read in _COLUMNS.items()}
+    except (KeyError, TypeError) as error:
+        raise UnusableInput("a result lacks what a table shows of it: was its file changed by hand?") from error
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results as a Markdown table, a row each: what ``-o md`` prints."""
+    rows = [{name: _shown(value) for name, value in _cells(result).items()} for result in results]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
+    head = "| " + " | ".join(f"{name:<{widths[name]}}" for name in _COLUMNS) + " |"
+    rule = "| " + " | ".join("-" * widths[name] for name in _COLUMNS) + " |"
+    body = ["| " + " | ".join(f"{row[name]:<{widths[name]}}" for name in _COLUMNS) + " |" for row in rows]
+    return "\n".join([head, rule, *body])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def row(result: Mapping[str, Any], output: str) -> str:
+    """One result for pipes and tables: ``md``, ``csv`` (with a header line), or ``json`` on one line."""
+    if output == "md":
+        return table([result])
+    if output == "json":
+        return json.dumps(significant(dict(result)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(_COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(_cells(result))
+    return text.getvalue().rstrip("\n")

@@ -1,0 +1,1 @@
+"""One run: prompts, ceilings, the timing loop, and the record of it."""

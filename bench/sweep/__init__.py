@@ -1,0 +1,1 @@
+"""A run for every combination of settings."""

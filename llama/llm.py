@@ -1,0 +1,366 @@
+"""LLaMA.build: where the model and the weight streaming manager meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.batch import prefill_batch
+from llama.generation import Generation, GenerationOptions, Observer, generate
+from llama.graphs import DecodeGraphs
+from llama.inputs import BuildOptions, Inputs, open_inputs, plan_run, record_of
+from llama.kv.cache import KVCache
+from llama.loading import LayerProgress, LoadTimes, Reporter
+from llama.model import Transformer
+from llama.stores import cached_store
+from llama.tokenizer import Tokenizer
+from llama.weights import TensorWeights, WeightSource
+from wsm.disk.blockdev import is_block_device
+from wsm.engine.collectives import CollectiveTimes
+from wsm.engine.device import Device, open_device
+from wsm.engine.link import Link
+from wsm.engine.manager import WeightStreamingManager
+from wsm.engine.telemetry import Telemetry
+from wsm.errors import UnusableInput
+from wsm.kv.tiers import DiskOptions, KVTiers
+from wsm.plan.advice import check_fits
+from wsm.plan.memory import limit_device_memory
+from wsm.plan.plan import Plan, RunShape
+from wsm.settings import Settings
+from wsm.store.heads import compare_heads
+from wsm.store.packed_store import PackedStore
+from wsm.store.source import CheckpointSource, GroupSource
+
+LOADING_THREADS = 8
+
+
+class LLaMA:
+    """A model, ready to generate; a context manager, since it holds threads and page-locked memory.
+
+    Made by :meth:`build`, or by :meth:`assemble` from inputs and a plan.
+    """
+
+    def __init__(self, inputs: Inputs, plan: Plan, device: Device, settings: Settings, measured: bool) -> None:
+        self.inputs, self.plan, self.device, self.settings = inputs, plan, device, settings
+        self.config = inputs.share.config
+        self.collectives = CollectiveTimes(device, keep=measured)
+        self.telemetry = Telemetry(device, keep=measured)
+        self.manager: WeightStreamingManager | None = None
+        self.kv_tiers: KVTiers | None = None
+        self.link = Link()
+        self.graphs: DecodeGraphs | None = None
+        self.load_times = LoadTimes()
+        self.warnings: list[str] = []
+        self.model: Transformer
+        self.kv: KVCache
+
+    # -- construction
+
+    @classmethod
+    def build(
+        cls,
+        checkpoints_dir: str | Path | None,
+        mode: str = "mixed",
+        mode_config: Mapping[str, Any] | None = None,
+        load_model: bool = False,
+        device: str | None = None,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 1,
+        topk_blk: int = 8,
+    ) -> LLaMA:
+        """A model from a checkpoint directory (None: the built-in one).
+
+        Args:
+            mode: ``mixed``, ``stream``, ``preload`` or ``full``.
+            mode_config: fields of ``Settings`` (``gpu_cached_layers``, ``cpu_cache_layers``, …) and of
+                ``BuildOptions`` (``raw_device``, ``manifest``, ``cache_dir``, ``dtype``, ``synthetic``, …).
+            load_model: whether the whole checkpoint may be loaded, which only ``full`` and ``preload`` do.
+            device: ``cpu``, ``cuda`` or ``cuda:N``; None for the best there is.
+            max_seq_len: the most tokens of a row, prompt and new ones together.
+            max_batch_size: the most rows.
+            topk_blk: KV blocks a row and layer that a decode step may bring from below the GPU; 0 for all.
+
+        Raises:
+            UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.
+        """
+        options = _options_of(checkpoints_dir, mode, {"topk_blk": topk_blk, **(mode_config or {})}, device)
+        if load_model and mode in ("mixed", "stream"):
+            raise UnusableInput(
+                f"load_model=True contradicts mode {mode}, which never loads the whole model on the device"
+            )
+        if options.topk_blk < 0 or options.topk_blk == 1:
+            raise UnusableInput(f"--topk-blk must be 0 (all blocks) or at least 2, not {options.topk_blk}")
+        inputs = open_inputs(options)
+        shape = RunShape(max_batch_size, max_seq_len - 1, 1, max_batch_size * (max_seq_len - 1))
+        return cls.assemble(inputs, plan_run(inputs, shape), Reporter(), measured=False)
+
+    @classmethod
+    def assemble(
+        cls,
+        inputs: Inputs,
+        plan: Plan,
+        reporter: Reporter,
+        *,
+        before_load: Callable[[LLaMA], None] = lambda llm: None,
+        measured: bool = True,
+    ) -> LLaMA:
+        """Allocate what the plan says, load, and be ready.
+
+        Args:
+            before_load: called when all memory is there and nothing is loaded yet (the benchmark's probe).
+            measured: whether to keep a record of every transfer and wait.
+        """
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(inputs.close)
+            check_fits(plan)
+            limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
+            llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
+            on_failure.callback(llm.close)
+            llm._load(reporter, before_load)
+            on_failure.pop_all()
+        return llm
+
+    def _load(self, reporter: Reporter, before_load: Callable[[LLaMA], None]) -> None:
+        inputs, plan = self.inputs, self.plan
+        with self.load_times.timed("kv_s"):
+            self.kv = self._make_kv()
+        weights: WeightSource
+        with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
+            progress = LayerProgress(advance)
+            if self.settings.mode == "full":
+                before_load(self)
+                with self.load_times.timed("residents_s"):
+                    weights = TensorWeights(inputs.share, inputs.device, inputs.dtype, on_loaded=progress)
+            else:
+                weights = self.manager = self._start_manager(reporter, before_load, progress)
+        collective = inputs.world.collective(self.collectives)
+        self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens, collective)
+        # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
+        one = inputs.world.shard.size == 1
+        if inputs.device.type == "cuda" and weights.resident and self.kv.resident and one:
+            self.graphs = self.model.graphs = DecodeGraphs(self.model, self.kv)
+
+    def _make_kv(self) -> KVCache:
+        inputs, placement = self.inputs, self.plan.kv
+        if placement.below:
+            self.kv_tiers = KVTiers(
+                placement,
+                self.device,
+                self.settings,
+                self.telemetry,
+                self.link,
+                wanted=self._wanted_groups,
+                disk=self._kv_disk() if placement.disk else None,
+            )
+            self.warnings += self.kv_tiers.warnings
+        return KVCache(
+            self.config,
+            self.plan.shape.batch,
+            self.plan.kv_tokens,
+            inputs.device,
+            inputs.dtype,
+            record=record_of(inputs),
+            stretch_rows=placement.layout.stretch_rows,
+            tier=self.kv_tiers,
+            topk=inputs.options.topk_blk,
+        )
+
+    def _kv_disk(self) -> DiskOptions:
+        """``--kv-device``; of several ranks each has a file of its own."""
+        path, world, description = self.inputs.options.kv_device, self.inputs.world, self.inputs.description
+        assert path is not None
+        if world.shard.size > 1:
+            if is_block_device(path):
+                raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
+            path = f"{path}.rank{world.shard.rank}"
+        return DiskOptions(path, tuple(description.targets) if description is not None else ())
+
+    def _wanted_groups(self) -> int:
+        return self.manager.wanted_groups() if self.manager is not None else 0
+
+    def _start_manager(
+        self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
+    ) -> WeightStreamingManager:
+        with self.load_times.timed("open_store_s"):
+            source = self._source(reporter)
+        self.warnings += source.warnings
+        try:
+            with self.load_times.timed("allocate_s"):
+                manager = WeightStreamingManager(
+                    self.plan.placement,
+                    source,
+                    self.device,
+                    self.settings,
+                    self.telemetry,
+                    self.link,
+                    kept_on_cpu=self.config.embedding if self.plan.inputs.embedding_on_cpu else None,
+                    on_layer=(lambda line: reporter.say(f"[WSM][groups] {line}")) if reporter.verbose else None,
+                    on_loaded=progress,
+                )
+        except BaseException:
+            source.close()
+            raise
+        self.manager = manager
+        self.warnings += manager.warnings
+        self.load_times.parts["populate_s"] = manager.populate_s
+        self.load_times.parts["page_lock_s"] = manager.page_lock_s if self.device.pinned else None
+        before_load(self)
+        manager.start()
+        self.load_times.parts["globals_s"] = manager.globals_s
+        if not self.settings.skip_preload_wait:
+            manager.wait_loaded()
+        with self.load_times.timed("stage_s"):
+            manager.stage()
+        return manager
+
+    def _source(self, reporter: Reporter) -> GroupSource:
+        inputs, settings = self.inputs, self.settings
+        description = inputs.description
+        if description is None and settings.mode != "mixed":
+            return CheckpointSource(inputs.share, inputs.dtype, threads=LOADING_THREADS)
+        if description is None:
+            with contextlib.ExitStack() as stack, inputs.world.first_here():
+                description = cached_store(
+                    inputs.checkpoint,
+                    inputs.dtype,
+                    inputs.options.cache_dir.expanduser(),
+                    say=lambda line: reporter.say(f"[INFO] {line}"),
+                    progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
+                    shard=inputs.world.shard,
+                )
+            inputs.description = description
+        store = PackedStore(
+            description,
+            staging_bytes=settings.staging_mb * 10**6,
+            verify="always" if settings.verify_weights else "first",
+        )
+        try:
+            compare_heads(store, inputs.share)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    # -- use
+
+    @property
+    def page_locked_bytes(self) -> int:
+        """Page-locked CPU memory of weights and KV, held now."""
+        return self._kv_page_locked_bytes + (self.manager.page_locked_bytes if self.manager is not None else 0)
+
+    @property
+    def page_locked_peak_bytes(self) -> int:
+        """The most of it so far, loading buffers included."""
+        return self._kv_page_locked_bytes + (self.manager.page_locked_peak_bytes if self.manager is not None else 0)
+
+    @property
+    def _kv_page_locked_bytes(self) -> int:
+        return self.kv_tiers.page_locked_bytes if self.kv_tiers is not None else 0
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.inputs.tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 32,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        observer: Observer | None = None,
+    ) -> Generation:
+        """New tokens for every prompt (texts, which get a BOS, or lists of token ids); ``.tokens`` and ``.texts``."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else list(p) for p in prompts]
+        stop_ids = self.tokenizer.stop_ids if not ignore_eos else frozenset[int]()
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_ids=stop_ids,
+            ignore_eos=ignore_eos,
+            chunk_tokens=self.plan.chunk_tokens,
+            wave_rows=self.plan.wave_rows,
+        )
+        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None))
+        if texts:
+            kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
+            return found.with_texts([self.tokenizer.decode(row) for row in kept])
+        return found
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """float32 ``[B, T, vocab]`` after every token of equally long rows."""
+        lengths = {len(row) for row in tokens}
+        if len(lengths) != 1 or not 0 < max(lengths) <= self.kv.tokens or not 0 < len(tokens) <= self.kv.batch:
+            raise UnusableInput(
+                f"logits take 1 to {self.kv.batch} rows of one length, 1 to {self.kv.tokens} tokens, "
+                f"not {sorted(lengths)}"
+            )
+        self.kv.reset()
+        batch = prefill_batch(tokens, range(len(tokens)), self.inputs.device)
+        logits = self.model.forward(batch, self.kv, chunk_tokens=self.plan.chunk_tokens, logits="all")
+        return logits.view(len(tokens), lengths.pop(), -1)
+
+    def stop(self) -> None:
+        """Fetch nothing more: after this the telemetry is complete, and nothing can be generated."""
+        if self.manager is not None:
+            self.manager.stop()
+        if self.kv_tiers is not None:
+            self.kv_tiers.stop()
+        self.device.synchronize()
+
+    def close(self) -> None:
+        """Join every thread, free every page and the device's memory, close every file."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self._forget)
+            parts.callback(self.inputs.close)
+            if self.graphs is not None:
+                parts.callback(self.graphs.close)
+            if self.kv_tiers is not None:
+                parts.callback(self.kv_tiers.close)
+            if self.manager is not None:
+                parts.callback(self.manager.close)
+
+    def _forget(self) -> None:
+        """Let go of the memory on the device, also where somebody still holds this object."""
+        self.graphs = None
+        for part in ("model", "kv"):
+            if hasattr(self, part):
+                delattr(self, part)
+
+    def __enter__(self) -> LLaMA:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.inputs.world.abandon()
+        self.close()
+
+
+def _options_of(
+    directory: str | Path | None, mode: str, mode_config: Mapping[str, Any], device: str | None
+) -> BuildOptions:
+    settings = {f.name for f in fields(Settings)}
+    others = {f.name for f in fields(BuildOptions)} - {"settings", "checkpoints", "device"}
+    if unknown := sorted(set(mode_config) - settings - others):
+        raise UnusableInput(f"mode_config has unknown entries: {', '.join(unknown)}")
+    paths = {name: Path(mode_config[name]) for name in ("manifest", "cache_dir") if mode_config.get(name)}
+    return BuildOptions(
+        settings=Settings(**{"mode": mode, **{k: v for k, v in mode_config.items() if k in settings}}),
+        checkpoints=Path(directory) if directory is not None else None,
+        device=device,
+        **{**{k: v for k, v in mode_config.items() if k in others}, **paths},
+    )

@@ -1,0 +1,114 @@
+"""The verdict: seldom wrong where nothing differs, seldom silent where something does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from bench.compare.student import probability_below, quantile
+from bench.compare.verdict import ratio_of
+
+TABLE = [
+    (0.975, 1, 12.7062047364),
+    (0.975, 2, 4.3026527297),
+    (0.975, 5, 2.5705818356),
+    (0.975, 30, 2.0422724563),
+    (0.995, 1, 63.6567411629),
+    (0.995, 4, 4.6040948713),
+    (0.995, 8, 3.3553873313),
+    (0.995, 100, 2.6258905214),
+    (0.9995, 10, 4.5868938587),
+    (0.95, 120, 1.6576508993),
+]
+"""Published quantiles of Student's t: probability, degrees of freedom, t."""
+
+
+@pytest.mark.parametrize(("probability", "freedom", "t"), TABLE)
+def test_the_quantiles_are_those_of_the_tables(probability: float, freedom: float, t: float) -> None:
+    assert quantile(probability, freedom) == pytest.approx(t, rel=1e-9)
+    assert quantile(1 - probability, freedom) == pytest.approx(-t, rel=1e-7)
+
+
+def test_with_one_degree_of_freedom_it_is_cauchys_and_with_many_the_normal_distribution() -> None:
+    for t in (-3.0, -0.1, 0.0, 0.7, 40.0):
+        assert probability_below(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, abs=1e-12)
+        assert probability_below(t, 1e6) == pytest.approx(0.5 * math.erfc(-t / math.sqrt(2)), abs=1e-6)
+
+
+@example(0.5000000000000001, 0.5000000000000001)
+@given(st.floats(0.001, 0.999), st.floats(0.5, 500))
+def test_a_quantile_has_its_probability_below_it(probability: float, freedom: float) -> None:
+    assert probability_below(quantile(probability, freedom), freedom) == pytest.approx(probability, abs=1e-9)
+
+
+@pytest.mark.parametrize(("probability", "freedom"), [(0.0, 5), (1.0, 5), (0.5, 0), (0.5, float("nan"))])
+def test_what_has_no_quantile_is_an_error(probability: float, freedom: float) -> None:
+    with pytest.raises(ValueError, match="degrees of freedom"):
+        quantile(probability, freedom)
+
+
+def a_try(random: np.random.Generator, factor: float, n: int = 5, noise: float = 0.01) -> str | None:
+    base, side = random.lognormal(7, noise, n), factor * random.lognormal(7, noise, n)
+    return ratio_of(base.tolist(), side.tolist()).judged
+
+
+@pytest.mark.parametrize(("n", "noise"), [(5, 0.01), (5, 0.05), (12, 0.05)])
+def test_equal_sides_are_called_different_in_at_most_2_percent_of_1000_tries(n: int, noise: float) -> None:
+    random = np.random.default_rng(1)
+    different = sum(a_try(random, 1.0, n, noise) != "no difference shown" for _ in range(1000))
+    assert different <= 20
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.05, "slower"), (1 / 1.05, "faster")])
+def test_5_percent_at_1_percent_of_noise_is_found_in_at_least_95_percent_of_1000_tries(
+    factor: float, found: str
+) -> None:
+    random = np.random.default_rng(2)
+    assert sum(a_try(random, factor) == found for _ in range(1000)) >= 950
+
+
+def test_below_five_samples_there_is_a_ratio_and_no_verdict() -> None:
+    four = ratio_of([100, 101, 99, 100], [200, 201, 199, 200])
+    assert four.value == pytest.approx(2, rel=1e-3)
+    assert four.judged is None
+    assert four.low is not None
+    one = ratio_of([100] * 9, [200])
+    assert (one.low, one.high, one.judged) == (None, None, None)
+
+
+def test_a_difference_of_1_percent_is_none_however_sure_it_is() -> None:
+    judged = [ratio_of([100.0] * 9, [100.0 * factor] * 9).judged for factor in (0.991, 1.009, 1.02)]
+    assert judged == ["no difference shown", "no difference shown", "slower"]
+
+
+def test_the_interval_is_welchs() -> None:
+    """Worked by hand: means 0 and ln 1.1 of logs, variances 0.01 and 0.04 over 5 and 6 samples."""
+    base = [math.exp(0.1 * x) for x in (-math.sqrt(2), 0, 0, 0, math.sqrt(2))]
+    side = [1.1 * math.exp(0.2 * x) for x in (-math.sqrt(2.5), 0, 0, 0, 0, math.sqrt(2.5))]
+    parts = 0.01 / 5, 0.04 / 6
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 5)
+    half = quantile(0.995, freedom) * math.sqrt(sum(parts))
+    found = ratio_of(base, side)
+    assert found.value == pytest.approx(1.1)
+    assert found.low == pytest.approx(1.1 * math.exp(-half))
+    assert found.high == pytest.approx(1.1 * math.exp(half))
+
+
+@given(st.lists(st.floats(1, 1e6), min_size=5, max_size=9), st.lists(st.floats(1, 1e6), min_size=5, max_size=9))
+def test_turned_round_the_verdict_turns_round(base: list[float], side: list[float]) -> None:
+    there, back = ratio_of(base, side), ratio_of(side, base)
+    assert there.value == pytest.approx(1 / back.value)
+    assert {there.judged, back.judged} in ({"faster", "slower"}, {"no difference shown"}) or (
+        abs(there.value - 1) < 0.0102  # 1.01 and 1 / 1.01 are not equally far from 1
+    )
+
+
+@pytest.mark.parametrize(("base", "side"), [([1e-300] * 5, [1e300] * 5), ([1e-20, 1e24], [1e-20, 1e24])])
+def test_a_ratio_beyond_all_floats_is_infinite_and_no_traceback(base: list[float], side: list[float]) -> None:
+    there, back = ratio_of(base, side), ratio_of(side, base)
+    assert there.high == math.inf
+    assert {there.judged, back.judged} in ({"slower", "faster"}, {None})

@@ -1,0 +1,330 @@
+"""The command line: the guide's words are understood, and what is not is refused with the flag's name."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.cli.main import main
+from bench.options.flags import (
+    VERBS,
+    PackOptions,
+    PromptsOptions,
+    RunOptions,
+    VerifyOptions,
+    parse,
+)
+from bench.options.verb_flags import CompareOptions, ReportOptions
+from bench.run.run import build_options
+from wsm.errors import UnusableInput
+from wsm.settings import Settings
+
+GUIDE = """
+  --checkpoints /home/roger/.llama/checkpoints/Llama3.1-70B
+  --mode mixed
+  --raw-device /dev/nvme0n1p4
+  --manifest /data1/70b-fixed.runtime_manifest.json
+  --prompts /home/roger/llama3-inference/prompts/prompts_batch512_len2048.txt
+  --batch-size 1
+  --max-new-tokens 32
+  --max-seq-len 2048
+  --temperature 0.6
+  --top-p 0.9
+  --warmup-rounds 1
+  --prefetch-distance 6
+  --group-prefetch-depth 4
+  --gpu-cached-layers 4
+  --cpu-cache-layers 40
+  --warmup-layers 4
+  --staging-mb 64
+  --topk-blk 8
+  --out-json bench_70B_results.json
+  --verbose
+"""
+"""The quick-start guide's one-line configuration, word for word."""
+PLACES = {"checkpoints", "raw_device", "manifest", "prompts", "out_json", "verbose"}
+"""What the guide's command says of one user's machine; the rest are the defaults."""
+
+
+def options_of(*argv: str) -> RunOptions:
+    verb, options = parse(argv)
+    assert verb == "run"
+    assert isinstance(options, RunOptions)
+    return options
+
+
+def values_of(options: RunOptions) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in RunOptions.__slots__}
+    return {**values, **values.pop("engine")}
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UnusableInput) as caught:
+        parse(argv)
+    return str(caught.value)
+
+
+# -- the guide
+
+
+def test_the_guides_command_line_is_understood_word_for_word() -> None:
+    options = options_of(*shlex.split(GUIDE))
+    assert options.checkpoints == Path("/home/roger/.llama/checkpoints/Llama3.1-70B")
+    assert options.raw_device == "/dev/nvme0n1p4"
+    assert options.manifest == Path("/data1/70b-fixed.runtime_manifest.json")
+    assert options.prompts == Path("/home/roger/llama3-inference/prompts/prompts_batch512_len2048.txt")
+    assert options.out_json == Path("bench_70B_results.json")
+    assert options.verbose
+    assert (options.temperature, options.top_p) == (0.6, 0.9)
+
+
+def test_the_defaults_are_the_guides_configuration() -> None:
+    guide, default = values_of(options_of(*shlex.split(GUIDE))), values_of(options_of())
+    assert {name for name in guide if guide[name] != default[name]} == PLACES
+
+
+def test_flags_and_settings_have_the_same_defaults() -> None:
+    settings = Settings()
+    assert options_of().engine == {name: getattr(settings, name) for name in options_of().engine}
+
+
+def test_the_result_goes_to_bench_results_json_unless_told_otherwise() -> None:
+    assert options_of().out_json == Path("bench_results.json")
+
+
+# -- spellings
+
+
+@pytest.mark.parametrize("argv", [["--load_model=False"], ["--load-model", "False"], ["--load-model=0"]])
+def test_load_model_is_taken_in_both_spellings(argv: list[str]) -> None:
+    assert options_of(*argv).load_model is False
+
+
+def test_load_model_true_goes_with_the_modes_that_load_it() -> None:
+    assert options_of("--load_model", "True", "--mode", "full").load_model is True
+    assert options_of("--load_model", "True", "--mode", "preload").load_model is True
+    assert options_of().load_model is None
+
+
+def test_temperature_zero_topk_zero_and_no_warm_up_are_allowed() -> None:
+    options = options_of("--temperature", "0", "--topk-blk", "0", "--warmup-rounds", "0", "--gpu-cached-layers", "0")
+    assert (options.temperature, options.topk_blk, options.warmup_rounds) == (0, 0, 0)
+    assert options.engine["gpu_cached_layers"] == 0
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--batch-size", "0"),
+        ("--batch-size", "-1"),
+        ("--batch-size", "two"),
+        ("--batch-size", "1.5"),
+        ("--max-new-tokens", "0"),
+        ("--max-seq-len", "1"),
+        ("--prompt-len", "0"),
+        ("--temperature", "-0.1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top-p", "0"),
+        ("--top-p", "1.1"),
+        ("--top-p", "nan"),
+        ("--seed", "-1"),
+        ("--warmup-rounds", "-1"),
+        ("--repeats", "0"),
+        ("--prefetch-distance", "0"),
+        ("--group-prefetch-depth", "0"),
+        ("--gpu-cached-layers", "-1"),
+        ("--cpu-cache-layers", "0"),
+        ("--warmup-layers", "-1"),
+        ("--staging-mb", "0"),
+        ("--topk-blk", "1"),
+        ("--topk-blk", "-1"),
+        ("--topk-blk", "all"),
+        ("--prefill-chunk-tokens", "0"),
+        ("--micro-batch", "0"),
+        ("--gpu-mem-gb", "0"),
+        ("--gpu-mem-gb", "inf"),
+        ("--cpu-mem-gb", "-3"),
+        ("--cpu-mem-gb", "nan"),
+        ("--mode", "hybrid"),
+        ("--load-model", "maybe"),
+        ("--output", "xml"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_its_flags_name(flag: str, value: str) -> None:
+    sentence = refusal(f"{flag}={value}")
+    assert flag in sentence
+    assert "\n" not in sentence
+
+
+def test_a_flag_that_is_not_known_is_named() -> None:
+    assert "--gpu-cached-layer5" in refusal("--gpu-cached-layer5", "4")
+
+
+def test_a_flag_without_its_value_is_named() -> None:
+    assert "--mode" in refusal("--mode")
+
+
+@pytest.mark.parametrize("abbreviation", ["--prefetch", "--gpu-cached", "--batch", "--max-new", "--no-pro"])
+def test_flags_are_not_guessed_from_their_beginning(abbreviation: str) -> None:
+    assert abbreviation in refusal(abbreviation, "4")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("--prompts=a.txt", "--prompt=b"),
+        ("--prompts=a.txt", "--prompt-len=4"),
+        ("--prompt=b", "--prompt-len=4"),
+    ],
+)
+def test_two_sources_of_prompts_exclude_each_other(pair: tuple[str, str]) -> None:
+    sentence = refusal(*pair)
+    assert all(flag.partition("=")[0] in sentence for flag in pair)
+
+
+def test_an_empty_prompt_still_counts_as_given() -> None:
+    assert "--prompt-len" in refusal("--prompt", "", "--prompt-len", "4")
+
+
+def test_new_tokens_must_leave_room_for_a_prompt() -> None:
+    sentence = refusal("--max-new-tokens", "2048")
+    assert "--max-new-tokens" in sentence
+    assert "--max-seq-len" in sentence
+    assert options_of("--max-new-tokens", "2047").max_new_tokens == 2047
+
+
+@pytest.mark.parametrize("mode", ["mixed", "stream"])
+def test_a_streaming_mode_cannot_load_the_whole_model(mode: str) -> None:
+    assert "--load-model" in refusal("--load_model=True", "--mode", mode)
+
+
+def test_two_models_exclude_each_other(tmp_path: Path) -> None:
+    argv = ["--checkpoints", str(tmp_path), "--synthetic", "Llama-3.1-8B", "--out-json", str(tmp_path / "o.json")]
+    assert main(argv) == 2
+
+
+# -- from the command line to the terminal
+
+
+def test_a_bad_flag_gives_exit_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--topk-blk", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "--topk-blk" in err
+
+
+def test_verbose_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--verbose", "--topk-blk", "1"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*verb.split(), "--help"])
+    assert caught.value.code == 0
+    assert verb in capsys.readouterr().out
+
+
+# -- verbs
+
+
+@pytest.mark.parametrize("argv", [[], ["--mode", "full"], ["run", "--mode", "full"]])
+def test_run_is_the_default_verb(argv: list[str]) -> None:
+    verb, options = parse(argv)
+    assert verb == "run"
+    assert isinstance(options, RunOptions)
+
+
+def test_plan_takes_the_flags_of_a_run() -> None:
+    verb, options = parse(["plan", *shlex.split(GUIDE)])
+    assert verb == "plan"
+    assert options == options_of(*shlex.split(GUIDE))
+
+
+def test_plan_checks_contradictions_too() -> None:
+    assert "--load-model" in refusal("plan", "--load-model=True")
+
+
+def test_pack_takes_several_targets() -> None:
+    verb, options = parse(["pack", "--to", "/dev/a,/dev/b", "--manifest", "m.json", "--checkpoints", "c", "--force"])
+    assert verb == "pack"
+    assert isinstance(options, PackOptions)
+    assert options.to == ("/dev/a", "/dev/b")
+    assert (options.manifest, options.checkpoints) == (Path("m.json"), Path("c"))
+    assert options.force
+    assert not options.yes
+    assert (options.synthetic, options.dtype) == (None, None)
+
+
+@pytest.mark.parametrize("missing", ["--to", "--manifest"])
+def test_pack_asks_for_target_and_manifest(missing: str) -> None:
+    given = {"--to": "t", "--manifest": "m"}
+    del given[missing]
+    assert missing in refusal("pack", *(word for pair in given.items() for word in pair))
+
+
+@pytest.mark.parametrize("targets", ["", "a,", ",a", "a,,b"])
+def test_pack_refuses_a_target_without_a_name(targets: str) -> None:
+    assert "--to" in refusal("pack", f"--to={targets}", "--manifest", "m")
+
+
+def test_verify_takes_its_store() -> None:
+    verb, options = parse(["verify", "--manifest", "m", "--raw-device", "/dev/a", "--staging-mb", "8"])
+    assert verb == "verify"
+    expected = VerifyOptions(Path("m"), raw_device="/dev/a", checkpoints=None, staging_mb=8, verbose=False)
+    assert options == expected
+    assert "--manifest" in refusal("verify")
+
+
+def test_prompts_come_512_of_2048_tokens_as_in_the_guides_file() -> None:
+    verb, options = parse(["prompts", "--out", "p.txt"])
+    assert verb == "prompts"
+    assert isinstance(options, PromptsOptions)
+    assert (options.out, options.count, options.tokens, options.seed) == (Path("p.txt"), 512, 2048, 0)
+    assert options.checkpoints is None
+    assert "--out" in refusal("prompts")
+    assert "--tokens" in refusal("prompts", "--out", "p", "--tokens", "0")
+
+
+def test_compare_takes_results_a_threshold_and_a_form() -> None:
+    verb, options = parse(["compare", "a.json", "b", "--threshold", "3", "-o", "csv"])
+    assert verb == "compare"
+    assert options == CompareOptions((Path("a.json"), Path("b")), threshold=3.0, output="csv", verbose=False)
+    assert "RESULT" in refusal("compare")
+    assert "--threshold" in refusal("compare", "a", "b", "--threshold", "-1")
+
+
+def test_report_takes_results_and_where_to_write() -> None:
+    verb, options = parse(["report", "a.json", "--png", "plots"])
+    assert verb == "report"
+    assert options == ReportOptions((Path("a.json"),), Path("report.html"), Path("plots"), verbose=False)
+    assert "RESULT" in refusal("report")
+
+
+def test_a_flag_of_another_verb_is_refused() -> None:
+    assert "--to" in refusal("run", "--to", "x")
+    assert "--batch-size" in refusal("pack", "--to", "x", "--manifest", "m", "--batch-size", "2")
+
+
+def test_a_verb_that_is_not_known_is_named() -> None:
+    assert "pakc" in refusal("pakc", "--force")
+
+
+def test_another_seed_is_of_the_same_synthetic_weights() -> None:
+    """So another draw of tokens packs nothing anew."""
+    built = [
+        build_options(options)[0]
+        for seed in ("1", "2")
+        if isinstance(options := parse(["--synthetic", "Llama-3.2-1B:layers=1", "--seed", seed])[1], RunOptions)
+    ]
+    assert built[0] == built[1]
+    assert "--seed" in refusal("pack", "--to", "t", "--manifest", "m", "--seed", "1")

@@ -1,0 +1,635 @@
+"""The JSON: what its figures mean, which round they come from, and what its schema says of a real run."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.cli.main import main
+from bench.options.flags import RunOptions
+from bench.result.results import FIXED_KEYS, METRICS, SCHEMA_VERSION, dump, read_result, significant
+from bench.result.schema_doc import read_schema
+from bench.result.summary import ConsoleReporter, row, summary, table
+from bench.run.measure import Round
+from bench.run.phases import (
+    drive_warnings,
+    floor_of,
+    io_part,
+    load_part,
+    median_round,
+    phase_part,
+    plan_warnings,
+    prediction_warnings,
+    repeats_part,
+    round_metrics,
+    tpot_part,
+)
+from llama.generation import Generation
+from tests.plans import inputs_for
+from wsm.engine.telemetry import PhaseStats, Transfer
+from wsm.errors import UnusableInput
+from wsm.layout.groups import GroupId
+from wsm.plan.ceilings import Ceiling
+from wsm.plan.floor import decode_work, predicted_floor, prefill_work
+from wsm.plan.plan import make_plan
+from wsm.settings import ECHOED_ONLY, PRESETS, Settings
+
+GUIDE = json.loads("""{
+  "batch_size": 1, "max_new_tokens": 32, "prompt_lens": [2016],
+  "prefill_tokens_total": 2016, "decode_tokens_total": 32,
+  "prefill_ms": 1200.123, "first_token_decode_ms": 34.444, "ttft_ms": 1234.567, "decode_ms": 890.234,
+  "e2e_ms": 2090.357, "throughput_tok_s": 35.87, "end_to_end_tok_s": 28.34,
+  "io_bw_MBps": {"weight_h2d_MBps": 3456.78, "kv_h2d_MBps": 234.56, "kv_d2h_MBps": 189.12},
+  "gpu_mem_GB": {"allocated_GB": 22.45, "reserved_GB": 23.12},
+  "mode": "mixed", "device": "cuda:0",
+  "wsm": {"enabled": true, "ssd_enabled": true, "gpu_max_groups": 10}
+}""")
+"""The quick-start guide's example."""
+MODES = ("mixed", "stream", "preload", "full")
+
+
+def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0, rows: int = 1, new: int = 8) -> Round:
+    """A round that started at second 100; token 1 came ``first_s`` after the prefill, the rest evenly until the end."""
+    after = 100.0 + prefill_s
+    pace = (decode_s - first_s) / max(1, new - 1)
+    return Round(
+        generation=Generation([[7] * new] * rows, prefill_tokens=24 * rows, prefill_passes=1, decode_passes=new - 1),
+        start=100.0,
+        prefill_done=after,
+        tokens_at=tuple(after + first_s + pace * n for n in range(new)),
+        done=after + decode_s,
+        steps=(0, 8, 8 * new),
+        passes=(0, 1, new),
+        complete_at_start=True,
+    )
+
+
+def stats_of(
+    name: str = "decode",
+    *,
+    used: Mapping[str, int] | None = None,
+    moved: Mapping[str, int] | None = None,
+    busy: Mapping[str, float | None] | None = None,
+    flops: int = 0,
+    hbm_bytes: int = 0,
+    passes: int = 2,
+    wall_ms: float = 100.0,
+) -> PhaseStats:
+    nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h"), 0)
+    unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h"))
+    return PhaseStats(
+        name=name,
+        passes=passes,
+        wall_ms=wall_ms,
+        bytes={**nothing, **(used or {})},
+        bytes_moved={**nothing, **(moved or {})},
+        busy_ms={**unmeasured, **(busy or {})},
+        stall_ms={"ssd": None, "h2d": None},
+        idle_ms={"ssd": None, "h2d": None, "compute": None},
+        flops=flops,
+        hbm_bytes=hbm_bytes,
+    )
+
+
+def ceilings_of(**values: float) -> dict[str, Ceiling]:
+    return {
+        name: Ceiling(value, value, "TFLOPs" if name == "matmul" else "MBps", 1.0, "") for name, value in values.items()
+    }
+
+
+def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
+    def reads(*rates: float) -> list[Transfer]:
+        made, now = [], 0.0
+        for place, rate in enumerate(rates):
+            made.append(Transfer(GroupId(place, "ffn"), place, round(rate * 1e6), now, now + 1.0))
+            now += 1.0
+        return made
+
+    steady, slowing = reads(*[1000] * 12), reads(*[2000] * 6, *[1000] * 6)
+    assert drive_warnings(steady, (0.0, 12.0)) == []
+    assert "from 2000 to 1000 MB/s" in drive_warnings(slowing, (0.0, 12.0))[0]
+    assert drive_warnings(slowing, (0.0, 5.0)) == []
+
+
+def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
+    residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n, n + 0.5) for n in range(4)]
+    streamed = [Transfer(GroupId(n, "ffn"), 2 * n + 1, 500_000_000, n + 0.5, n + 1.0) for n in range(9)]
+    loaded = load_part([*residents, *streamed], ceilings_of(ssd=1250.0))
+    assert loaded == {"read_bytes": 2_000_000_000, "read_MBps": 1000.0, "ssd_pct": 80.0}
+    assert load_part([*residents], {})["ssd_pct"] is None
+    assert load_part([], {})["read_bytes"] == 0
+    assert load_part(None, {})["read_bytes"] is None
+
+
+# -- figures of a round
+
+
+def test_ttft_is_prefill_and_first_token_and_e2e_is_prefill_and_decode() -> None:
+    metrics = round_metrics(a_round(prefill_s=2, first_s=0.5, decode_s=4))
+    assert metrics["prefill_ms"] == pytest.approx(2000)
+    assert metrics["first_token_decode_ms"] == pytest.approx(500)
+    assert metrics["ttft_ms"] == pytest.approx(2500)
+    assert metrics["decode_ms"] == pytest.approx(4000)
+    assert metrics["e2e_ms"] == pytest.approx(6000)
+
+
+def test_throughput_counts_new_tokens_over_the_time_of_the_decode() -> None:
+    metrics = round_metrics(a_round(prefill_s=2, decode_s=4, rows=3, new=8))
+    assert metrics["decode_tokens_total"] == 24
+    assert metrics["throughput_tok_s"] == pytest.approx(24 / 4)
+    assert metrics["end_to_end_tok_s"] == pytest.approx(24 / 6)
+    assert metrics["total_tok_s"] == pytest.approx((24 + 3 * 24) / 6)
+
+
+def test_a_passs_time_runs_from_token_to_token() -> None:
+    timed = a_round(first_s=0.5, decode_s=4, new=8)
+    assert timed.pass_ms == pytest.approx([500] * 7)
+    assert sum(timed.pass_ms) + timed.first_token_ms == pytest.approx(timed.decode_ms)
+
+
+# -- rounds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [([5], 0), ([9, 1], 1), ([1, 9], 0), ([3, 1, 2], 2), ([4, 1, 3, 2], 3), ([2, 2, 2, 2], 1)],
+)
+def test_the_median_round_is_a_real_one_and_of_two_the_faster(seconds: list[float], chosen: int) -> None:
+    assert median_round([a_round(decode_s=s) for s in seconds]) == chosen
+
+
+def test_the_median_round_is_that_of_e2e_not_of_the_decode() -> None:
+    rounds = [
+        a_round(prefill_s=10, decode_s=1),
+        a_round(prefill_s=1, decode_s=2),
+        a_round(prefill_s=1, decode_s=3),
+    ]
+    assert median_round(rounds) == 2
+
+
+def test_repeats_keep_every_round_in_order_and_its_spread() -> None:
+    part = repeats_part([a_round(decode_s=s) for s in (4, 2, 6, 3)])
+    decode = part["statistics"]["decode_ms"]
+    assert part["n"] == decode["n"] == 4
+    assert [raw["decode_ms"] for raw in part["raw"]] == pytest.approx([4000, 2000, 6000, 3000])
+    assert (decode["median"], decode["mean"]) == pytest.approx((3500, 3750))
+    assert (decode["min"], decode["max"]) == pytest.approx((2000, 6000))
+    assert decode["stdev"] == pytest.approx(math.sqrt((250**2 + 1750**2 + 2250**2 + 750**2) / 3))
+    assert set(part["statistics"]) == set(METRICS)
+
+
+def test_one_round_has_no_deviation() -> None:
+    assert repeats_part([a_round()])["statistics"]["ttft_ms"]["stdev"] is None
+
+
+def test_tpot_percentiles_are_passes_that_took_place() -> None:
+    assert tpot_part([float(n) for n in range(100, 0, -1)]) == {
+        "mean": 50.5,
+        "p50": 50.0,
+        "p90": 90.0,
+        "max": 100.0,
+        "n": 100,
+    }
+    assert tpot_part([7.0]) == {"mean": 7.0, "p50": 7.0, "p90": 7.0, "max": 7.0, "n": 1}
+
+
+def test_without_decode_passes_there_is_no_tpot() -> None:
+    assert tpot_part([]) is None
+
+
+@given(st.lists(st.floats(0.001, 1e6), min_size=1))
+def test_at_least_nine_tenths_of_the_passes_took_no_longer_than_p90(pass_ms: list[float]) -> None:
+    part = tpot_part(pass_ms)
+    assert part is not None
+    for name, share in (("p50", 0.5), ("p90", 0.9)):
+        assert part[name] in pass_ms
+        assert sum(ms <= part[name] for ms in pass_ms) >= share * len(pass_ms)
+    assert part["p50"] <= part["p90"] <= part["max"]
+
+
+# -- floor
+
+
+@pytest.mark.parametrize(
+    ("bound", "floor_ms", "stats"),
+    [
+        ("ssd", 2000, stats_of(moved={"ssd_read": 2 * 10**9, "weight_h2d": 10**9})),
+        ("h2d", 500, stats_of(moved={"weight_h2d": 5 * 10**9}, hbm_bytes=10**9)),
+        ("h2d", 300, stats_of(moved={"weight_h2d": 2 * 10**9, "kv_h2d": 10**9}, hbm_bytes=10**9)),
+        ("d2h", 400, stats_of(moved={"kv_d2h": 2 * 10**9}, hbm_bytes=10**9)),
+        ("hbm", 70, stats_of(moved={"weight_h2d": 10**8}, hbm_bytes=70 * 10**9)),
+        ("compute", 9000, stats_of(moved={"weight_h2d": 10**8}, hbm_bytes=10**9, flops=900 * 10**12)),
+    ],
+)
+def test_the_floor_is_the_longest_of_what_each_tier_needs(bound: str, floor_ms: float, stats: PhaseStats) -> None:
+    ceilings = ceilings_of(ssd=1000, h2d=10_000, d2h=5000, hbm=1_000_000, matmul=100, h2d_with_ssd=10_000)
+    assert floor_of(stats, ceilings) == (pytest.approx(floor_ms), bound)
+
+
+def test_a_run_that_moves_what_was_planned_has_the_plans_floor() -> None:
+    ceilings = ceilings_of(ssd=1000, h2d=10_000, d2h=5000, hbm=1_000_000, matmul=100)
+    for settings in (Settings(), Settings(mode="stream"), Settings(mode="full")):
+        plan = make_plan(inputs_for(settings=settings))
+        rates = {name: ceiling.value for name, ceiling in ceilings.items()}
+        for name, floor in predicted_floor(plan, rates).items():
+            rows = {float(plan.shape.prompt_tokens): plan.shape.batch}
+            shape = plan.inputs.config, rows, floor.passes, plan.inputs.dtype.itemsize
+            work = prefill_work(*shape) if name == "prefill" else decode_work(*shape, plan.inputs.kv_token_bytes)
+            moved = {tier: plan.bytes_per_pass[tier] * floor.passes for tier in ("ssd_read", "weight_h2d")}
+            stats = stats_of(name, moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+            assert floor_of(stats, ceilings) == (pytest.approx(floor.ms * floor.passes), floor.bound_by)
+
+
+def test_the_links_ceiling_is_its_best_rate_even_while_the_ssd_is_read() -> None:
+    """A floor may not be beaten, and the rate beside the SSD may be."""
+    ceilings = ceilings_of(ssd=1000, h2d=10_000, h2d_with_ssd=1000)
+    stats = stats_of(moved={"ssd_read": 10**7, "weight_h2d": 10**9})
+    assert floor_of(stats, ceilings) == (pytest.approx(100), "h2d")
+
+
+def test_what_was_staged_before_the_clock_lowers_no_floor() -> None:
+    """The floor comes from bytes that moved inside the phase, not from those its passes used."""
+    ceilings = ceilings_of(h2d=1000)
+    stats = stats_of(used={"weight_h2d": 10**9}, moved={"weight_h2d": 10**8})
+    assert floor_of(stats, ceilings) == (pytest.approx(100), "h2d")
+
+
+@pytest.mark.parametrize("missing", ["ssd", "h2d", "d2h", "hbm", "matmul"])
+def test_without_a_ceiling_that_is_needed_the_floor_is_not_known(missing: str) -> None:
+    ceilings = ceilings_of(ssd=1, h2d=1, d2h=1, hbm=1, matmul=1)
+    del ceilings[missing]
+    moved = {"ssd_read": 1, "weight_h2d": 1, "kv_d2h": 1}
+    stats = stats_of(moved=moved, flops=1, hbm_bytes=1)
+    assert floor_of(stats, ceilings) == (None, None)
+    part = phase_part(stats, ceilings)
+    assert (part["floor_ms"], part["bound_by"], part["roofline_pct"]) == (None, None, None)
+
+
+def test_a_ceiling_that_is_not_needed_may_be_missing() -> None:
+    assert floor_of(stats_of(hbm_bytes=10**9), ceilings_of(hbm=1000)) == (pytest.approx(1000), "hbm")
+
+
+def test_a_phase_without_work_has_no_floor() -> None:
+    assert floor_of(stats_of(), ceilings_of(hbm=1)) == (None, None)
+
+
+def test_roofline_is_the_floors_share_of_the_measured_time() -> None:
+    part = phase_part(stats_of(hbm_bytes=10**9, wall_ms=4000), ceilings_of(hbm=1000))
+    assert part["roofline_pct"] == pytest.approx(25)
+
+
+@pytest.mark.parametrize(("spread", "told"), [(4.9, None), (5.1, 5.1)])
+def test_a_ceiling_that_varied_by_more_than_5_percent_is_told(spread: float, told: float | None) -> None:
+    ceilings = {"matmul": Ceiling(1.0, 1.0, "TFLOPs", spread, "")}
+    assert phase_part(stats_of(flops=10**12), ceilings)["ceiling_spread_pct"] == told
+
+
+def test_the_spread_told_is_that_of_the_rate_the_floor_was_made_with() -> None:
+    ceilings = {
+        "ssd": Ceiling(1e6, 1e6, "MBps", 50.0, ""),
+        "h2d": Ceiling(1000.0, 1000.0, "MBps", 30.0, ""),
+        "h2d_with_ssd": Ceiling(1000.0, 1000.0, "MBps", 7.0, ""),
+    }
+    part = phase_part(stats_of(moved={"ssd_read": 1000, "weight_h2d": 10**9}), ceilings)
+    assert part["bound_by"] == "h2d"
+    assert part["ceiling_spread_pct"] == 30.0
+
+
+# -- rates and warnings
+
+
+def test_io_rates_are_bytes_over_busy_time_of_both_phases() -> None:
+    first = stats_of(moved={"weight_h2d": 10**9}, busy={"h2d": 100.0})
+    second = stats_of(moved={"weight_h2d": 2 * 10**9}, busy={"h2d": 200.0})
+    assert io_part([first, second])["weight_h2d_MBps"] == pytest.approx(10_000)
+
+
+@pytest.mark.parametrize("busy", [None, 0.0])
+def test_where_nothing_moved_there_is_no_rate(busy: float | None) -> None:
+    rates = io_part([stats_of(busy={"h2d": busy})] * 2)
+    assert rates == {"weight_h2d_MBps": None, "kv_h2d_MBps": None, "kv_d2h_MBps": None}
+
+
+def test_bytes_whose_time_was_not_measured_give_no_rate() -> None:
+    assert io_part([stats_of(moved={"weight_h2d": 10**9})])["weight_h2d_MBps"] is None
+
+
+@pytest.mark.parametrize(("used", "warned"), [(2000, 0), (2020, 0), (1980, 0), (2021, 1), (1979, 1), (0, 1)])
+def test_a_phase_that_used_other_bytes_than_planned_by_over_1_percent_is_warned_of(used: int, warned: int) -> None:
+    stats = stats_of(used={"weight_h2d": used, "ssd_read": 1000}, passes=2)
+    lines = plan_warnings({"decode": stats}, {"weight_h2d": 1000, "ssd_read": 500})
+    assert len(lines) == warned
+    assert all("decode" in line and "weight_h2d" in line for line in lines)
+
+
+def test_reads_that_nobody_planned_are_warned_of() -> None:
+    stats = stats_of(used={"ssd_read": 5}, passes=2)
+    [line] = plan_warnings({"prefill": stats}, {"weight_h2d": 0, "ssd_read": 0})
+    assert "ssd_read" in line
+
+
+# -- the text
+
+
+def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
+    phases = {
+        "prefill": stats_of("prefill", passes=1, wall_ms=104),
+        "decode": stats_of("decode", passes=2, wall_ms=212),
+    }
+    (line,) = prediction_warnings(phases, {"prefill": 100.0, "decode": 100.0})
+    assert line.startswith("decode: took 212 ms, 200 were predicted")
+    assert prediction_warnings(phases, {"prefill": 100.0, "decode": None}) == []
+    assert len(prediction_warnings(phases, {"prefill": 110.0, "decode": 112.0})) == 2
+
+
+def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
+    stats = stats_of("prefill", passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
+    assert prediction_warnings({"prefill": stats}, {"prefill": 100.0}) == []
+
+
+def test_numbers_keep_six_significant_digits() -> None:
+    value = {"a": [1234.5678, 0.000123456789], "b": 123456789.0, "n": 123456789, "t": (True, None, "1.23456789")}
+    kept = significant(value)
+    assert kept == {"a": [1234.57, 0.000123457], "b": 123457000.0, "n": 123456789, "t": [True, None, "1.23456789"]}
+
+
+def test_what_is_not_finite_becomes_null() -> None:
+    assert significant([math.inf, -math.inf, math.nan]) == [None, None, None]
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False))
+def test_rounding_loses_less_than_the_sixth_digit(value: float) -> None:
+    kept = significant(value)
+    if kept is not None:
+        assert kept == pytest.approx(value, rel=5.1e-6)
+        assert significant(kept) == kept
+
+
+def test_the_fixed_keys_are_the_guides_and_stand_first_in_its_order() -> None:
+    assert list(FIXED_KEYS) == list(GUIDE)
+    shuffled = {"schema_version": 1, **dict.fromkeys(reversed(GUIDE), 0), "warnings": []}
+    written = list(json.loads(dump(shuffled)))
+    assert written == [*GUIDE, "schema_version", "warnings"]
+
+
+def test_text_stays_readable_in_the_file() -> None:
+    result = {**dict.fromkeys(FIXED_KEYS, 0), "texts": ["你好"]}
+    assert "你好" in dump(result)
+
+
+def test_an_argument_that_is_no_text_costs_no_result() -> None:
+    """Python hands such bytes on as halves of surrogate pairs, which no file can be written with."""
+    result = {**dict.fromkeys(FIXED_KEYS, 0), "argv": ["caf\udce9"]}
+    assert json.loads(dump(result).encode("utf-8"))["argv"] == ["caf\udce9"]
+
+
+# -- reading back
+
+
+def stored(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps({**dict.fromkeys(FIXED_KEYS, 0), "schema_version": SCHEMA_VERSION, **changes}))
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UnusableInput) as caught:
+        read_result(path)
+    sentence = str(caught.value)
+    assert str(path) in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    assert read_result(stored(tmp_path / "r.json"))["batch_size"] == 0
+
+
+def test_a_missing_result_is_named(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "none.json")
+
+
+def test_a_directory_is_no_result(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"batch_size": 1', b"\xff\xfe", b"mode,device\nmixed,cpu\n"])
+def test_a_damaged_result_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "r.json"
+    path.write_bytes(content)
+    assert "no JSON" in refusal(path)
+
+
+def test_json_nested_beyond_reason_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("[" * 100_000)
+    assert "no JSON" in refusal(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"x"', "{}", '{"schema_version": 1}'])
+def test_json_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    assert "no result" in refusal(path)
+
+
+@pytest.mark.parametrize("version", ["1", None, 1.0, True])
+def test_a_version_that_is_no_whole_number_is_of_no_result(tmp_path: Path, version: object) -> None:
+    assert "no result" in refusal(stored(tmp_path / "r.json", schema_version=version))
+
+
+@pytest.mark.parametrize(("version", "age"), [(SCHEMA_VERSION + 1, "newer"), (SCHEMA_VERSION - 1, "older")])
+def test_a_result_of_another_schema_is_told_to_be_newer_or_older(tmp_path: Path, version: int, age: str) -> None:
+    assert age in refusal(stored(tmp_path / "r.json", schema_version=version))
+
+
+# -- the schema, and real runs held to it
+
+
+VALIDATOR = jsonschema.Draft202012Validator(
+    read_schema(), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+)
+
+
+def faults(result: object) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(result)]
+
+
+def subschemas(schema: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema inside ``schema`` that describes a value."""
+    yield path, schema
+    for key, inner in schema.get("properties", {}).items():
+        yield from subschemas(inner, f"{path}.{key}")
+    if "items" in schema:
+        yield from subschemas(schema["items"], f"{path}[]")
+    for name, inner in schema.get("$defs", {}).items():
+        yield from subschemas(inner, f"{path}#{name}")
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(read_schema())
+    assert read_schema()["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+def test_every_key_is_described_and_every_object_closed() -> None:
+    for path, part in subschemas(read_schema()):
+        assert "description" in part or "#" in path.rpartition(".")[2], f"{path} is not described"
+        if "properties" in part:
+            assert part["additionalProperties"] is False, f"{path} takes any key"
+
+
+def test_the_schema_begins_with_the_guides_keys() -> None:
+    assert list(read_schema()["properties"])[: len(FIXED_KEYS)] == list(FIXED_KEYS)
+
+
+def test_the_schema_knows_every_flag_setting_and_variable() -> None:
+    config = read_schema()["properties"]["config"]["properties"]
+    flags = set(RunOptions.__slots__) - {"engine"} | set(Settings.__slots__) | {"model"}
+    assert set(config["resolved"]["properties"]) == flags
+    assert set(config["environment"]["properties"]) == {*PRESETS, *ECHOED_ONLY}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A result of the built-in model in each mode; ``full`` has no ceilings."""
+    directory = tmp_path_factory.mktemp("runs")
+    results = {}
+    for mode in MODES:
+        out = directory / f"{mode}.json"
+        argv = ["--mode", mode, "--device", "cpu", "--cache-dir", str(directory / "cache"), "--out-json", str(out)]
+        argv += ["--prompt-len", "8", "--batch-size", "2", "--max-new-tokens", "4", "--seed", "1"]
+        argv += ["--print-text", "--repeats", "2"] if mode == "mixed" else ["--no-probe"] if mode == "full" else []
+        assert main(argv) == 0
+        results[mode] = json.loads(out.read_text(encoding="utf-8"))
+    return results
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_writes_what_the_schema_says(runs: Mapping[str, Any], mode: str) -> None:
+    assert faults(runs[mode]) == []
+
+
+def test_every_key_of_the_guides_example_is_in_the_schema_and_takes_its_value(runs: Mapping[str, Any]) -> None:
+    assert faults({**runs["mixed"], **GUIDE}) == []
+
+
+def test_the_schema_refuses_what_is_missing_new_or_zero_for_not_measured(runs: Mapping[str, Any]) -> None:
+    for key in runs["mixed"]:
+        lacking = {name: value for name, value in runs["mixed"].items() if name != key}
+        assert faults(lacking), f"{key} is not required"
+    changed = copy.deepcopy(runs["mixed"])
+    changed["phases"]["decode"]["surprise"] = 1
+    assert faults(changed)
+    changed = copy.deepcopy(runs["mixed"])
+    changed["io_bw_MBps"]["kv_h2d_MBps"] = 0.0
+    assert faults(changed)
+
+
+def test_the_fixed_keys_come_whole_from_the_median_round(runs: Mapping[str, Any]) -> None:
+    """Of two, the faster one: with an even number no figure is a mean of rounds."""
+    result = runs["mixed"]
+    faster = min(result["repeats"]["raw"], key=lambda raw: raw["e2e_ms"])
+    assert {name: result[name] for name in METRICS} == faster
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_figures_of_a_run_agree_with_each_other(runs: Mapping[str, Any], mode: str) -> None:
+    result = runs[mode]
+    assert result["ttft_ms"] == pytest.approx(result["prefill_ms"] + result["first_token_decode_ms"], rel=1e-5)
+    assert result["e2e_ms"] == pytest.approx(result["prefill_ms"] + result["decode_ms"], rel=1e-5)
+    assert result["throughput_tok_s"] == pytest.approx(
+        result["decode_tokens_total"] / result["decode_ms"] * 1e3, rel=1e-5
+    )
+    assert (result["mode"], result["prompt_lens"], result["prefill_tokens_total"]) == (mode, [8, 8], 16)
+    assert result["phases"]["prefill"]["wall_ms"] == result["prefill_ms"]
+    assert result["phases"]["decode"]["wall_ms"] == result["decode_ms"]
+    assert result["tpot_ms"]["n"] == result["decode_forward_passes"] == result["phases"]["decode"]["passes"]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", ["preload", "stream", "mixed"])
+def test_busy_stall_and_idle_explain_the_phase_to_1_percent(runs: Mapping[str, Any], mode: str, phase: str) -> None:
+    told = runs[mode]["phases"][phase]
+    explained = told["busy_ms"]["compute"] + (told["stall_ms"]["h2d"] or 0.0) + told["idle_ms"]["compute"]
+    assert explained == pytest.approx(told["wall_ms"], rel=0.01)
+
+
+def test_every_mode_gives_the_same_tokens(runs: Mapping[str, Any]) -> None:
+    assert len({result["output"]["sha256"] for result in runs.values()}) == 1
+
+
+def test_each_tier_moves_bytes_only_in_the_modes_that_stream_from_it(runs: Mapping[str, Any]) -> None:
+    moved = {mode: result["phases"]["decode"]["bytes"] for mode, result in runs.items()}
+    assert {mode for mode in MODES if moved[mode]["ssd_read"]} == {"mixed"}
+    assert {mode for mode in MODES if moved[mode]["weight_h2d"]} == {"mixed", "stream"}
+    for mode in ("mixed", "stream"):
+        planned = runs[mode]["plan"]["bytes_per_pass"]["weight_h2d"] * runs[mode]["phases"]["decode"]["passes"]
+        assert moved[mode]["weight_h2d"] == planned
+
+
+def test_without_ceilings_floors_are_null_and_a_warning_says_why(runs: Mapping[str, Any]) -> None:
+    result = runs["full"]
+    assert [phase["floor_ms"] for phase in result["phases"].values()] == [None, None]
+    assert any("--no-probe" in warning for warning in result["warnings"])
+
+
+def test_on_the_cpu_gpu_figures_are_null(runs: Mapping[str, Any]) -> None:
+    assert runs["mixed"]["gpu_mem_GB"] == {"allocated_GB": None, "reserved_GB": None}
+    assert any("CPU" in warning for warning in runs["mixed"]["warnings"])
+
+
+def test_texts_are_kept_only_if_asked_for(runs: Mapping[str, Any]) -> None:
+    assert len(runs["mixed"]["output"]["texts"]) == 2
+    assert runs["stream"]["output"]["texts"] is None
+
+
+# -- for the terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_chinese_letters_ends_no_run(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    ConsoleReporter(quiet=False, verbose=False).say("详细 JSON \udce9")
+    assert b"JSON" in written.getvalue()
+
+
+@pytest.mark.parametrize("part", ["phases", "memory", "output", "gpu_mem_GB"])
+def test_a_result_that_was_changed_by_hand_is_refused_in_a_sentence(runs: Mapping[str, Any], part: str) -> None:
+    with pytest.raises(UnusableInput, match="changed by hand"):
+        table([runs["stream"], {**runs["mixed"], part: None}])
+
+
+def test_the_summary_shows_the_guides_figures_and_the_floor(runs: Mapping[str, Any]) -> None:
+    text = summary(runs["mixed"])
+    assert "=== Benchmark Summary ===" in text
+    for name in METRICS:
+        assert f"{name}: {runs['mixed'][name]:.3f}" in text
+    assert "decode floor: " in text
+    assert "bound by" in text
+    assert "decode floor: not known" in summary(runs["full"])
+
+
+def test_a_table_has_a_line_for_each_result(runs: Mapping[str, Any]) -> None:
+    lines = table(list(runs.values())).splitlines()
+    assert len(lines) == 2 + len(MODES)
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split()[3] for line in lines[2:]] == list(MODES)
+    assert " - " in lines[-1]
+
+
+def test_a_row_is_one_line_of_json_or_two_of_csv(runs: Mapping[str, Any]) -> None:
+    assert json.loads(row(runs["mixed"], "json")) == runs["mixed"]
+    assert "\n" not in row(runs["mixed"], "json")
+    head, line = row(runs["mixed"], "csv").splitlines()
+    assert dict(zip(head.split(","), line.split(","), strict=True))["mode"] == "mixed"
+    assert row(runs["mixed"], "md") == table([runs["mixed"]])

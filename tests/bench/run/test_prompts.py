@@ -1,0 +1,316 @@
+"""Prompts: every form of file is read, what cannot be is named, lengths are exact."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Trainable
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from bench.cli.main import main
+from bench.options.flags import RunOptions, parse
+from bench.run import run
+from bench.run.prompts import (
+    DEFAULT_FILE,
+    fill_batch,
+    keep_last,
+    make_prompts,
+    prompt_file,
+    random_prompts,
+    read_prompts,
+    tokenize,
+)
+from llama.config import ModelConfig
+from llama.tokenizer import ByteTokenizer, HFTokenizer, Llama3Tokenizer, Tokenizer
+from tests.tiny import hf_tokenizer, llama3_tokenizer
+from wsm.errors import UnusableInput
+
+WORDS = Path(__file__).parents[3] / "bench" / "run" / "words.txt"
+
+
+def config_of(vocab_size: int) -> ModelConfig:
+    return ModelConfig("tiny", 64, 2, 4, 2, 16, 128, vocab_size)
+
+
+def byte_tokenizer(directory: Path) -> Tokenizer:
+    return ByteTokenizer(config_of(300))
+
+
+def llama3(directory: Path) -> Tokenizer:
+    size = llama3_tokenizer(directory / "tokenizer.model")
+    return Llama3Tokenizer(directory / "tokenizer.model", config_of(size))
+
+
+def hf(directory: Path) -> Tokenizer:
+    return HFTokenizer(hf_tokenizer(directory), config_of(300))
+
+
+def trained(directory: Path) -> Tokenizer:
+    """A BPE trained on the very words, so that most of them are one token, joined to their space."""
+    model = Trainable(BPE())
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    letters = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>"], initial_alphabet=letters, show_progress=False)
+    model.train_from_iterator([WORDS.read_text(encoding="utf-8").replace("\n", " ")], trainer)
+    model.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return HFTokenizer(directory, config_of(model.get_vocab_size()))
+
+
+MAKERS: tuple[Callable[[Path], Tokenizer], ...] = (byte_tokenizer, llama3, hf, trained)
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UnusableInput) as caught:
+        read_prompts(path)
+    sentence = str(caught.value)
+    assert "--prompts" in sentence
+    assert str(path) in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+# -- files
+
+
+def test_a_plain_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
+    assert read_prompts(written(tmp_path / "p.txt", "one\n\n  two words \r\nthree")) == ["one", "two words", "three"]
+
+
+def test_headed_blocks_keep_their_lines(tmp_path: Path) -> None:
+    text = "\n===== PROMPT 0000 | tokens=3 =====\nfirst\n\n  line two\n\n=====PROMPT 1=====\nsecond\n"
+    assert read_prompts(written(tmp_path / "p.txt", text)) == ["first\n\n  line two", "second"]
+
+
+def test_text_before_the_first_header_is_not_lost_in_silence(tmp_path: Path) -> None:
+    assert "line 2" in refusal(written(tmp_path / "p.txt", "\nstray\n===== PROMPT 0 =====\nx\n"))
+
+
+def test_jsonl_takes_objects_and_strings(tmp_path: Path) -> None:
+    lines = ['{"prompt": "a\\nb"}', "", '"c"', '{"text": "d", "id": 3}']
+    assert read_prompts(written(tmp_path / "p.jsonl", "\n".join(lines))) == ["a\nb", "c", "d"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_a_separator_inside_a_json_string_ends_no_line(tmp_path: Path, separator: str) -> None:
+    """json.dumps(…, ensure_ascii=False) writes them as they are, and JSON allows it."""
+    line = json.dumps({"prompt": f"a{separator}b"}, ensure_ascii=False)
+    assert read_prompts(written(tmp_path / "p.jsonl", line + "\n")) == [f"a{separator}b"]
+
+
+@pytest.mark.parametrize("character", ["\x0b", "\x0c", "\x1c", "\u0085", "\u2028"])
+def test_only_line_ends_end_a_prompt(tmp_path: Path, character: str) -> None:
+    assert read_prompts(written(tmp_path / "p.txt", f"a{character}b\nc\n")) == [f"a{character}b", "c"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf===== PROMPT 0 =====\nhello\n")
+    assert read_prompts(tmp_path / "p.txt") == ["hello"]
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, "3", "null", "[]", "{}", '{"prompt": 3}', '{"prompt": null}'])
+def test_a_jsonl_line_without_a_prompt_is_named_by_its_number(tmp_path: Path, line: str) -> None:
+    assert "line 2" in refusal(written(tmp_path / "p.jsonl", f'"fine"\n{line}\n'))
+
+
+def test_a_missing_file_is_an_error_that_names_the_mend(tmp_path: Path) -> None:
+    assert "bench_infer.py prompts --out" in refusal(tmp_path / "none.txt")
+
+
+def test_a_directory_is_no_prompt_file(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
+    assert "UTF-8" in refusal(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", ""),
+        ("p.txt", " \n\t\n"),
+        ("p.txt", "===== PROMPT 0 =====\n\n===== PROMPT 1 =====\n"),
+        ("p.jsonl", "\n"),
+        ("p.jsonl", '""\n'),
+    ],
+)
+def test_a_file_without_a_prompt_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    assert "no prompt" in refusal(written(tmp_path / name, text))
+
+
+def test_the_default_file_has_prompts() -> None:
+    assert len(read_prompts(DEFAULT_FILE)) >= 1
+
+
+LINES = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029"), min_size=1)
+
+
+@given(st.lists(LINES.filter(str.strip), min_size=1))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_written_as_blocks_is_read_back(tmp_path: Path, texts: list[str]) -> None:
+    headed = any(text.strip().startswith("=====") for text in texts)
+    path = written(tmp_path / "p.txt", prompt_file(texts, 1))
+    assert headed or read_prompts(path) == [text.strip() for text in texts]
+
+
+# -- tokens
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_long_prompt_keeps_its_tail_with_bos_in_front_and_counted_in(
+    tmp_path: Path, maker: Callable[[Path], Tokenizer]
+) -> None:
+    tokenizer = maker(tmp_path)
+    text = "the ocean of stars is wider than the page, " * 5
+    ids = tokenizer.encode(text, bos=False)
+    row = keep_last(tokenize([text], tokenizer)[0], 10)
+    assert len(row) == 10
+    assert row == [tokenizer.bos_id, *ids[-9:]]
+
+
+def test_the_guides_prompt_of_2048_tokens_becomes_one_of_2016() -> None:
+    """max_seq_len 2048 - max_new_tokens 32."""
+    row = keep_last(tokenize(["x" * 2048], ByteTokenizer(config_of(300)))[0], 2048 - 32)
+    assert len(row) == 2016
+
+
+@given(st.text(string.ascii_letters, max_size=40), st.integers(1, 50))
+def test_a_row_is_never_longer_than_allowed_and_always_begins_with_bos(text: str, most: int) -> None:
+    row = keep_last(tokenize([text], ByteTokenizer(config_of(300)))[0], most)
+    assert len(row) == min(most, 1 + len(text))
+    assert row[0] == ByteTokenizer.bos_id
+    assert bytes(row[1:]).decode() == text[len(text) - len(row) + 1 :]
+
+
+def test_prompts_are_repeated_to_fill_the_batch() -> None:
+    assert fill_batch([[1], [2], [3]], 7) == [[1], [2], [3], [1], [2], [3], [1]]
+    assert fill_batch([[1], [2], [3]], 2) == [[1], [2]]
+
+
+def test_a_batch_is_planned_before_its_rows_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(prompts: object, batch: int) -> list[list[int]]:
+        raise AssertionError("rows were made for a batch that does not fit")
+
+    monkeypatch.setattr(run, "fill_batch", never)
+    flags = ["--device", "cpu", "--prompt-len", "4", "--batch-size", "400", "--cpu-mem-gb", "0.2"]
+    assert main([*flags, "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]) == 3
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 40))
+def test_the_planned_shape_is_that_of_the_filled_batch(lengths: list[int], batch: int) -> None:
+    _, options = parse(["--batch-size", str(batch)])
+    assert isinstance(options, RunOptions)
+    distinct = [[0] * length for length in lengths[:batch]]
+    rows = fill_batch(distinct, batch)
+    shape = run.shape_of(distinct, options)
+    assert (shape.batch, shape.prompt_tokens) == (len(rows), max(map(len, rows)))
+    assert shape.prefill_tokens == sum(map(len, rows))
+
+
+def test_repeated_rows_are_copies() -> None:
+    first, second = fill_batch([[1, 2]], 2)
+    first.append(3)
+    assert second == [1, 2]
+
+
+# -- random ids
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "first", "below"), [(128_256, 256, 128_000), (300, 0, 256), (100, 0, 100), (1024, 0, 256)]
+)
+def test_random_ids_are_ordinary_tokens(vocab_size: int, first: int, below: int) -> None:
+    rows = random_prompts(config_of(vocab_size), length=500, count=4, seed=0)
+    assert [len(row) for row in rows] == [500] * 4
+    assert first <= min(map(min, rows)) < first + 0.1 * below
+    assert 0.9 * below < max(map(max, rows)) < below
+
+
+@pytest.mark.parametrize("special", [range(3), range(17)], ids=["Llama 2", "SmolLM2"])
+def test_random_ids_pass_over_special_tokens_numbered_from_0(special: range) -> None:
+    [row] = random_prompts(config_of(1280), length=20_000, count=1, seed=0)
+    assert not set(special) & set(row)
+
+
+def test_random_ids_follow_the_seed() -> None:
+    first, again, other = (random_prompts(config_of(300), 50, 2, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert first[0] != first[1]
+
+
+# -- the generator
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64, 333])
+def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
+    tmp_path: Path, maker: Callable[[Path], Tokenizer], tokens: int
+) -> None:
+    tokenizer = maker(tmp_path)
+    texts = list(make_prompts(tokenizer, 5, tokens, seed=3))
+    read = read_prompts(written(tmp_path / "p.txt", prompt_file(texts, tokens)))
+    assert [len(tokenizer.encode(text, bos=False)) for text in read] == [tokens] * 5
+    assert [len(row) for row in tokenize(read, tokenizer)] == [tokens + 1] * 5
+
+
+@given(tokens=st.integers(1, 80), seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_any_number_of_bytes_can_be_met_with_any_seed(tokens: int, seed: int) -> None:
+    tokenizer = ByteTokenizer(config_of(300))
+    [text] = make_prompts(tokenizer, 1, tokens, seed)
+    assert len(tokenizer.encode(text, bos=False)) == tokens
+    assert text == text.strip()
+
+
+def test_made_prompts_follow_the_seed_and_differ_from_each_other() -> None:
+    tokenizer = ByteTokenizer(config_of(300))
+    first, again, other = (list(make_prompts(tokenizer, 3, 100, seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert len(set(first)) == 3
+
+
+def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
+    class Counting(HFTokenizer):
+        encodings = 0
+
+        def encode(self, text: str, *, bos: bool) -> list[int]:
+            Counting.encodings += 1
+            return super().encode(text, bos=bos)
+
+    trained(tmp_path)
+    list(make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0))
+    assert Counting.encodings < 8 * 30
+
+
+def test_more_prompts_of_a_seed_begin_with_the_same_ones() -> None:
+    tokenizer = ByteTokenizer(config_of(300))
+    assert list(make_prompts(tokenizer, 4, 50, 0))[:2] == list(make_prompts(tokenizer, 2, 50, 0))
+
+
+def test_the_verb_prompts_writes_a_file_that_a_run_can_read(tmp_path: Path) -> None:
+    out = tmp_path / "p.txt"
+    argv = ["prompts", "--out", str(out), "--count", "3", "--tokens", "40", "--cache-dir", str(tmp_path / "cache")]
+    assert main(argv) == 0
+    prompts = read_prompts(out)
+    assert [len(prompt.encode()) for prompt in prompts] == [40] * 3
+    assert out.read_text(encoding="utf-8").startswith("===== PROMPT 0000 | tokens=40 =====\n")

@@ -1,0 +1,151 @@
+"""Provenance: what it tells is this machine's, and what it cannot tell is None with a warning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.run import provenance
+from bench.run.provenance import collect, drive_of
+from llama.checkpoint import Checkpoint, synthetic_checkpoint
+
+FIRST, SECOND = "11111111-aaaa-bbbb-cccc-000000000001", "22222222-aaaa-bbbb-cccc-000000000002"
+
+
+def checkpoint() -> Checkpoint:
+    return synthetic_checkpoint("Llama-3.2-1B:layers=1", seed=0, dtype=torch.float32)
+
+
+def mounted(monkeypatch: pytest.MonkeyPatch, mounts: dict[str, str]) -> None:
+    partitions = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
+    monkeypatch.setattr(provenance.psutil, "disk_partitions", lambda all: partitions)
+
+
+def gpu_machine(monkeypatch: pytest.MonkeyPatch, answer: str | None, uuid: str = SECOND) -> None:
+    """A machine whose nvidia-smi answers so, and on which torch calls the GPU of ``uuid`` cuda:0."""
+    run = provenance.output_of
+
+    def answered(*command: str, cwd: Path | None = None) -> str | None:
+        return answer if command[0] == "nvidia-smi" else run(*command, cwd=cwd)
+
+    monkeypatch.setattr(provenance, "output_of", answered)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+
+
+# -- the GPU
+
+
+def test_the_link_told_is_that_of_the_gpu_in_use_not_of_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, f"GPU-{FIRST}, 570.1, 3, 3, 8, 8\nGPU-{SECOND}, 570.1, 5, 5, 16, 16")
+    found, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
+    assert (found["driver"], found["pcie_gen"], found["pcie_width"]) == ("570.1", 5, 16)
+    assert not [line for line in warnings if "pcie" in line.lower()]
+
+
+def test_a_gpu_that_is_alone_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, f"GPU-{FIRST}, 570.1, 4, 4, 16, 16", uuid="of another spelling")
+    found, _ = collect(checkpoint(), torch.device("cuda"), 0, None)
+    assert (found["pcie_gen"], found["pcie_width_max"]) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, "", "No devices were found", f"GPU-{FIRST}, 570.1, 4, 4, 16, 16\nGPU-{FIRST}, 570.1, 4, 4, 16, 16"],
+)
+def test_a_link_that_nobody_tells_is_null_with_a_warning(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
+    gpu_machine(monkeypatch, answer)
+    found, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
+    assert {found[name] for name in ("driver", "pcie_gen", "pcie_gen_max", "pcie_width", "pcie_width_max")} == {None}
+    assert {f"provenance.{name} could not be had" for name in ("driver", "pcie_gen", "pcie_width")} <= set(warnings)
+
+
+def test_a_field_that_the_driver_does_not_know_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, [N/A], [N/A], 16, 16")
+    found, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
+    assert (found["pcie_gen"], found["pcie_width"]) == (None, 16)
+    assert "provenance.pcie_gen could not be had" in warnings
+
+
+def test_a_narrow_link_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, 4, 4, 4, 16")
+    _, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
+    (line,) = [line for line in warnings if "x4 of x16" in line]
+    assert "h2d figures" in line
+    assert "slot" in line
+
+
+def test_a_link_of_a_lower_generation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, 3, 5, 16, 16")
+    _, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
+    (line,) = [line for line in warnings if "generation 3 of 5" in line]
+    assert "h2d figures" in line
+    assert "BIOS" in line
+
+
+# -- the drive
+
+
+def test_a_packed_file_tells_its_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "store"
+    place.mkdir()
+    (place / "model.wsm").touch()
+    mounted(monkeypatch, {"/": "ext4", str(place): "xfs", str(tmp_path / "sto"): "vfat"})
+    drive = drive_of(place / "model.wsm")
+    assert drive is not None
+    assert drive["filesystem"] == "xfs"
+
+
+def test_a_link_tells_the_filesystem_of_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "far"
+    place.mkdir()
+    (place / "model.wsm").touch()
+    (tmp_path / "link.wsm").symlink_to(place / "model.wsm")
+    mounted(monkeypatch, {"/": "ext4", str(place): "tmpfs"})
+    drive = drive_of(tmp_path / "link.wsm")
+    assert drive is not None
+    assert drive["filesystem"] == "tmpfs"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at /dev/shm")
+def test_a_store_in_memory_has_no_drive_and_a_warning_says_so() -> None:
+    found, warnings = collect(checkpoint(), torch.device("cpu"), 0, Path("/dev/shm"))
+    assert found["drive"] == {"device": None, "model": None, "rotational": None, "filesystem": "tmpfs"}
+    assert any("tmpfs" in line for line in warnings)
+
+
+def test_a_store_that_is_gone_is_null_with_a_warning(tmp_path: Path) -> None:
+    found, warnings = collect(checkpoint(), torch.device("cpu"), 0, tmp_path / "gone")
+    assert found["drive"] is None
+    assert "provenance.drive could not be had" in warnings
+
+
+def test_a_device_itself_has_no_filesystem() -> None:
+    devices = [Path("/dev") / name for name in sorted(os.listdir("/sys/class/block"))]
+    device = next((path for path in devices if path.is_block_device()), None)
+    if device is None:
+        pytest.skip("no block device here")
+    drive = drive_of(device)
+    assert drive is not None
+    assert (drive["device"], drive["filesystem"]) == (device.name, None)
+
+
+# -- code and machine
+
+
+def test_without_git_the_commit_is_null_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "output_of", lambda *command, cwd=None: None)
+    found, warnings = collect(checkpoint(), torch.device("cpu"), 0, None)
+    assert (found["git_commit"], found["git_dirty"]) == (None, None)
+    assert "provenance.git_commit could not be had" in warnings
+
+
+def test_the_name_of_the_machine_is_not_told() -> None:
+    found, _ = collect(checkpoint(), torch.device("cpu"), 7, None)
+    assert os.uname().nodename not in {value for value in found.values() if isinstance(value, str)}
+    assert found["seed"] == 7
+    assert found["utc"].endswith("+00:00")

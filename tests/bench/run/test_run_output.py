@@ -1,0 +1,184 @@
+"""What a run and a plan print for people and pipes: rows, warnings, the choice to keep, what a flag would buy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cli.main import main
+from bench.result.summary import summary
+from bench.run import run as run_module
+from bench.run.ceilings import recall_for, recall_near, remember
+from llama.inputs import BuildOptions, Inputs, open_inputs
+from tests.results import varied
+from tests.tiny import hf_directory, hf_model
+from wsm.plan.ceilings import Ceiling
+from wsm.settings import Settings
+
+FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--no-probe", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 6 layers without a tokenizer."""
+    return hf_directory(tmp_path_factory.mktemp("model") / "hf", hf_model(num_hidden_layers=6))
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*argv: str) -> tuple[int, str, str]:
+        places = [
+            "--checkpoints",
+            str(model),
+            "--cache-dir",
+            str(tmp_path / "c"),
+            "--out-json",
+            str(tmp_path / "r.json"),
+        ]
+        verb, rest = (argv[:1], argv[1:]) if argv[:1] == ("plan",) else ((), argv)
+        capsys.readouterr()
+        code = main([*verb, *places, *FAST, *rest])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+# -- rows
+
+
+def test_standard_lengths_need_no_tokenizer_and_become_a_row(
+    model: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    assert not list(model.glob("tokenizer*"))
+    code, out, _ = run("--mode", "full", "-o", "csv", "--repeats", "2")
+    assert code == 0
+    [row] = csv.DictReader(io.StringIO(out))
+    assert (row["prefill_tokens_total"], row["decode_tokens_total"], row["repeats"]) == ("16", "4", "2")
+    assert float(row["e2e_stdev_ms"]) > 0
+
+
+@pytest.mark.parametrize("output", ["csv", "md"])
+def test_a_row_has_no_room_for_warnings_so_they_go_to_stderr(
+    run: Callable[..., tuple[int, str, str]], output: str
+) -> None:
+    _, out, err = run("--mode", "full", "-o", output)
+    assert "[WARNING]" not in out
+    assert "[WARNING] the compute device is the CPU" in err
+
+
+def test_json_for_pipes_is_one_line_with_its_warnings_inside(run: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, err = run("--mode", "full", "-o", "json")
+    assert err == ""
+    assert json.loads(out)["warnings"]
+    assert out.count("\n") == 1
+
+
+# -- the summary
+
+
+def test_paging_that_did_not_go_as_planned_stands_in_the_summary(measured: Mapping[str, Any]) -> None:
+    line = "decode: 1.0 MB of ssd_read were used, 2.0 MB were planned: paging did not go as planned"
+    assert f"[WARNING] {line}" in summary(varied(measured, warnings=[line])).splitlines()
+
+
+def test_the_summary_says_what_its_figures_are_the_middle_of(measured: Mapping[str, Any]) -> None:
+    spread = {
+        **measured["repeats"]["statistics"]["e2e_ms"],
+        "median": 101.0,
+        "stdev": 2.5,
+        "median_ci95": [99.0, 104.0],
+    }
+    text = summary(varied(measured, repeats__n=5, repeats__statistics__e2e_ms=spread))
+    assert "median 101.000 ms of 5 rounds, sample stdev 2.500, 95 % interval of the median 99.000 to 104.000" in text
+
+
+# -- --auto
+
+
+@pytest.mark.parametrize("verb", ["", "plan"])
+def test_the_kept_command_plans_what_auto_chose(run: Callable[..., tuple[int, str, str]], verb: str) -> None:
+    asked = [*verb.split(), "--auto", "--mode", "mixed", "--cpu-mem-gb", "0.002", "--gpu-cached-layers", "5"]
+    code, out, _ = run(*asked)
+    assert code == 0
+    [kept] = [line for line in out.splitlines() if line.startswith("[INFO] to keep this choice: ")]
+    words = shlex.split(kept.partition(": ")[2])
+    assert words[:2] == ["python", "bench_infer.py"]
+    assert "--auto" not in words
+    assert words.count("--gpu-cached-layers") == 1
+    before, after = (tiers(run(*argv)[1]) for argv in (["plan", *asked[len(verb.split()) :]], ["plan", *words[2:]]))
+    assert before == after
+
+
+def tiers(plan: str) -> list[str]:
+    """The lines of a plan that say what lies where, and in which pools."""
+    found = [line for line in plan.splitlines() if line.startswith(("  GPU  ", "  CPU  ", "  SSD  ", "pools:"))]
+    assert len(found) == 4
+    return found
+
+
+# -- plan and exit 3
+
+
+def test_plan_shows_what_a_flag_would_buy_in_bytes_and_once_rates_are_known_in_time(
+    run: Callable[..., tuple[int, str, str]], model: Path, tmp_path: Path
+) -> None:
+    flags = ["--gpu-cached-layers", "1", "--cpu-cache-layers", "2", "--prefetch-distance", "1"]
+    _, unknown, _ = run("plan", *flags)
+    assert "what each flag would buy, not known in time yet" in unknown
+    [line] = [line for line in unknown.splitlines() if "--gpu-cached-layers 2" in line]
+    assert line.split()[2:4] == ["-", "-"]
+    assert float(line.split()[4]) < 0
+    rates = {name: Ceiling(1000.0, 900.0, "MBps", 1.0, "") for name in ("ssd", "h2d", "h2d_with_ssd")}
+    remember(inputs_of(tmp_path / "c", model), rates)
+    _, known, _ = run("plan", *flags)
+    assert "what each flag would buy: a decode pass " in known
+    [line] = [line for line in known.splitlines() if "--gpu-cached-layers 2" in line]
+    assert float(line.split()[2]) < 0
+
+
+def inputs_of(tmp_path: Path, model: Path, **settings: Any) -> Inputs:
+    return open_inputs(BuildOptions(settings=Settings(**settings), checkpoints=model, cache_dir=tmp_path, device="cpu"))
+
+
+def test_rates_are_known_to_plans_of_other_budgets_and_modes_but_no_run_is_measured_against_them(
+    tmp_path: Path, model: Path
+) -> None:
+    mixed = {
+        "ssd": Ceiling(7000.0, 6900.0, "MBps", 1.0, "read"),
+        "h2d": Ceiling(20000.0, 19000.0, "MBps", 1.0, "copied"),
+    }
+    stream = {"h2d": Ceiling(25000.0, 24000.0, "MBps", 1.0, "copied")}
+    remember(inputs_of(tmp_path, model, mode="mixed"), mixed)
+    remember(inputs_of(tmp_path, model, mode="stream"), stream)
+    other = inputs_of(tmp_path, model, mode="mixed", gpu_mem_gb=1.0)
+    assert recall_for(other) == {}
+    near = recall_near(other)
+    assert {name: ceiling.value for name, ceiling in near.items()} == {"ssd": 7000.0, "h2d": 25000.0}
+    assert near["ssd"].how == "read (of an earlier run)"
+    assert recall_near(inputs_of(tmp_path, model, mode="mixed"))["h2d"].value == 20000.0
+
+
+def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def runs_out(*ignored: Any, **also: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(run_module, "run_round", runs_out)
+    code, _, err = run("--mode", "stream", "--warmup-rounds", "0", "--gpu-cached-layers", "2")
+    first, cost, *budget = err.splitlines()
+    assert code == 3
+    assert "CUDA out of memory. Tried to allocate 2 GiB), though" in first
+    assert "it fits with --gpu-cached-layers" in first
+    assert "cost" in cost
+    assert any("weights resident, 2 layers" in line for line in budget)
+    assert not (tmp_path / "r.json").exists()

@@ -1,0 +1,127 @@
+"""The commands in the documents: each is understood, and each that needs no hardware or download runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from bench.cli.main import main
+from bench.options.flags import VERBS, parse
+from bench.sweep import process as sweep_process
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/QUICKSTART.zh-CN.md", "docs/TUNING.md")
+ELSEWHERE = re.compile(r"/dev/|~/|Llama-|70b|prompts\.txt")
+"""A device, a checkpoint or a prompt file that is not here."""
+STAND_IN = """
+import shutil, sys
+out = next(word.partition("=")[2] for word in sys.argv if word.startswith("--out-json="))
+shutil.copy(__file__ + ".json", out)
+"""
+
+
+class Command(NamedTuple):
+    """A line of a document: variables set for it, and the script's arguments."""
+
+    page: str
+    variables: dict[str, str]
+    argv: list[str]
+
+    @property
+    def verb(self) -> str:
+        return self.argv[0] if self.argv and self.argv[0] in VERBS else "run"
+
+    @property
+    def runs_here(self) -> bool:
+        return not any(ELSEWHERE.search(word) for word in self.argv)
+
+
+def commands() -> Iterator[Command]:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                place = next((place for place, word in enumerate(words) if word.endswith("bench_infer.py")), None)
+                if place is not None:
+                    pairs = [word.partition("=") for word in words[:place] if "=" in word]
+                    yield Command(page, {name: value for name, _, value in pairs}, words[place + 1 :])
+
+
+def _named(command: Command) -> str:
+    return f"{command.page}: {' '.join(command.argv) or '(no flag)'}"
+
+
+def test_the_documents_hold_commands_of_every_page_and_most_verbs() -> None:
+    found = list(commands())
+    assert {command.page for command in found} == set(PAGES)
+    assert {command.verb for command in found} >= {"run", "pack", "plan", "sweep", "compare", "report"}
+    assert len([command for command in found if command.runs_here]) >= 12
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=_named)
+def test_every_command_in_the_documents_is_understood(command: Command) -> None:
+    assert parse(command.argv)[0] == command.verb
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run_one_after_the_other(
+    page: str,
+    measured: Mapping[str, Any],
+    measured_files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With fewer tokens, and with results at hand in place of a sweep's processes: the suite is to stay fast."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    (tmp_path / "stand_in.py.json").write_text(json.dumps(dict(measured)))
+    monkeypatch.setattr(sweep_process, "SCRIPT", script)
+    for command in commands():
+        if command.page != page or not command.runs_here:
+            continue
+        for name, value in command.variables.items():
+            monkeypatch.setenv(name, value)
+        code = main([*command.argv, *_faster(command, measured_files[0].parent / "cache")])
+        # Times here are noise: whether stream is slower than mixed on this machine is not the question.
+        assert code in ((0, 1) if "--threshold" in command.argv else (0,)), _named(command)
+        for name in command.variables:
+            monkeypatch.delenv(name)
+
+
+def _faster(command: Command, cache: Path) -> list[str]:
+    if command.verb not in ("run", "plan"):
+        return []
+    short = [] if "--prompt" in command.argv else ["--prompt-len", "4"]
+    return [
+        *short,
+        "--max-new-tokens",
+        "2",
+        "--warmup-rounds",
+        "0",
+        "--no-probe",
+        "--device",
+        "cpu",
+        "--cache-dir",
+        str(cache),
+    ]
+
+
+def test_the_example_that_does_not_fit_says_what_the_page_quotes_and_its_advice_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"^    \S+ bench_infer\.py (.*--gpu-mem-gb.*)$", page, re.MULTILINE)
+    [quoted] = re.findall(r"^    (the run does not fit: .*)$", page, re.MULTILINE)
+    argv = [*shlex.split(line), "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]
+    assert main(argv) == 3
+    assert capsys.readouterr().err.splitlines()[0] == f"bench_infer.py: {quoted}"
+    advice = quoted.split("it fits with ")[1].split()
+    assert main([*argv, *advice, "--no-probe"]) == 0

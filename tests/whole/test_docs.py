@@ -1,0 +1,130 @@
+"""The README and docs/JSON.md: what a user can give or may get stands there."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.cli import main as cli
+from bench.options.flags import build_parser
+from bench.result.results import FIXED_KEYS
+from bench.result.schema_doc import DOC_FILE, document, read_schema
+from wsm.settings import PRESETS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "docs" / "QUICKSTART.zh-CN.md").read_text(encoding="utf-8")
+TUNING = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
+
+
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each verb."""
+    [verbs] = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(verbs.choices)
+
+
+def _verbs() -> dict[str, argparse.ArgumentParser]:
+    return verbs_of(build_parser())
+
+
+def _flags() -> Iterator[str]:
+    seen = {"-h", "--help"}
+    for parser in _verbs().values():
+        for action in parser._actions:
+            if action.option_strings and not seen & set(action.option_strings):
+                seen |= set(action.option_strings)
+                yield action.option_strings[-1] if action.dest == "output" else action.option_strings[0]
+
+
+def _stands(word: str, text: str) -> bool:
+    """Whether ``word`` stands in ``text`` as a whole: ``--prompt`` is not found in ``--prompts``."""
+    return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) is not None
+
+
+def test_a_flag_is_not_taken_for_a_longer_one() -> None:
+    assert not _stands("--prompt", "`--prompts FILE` and `--prompt-len N`")
+    assert _stands("--prompt", "`--prompts FILE` / `--prompt TEXT`")
+
+
+@pytest.mark.parametrize("flag", sorted(_flags()))
+def test_the_readme_names_every_flag_of_every_verb(flag: str) -> None:
+    short = {"--output": "-o"}.get(flag, flag)
+    assert _stands(flag, README) or _stands(short, README), f"README.md lacks {flag}"
+
+
+@pytest.mark.parametrize("verb", sorted(_verbs()))
+def test_the_readme_names_every_verb(verb: str) -> None:
+    assert f"`{verb}`" in README or f"bench_infer.py {verb}" in README, f"README.md lacks the verb {verb}"
+
+
+@pytest.mark.parametrize("variable", sorted(PRESETS))
+def test_readme_and_chinese_guide_name_every_variable(variable: str) -> None:
+    assert f"`{variable}`" in README, f"README.md lacks {variable}"
+    assert f"| `{variable}` |" in CHINESE, f"QUICKSTART.zh-CN.md lacks {variable}"
+
+
+@pytest.mark.parametrize("key", FIXED_KEYS)
+def test_readme_and_chinese_guide_name_every_key_of_the_guide(key: str) -> None:
+    assert re.search(rf"`{key}\b", README), f"README.md lacks the JSON key {key}"
+    assert re.search(rf"`{key}\b", CHINESE), f"QUICKSTART.zh-CN.md lacks the JSON key {key}"
+
+
+@pytest.mark.parametrize("code", [0, cli.FAILED, cli.UNUSABLE, cli.TOO_LARGE, cli.BAD_STORE, cli.INTERRUPTED])
+def test_readme_and_chinese_guide_explain_every_exit_code(code: int) -> None:
+    for name, page in (("README.md", README), ("QUICKSTART.zh-CN.md", CHINESE)):
+        assert re.search(rf"^\| {code} \| \w", page, re.MULTILINE), f"{name} lacks exit code {code}"
+
+
+@pytest.mark.parametrize("name", ["README", "CHINESE", "TUNING"])
+def test_no_page_names_a_flag_or_variable_that_does_not_exist(name: str) -> None:
+    page = {"README": README, "CHINESE": CHINESE, "TUNING": TUNING}[name]
+    known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
+    foreign = {"--user", "--nproc-per-node"}  # of pip and of torchrun
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - foreign
+    assert sorted(flags - known) == []
+    variables = set(re.findall(r"\bWSM_[A-Z_]+[A-Z]\b", page))
+    assert sorted(variables - set(PRESETS) - {"WSM_KV_THROTTLE"}) == []
+
+
+def test_the_tuning_guide_names_only_keys_that_the_json_has() -> None:
+    keys = {part for row in re.findall(r"^\| `([^`]+)`", document(read_schema()), re.MULTILINE) for part in _names(row)}
+    named = [word for word in re.findall(r"`([a-z][\w]*(?:\.[\w]+)+)`", TUNING) if not word.endswith((".py", ".json"))]
+    assert len(named) >= 8
+    assert [word for word in named if not set(word.split(".")) <= keys] == []
+
+
+def _names(key: str) -> list[str]:
+    """``a.{b,c}.d`` is of the names a, b, c and d."""
+    return re.findall(r"\w+", key)
+
+
+def test_the_exit_codes_are_those_of_the_design() -> None:
+    assert (cli.UNUSABLE, cli.TOO_LARGE, cli.BAD_STORE, cli.INTERRUPTED) == (2, 3, 4, 130)
+
+
+def test_json_md_is_what_the_schema_gives() -> None:
+    """`python -m bench.result.schema_doc` rewrites it."""
+    assert DOC_FILE.read_text(encoding="utf-8") == document(read_schema())
+
+
+def test_json_md_has_a_row_for_every_fixed_key() -> None:
+    page = document(read_schema())
+    assert [key for key in FIXED_KEYS if f"\n| `{key}` |" not in page] == []
+
+
+def test_json_md_says_what_several_objects_share_once() -> None:
+    page = document(read_schema())
+    assert page.count("| `phases.{prefill,decode}.floor_ms` |") == 1
+    assert page.count("`ceilings.*.value` |") == 1
+    assert "| `repeats.raw[].ttft_ms` |" in page
+
+
+def test_documents_named_in_the_documents_exist() -> None:
+    for folder, page in ((ROOT, README), (ROOT / "docs", CHINESE), (ROOT / "docs", TUNING)):
+        links = re.findall(r"\]\((?!http)([^)#]+)", page)
+        assert links
+        assert [link for link in links if not (folder / link).exists()] == []

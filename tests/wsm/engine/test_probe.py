@@ -1,0 +1,105 @@
+"""The ceilings' probe: what it measures, within its time, and what it is remembered by."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.run.ceilings import recall_for, remember
+from bench.run import ceilings
+from llama.inputs import BuildOptions, open_inputs
+from tests.wsm.engine.test_engine import SLOT, FakeSource
+from wsm.engine.device import CpuDevice
+from wsm.engine.probe import ON_CPU, probe_compute, probe_link, probe_ssd
+from wsm.errors import StoreError
+from wsm.layout.groups import GroupId
+from wsm.plan.ceilings import Ceiling
+from wsm.settings import Settings
+
+GROUPS = [GroupId(layer, "attn") for layer in range(4)]
+
+
+def buffers(count: int = 9) -> list[Tensor]:
+    return [torch.zeros(SLOT["attn"], dtype=torch.uint8) for _ in range(count)]
+
+
+def test_every_ceiling_has_its_best_sample_its_median_and_its_spread() -> None:
+    source, memory = FakeSource(delay_s=0.002), torch.zeros(8 << 20, dtype=torch.uint8)
+    found = probe_compute(CpuDevice(), torch.float32) | probe_link(CpuDevice(), memory, memory.clone())
+    found |= probe_ssd(CpuDevice(), source, GROUPS, buffers(), memory)
+    source.close()
+    assert set(found) == {"hbm", "matmul", "h2d", "d2h", "h2d_d2h", "ssd", "h2d_with_ssd"}
+    for ceiling in found.values():
+        assert ceiling.value >= ceiling.median > 0
+        assert ceiling.spread_pct >= 100 * (ceiling.value - ceiling.median) / ceiling.median
+    assert 0 < found["ssd"].value < 1.05 * SLOT["attn"] / 0.002 / 1e6
+
+
+def test_a_slow_drive_makes_no_longer_probe() -> None:
+    """Reads that take most of the time there is are not queued behind each other."""
+    source, memory = FakeSource(delay_s=0.2), buffers()
+    started = time.perf_counter()
+    found = probe_ssd(CpuDevice(), source, GROUPS, memory, memory[0].clone())
+    took_s = time.perf_counter() - started
+    source.close()
+    assert took_s < ON_CPU.ssd_s + 2 * 0.2 + 0.3
+    assert found["ssd"].value == pytest.approx(SLOT["attn"] / 0.2 / 1e6, rel=0.3)
+
+
+def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
+    """Both ways alone go from piece to piece; both at once keep to a half each."""
+    host, slot = torch.zeros(400 << 20, dtype=torch.uint8), torch.zeros(64 << 20, dtype=torch.uint8)
+    down, up = set[tuple[int, int]](), set[tuple[int, int]]()
+    first, last = host.data_ptr(), host.data_ptr() + host.nbytes
+
+    class Watched(CpuDevice):
+        def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+            places, of_host = (down, source) if first <= source.data_ptr() < last else (up, destination)
+            places.add((of_host.nbytes >> 20, (of_host.data_ptr() - first) >> 20))
+
+    probe_link(Watched(), host, slot)
+    whole = {(64, 64 * n) for n in range(6)}
+    assert whole <= up
+    assert whole <= down
+    assert {place for place in down if place[0] == 32} == {(32, 32 * n) for n in range(5)}  # a piece a sample
+    assert {place for place in up if place[0] == 32} == {(32, 200 + 32 * n) for n in range(5)}
+
+
+def test_a_slow_link_makes_smaller_samples() -> None:
+    class Slow(CpuDevice):
+        copies = 0
+
+        def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+            self.copies += 1
+            time.sleep(0.02)
+
+    device, memory = Slow(), torch.zeros(1 << 20, dtype=torch.uint8)
+    found = probe_link(device, memory, memory.clone())
+    assert device.copies <= 4 + 4 * 5 * int(ON_CPU.copy_s / 0.02)
+    assert found["h2d"].value == pytest.approx((1 << 20) / 0.02 / 1e6, rel=0.3)
+
+
+def test_a_drive_that_fails_while_it_is_probed_ends_the_probe_with_its_error() -> None:
+    source, memory = FakeSource(fail_at=3), buffers()
+    with pytest.raises(StoreError, match="short read"):
+        probe_ssd(CpuDevice(), source, GROUPS, memory, memory[0].clone())
+    source.close()
+
+
+def test_ceilings_are_remembered_for_this_hardware_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = open_inputs(BuildOptions(Settings(), synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu"))
+    probed = Ceiling(10.0, 9.0, "MBps", 12.0, "read")
+    assert recall_for(inputs) == {}
+    remember(inputs, {"ssd": probed})
+    assert recall_for(inputs) == {"ssd": replace(probed, how="read (of an earlier run)")}
+    for name, other in (("cpu_model", lambda: "another processor"), ("drive_of", lambda path: {"model": "another"})):
+        with monkeypatch.context() as machine:
+            machine.setattr(ceilings, name, other)
+            assert recall_for(inputs) == {}
+    assert recall_for(replace(inputs, options=replace(inputs.options, settings=Settings(staging_mb=32)))) == {}

@@ -1,0 +1,128 @@
+"""Following the advice always fits, and nothing in it is more than needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from llama.config import ModelConfig
+from tests.plans import TINY, inputs_for, placements
+from wsm.errors import DoesNotFit
+from wsm.plan.advice import changed_flags, check_fits, least_memory, smallest_change
+from wsm.plan.memory import GIB, Hardware
+from wsm.plan.plan import Plan, PlanInputs, RunShape, make_plan
+from wsm.settings import Settings
+
+machines = st.builds(
+    lambda gpu, cpu: Hardware("cuda:0", 80 * GIB, gpu, 0, cpu) if gpu else Hardware("cpu", None, None, 0, cpu),
+    st.one_of(st.none(), st.integers(100 << 20, 260 << 20)),
+    st.integers(0, 40 << 20),
+)
+small_models = st.builds(lambda layers: replace(TINY, n_layers=layers, dim=128, ffn_dim=2048), st.integers(1, 14))
+shapes = st.builds(lambda b, p, n: RunShape(b, p, n, b * p), st.integers(1, 24), st.integers(1, 700), st.integers(1, 9))
+
+
+@given(config=small_models, chosen=placements, shape=shapes, hardware=machines)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_following_the_advice_fits_and_nothing_in_it_is_more_than_needed(
+    config: ModelConfig, chosen: dict[str, Any], shape: RunShape, hardware: Hardware
+) -> None:
+    inputs = inputs_for(config, Settings(**chosen), shape, hardware)
+    fitting = smallest_change(inputs)
+    if fitting is None:
+        return
+    assert make_plan(fitting).fits
+    flags = changed_flags(inputs, fitting)
+    assert bool(flags) == (not make_plan(inputs).fits)
+    assert follow(inputs, flags).settings == fitting.settings
+    assert make_plan(follow(inputs, flags)).fits
+    for left_out in flags:
+        assert not make_plan(follow(inputs, [flag for flag in flags if flag != left_out])).fits
+        flag, value = left_out.split()
+        if flag != "--mode":
+            one_more = [text if text != left_out else f"{flag} {int(value) + 1}" for text in flags]
+            assert not make_plan(follow(inputs, one_more)).fits
+
+
+def follow(inputs: PlanInputs, flags: list[str]) -> PlanInputs:
+    """What the user's next run would plan from."""
+    for text in flags:
+        flag, value = text.split()
+        field = flag.removeprefix("--").replace("-", "_")
+        if field == "batch_size":
+            inputs = replace(inputs, shape=inputs.shape.with_batch(int(value)))
+        else:
+            changes: dict[str, Any] = {field: value if field == "mode" else int(value)}
+            inputs = replace(inputs, settings=replace(inputs.settings, **changes))
+    return inputs
+
+
+@given(config=small_models, chosen=placements, shape=shapes, hardware=machines)
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_the_least_memory_that_is_named_suffices(
+    config: ModelConfig, chosen: dict[str, Any], shape: RunShape, hardware: Hardware
+) -> None:
+    plan = least_memory(inputs_for(config, Settings(**chosen), shape, hardware))
+    assert plan.fits
+    assert smallest_change(plan.inputs) is plan.inputs
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "advised"),
+    [
+        (Settings(gpu_mem_gb=15), 1, ["--gpu-cached-layers 3"]),
+        (Settings(gpu_mem_gb=9.5), 1, ["--gpu-cached-layers 0", "--group-prefetch-depth 3"]),
+        (Settings(gpu_mem_gb=16), 32, ["--gpu-cached-layers 2"]),
+        (Settings(cpu_mem_gb=32), 1, ["--cpu-cache-layers 20"]),
+        (Settings(mode="stream", cpu_mem_gb=100), 1, ["--mode mixed"]),
+        (Settings(mode="preload", gpu_mem_gb=24), 1, ["--mode stream"]),
+        (Settings(mode="full", gpu_mem_gb=24, cpu_mem_gb=100), 1, ["--mode mixed"]),
+        (Settings(gpu_mem_gb=24, cpu_mem_gb=100), 128, ["--cpu-cache-layers 16"]),
+        (Settings(mode="full", gpu_mem_gb=150, cpu_mem_gb=100), 512, ["--batch-size 167"]),
+    ],
+)
+def test_the_advice_for_70b(settings: Settings, batch: int, advised: list[str]) -> None:
+    inputs = inputs_for(settings=settings, shape=RunShape(batch, 2016, 32, batch * 2016))
+    with pytest.raises(DoesNotFit) as raised:
+        check_fits(make_plan(inputs))
+    fitting = smallest_change(inputs)
+    assert fitting is not None
+    assert changed_flags(inputs, fitting) == advised
+    assert f"it fits with {' '.join(advised)}\n" in str(raised.value)
+
+
+def test_the_advice_for_a_large_batch_is_found_in_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(inputs: PlanInputs) -> Plan:
+        made.append(inputs.shape.batch)
+        return make_plan(inputs)
+
+    monkeypatch.setattr("wsm.plan.advice.make_plan", counted)
+    inputs = inputs_for(settings=Settings(gpu_mem_gb=16), shape=RunShape(20_000, 2016, 32, 20_000 * 2016))
+    assert smallest_change(inputs) is not None
+    assert len(made) < 300
+
+
+def test_a_depth_below_the_aggressive_prefetch_is_never_advised() -> None:
+    inputs = inputs_for(settings=Settings(gpu_mem_gb=9.5, aggressive_gpu_prefetch=4))
+    with pytest.raises(DoesNotFit, match="no setting of these flags fits"):
+        check_fits(make_plan(inputs))
+
+
+def test_what_does_not_fit_is_told_line_by_line() -> None:
+    with pytest.raises(DoesNotFit) as raised:
+        check_fits(make_plan(inputs_for(settings=Settings(gpu_mem_gb=5))))
+    first, *table = str(raised.value).splitlines()
+    assert first.startswith("the run does not fit: it takes 16.")
+    assert "no setting of these flags fits: the least that would do is 8." in first
+    assert "of GPU memory and 6.14 GiB of CPU memory" in first
+    names = [line.strip().split("  ")[0] for line in table]
+    for name in ("GPU memory", "weights resident, 4 layers", "pools, 3 slots a kind", "KV windows, 3 parts", "budget"):
+        assert name in names
+    assert len({len(line) for line in table[: names.index("budget") + 1]}) == 1

@@ -1,0 +1,109 @@
+"""``--auto`` against settings by hand."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.plans import H70B, inputs_for
+from wsm.plan.auto import CHOSEN, auto_flags, choose_settings
+from wsm.plan.ceilings import Ceiling
+from wsm.plan.memory import GIB, Hardware
+from wsm.plan.plan import Plan, PlanInputs, make_plan
+from wsm.plan.prediction import predicted_pass_ms
+from wsm.settings import Settings
+
+EIGHT_LAYERS = replace(H70B, n_layers=8)
+MACHINE = Hardware("cuda:0", 80 * GIB, 80 * GIB, GIB // 2, 64 * GIB)
+
+
+def decode_ms(plan: Plan, ssd_MBps: float, h2d_MBps: float) -> float:
+    """The predicted pass; where nothing streams, nothing is predicted, and nothing is faster."""
+    rates = {"ssd": ssd_MBps, "h2d": h2d_MBps}
+    ceilings = {name: Ceiling(rate, rate, "MBps", 0.0, "") for name, rate in rates.items()}
+    return predicted_pass_ms(plan, ceilings)["decode"] or 0.0
+
+
+def with_settings(inputs: PlanInputs, **changes: int) -> PlanInputs:
+    return replace(inputs, settings=replace(inputs.settings, **changes))  # type: ignore[arg-type]
+
+
+@given(
+    mode=st.sampled_from(["mixed", "stream"]),
+    gpu_GiB=st.floats(8, 30),
+    cpu_GiB=st.floats(4, 40),
+    ssd_MBps=st.sampled_from([500.0, 1_800.0, 7_000.0, 30_000.0]),
+    h2d_MBps=st.sampled_from([12_000.0, 25_000.0, 54_000.0]),
+    on_gpu=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    in_cpu=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    depth=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    distance=st.integers(2, 6),
+)
+@example(
+    mode="mixed",
+    gpu_GiB=17.0,
+    cpu_GiB=5.0,
+    ssd_MBps=500.0,
+    h2d_MBps=12_000.0,
+    on_gpu=(0, 0),
+    in_cpu=(1, 3),
+    depth=(1, 1),
+    distance=2,
+)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_auto_beats_or_ties_every_setting_of_a_grid_on_the_same_budgets(
+    mode: str,
+    gpu_GiB: float,
+    cpu_GiB: float,
+    ssd_MBps: float,
+    h2d_MBps: float,
+    on_gpu: tuple[int, int],
+    in_cpu: tuple[int, int],
+    depth: tuple[int, int],
+    distance: int,
+) -> None:
+    budgets = Settings(mode=mode, gpu_mem_gb=gpu_GiB, cpu_mem_gb=cpu_GiB, prefetch_distance=distance)
+    inputs = inputs_for(EIGHT_LAYERS, budgets, hardware=MACHINE)
+    by_hand = [
+        make_plan(with_settings(inputs, gpu_cached_layers=g, cpu_cache_layers=c, group_prefetch_depth=d))
+        for g, c, d in itertools.product(on_gpu, in_cpu, depth)
+    ]
+    fitting = [decode_ms(plan, ssd_MBps, h2d_MBps) for plan in by_hand if plan.fits]
+    assume(fitting)
+    chosen = make_plan(choose_settings(inputs))
+    assert chosen.fits
+    assert decode_ms(chosen, ssd_MBps, h2d_MBps) <= 1.02 * min(fitting)
+
+
+def test_the_embedding_moves_to_cpu_memory_where_that_buys_a_layer() -> None:
+    inputs = inputs_for(EIGHT_LAYERS, Settings(mode="stream", gpu_mem_gb=16.0), hardware=MACHINE)
+    chosen = choose_settings(inputs).settings
+    assert chosen.embedding == "cpu"
+    assert not make_plan(replace(inputs, settings=replace(chosen, embedding="gpu"))).fits
+
+
+def test_the_choice_can_be_kept_as_flags() -> None:
+    inputs = inputs_for(EIGHT_LAYERS, Settings(gpu_mem_gb=16.0, cpu_mem_gb=10.0), hardware=MACHINE)
+    plan = make_plan(choose_settings(inputs))
+    flags = " ".join(auto_flags(plan))
+    for name in ("gpu_cached_layers", "cpu_cache_layers", "group_prefetch_depth", "prefetch_distance"):
+        assert f"--{name.replace('_', '-')} {getattr(plan.inputs.settings, name)}" in flags
+
+
+@pytest.mark.parametrize("mode", ["full", "preload"])
+def test_modes_without_layers_to_place_stay_as_they_are(mode: str) -> None:
+    inputs = inputs_for(EIGHT_LAYERS, Settings(mode=mode), hardware=MACHINE)
+    assert choose_settings(inputs) == inputs
+    assert auto_flags(make_plan(inputs)) == []
+
+
+def test_what_auto_decides_is_named_in_one_place() -> None:
+    """Results of other choices are told apart by these names."""
+    inputs = inputs_for(EIGHT_LAYERS, Settings())
+    plan = make_plan(replace(inputs, settings=replace(inputs.settings, embedding="cpu")))
+    assert {flag.split()[0].removeprefix("--").replace("-", "_") for flag in auto_flags(plan)} == CHOSEN

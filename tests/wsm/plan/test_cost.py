@@ -1,0 +1,156 @@
+"""What a change of flags costs or buys: in bytes always, in time where the rates are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plans import H70B, ROOMY, TINY, inputs_for
+from wsm.errors import DoesNotFit
+from wsm.plan.advice import check_fits, ran_out
+from wsm.plan.ceilings import Ceiling
+from wsm.plan.cost import cost_of, pass_times
+from wsm.plan.plan import Plan, RunShape, make_plan
+from wsm.plan.what_if import steps, what_each_flag_buys
+from wsm.settings import Settings
+
+LAYER_MB = 1711.3088
+RATES = {
+    name: Ceiling(rate, rate, "", 1.0, "")
+    for name, rate in {"ssd": 7000.0, "h2d": 25000.0, "h2d_with_ssd": 25000.0, "hbm": 1e6, "matmul": 150.0}.items()
+}
+
+
+def plan_of(batch: int = 1, **settings: object) -> Plan:
+    return make_plan(inputs_for(H70B, Settings(**settings), RunShape(batch, 2016, 32, batch * 2016)))  # type: ignore[arg-type]
+
+
+# -- the cost of an advice
+
+
+def test_two_layers_fewer_on_the_gpu_cost_two_reads_of_the_drive() -> None:
+    times = pass_times(plan_of(gpu_cached_layers=4), plan_of(gpu_cached_layers=2), RATES)
+    assert times is not None
+    assert times.change_ms == pytest.approx(2 * LAYER_MB / 7000 * 1e3, rel=1e-3)
+    assert not times.at_least
+    said = cost_of(plan_of(gpu_cached_layers=4), plan_of(gpu_cached_layers=2), RATES)
+    assert "its predicted cost: a decode pass of 10756.80 ms instead of 10267.85 ms (+4.8 %)" in said
+    assert "+3422.6 MB from the SSD and +3422.6 MB over the link" in said
+
+
+def test_without_rates_the_cost_is_told_in_bytes_and_the_time_called_unknown() -> None:
+    said = cost_of(plan_of(gpu_cached_layers=4), plan_of(gpu_cached_layers=2), {})
+    assert "not known in time yet" in said
+    assert " ms" not in said
+    assert "+3422.6 MB from the SSD" in said
+
+
+def test_a_rate_that_only_one_of_both_needs_is_not_passed_over() -> None:
+    """From stream to mixed the drive comes in: with the link's rate alone mixed would look free."""
+    link_alone = {name: ceiling for name, ceiling in RATES.items() if name != "ssd"}
+    assert pass_times(plan_of(mode="stream"), plan_of(mode="mixed"), link_alone) is None
+
+
+def test_a_smaller_batch_is_told_in_time_a_token() -> None:
+    said = cost_of(plan_of(batch=32), plan_of(batch=16), RATES)
+    assert "for 16 rows instead of 32" in said
+    assert f"{10267.85 / 16:.2f} ms a token instead of {10267.85 / 32:.2f} ms" in said
+
+
+def test_where_arithmetic_decides_the_cost_is_a_bound() -> None:
+    slow = {**RATES, "matmul": Ceiling(0.01, 0.01, "", 1.0, "")}
+    times = pass_times(plan_of(), plan_of(gpu_cached_layers=2), slow)
+    assert times is not None
+    assert times.at_least
+    assert "a decode pass of at least" in cost_of(plan_of(), plan_of(gpu_cached_layers=2), slow)
+
+
+def test_a_run_that_does_not_fit_tells_the_cost_on_the_line_after_the_advice() -> None:
+    plan = plan_of(gpu_mem_gb=15.0)
+    for ceilings, said in ((RATES, "its predicted cost: a decode pass of"), ({}, "its cost is not known in time yet")):
+        with pytest.raises(DoesNotFit) as raised:
+            check_fits(plan, ceilings)
+        first, second, *budget = str(raised.value).splitlines()
+        assert first.endswith("it fits with --gpu-cached-layers 3")
+        assert second.startswith(said)
+        assert budget[0].startswith("GPU memory")
+
+
+def test_a_device_that_runs_out_all_the_same_is_advised_to_take_less_than_it_took() -> None:
+    plan = plan_of()
+    assert plan.fits
+    first, cost, *budget = str(ran_out(plan, "CUDA out of memory", RATES)).splitlines()
+    assert "CUDA out of memory" in first
+    assert "it fits with --gpu-cached-layers 3" in first
+    assert "instead of 10267.85 ms" in cost
+    assert any(line.strip().startswith("weights resident, 4 layers") for line in budget)
+
+
+def test_a_device_that_runs_out_is_advised_what_frees_memory_within_the_same_budget() -> None:
+    plan = plan_of(mode="stream", gpu_mem_gb=17.0)
+    assert not plan.kv.below
+    first = str(ran_out(plan, "CUDA out of memory", {})).splitlines()[0]
+    assert first.endswith("it fits with --gpu-cached-layers 3")
+    after = plan_of(mode="stream", gpu_mem_gb=17.0, gpu_cached_layers=3)
+    assert after.gpu_bytes <= 0.95 * plan.gpu_bytes
+
+
+def test_where_kv_fills_the_budget_a_smaller_budget_is_advised() -> None:
+    plan = plan_of(batch=32, gpu_mem_gb=24.0)
+    assert plan.fits
+    assert plan.kv.below
+    first = str(ran_out(plan, "CUDA out of memory", {})).splitlines()[0]
+    advised = first.split("it fits with --gpu-mem-gb ")[1]
+    after = plan_of(batch=32, gpu_mem_gb=float(advised))
+    assert after.fits
+    assert after.gpu_bytes <= 0.95 * plan.gpu_bytes
+
+
+# -- what each flag would buy
+
+
+def bought(plan: Plan) -> dict[str, float]:
+    """ms a pass by flag."""
+    return {step.flag: step.times.change_ms for step in steps(plan, RATES) if step.times is not None}
+
+
+def test_one_layer_more_on_the_gpu_or_in_cpu_memory_saves_its_read() -> None:
+    found = bought(plan_of())
+    layer_ms = LAYER_MB / 7000 * 1e3
+    assert found["--gpu-cached-layers 5"] == pytest.approx(-layer_ms, rel=1e-3)
+    assert found["--cpu-cache-layers 41"] == pytest.approx(-layer_ms, rel=1e-3)
+    assert found["--prefetch-distance 5"] == pytest.approx(-layer_ms, rel=1e-3)
+    assert found["--mode stream"] == pytest.approx(76 * LAYER_MB / 25 - 10267.85, rel=1e-3)
+    assert found["--batch-size 2"] == pytest.approx(0)
+
+
+def test_memory_that_a_step_takes_or_frees_is_told_and_whether_it_fits() -> None:
+    plan = make_plan(inputs_for(H70B, Settings(gpu_mem_gb=17), hardware=ROOMY))
+    by_flag = {step.flag: step for step in steps(plan, RATES)}
+    assert not by_flag["--gpu-cached-layers 5"].after.fits
+    assert by_flag["--embedding cpu"].after.gpu_bytes < plan.gpu_bytes - 2_000_000_000
+    assert by_flag["--group-prefetch-depth 2"].after.gpu_bytes < plan.gpu_bytes
+    text = what_each_flag_buys(plan, RATES)
+    assert next(line for line in text.splitlines() if "--gpu-cached-layers 5" in line).endswith("does not fit")
+
+
+def test_a_batch_makes_each_token_cheaper() -> None:
+    line = next(line for line in what_each_flag_buys(plan_of(), RATES).splitlines() if "--batch-size 2" in line)
+    assert f"{-10267.85 / 2:+.2f}" in line
+
+
+def test_without_rates_the_steps_are_told_in_bytes() -> None:
+    text = what_each_flag_buys(plan_of(), {})
+    assert "not known in time yet" in text.splitlines()[0]
+    line = next(line for line in text.splitlines() if "--gpu-cached-layers 5" in line)
+    assert line.split()[2:6] == ["-", "-", "-1711.3", "-1711.3"]
+
+
+@pytest.mark.parametrize(("mode", "flags"), [("full", {"--batch-size"}), ("preload", {"--batch-size", "--embedding"})])
+def test_a_mode_offers_only_flags_that_change_something_in_it(mode: str, flags: set[str]) -> None:
+    assert {step.flag.split()[0] for step in steps(plan_of(mode=mode), RATES)} == flags
+
+
+def test_a_step_that_changes_nothing_is_left_out() -> None:
+    """One layer of CPU memory is the pool alone: a shorter read-ahead than the clipped one is the same plan."""
+    plan = make_plan(inputs_for(TINY, Settings(cpu_cache_layers=1, prefetch_distance=2)))
+    assert not [step for step in steps(plan, RATES) if step.flag.startswith("--prefetch-distance")]

@@ -1,0 +1,63 @@
+"""What a steady pass is expected to take."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plans import H70B, inputs_for
+from wsm.plan.ceilings import Ceiling
+from wsm.plan.plan import make_plan
+from wsm.plan.prediction import predicted_pass_ms
+from wsm.settings import Settings
+
+LAYER_BYTES = 1_711_308_800  # of 70B in bfloat16, each image padded to 4 096 bytes
+
+
+def rates(**values: float) -> dict[str, Ceiling]:
+    """Ceilings whose best sample is a tenth above the median."""
+    return {name: Ceiling(1.1 * value, value, "", 10.0, "") for name, value in values.items()}
+
+
+def decode_ms(settings: Settings, **values: float) -> float | None:
+    return predicted_pass_ms(make_plan(inputs_for(H70B, settings)), rates(**values))["decode"]
+
+
+STREAM = Settings(mode="stream", gpu_cached_layers=4)
+MIXED = Settings(mode="mixed", gpu_cached_layers=4, cpu_cache_layers=40, prefetch_distance=6)
+SSD_LAYERS, STREAMED = 80 - 4 - (40 - 6), 76
+
+
+def test_a_pass_that_the_link_bounds_takes_its_bytes_at_the_median_rate() -> None:
+    assert decode_ms(STREAM, h2d=50_000.0) == pytest.approx(STREAMED * LAYER_BYTES / 50e9 * 1e3, rel=1e-3)
+
+
+def test_a_pass_that_the_drive_bounds_takes_the_drives_bytes() -> None:
+    expected = SSD_LAYERS * LAYER_BYTES / 2e9 * 1e3
+    assert decode_ms(MIXED, h2d=50_000.0, h2d_with_ssd=40_000.0, ssd=2_000.0) == pytest.approx(expected, rel=1e-3)
+
+
+def test_while_a_fast_drive_is_read_the_link_has_only_its_rate_beside_it() -> None:
+    ssd_s = SSD_LAYERS * LAYER_BYTES / 60e9
+    expected = ssd_s + (STREAMED * LAYER_BYTES - 40e9 * ssd_s) / 50e9
+    found = decode_ms(MIXED, h2d=50_000.0, h2d_with_ssd=40_000.0, ssd=60_000.0)
+    assert found == pytest.approx(expected * 1e3, rel=1e-3)
+
+
+def test_a_probe_that_saw_the_link_faster_beside_the_drive_makes_fewer_reads_no_dearer() -> None:
+    noisy = {"h2d": 1_000.0, "h2d_with_ssd": 9_000.0, "ssd": 60_000.0}
+    more_cached = Settings(mode="mixed", gpu_cached_layers=4, cpu_cache_layers=60, prefetch_distance=6)
+    fewer, more = decode_ms(more_cached, **noisy), decode_ms(MIXED, **noisy)
+    assert fewer is not None
+    assert more is not None
+    assert fewer <= more
+
+
+def test_without_streams_or_rates_nothing_is_predicted() -> None:
+    assert decode_ms(Settings(mode="preload"), h2d=50_000.0, hbm=4e6) is None
+    assert decode_ms(STREAM) is None
+    assert decode_ms(MIXED, h2d=50_000.0) is None
+
+
+def test_where_arithmetic_takes_longest_nothing_is_predicted() -> None:
+    assert decode_ms(STREAM, h2d=50_000.0, matmul=0.01) is None
+    assert decode_ms(STREAM, h2d=50_000.0, matmul=800.0) is not None

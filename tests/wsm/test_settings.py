@@ -1,0 +1,182 @@
+"""Flags and variables: what is allowed, what is said of what is not, and what the user sees of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from wsm.errors import UnusableInput
+from wsm.settings import (
+    KINDS_OF_VALUE,
+    PRESETS,
+    WSM_PRESETS,
+    Ranks,
+    Settings,
+    environment_echo,
+    field_of,
+    preset_environment,
+    read_ranks,
+    read_settings,
+    set_by_user,
+    spelled,
+)
+
+
+def test_settings_come_without_torch() -> None:
+    """OMP_NUM_THREADS has to be set before torch is imported."""
+    code = "import sys, wsm.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_flag_and_no_variable_give_the_guides_configuration() -> None:
+    settings, warnings = read_settings({}, {})
+    assert settings == Settings()
+    assert warnings == []
+
+
+def test_every_setting_has_a_rule_and_every_variable_a_setting() -> None:
+    names = [field.name for field in fields(Settings)]
+    assert sorted(KINDS_OF_VALUE) == sorted(names)
+    assert {field_of(variable) for variable in WSM_PRESETS} <= set(names)
+
+
+def test_presets_leave_alone_what_the_user_has_set() -> None:
+    environ = {"WSM_CPU_EVICT": "fifo", "OMP_NUM_THREADS": "3", "HOME": "/"}
+    before = set_by_user(environ)
+    preset_environment(environ)
+    assert before == ("OMP_NUM_THREADS", "WSM_CPU_EVICT")
+    assert environ["WSM_CPU_EVICT"] == "fifo"
+    assert environ["OMP_NUM_THREADS"] == "3"
+    assert environ["MALLOC_ARENA_MAX"] == "2"
+    assert set(PRESETS) <= set(environ)
+
+
+def test_threads_are_preset_to_no_more_than_8() -> None:
+    assert 1 <= int(PRESETS["OMP_NUM_THREADS"]) <= 8
+
+
+def test_the_echo_names_every_variable_and_nothing_else() -> None:
+    echo = environment_echo({"WSM_PAIR_AHEAD": "7", "SECRET": "x"})
+    assert set(echo) == {*PRESETS, "CUDA_VISIBLE_DEVICES"}
+    assert echo["CUDA_VISIBLE_DEVICES"] is None
+    assert environment_echo({"CUDA_VISIBLE_DEVICES": "1,0"})["CUDA_VISIBLE_DEVICES"] == "1,0"
+    assert echo["WSM_PAIR_AHEAD"] == "7"
+    assert echo["WSM_KV_THROTTLE_MS"] == "16"
+
+
+OTHER_VALUES = {
+    "WSM_CPU_ROLLING_MODE": ("0", False),
+    "WSM_CPU_EVICT": ("fifo", "fifo"),
+    "WSM_CPU_WRAP_AROUND": ("0", False),
+    "WSM_CPU_ROLL_SYNC": ("0", False),
+    "WSM_AGGRESSIVE_GPU_PREFETCH": ("0", 0),
+    "WSM_GPU_MAX_GROUPS": ("2", 2),
+    "WSM_SKIP_PRELOAD_WAIT": ("0", False),
+    "WSM_EVICT_FINISHED": ("0", False),
+    "WSM_KV_THROTTLE_THRESHOLD": ("1", 1),
+    "WSM_KV_THROTTLE_MS": ("2.5", 2.5),
+    "WSM_BALANCE_PREFETCH": ("0", False),
+    "WSM_BALANCE_TOL": ("0", 0),
+    "WSM_PAIR_AHEAD": ("0", 0),
+    "WSM_KIND_AHEAD_CAP": ("5", 5),
+}
+
+
+@pytest.mark.parametrize("variable", WSM_PRESETS)
+def test_each_variable_is_read(variable: str) -> None:
+    text, value = OTHER_VALUES[variable]
+    settings, _ = read_settings({}, {variable: text})
+    assert getattr(settings, field_of(variable)) == value != getattr(Settings(), field_of(variable))
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "allowed"),
+    [
+        ("WSM_GPU_MAX_GROUPS", "zero", "a whole number of at least 2"),
+        ("WSM_GPU_MAX_GROUPS", "1", "a whole number of at least 2"),
+        ("WSM_CPU_EVICT", "lru", "belady or fifo"),
+        ("WSM_CPU_EVICT", "", "belady or fifo"),
+        ("WSM_CPU_ROLLING_MODE", "yes", "0 or 1"),
+        ("WSM_PAIR_AHEAD", "-1", "a whole number of at least 0"),
+        ("WSM_PAIR_AHEAD", "1.5", "a whole number of at least 0"),
+        ("WSM_KV_THROTTLE_MS", "nan", "milliseconds, 0 or more"),
+        ("WSM_KV_THROTTLE_MS", "inf", "milliseconds, 0 or more"),
+        ("WSM_KV_THROTTLE_THRESHOLD", "0", "a whole number of at least 1"),
+        ("OMP_NUM_THREADS", "many", "a whole number of at least 1"),
+        ("MALLOC_ARENA_MAX", "0", "a whole number of at least 1"),
+    ],
+)
+def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(variable: str, text: str, allowed: str) -> None:
+    with pytest.raises(UnusableInput) as raised:
+        read_settings({}, {variable: text})
+    assert str(raised.value) == f"{variable}={text} cannot be used: it must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("mode", "turbo", "--mode"),
+        ("gpu_cached_layers", -1, "--gpu-cached-layers"),
+        ("cpu_cache_layers", 1.5, "--cpu-cache-layers"),
+        ("prefetch_distance", True, "--prefetch-distance"),
+        ("staging_mb", 0, "--staging-mb"),
+        ("gpu_mem_gb", 0, "--gpu-mem-gb"),
+        ("cpu_mem_gb", float("nan"), "--cpu-mem-gb"),
+        ("pair_ahead", -2, "WSM_PAIR_AHEAD"),
+    ],
+)
+def test_a_bad_flag_is_named_with_its_value(field: str, value: object, flag: str) -> None:
+    with pytest.raises(UnusableInput, match=f"^{flag} must be .*, not {value!r}$"):
+        read_settings({field: value}, {})
+
+
+def test_a_flag_beats_its_variable_and_an_absent_flag_does_not() -> None:
+    environ = {"WSM_GPU_MAX_GROUPS": "6", "WSM_PAIR_AHEAD": "3"}
+    settings, _ = read_settings({"gpu_max_groups": 4, "pair_ahead": None, "out_json": "x"}, environ)
+    assert settings.gpu_max_groups == 4
+    assert settings.pair_ahead == 3
+
+
+def test_an_unknown_variable_warns_with_the_name_that_was_meant() -> None:
+    _, warnings = read_settings({}, {"WSM_GPU_MAX_GROUP": "4", "WSM_QQQQ": "1", "OTHER": "2"})
+    assert warnings == [
+        "the variable WSM_GPU_MAX_GROUP is not known and has no effect; did you mean WSM_GPU_MAX_GROUPS?",
+        "the variable WSM_QQQQ is not known and has no effect",
+    ]
+
+
+def test_fields_are_spelled_as_the_user_spells_them() -> None:
+    assert spelled("gpu_cached_layers") == "--gpu-cached-layers"
+    assert spelled("cpu_evict") == "WSM_CPU_EVICT"
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "host-a",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+def test_ranks_are_torchruns_and_one_without_it() -> None:
+    assert read_ranks({}) == Ranks() == read_ranks({"WORLD_SIZE": "1"})
+    assert read_ranks(TORCHRUN) == Ranks(3, 4, 1, 2, 0, "host-a", 29500, keeps_store=False)
+    by_hand = {name: value for name, value in TORCHRUN.items() if not name.startswith("TORCHELASTIC")}
+    assert read_ranks({**by_hand, "RANK": "0", "LOCAL_RANK": "0"}).keeps_store
+    assert not read_ranks(by_hand).keeps_store
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"RANK": "4"}, {"LOCAL_RANK": "2"}, {"RANK": "x"}, {"MASTER_ADDR": ""}, {"MASTER_PORT": ""}, {"RANK": "-1"}],
+)
+def test_variables_that_are_no_place_among_ranks_are_refused(change: dict[str, str]) -> None:
+    with pytest.raises(UnusableInput, match="torchrun"):
+        read_ranks({**TORCHRUN, **change})

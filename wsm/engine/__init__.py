@@ -1,0 +1,1 @@
+"""Pages groups SSD -> page-locked CPU memory -> GPU, ahead of the computation."""

@@ -1,0 +1,275 @@
+"""Ceilings of this machine, measured before the clock in the memory that the run will use.
+
+Each is the best of several samples, as a floor has to be; its spread is (max - min) / median. The copies have the
+size of the run's own pieces, the SSD reads its own chunks and depth, and the SSD is read while the link is busy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wsm.engine.device import Device
+from wsm.layout.groups import GroupId
+from wsm.plan.ceilings import Ceiling
+from wsm.store.source import GroupSource
+
+SAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSizes:
+    """How much work a sample is at most: in all some seconds on a GPU, little on the CPU.
+
+    ``copy_s`` bounds a sample over a slow link, ``ssd_s`` all reads of the SSD.
+    """
+
+    copy_bytes: int
+    copy_s: float
+    hbm_bytes: int
+    matmul_n: int
+    ssd_s: float
+
+
+ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
+ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
+"""All samples together take at most 5 s: the slowest links and drives give smaller samples, not longer probes."""
+
+
+def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
+    median = statistics.median(rates)
+    return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
+
+
+def sizes_for(device: Device) -> ProbeSizes:
+    return ON_CUDA if device.torch_device.type == "cuda" else ON_CPU
+
+
+def _seconds(device: Device, work: Callable[[], object]) -> float:
+    """Time of ``work`` on the compute stream."""
+    device.synchronize()
+    stream = device.compute_stream()
+    start = device.record(stream)
+    work()
+    end = device.record(stream)
+    device.synchronize()
+    return device.seconds(end) - device.seconds(start)
+
+
+def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = None) -> dict[str, Ceiling]:
+    """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``.
+
+    The second matrix is transposed, as the model's are: CPUs multiply such a one several times as fast.
+
+    Args:
+        scratch: ``uint8`` on the device, overwritten; used where it is large enough, so that a probe within a tight
+            budget takes no memory of its own.
+    """
+    sizes = sizes_for(device)
+    data = _room(device, sizes.hbm_bytes, scratch).view(torch.float32).zero_()
+    reads = [_seconds(device, data.sum) for _ in range(SAMPLES + 2)][2:]
+    n = sizes.matmul_n
+    room = _room(device, 3 * n * n * dtype.itemsize, scratch)
+    n = math.isqrt(room.nbytes // (3 * dtype.itemsize)) // 128 * 128
+    a, b, out = room.view(dtype)[: 3 * n * n].view(3, n, n)
+    a.normal_()
+    b.normal_()
+    products = [_seconds(device, lambda: torch.mm(a, b.t(), out=out)) for _ in range(SAMPLES + 3)][3:]
+    hbm_MBps = [data.nbytes / s / 1e6 for s in reads]
+    rates = [2 * n**3 / s / 1e12 for s in products]
+    return {
+        "hbm": _ceiling(hbm_MBps, "MBps", f"sum of {data.nbytes >> 20} MiB, {SAMPLES} samples"),
+        "matmul": _ceiling(rates, "TFLOPs", f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples"),
+    }
+
+
+def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
+    """``uint8`` memory for a sample: the scratch memory if it holds half of it, else new, as much as there is."""
+    if scratch is not None and scratch.nbytes >= nbytes // 2:
+        return scratch[: min(nbytes, scratch.nbytes) // 4096 * 4096]
+    while True:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+        except torch.OutOfMemoryError:
+            if nbytes < 1 << 20:
+                raise
+            nbytes //= 2
+
+
+Ways = tuple[Iterator[Tensor], Iterator[Tensor]]
+"""Destinations and sources."""
+
+
+def _walk(memory: Tensor, piece: int) -> Iterator[Tensor]:
+    """``memory`` in whole pieces of ``piece`` bytes, over and over: as in a pass, too much for a CPU's caches."""
+    return itertools.cycle(memory[: memory.nbytes // piece * piece].split(piece))
+
+
+def _copies(device: Device, destinations: Iterator[Tensor], sources: Iterator[Tensor], count: int) -> float:
+    """Seconds that ``count`` back-to-back copies take."""
+    stream = device.stream()
+    start = device.record(stream)
+    for _ in range(count):
+        device.copy(next(destinations), next(sources), stream)
+    end = device.record(stream)
+    end.synchronize()
+    return device.seconds(end) - device.seconds(start)
+
+
+def probe_link(
+    device: Device, host: Tensor, slot: Tensor, in_step: Callable[[], None] = lambda: None
+) -> dict[str, Ceiling]:
+    """``h2d``, ``d2h`` and ``h2d_d2h`` (both ways at once, their sum) between page-locked ``host`` and ``slot``.
+
+    Args:
+        in_step: called before each sample; with a barrier, several ranks' links are measured at the same time.
+        host: ``uint8``, overwritten; the samples go through it piece after piece.
+        slot: ``uint8`` on the device, overwritten; likewise.
+    """
+    piece = min(64 << 20, host.nbytes, slot.nbytes)
+    hosts, slots = _walk(host, piece), _walk(slot, piece)
+    count = _sample_pieces(device, hosts, slots, piece)
+    how = f"{count * piece / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
+
+    def rates(sample: Callable[[], float]) -> list[float]:
+        found = []
+        for _ in range(SAMPLES):
+            in_step()
+            found.append(sample())
+        return found
+
+    h2d = rates(lambda: count * piece / _copies(device, slots, hosts, count) / 1e6)
+    d2h = rates(lambda: count * piece / _copies(device, hosts, slots, count) / 1e6)
+    middle, slot_middle = host.nbytes // 2, slot.nbytes // 2
+    half = min(piece, middle, slot_middle)
+    down = _walk(slot[:slot_middle], half), _walk(host[:middle], half)
+    up = _walk(host[middle:], half), _walk(slot[slot_middle:], half)
+    both = rates(lambda: 2 * count * half / _both_ways(device, down, up, count) / 1e6)
+    return {
+        "h2d": _ceiling(h2d, "MBps", how),
+        "d2h": _ceiling(d2h, "MBps", how),
+        "h2d_d2h": _ceiling(both, "MBps", how + ", both ways at once, their sum"),
+    }
+
+
+def _sample_pieces(device: Device, hosts: Iterator[Tensor], slots: Iterator[Tensor], piece: int) -> int:
+    """How many copies of one piece a sample is; the first copies of each way, which are slower, are done here."""
+    sizes = sizes_for(device)
+    for _ in range(2):
+        _copies(device, hosts, slots, 1)
+        piece_s = _copies(device, slots, hosts, 1)
+    return max(1, min(-(-sizes.copy_bytes // piece), int(sizes.copy_s / max(piece_s, 1e-9))))
+
+
+def _both_ways(device: Device, down: Ways, up: Ways, count: int) -> float:
+    """Seconds that ``count`` copies each way take, at the same time."""
+    seconds: list[float] = []
+
+    def bring_back() -> None:
+        device.enter_thread()
+        seconds.append(_copies(device, *up, count))
+
+    other = threading.Thread(target=bring_back)
+    other.start()
+    seconds.append(_copies(device, *down, count))
+    other.join()
+    return max(seconds)
+
+
+def probe_ssd(
+    device: Device, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor], slot: Tensor
+) -> dict[str, Ceiling]:
+    """``ssd``: the store read in the run's own chunks while the link is busy; ``h2d_with_ssd``: that link's rate.
+
+    Args:
+        groups: streamed groups, read round and round.
+        buffers: page-locked, each large enough for any of ``groups``; the last one is for the copies. With several
+            for the reads, one group's checksum is made while the others are read.
+        slot: on the device, overwritten by the copies.
+    """
+    stop = threading.Event()
+    chunks: list[tuple[int, float, float]] = []
+    source.on_read = lambda _, nbytes, start, end: chunks.append((nbytes, start, end))
+    link: list[float] = []
+    piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
+    hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
+
+    def keep_link_busy() -> None:
+        device.enter_thread()
+        while not stop.is_set():
+            link.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
+
+    copier = threading.Thread(target=keep_link_busy)
+    copier.start()
+    try:
+        _read_for(sizes_for(device).ssd_s, source, groups, buffers[:-1])
+    finally:
+        stop.set()
+        copier.join()
+        source.on_read = None
+    rates = _window_rates(chunks)
+    read_MB = sum(nbytes for nbytes, _, _ in chunks) / 1e6
+    how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
+    return {
+        "ssd": _ceiling(rates, "MBps", how),
+        "h2d_with_ssd": _ceiling(link, "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
+    }
+
+
+def _read_for(seconds: float, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor]) -> None:
+    """Read ``groups`` round and round into ``buffers`` for at least ``seconds``, and little longer.
+
+    As many reads are in flight as end within ``seconds`` at the pace of the first one, at most one a buffer.
+    """
+    finished = threading.Condition()
+    idle, failures = list(buffers), list[BaseException]()
+    began = time.perf_counter()
+
+    def read(group: GroupId) -> None:
+        buffer = idle.pop()
+
+        def done(failure: BaseException | None) -> None:
+            with finished:
+                failures.extend([failure] if failure is not None else [])
+                idle.append(buffer)
+                finished.notify()
+
+        source.read(group, buffer, done)
+
+    def wait_for_idle(count: int) -> None:
+        with finished:
+            finished.wait_for(lambda: len(idle) >= count)
+        if failures:
+            raise failures[0]
+
+    order = itertools.cycle(groups)
+    read(next(order))
+    wait_for_idle(len(buffers))
+    first_s = time.perf_counter() - began
+    in_flight = max(1, min(len(buffers), int(seconds / max(first_s, 1e-9))))
+    while time.perf_counter() < began + seconds:
+        read(next(order))
+        wait_for_idle(len(buffers) - in_flight + 1)
+    wait_for_idle(len(buffers))
+
+
+def _window_rates(chunks: Sequence[tuple[int, float, float]]) -> list[float]:
+    """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two."""
+    first, last = min(start for _, start, _ in chunks), max(end for _, _, end in chunks)
+    width = (last - first) / (SAMPLES + 2)
+    rates = []
+    for window in range(1, SAMPLES + 1):
+        low, high = first + window * width, first + (window + 1) * width
+        moved = sum(
+            n * max(0.0, min(end, high) - max(start, low)) / (end - start) for n, start, end in chunks if end > start
+        )
+        rates.append(moved / width / 1e6)
+    return rates

@@ -1,0 +1,1 @@
+"""Keys and values that the GPU has no room for."""

@@ -1,0 +1,327 @@
+"""Which KV is where below the model: the state that the computation, the fetching and the writing thread share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from wsm.engine.device import Event
+from wsm.engine.shared import SharedState
+from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout, Unit
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Room for one unit on the device. ``filled`` is behind the copy into it, ``drained`` behind its last reader."""
+
+    buffer: Tensor
+    filled: Event | None = None
+    drained: Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """A unit to bring into a window for a pass.
+
+    There is no window yet where it is only read ahead, into CPU memory.
+    ``lengths`` are the tokens to bring of each of its rows, 0 of one that has ended. Where ``k`` is not 0, so many
+    blocks are brought of each row and head, those that ``wanted`` names: int64 ``[rows, n_kv_heads, k]`` on the device,
+    for the rows from ``first`` on.
+    """
+
+    unit: Unit
+    pass_no: int
+    window: Window | None
+    lengths: tuple[int, ...]
+    k: int
+    wanted: Tensor | None
+    first: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """What a pass has added to a unit, to be put into its tier.
+
+    ``before`` and ``after`` are the tokens of each row, equal where nothing is to be written. ``fresh`` has the new
+    records, ``uint8 [changed rows, n_kv_heads, 2, record]``; where it is None, they are in ``window``. ``wanted`` as in
+    :class:`Fetch`, for the next one.
+    """
+
+    unit: Unit
+    pass_no: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    fresh: Tensor | None
+    window: Window | None
+    done: Event
+    changed: tuple[int, ...]
+    wanted: Tensor | None
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How often a unit was entered and how many of those uses have reached its tier, since the start."""
+
+    entered: int = 0
+    applied: int = 0
+    wanted: Tensor | None = None
+    first: int = 0
+
+
+@dataclass(slots=True)
+class _Pass:
+    """The passes that are fetched for: one that was begun, and those like it that may follow.
+
+    ``fetched`` and ``used`` count units since ``origin``; they only grow, used <= fetched <= used + windows.
+    """
+
+    units: tuple[Unit, ...] = ()
+    stretches: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    origin: int = 0
+    k: int = 0
+    decoding: bool = False
+    staged: int = 0
+    fetched: int = 0
+    used: int = 0
+    entered_before: dict[Unit, int] = field(default_factory=dict)
+
+
+class KVSchedule(SharedState):
+    """One owner of every window and unit. Everything below is read and written under ``_changed`` alone.
+
+    Invariants:
+
+    * Windows are filled and used in one order, that of the pass; a decode pass is expected to follow a decode pass.
+    * A unit is fetched for a pass only when what all earlier passes added to it has reached its tier.
+    * A window is free, being filled, filled, in use, or draining; nobody but its owner touches it.
+    """
+
+    def __init__(self, layout: KVLayout, below: Sequence[Unit], windows: Sequence[Window]) -> None:
+        super().__init__("the KV tiers")
+        self._layout, self._below = layout, frozenset(below)
+        self._windows, self._free = tuple(windows), deque(windows)
+        self._ready: deque[Fetch] = deque()
+        self._in_use: dict[Unit, Fetch] = {}
+        self._writes: deque[Write] = deque()
+        self._writing: Write | None = None
+        self._fetching: Fetch | None = None
+        self._units = {unit: _Progress() for unit in below}
+        self._pass = _Pass()
+        self._epoch = 0
+        self._ended: set[int] = set()
+        self.passes = 0
+        self.blocks_fetched = self.blocks_whole = 0
+
+    # -- what the computation tells and asks
+
+    def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
+        """A pass begins; what was fetched in expectation of another kind of pass is dropped."""
+        decoding = all(after[row] - before[row] <= 1 for row in range(len(before)))
+        with self._changed:
+            self.passes += 1
+            now, later = self._pass, self.passes - 1 - self._pass.origin
+            expected = [old + later * (new - old) for old, new in zip(now.before, now.after, strict=True)]
+            alike = (now.stretches, now.k) == (tuple(stretches), k) and now.decoding and decoding
+            if (alike and expected == list(before)) or not self._below:
+                return
+            self._drop_ready()
+            layers = range(self._layout.n_layers)
+            units = [Unit(layer, stretch) for layer in layers for stretch in stretches]
+            used = tuple(unit for unit in units if unit in self._below)
+            coming = _Pass(used, tuple(stretches), tuple(before), tuple(after), self.passes - 1, k, decoding)
+            coming.entered_before = {unit: self._units[unit].entered for unit in used}
+            self._pass = coming  # whole, whenever Ctrl-C comes
+            self._changed.notify_all()
+
+    def _drop_ready(self) -> None:
+        self._epoch += 1
+        self._free.extend(_window_of(fetch) for fetch in self._ready)
+        self._ready.clear()
+
+    def enter(self, unit: Unit) -> Fetch:
+        """The filled window of the unit that the pass has next; waits until its copy has been queued."""
+        with self._changed:
+            now = self._pass
+            if not now.units or now.units[now.used % len(now.units)] != unit:
+                raise ValueError(f"the KV of {unit} was asked for out of the order of the pass")
+            self._wait(lambda: bool(self._ready))
+            fetch = self._ready.popleft()
+            now.used += 1
+            self._units[unit].entered += 1
+            self._in_use[unit] = fetch
+            return fetch
+
+    def leave(self, unit: Unit, done: Event, fresh: Tensor | None, wanted: Tensor | None) -> None:
+        """The computation on the unit's window is queued up to ``done``."""
+        with self._changed:
+            fetch = self._in_use.pop(unit)
+            before, after = self._lengths(unit, fetch.pass_no)
+            changed = tuple(row for row, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
+            _window_of(fetch).drained = done
+            if fresh is not None:
+                self._free.append(_window_of(fetch))
+            window = fetch.window if fresh is None else None
+            self._writes.append(Write(unit, fetch.pass_no, before, after, fresh, window, done, changed, wanted))
+            progress = self._units[unit]
+            progress.wanted, progress.first = wanted, changed[0] if changed else 0
+            self._changed.notify_all()
+
+    def _lengths(self, unit: Unit, pass_no: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens of the unit's rows before and after a pass like the one that was begun."""
+        now, rows = self._pass, self._layout.rows_of(unit.stretch)
+        later = pass_no - now.origin
+        grown = [later * (now.after[row] - now.before[row]) for row in rows]
+        before = tuple(now.before[row] + more for row, more in zip(rows, grown, strict=True))
+        after = tuple(now.after[row] + more for row, more in zip(rows, grown, strict=True))
+        return before, after
+
+    def active(self, unit: Unit, row: int) -> bool:
+        """Whether a row of the unit, counted from its first, may be asked for again."""
+        return self._layout.rows_of(unit.stretch)[row] not in self._ended
+
+    def end_row(self, row: int) -> None:
+        with self._changed:
+            self._ended.add(row)
+
+    def reset(self) -> None:
+        """Every row is empty; a pass that was broken off is forgotten, what is being written goes on.
+
+        Who has a window, and what is still to be written, is counted anew: Ctrl-C may have come between two lines of
+        :meth:`enter` or :meth:`leave`, and neither may be lost to it.
+        """
+        with self._changed:
+            self._epoch += 1
+            self._ready.clear()
+            self._in_use.clear()
+            self._ended.clear()
+            self._pass = _Pass()
+            writes = [*self._writes, *([self._writing] if self._writing else [])]
+            elsewhere = [write.window for write in writes]
+            elsewhere += [self._fetching.window] if self._fetching else []
+            self._free = deque(window for window in self._windows if not any(window is held for held in elsewhere))
+            for unit, progress in self._units.items():
+                progress.entered = progress.applied + sum(write.unit == unit for write in writes)
+            self.blocks_fetched = self.blocks_whole = 0
+            self._changed.notify_all()
+
+    # -- what the fetching thread asks and tells
+
+    def next_fetch(self, staged: Callable[[Fetch], bool] = lambda fetch: True) -> Fetch | None:
+        """Wait for a unit that can be fetched now and claim it with a window; None once closing.
+
+        Args:
+            staged: whether its bytes are in CPU memory; asked again after :meth:`changed`.
+        """
+        with self._changed:
+            while not self._closing:
+                fetch = self._next_fetch()
+                if fetch is not None and staged(fetch):
+                    self._free.popleft()
+                    self._pass.fetched += 1
+                    self._fetching = fetch
+                    self._count_blocks(fetch)
+                    return fetch
+                self._changed.wait()
+        return None
+
+    def _next_fetch(self) -> Fetch | None:
+        now = self._pass
+        return self._fetch_at(now.fetched, self._free[0]) if now.units and self._free else None
+
+    def next_staging(self, units: Container[Unit]) -> Fetch | None:
+        """Wait for the next of ``units`` that will be fetched and can be read now; None once closing."""
+        with self._changed:
+            while not self._closing:
+                now = self._pass
+                now.staged = max(now.staged, now.fetched)
+                while now.units and now.staged < now.fetched + len(now.units):
+                    if now.units[now.staged % len(now.units)] in units:
+                        fetch = self._fetch_at(now.staged, None)
+                        if fetch is None:
+                            break
+                        now.staged += 1
+                        return fetch
+                    now.staged += 1
+                self._changed.wait()
+        return None
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing more will be fetched."""
+        return self._closing
+
+    @property
+    def epoch(self) -> int:
+        """Grows when what was expected of coming passes is dropped."""
+        return self._epoch
+
+    def _fetch_at(self, place: int, window: Window | None) -> Fetch | None:
+        """The fetch at a place of the sequence since the pass was begun; None while it may not be made yet."""
+        now = self._pass
+        if not now.units:
+            return None
+        later, index = divmod(place, len(now.units))
+        unit, pass_no = now.units[index], now.origin + later
+        progress = self._units[unit]
+        if (later and not now.decoding) or progress.applied < now.entered_before[unit] + later:
+            return None
+        before, _ = self._lengths(unit, pass_no)
+        rows = self._layout.rows_of(unit.stretch)
+        compact = now.k > 0 and -(-(max(before) + 1) // KV_BLOCK_TOKENS) > now.k
+        lengths = tuple(0 if row in self._ended else length for row, length in zip(rows, before, strict=True))
+        k = now.k if compact else 0
+        return Fetch(unit, pass_no, window, lengths, k, progress.wanted, progress.first, self._epoch)
+
+    def _count_blocks(self, fetch: Fetch) -> None:
+        """For the share of the context that decode steps bring; the block that the new token begins is not one."""
+        for length in fetch.lengths:
+            blocks, begun = -(-length // KV_BLOCK_TOKENS), length % KV_BLOCK_TOKENS > 0
+            self.blocks_whole += blocks
+            self.blocks_fetched += min(blocks, fetch.k - 1 + begun) if fetch.k else blocks
+
+    def fetched(self, fetch: Fetch, filled: Event) -> None:
+        """The copy is queued up to its event ``filled``; nobody may want it any more."""
+        with self._changed:
+            _window_of(fetch).filled, self._fetching = filled, None
+            if fetch.epoch == self._epoch:
+                self._ready.append(fetch)
+            else:
+                self._free.append(_window_of(fetch))
+            self._changed.notify_all()
+
+    # -- what the writing thread asks and tells
+
+    def next_write(self) -> Write | None:
+        """Wait for something to write; None once closing, when all that a pass has added is written."""
+        with self._changed:
+            while not self._writes and not self._closing:
+                self._changed.wait()
+            self._writing = self._writes.popleft() if self._writes else None
+            return self._writing
+
+    def written(self, write: Write) -> None:
+        """All that was added is in its tier, and its window, if it had one, has been read."""
+        with self._changed:
+            self._units[write.unit].applied += 1
+            self._writing = None
+            if write.window is not None:
+                self._free.append(write.window)
+            self._changed.notify_all()
+
+    # -- shared pieces
+
+    def changed(self) -> None:
+        """Something that a waiting thread asks about may have changed."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _window_of(fetch: Fetch) -> Window:
+    assert fetch.window is not None
+    return fetch.window

@@ -1,0 +1,381 @@
+"""KV below the device: fetched for the next layer while this one computes, written back as it grows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wsm.engine.arena import PageLockedArena
+from wsm.engine.device import Device, Event
+from wsm.engine.link import PIECE_BYTES, Link
+from wsm.engine.telemetry import Telemetry
+from wsm.kv.disk import KVDisk
+from wsm.kv.schedule import Fetch, KVSchedule, Window, Write
+from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
+from wsm.plan.kv import fresh_bytes, page_locked_bytes
+from wsm.settings import Settings
+
+
+class KVTiers:
+    """Keeps KV in page-locked CPU memory and on a disk, as the placement says; a ``KVTier`` for the model's cache.
+
+    Construction takes all the memory; the threads start with it. Close it, also after a failure.
+
+    Args:
+        link: shared with the weights, so that whoever needs its bytes sooner goes first.
+        disk: the device for what the placement puts on one.
+        wanted: how many weight groups are wanted on the device and not there yet (``WSM_KV_THROTTLE_*``).
+
+    Raises:
+        DoesNotFit: if memory is refused.
+    """
+
+    def __init__(
+        self,
+        placement: KVPlacement,
+        device: Device,
+        settings: Settings,
+        telemetry: Telemetry,
+        link: Link,
+        wanted: Callable[[], int],
+        disk: DiskOptions | None = None,
+    ) -> None:
+        self.placement, self.layout, self.device, self.telemetry = placement, placement.layout, device, telemetry
+        self._settings, self._link, self._wanted_groups = settings, link, wanted
+        self.pauses = 0
+        self._below = frozenset((*placement.cpu, *placement.disk))
+        self._arena = PageLockedArena(page_locked_bytes(placement), device)
+        self._disk: KVDisk | None = None
+        try:
+            self._homes = {unit: self._arena.take(self.layout.unit_bytes(unit)) for unit in placement.cpu}
+            self._fresh = self._arena.take(fresh_bytes(self.layout))
+            if placement.disk:
+                assert disk is not None
+                self._disk = KVDisk(placement, disk.path, disk.weights, self._arena.take, telemetry)
+            self._windows = [Window(self._window_buffer()) for _ in range(WINDOWS)]
+        except BaseException:
+            self._free_memory()
+            raise
+        self._schedule = KVSchedule(self.layout, tuple(self._below), self._windows)
+        self._threads: list[threading.Thread] = []
+        try:
+            for name, work in self._works():
+                thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
+
+    def _works(self) -> list[tuple[str, Callable[[], None]]]:
+        works: list[tuple[str, Callable[[], None]]] = [
+            ("wsm-kv-in", self._fetch_all),
+            ("wsm-kv-out", self._write_all),
+        ]
+        return [*works, ("wsm-kv-read", self._stage_all)] if self._disk is not None else works
+
+    def _window_buffer(self) -> Tensor:
+        # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
+        return torch.zeros(self.layout.window_bytes, dtype=torch.uint8, device=self.device.torch_device)
+
+    @property
+    def page_locked_bytes(self) -> int:
+        return self._arena.nbytes
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._arena.warnings, *(self._disk.warnings if self._disk is not None else ())]
+
+    @property
+    def passes(self) -> int:
+        """Passes that have begun so far."""
+        return self._schedule.passes
+
+    @property
+    def fraction_fetched(self) -> float | None:
+        """Blocks brought, of those that the rows had, since the last reset; None where none were needed."""
+        whole = self._schedule.blocks_whole
+        return self._schedule.blocks_fetched / whole if whole else None
+
+    # -- the model's side
+
+    def holds(self, layer: int, stretch: int) -> bool:
+        return Unit(layer, stretch) in self._below
+
+    def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
+        self._schedule.begin(stretches, before, after, k)
+        self._drop_staged()
+
+    def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
+        """Waits on the host until the fetch is queued, then makes the compute stream wait for it.
+
+        Raises:
+            ValueError: if another unit comes next.
+            StoreError, RuntimeError: whatever failed on a thread of the tiers, as the cause.
+        """
+        stream = self.device.compute_stream()
+        asked = self.telemetry.mark(stream)
+        fetch = self._schedule.enter(Unit(layer, stretch))
+        assert fetch.window is not None
+        assert fetch.window.filled is not None
+        self.device.wait(stream, fetch.window.filled)
+        self.telemetry.kv_waited(asked, self.telemetry.mark(stream))
+        return self._view(fetch), fetch.k > 0
+
+    def _view(self, fetch: Fetch) -> Tensor:
+        assert fetch.window is not None
+        rows = len(self.layout.rows_of(fetch.unit.stretch))
+        shape = self.layout.shape(rows, fetch.k * KV_BLOCK_TOKENS)
+        return fetch.window.buffer[: torch.Size(shape).numel()].view(shape)
+
+    def leave(self, layer: int, stretch: int, fresh: Tensor | None, wanted: Tensor | None) -> None:
+        done = self.device.record(self.device.compute_stream())
+        self._schedule.leave(Unit(layer, stretch), done, fresh, wanted)
+
+    def end_row(self, row: int) -> None:
+        self._schedule.end_row(row)
+
+    def reset(self) -> None:
+        self._schedule.reset()
+        self._drop_staged()
+
+    def _drop_staged(self) -> None:
+        if self._disk is not None:
+            self._disk.expect(self._schedule.epoch)
+
+    # -- life
+
+    def stop(self) -> None:
+        """Fetch nothing more, write what is still to be written, join the threads; the telemetry is then complete."""
+        self._schedule.close()
+        if self._disk is not None:
+            self._disk.stop()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self.device.synchronize()
+
+    def close(self) -> None:
+        """Stop, and free every page. May be called twice, and after a failure."""
+        try:
+            self.stop()
+        finally:
+            for window in self._windows:
+                window.buffer = torch.empty(0, dtype=torch.uint8)
+            self._free_memory()
+
+    def _free_memory(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+        self._homes = {}
+        self._arena.close()
+
+    def __enter__(self) -> KVTiers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the threads
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            self.device.enter_thread()
+            work()
+        except BaseException as error:
+            self._schedule.fail(error)
+
+    def _fetch_all(self) -> None:
+        stream = self.device.stream()
+        while (fetch := self._schedule.next_fetch(self._staged)) is not None:
+            assert fetch.window is not None
+            if fetch.window.drained is not None:
+                self.device.wait(stream, fetch.window.drained)
+            slot = self._disk.taken if self._disk is not None else None
+            copies = self._copies(fetch, slot)
+            needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
+            for nbytes, copy in _pieces(copies):
+                with self._link.turn(needed_at):
+                    start = self.telemetry.mark(stream)
+                    for work in copy:
+                        work(stream)
+                    end = self.device.record(stream)
+                    self._link.queued(end)
+                self.telemetry.kv_moved("kv_h2d", fetch.unit.layer, fetch.pass_no, nbytes, start, end)
+            filled = self.device.record(stream)
+            if slot is not None and self._disk is not None:
+                self._disk.give_back(slot, filled)
+            self._schedule.fetched(fetch, filled)
+
+    def _copies(self, fetch: Fetch, slot: Tensor | None) -> Iterator[tuple[int, Work]]:
+        """What to queue for a fetch, a piece each: its bytes, and what queues it on a stream."""
+        if fetch.k and slot is None:
+            return self._chosen(fetch)
+        if not fetch.k:
+            return self._whole(fetch, self.layout.runs(fetch.lengths), slot)
+        nbytes = self._view(fetch).nbytes
+        return self._whole(fetch, [Run(0, nbytes)], slot)
+
+    def _whole(self, fetch: Fetch, runs: Sequence[Run], slot: Tensor | None) -> Iterator[tuple[int, Work]]:
+        """Copies of runs of bytes, from the unit's home or from a slot that holds the same."""
+        assert fetch.window is not None
+        home, window = self._homes[fetch.unit] if slot is None else slot, fetch.window.buffer
+        for run in runs:
+            for offset in range(run.offset, run.offset + run.nbytes, PIECE_BYTES):
+                part = slice(offset, min(offset + PIECE_BYTES, run.offset + run.nbytes))
+                copy = partial(self.device.copy, window[part], home[part])
+                yield part.stop - part.start, copy
+
+    def _chosen(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
+        """The chosen blocks of each row, read by a kernel straight from page-locked memory: no host knows which."""
+        layout, window = self.layout, self._view(fetch)
+        blocks, words = layout.tokens // KV_BLOCK_TOKENS, word_of(layout.record_bytes)
+        home = self.device.mapped(self._homes[fetch.unit]).view(words)
+        home = home.view(window.shape[0], layout.n_kv_heads * blocks, -1)
+        window = window.view(words).view(window.shape[0], layout.n_kv_heads * fetch.k, -1)
+        assert fetch.wanted is not None
+        for place, row in enumerate(range(fetch.first, fetch.first + len(fetch.wanted))):
+            if fetch.lengths[row]:
+                wanted = fetch.wanted[place]
+
+                def gather(stream: Any, row: int = row, wanted: Tensor = wanted) -> None:
+                    self.device.run(stream, partial(_gather, home[row], wanted, blocks, window[row]))
+
+                yield window[row].nbytes, gather
+
+    def _staged(self, fetch: Fetch) -> bool:
+        return self._disk is None or self._disk.staged(fetch)
+
+    def _stage_all(self) -> None:
+        """Read units of the disk ahead of their fetch, a slot each."""
+        disk = self._disk
+        assert disk is not None
+        while (slot := disk.free_slot()) is not None:
+            fetch = self._schedule.next_staging(disk.units)
+            if fetch is None:
+                return
+            disk.stage(fetch, slot)
+            disk.drop_older(self._schedule.epoch)
+            self._schedule.changed()
+
+    def _write_all(self) -> None:
+        stream = self.device.stream()
+        while (write := self._schedule.next_write()) is not None:
+            self._throttle()
+            self.device.wait(stream, write.done)
+            start = self.telemetry.mark(stream)
+            rows = [row for row in write.changed if self._schedule.active(write.unit, row)]
+            nbytes = self._write_fresh(write, stream) if write.fresh is not None else self._write_window(write, stream)
+            end = self.device.record(stream)
+            end.synchronize()
+            self.telemetry.kv_moved("kv_d2h", write.unit.layer, write.pass_no, nbytes, start, end)
+            self._settle(write, rows, end, stream)
+            self._schedule.written(write)
+
+    def _on_host(self, small: Tensor, stream: Any) -> Tensor:
+        """A small tensor's values, through a stream that is idle: nothing that is queued elsewhere is waited for."""
+        found = list[Tensor]()
+        self.device.run(stream, lambda: found.append(small.cpu()))
+        self.device.record(stream).synchronize()
+        return found[0]
+
+    def _settle(self, write: Write, rows: Sequence[int], end: Event, stream: Any) -> None:
+        """From page-locked memory to where it stays."""
+        on_disk = self._disk if self._disk is not None and write.unit in self._disk.units else None
+        if on_disk is not None and write.wanted is not None:
+            on_disk.wanted[write.unit] = write.changed[0], self._on_host(write.wanted, stream)
+        if write.window is not None:
+            write.window.drained = end
+            if on_disk is not None:
+                on_disk.write_window(write)
+        elif rows:
+            if on_disk is None:
+                home = self._homes[write.unit].view(self.layout.shape(len(write.before)))
+                self._scatter(write, rows, home, [write.before[row] for row in rows])
+            else:
+                places = [write.before[row] % KV_BLOCK_TOKENS for row in rows]
+                self._scatter(write, rows, on_disk.tails(write.unit), places)
+                on_disk.write_full(write, rows)
+
+    def _throttle(self) -> None:
+        """Let the weights go first where many are wanted: one pause, then the write, so nothing waits for ever."""
+        pause_ms = self._settings.kv_throttle_ms
+        if pause_ms and not self._schedule.closing and self._wanted_groups() >= self._settings.kv_throttle_threshold:
+            self.pauses += 1
+            time.sleep(pause_ms / 1e3)
+
+    def _write_window(self, write: Write, stream: Any) -> int:
+        """Whole rows from the window to their home; the bytes."""
+        assert write.window is not None
+        home = self._homes.get(write.unit) if self._disk is None or write.unit in self._homes else self._disk.down
+        window = write.window.buffer
+        assert home is not None
+        lengths = [after if after > before else 0 for before, after in zip(write.before, write.after, strict=True)]
+        runs = self.layout.runs(lengths)
+        for run in runs:
+            part = slice(run.offset, run.offset + run.nbytes)
+            self.device.copy(home[part], window[part], stream)
+        return sum(run.nbytes for run in runs)
+
+    def _write_fresh(self, write: Write, stream: Any) -> int:
+        """One copy of every row's new token to page-locked memory; the bytes."""
+        assert write.fresh is not None
+        flat = write.fresh.reshape(-1)
+        self.device.copy(self._fresh[: flat.numel()], flat, stream)
+        return flat.numel()
+
+    def _scatter(self, write: Write, rows: Sequence[int], home: Tensor, places: Sequence[int]) -> None:
+        """The new tokens, which are in page-locked memory by now, to their ``places`` in those rows that go on.
+
+        Args:
+            home: ``uint8 [rows of the unit, n_kv_heads, tokens, 2, record]``.
+        """
+        layout, words = self.layout, word_of(self.layout.record_bytes)
+        fresh = self._fresh[: len(write.changed) * layout.n_kv_heads * layout.token_bytes].view(words)
+        fresh = fresh.view(len(write.changed), layout.n_kv_heads, 2, -1)
+        order = {row: place for place, row in enumerate(write.changed)}
+        taken = torch.tensor([order[row] for row in rows])
+        home.view(words)[torch.tensor(rows), :, torch.tensor(places)] = fresh[taken]
+
+
+class DiskOptions(NamedTuple):
+    """The device for KV beyond CPU memory, and what the weights lie on, which it must not be."""
+
+    path: str
+    weights: tuple[str, ...]
+
+
+Work = Callable[[Any], None]
+
+
+def word_of(record_bytes: int) -> torch.dtype:
+    """The widest type that a record is whole words of: what bytes are moved by kernels as."""
+    return torch.int64 if record_bytes % 8 == 0 else torch.uint8
+
+
+def _gather(home: Tensor, wanted: Tensor, blocks: int, window: Tensor) -> None:
+    """Pieces of one row: ``window [n_kv * k, words]`` from ``home [n_kv * blocks, words]``, ``wanted [n_kv, k]``."""
+    heads = torch.arange(wanted.shape[0], device=wanted.device).unsqueeze(1) * blocks
+    torch.index_select(home, 0, (wanted + heads).view(-1), out=window)
+
+
+def _pieces(copies: Iterator[tuple[int, Work]]) -> Iterator[tuple[int, list[Work]]]:
+    """Copies taken together until they make a piece of the link."""
+    total, together = 0, list[Work]()
+    for nbytes, work in copies:
+        if total and total + nbytes > PIECE_BYTES:
+            yield total, together
+            total, together = 0, []
+        total += nbytes
+        together.append(work)
+    if together:
+        yield total, together

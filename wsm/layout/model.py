@@ -1,0 +1,106 @@
+"""What is known here of a model: numbers, names, and where its tensors can be read. Nothing of what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wsm.layout.groups import GroupId, Kind, TensorSpec
+
+
+class Shard(NamedTuple):
+    """Which of ``size`` equal shares of the model this is."""
+
+    rank: int = 0
+    size: int = 1
+
+
+WHOLE = Shard()
+
+
+class SourceFile(NamedTuple):
+    """A file that weights come from; ``digest`` is a sample of its content, cheap at any size."""
+
+    name: str
+    size: int
+    digest: str
+
+
+class ModelShape(Protocol):
+    """The numbers that memory and time follow from, and the names and shapes of the tensors."""
+
+    embedding: ClassVar[str]
+    """The name of the token embedding among the globals."""
+    fused: ClassVar[tuple[str, ...]]
+    """Matrices of an attn group that are one product, so that they have to be one behind the other."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def ffn_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tied_embeddings(self) -> bool: ...
+
+    def specs(self, kind: Kind | None) -> tuple[TensorSpec, ...]:
+        """The tensors of a group of ``kind`` (None: the globals), in the order in which they are stored."""
+
+    def full_name(self, group: GroupId | None, short: str) -> str:
+        """The checkpoint's name of a tensor; ``group`` is None for the globals."""
+
+    def share(self, ranks: int) -> ModelShape:
+        """The shape of one of ``ranks`` equal shares.
+
+        Raises:
+            UnusableInput: if it cannot be cut evenly.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """All that describes the model, for a manifest."""
+
+    def from_json(self, fields: Mapping[str, Any], /) -> ModelShape:
+        """The inverse of :meth:`to_json`; raises UnusableInput for what makes no model."""
+
+
+ReadShape = Callable[[Mapping[str, Any]], ModelShape]
+"""The inverse of :meth:`ModelShape.to_json`; raises UnusableInput for what makes no model."""
+
+
+class TensorSource(Protocol):
+    """A checkpoint, or a rank's share of it: named tensors, lazily."""
+
+    dtype: torch.dtype
+    """Of the stored weights."""
+    directory: Path | None
+    """None for weights that are in no file."""
+
+    @property
+    def config(self) -> ModelShape: ...
+
+    def sources(self) -> tuple[SourceFile, ...]:
+        """The files behind it; for synthetic weights, their recipe."""
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
+
+        Raises:
+            UnusableInput: if the model has no such tensor, or one of another shape.
+        """
+
+    def first_row(self, name: str) -> Tensor | None:
+        """The first row of a matrix, or a whole vector, without reading the rest; None where there are no weights."""

@@ -1,0 +1,1 @@
+"""The packed store: manifest, packing, reading, checking."""

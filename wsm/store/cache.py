@@ -1,0 +1,108 @@
+"""The packed file in the cache directory: what ``mixed`` streams from where no device is named."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from wsm.errors import DoesNotFit, StoreError, UnusableInput
+from wsm.layout.model import WHOLE, Shard, TensorSource
+from wsm.store.description import DTYPE_NAMES, StoreDescription
+from wsm.store.extents import plan_store
+from wsm.store.manifest import VERSION, read_manifest
+from wsm.store.pack import Cut, PackRequest, Progress, pack
+from wsm.store.packed_store import PackedStore
+
+
+def store_path(checkpoint: TensorSource, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
+    """Where a checkpoint's packed file lies: one a dtype and number of ranks, named after its sources' content."""
+    files = [[*file, _written(checkpoint, file.name)] for file in checkpoint.sources()]
+    content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
+    return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
+
+
+def _written(checkpoint: TensorSource, name: str) -> int | None:
+    """When a file was last written, in ns: its digest is a sample, and must not be all that tells two files apart."""
+    return (checkpoint.directory / name).stat().st_mtime_ns if checkpoint.directory is not None else None
+
+
+def cached_store(
+    checkpoint: TensorSource,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[int], Progress],
+    cut: Cut,
+    shard: Shard = WHOLE,
+) -> StoreDescription:
+    """The checkpoint's packed file, packed now if it is not there or not whole.
+
+    Args:
+        cut: gives a rank's share of the checkpoint.
+        shard: whose part of it is described; the file is packed for ``shard.size`` ranks.
+        say: told the size and the free space before anything is written.
+        progress: given the bytes to come; what it returns is called with the bytes of each group.
+
+    Raises:
+        DoesNotFit: if the filesystem has too little room.
+    """
+    path = store_path(checkpoint, dtype, cache_dir, shard.size)
+    manifest = path.with_suffix(".json")
+    with _locked(path.with_suffix(".lock")):
+        found = _sound(checkpoint, manifest, path, shard.rank)
+        if found is not None:
+            return found
+        path.unlink(missing_ok=True)
+        size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
+        usage = os.statvfs(cache_dir)
+        free = usage.f_bavail * usage.f_frsize
+        say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
+        if free < size:
+            raise DoesNotFit(
+                f"{cache_dir} has {free / 1e9:.2f} GB free, the packed model takes {size / 1e9:.2f} GB: "
+                "free some space, or name another --cache-dir"
+            )
+        pack(
+            checkpoint,
+            PackRequest((str(path),), manifest, dtype, tp=shard.size),
+            cut=cut,
+            confirm=lambda question: True,
+            progress=progress(size),
+        )
+        return read_manifest(manifest, checkpoint.config.from_json, rank=shard.rank)
+
+
+def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> StoreDescription | None:
+    """The store, if its manifest and superblock are there and fit each other."""
+    if not manifest.exists() or not path.exists():
+        return None
+    try:
+        description = read_manifest(manifest, checkpoint.config.from_json, raw_device=str(path), rank=rank)
+        PackedStore(description, staging_bytes=1 << 20).close()
+    except (UnusableInput, StoreError):
+        return None
+    return description
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """Two runs that start together pack once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file

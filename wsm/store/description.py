@@ -1,0 +1,58 @@
+"""A packed store as its manifest describes it, whatever the manifest's version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wsm.layout.groups import GroupId, GroupLayout
+from wsm.layout.model import WHOLE, ModelShape, Shard, SourceFile
+from wsm.store.extents import Extent
+from wsm.store.superblock import Superblock
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """One group (None: the globals), or a rank's share of it: its image, where its bytes lie, and their xxh3-128."""
+
+    group: GroupId | None
+    layout: GroupLayout
+    extents: tuple[Extent, ...]
+    checksum: str | None
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        group = str(self.group) if self.group is not None else "the globals"
+        return group if self.rank is None else f"{group} of rank {self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDescription:
+    """A manifest, read and checked: what ``shard`` of it holds. ``config`` is the whole model's.
+
+    ``content`` is a digest of what was packed, the same wherever it was packed to; ``warnings`` are for the user.
+    """
+
+    version: int
+    path: Path
+    targets: tuple[str, ...]
+    config: ModelShape
+    dtype: torch.dtype
+    groups: Mapping[GroupId | None, StoredGroup]
+    superblocks: tuple[Superblock, ...] = ()
+    sources: tuple[SourceFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+    shard: Shard = WHOLE
+    content: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What a full read of the shard moves."""
+        return sum(extent.nbytes for group in self.groups.values() for extent in group.extents)

@@ -1,0 +1,263 @@
+"""checkpoint -> packed store: sequential writes, and a manifest only when everything is on the drive."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from wsm.disk.atomic import sync_directory, write_atomically
+from wsm.disk.targets import check_targets, opened
+from wsm.errors import DoesNotFit, StoreError, UnusableInput
+from wsm.layout.groups import BLOCK, GroupId, views
+from wsm.layout.model import Shard, SourceFile, TensorSource
+from wsm.store.description import DTYPE_NAMES
+from wsm.store.extents import Extent, StorePlan, plan_store
+from wsm.store.manifest import load_json, manifest_digest, manifest_json
+from wsm.store.superblock import Superblock
+
+WRITE_BYTES = 8 << 20
+READERS = 4
+
+Progress = Callable[[int], None]
+Confirm = Callable[[str], bool]
+Cut = Callable[[Any, Shard], TensorSource]
+"""Gives a rank's share of a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackRequest:
+    """What to pack, where and for how many ranks; ``targets`` are files or block devices, striped if several."""
+
+    targets: tuple[str, ...]
+    manifest: Path
+    dtype: torch.dtype
+    force: bool = False
+    tp: int = 1
+
+
+def pack(
+    checkpoint: TensorSource,
+    request: PackRequest,
+    *,
+    cut: Cut,
+    confirm: Confirm,
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Write ``checkpoint`` to the targets and the manifest last.
+
+    Each tensor of the checkpoint is read once. Broken off at any point, it leaves no manifest, no valid superblock,
+    and no file that was not there before.
+
+    Args:
+        cut: gives a rank's share of the checkpoint.
+        confirm: asked with a sentence before anything that exists is overwritten.
+        progress: called with the bytes of each group written.
+
+    Raises:
+        UnusableInput: for a target that must not be written, or an answer of no.
+        DoesNotFit: if a target is too small.
+        StoreError: if a target cannot be written.
+    """
+    if request.dtype not in DTYPE_NAMES:
+        raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
+    plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp)
+    sources = checkpoint.sources()
+    _check_places(checkpoint, request)
+    lost = check_targets(request.targets, plan.target_bytes, force=request.force)
+    if request.manifest.exists():
+        lost.append(f"the manifest {request.manifest}")
+    if lost and not confirm(f"This writes {plan.target_bytes / 1e9:.2f} GB over {', '.join(lost)}. Go on?"):
+        raise UnusableInput("not confirmed: nothing was written; --yes confirms")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(opened(target)) for target in request.targets]
+        _remove(request.manifest)
+        try:
+            shares = [cut(checkpoint, Shard(rank, plan.tp)) for rank in range(plan.tp)]
+            _write_store(shares, sources, request, plan, files, progress)
+        except BaseException:
+            _withdraw(request.manifest, files)
+            raise
+
+
+def _write_store(
+    shares: Sequence[TensorSource],
+    sources: Sequence[SourceFile],
+    request: PackRequest,
+    plan: StorePlan,
+    files: Sequence[int],
+    progress: Progress,
+) -> None:
+    """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
+    _write_blocks(files, [b"\0" * BLOCK] * len(files))
+    checksums = _write_groups(shares, plan, files, progress)
+    for file in files:
+        _sync(file)
+    manifest = manifest_json(
+        plan,
+        store_id=uuid.uuid4().hex,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        targets=[os.path.abspath(target) for target in request.targets],
+        sources=sources,
+        checksums=checksums,
+    )
+    store_id, digest = manifest["store_id"], manifest_digest(manifest)
+    numbers = range(len(files))
+    _write_blocks(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in numbers])
+    try:
+        write_atomically(request.manifest, json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        raise UnusableInput(
+            f"--manifest {request.manifest} cannot be written: {error.strerror}; nothing was packed"
+        ) from error
+
+
+def _remove(manifest: Path) -> None:
+    """The old manifest goes, for good, before what it names is touched."""
+    try:
+        manifest.unlink(missing_ok=True)
+        sync_directory(manifest.absolute().parent)
+    except OSError as error:
+        raise UnusableInput(
+            f"--manifest {manifest} cannot be replaced: {error.strerror}; the target was not written"
+        ) from error
+
+
+def _withdraw(manifest: Path, files: Sequence[int]) -> None:
+    """A failure may come after the superblock, even after the manifest: take both back."""
+    with contextlib.suppress(OSError):
+        manifest.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, StoreError, DoesNotFit):
+        _write_blocks(files, [b"\0" * BLOCK] * len(files))
+
+
+def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
+    """The manifest can be written, and nothing that is written is also read."""
+    manifest = Path(os.path.realpath(request.manifest))
+    if manifest.exists() and not manifest.is_file():
+        raise UnusableInput(f"--manifest {request.manifest} is no file: name one to be written")
+    if not manifest.parent.is_dir():
+        raise UnusableInput(f"--manifest {request.manifest}: its directory does not exist")
+    if not os.access(manifest.parent, os.W_OK):
+        raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
+    if manifest.exists():
+        load_json(manifest)  # raises where a file that is no manifest would be lost
+    own = [] if checkpoint.directory is None else [path for path in checkpoint.directory.iterdir() if path.is_file()]
+    for target in map(Path, request.targets):
+        if os.path.realpath(target) == str(manifest):
+            raise UnusableInput(f"--to and --manifest both name {target}: the store and its manifest are two files")
+        if target.exists() and any(target.samefile(path) for path in own):
+            raise UnusableInput(f"--to {target} is a file of the checkpoint itself: name another place")
+    if manifest.exists() and any(manifest.samefile(path) for path in own):
+        raise UnusableInput(f"--manifest {manifest} is a file of the checkpoint itself: name another place")
+
+
+def _write_groups(
+    shares: Sequence[TensorSource], plan: StorePlan, files: Sequence[int], progress: Progress
+) -> dict[GroupId | None, list[str]]:
+    """Groups in order, each rank by rank, one image being read while the one before it is written; their checksums.
+
+    So what the ranks share a page of is read from the drive once, whichever way it is cut.
+    """
+    images = [(group, rank) for group in plan.layouts for rank in range(plan.tp)]
+    largest = max(layout.nbytes for layout in plan.layouts.values())
+    # Mapped, so aligned as O_DIRECT asks, and only as much of it in memory as the groups that pass through it need.
+    buffers = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2)]
+    checksums: dict[GroupId | None, list[str]] = {group: [] for group in plan.layouts}
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
+
+        def make(number: int) -> Future[Tensor]:
+            group, rank = images[number]
+            return ahead.submit(_make_image, shares[rank], plan, group, buffers[number % 2], readers)
+
+        coming = make(0)
+        for number, (group, rank) in enumerate(images):
+            image = memoryview(coming.result().numpy().data)
+            if number + 1 < len(images):
+                coming = make(number + 1)
+            checksums[group].append(xxhash.xxh3_128_hexdigest(image))
+            _write_stripes(plan.extents(group, rank), image, files, out)
+            progress(len(image))
+    return checksums
+
+
+def _make_image(
+    checkpoint: TensorSource, plan: StorePlan, group: GroupId | None, buffer: Tensor, readers: Executor
+) -> Tensor:
+    """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
+    layout = plan.layouts[group]
+    image = buffer[: layout.nbytes]
+    tensors = views(image, layout)
+    end = 0
+    for tensor in layout.tensors:
+        image[end : tensor.offset].zero_()
+        end = tensor.offset + tensor.nbytes
+    image[end:].zero_()
+    list(
+        readers.map(
+            lambda item: checkpoint.read_into(checkpoint.config.full_name(group, item[0]), item[1]), tensors.items()
+        )
+    )
+    return image
+
+
+def _write_stripes(extents: Sequence[Extent], image: memoryview, files: Sequence[int], threads: Executor) -> None:
+    """The parts of an image, to all targets at once."""
+    writes = [
+        threads.submit(
+            _write,
+            files[extent.target],
+            image[extent.slot_offset : extent.slot_offset + extent.nbytes],
+            extent.offset,
+        )
+        for extent in extents
+    ]
+    for write in writes:
+        write.result()
+
+
+def _write_blocks(files: Sequence[int], contents: Sequence[bytes]) -> None:
+    """The first 4096 bytes of every target, on the drive when this returns."""
+    for file, content in zip(files, contents, strict=True):
+        block = mmap.mmap(-1, BLOCK)
+        block[:] = content
+        _write(file, memoryview(block), 0)
+        _sync(file)
+
+
+def _write(file: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        try:
+            wrote = os.pwrite(file, data[done : done + WRITE_BYTES], offset + done)
+        except OSError as error:
+            raise _write_error(error, offset + done) from error
+        if wrote < BLOCK:
+            raise StoreError(f"the target took {wrote} bytes at byte {offset + done} and no more; nothing was packed")
+        done += wrote - wrote % BLOCK  # O_DIRECT goes on at a whole block only
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        raise _write_error(error, 0) from error
+
+
+def _write_error(error: OSError, offset: int) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DoesNotFit(f"the target is full after {offset / 1e9:.3f} GB; nothing was packed: make room, then again")
+    return StoreError(f"write error at byte {offset} of the target: {error.strerror}; nothing was packed")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import tiktoken
 
-from llama.checkpoint.base import AGAIN, read_json, refuse_pointer
+from llama.checkpoint.files import AGAIN, read_json, refuse_pointer
 from llama.config import ModelConfig
 from wsm.errors import UnusableInput
 

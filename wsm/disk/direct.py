@@ -95,7 +95,7 @@ def is_buffered(file: int) -> bool:
 
 
 def lock(file: int, how: int, refusal: str) -> None:
-    """Hold an open target, ``how`` being LOCK_EX or LOCK_SH: readers share it, so nothing is written over a store in use.
+    """Hold an open target by LOCK_EX or LOCK_SH (``how``): readers share it, so nothing is written over a store in use.
 
     Raises:
         UnusableInput: with ``refusal`` if somebody else has it.

@@ -1,4 +1,4 @@
-"""Files and block devices to write to: what must not be written, how one is taken, and the block that says whose it is."""
+"""Files and block devices to write to: what must not be written, how one is taken, how its first block is sealed."""
 
 from __future__ import annotations
 

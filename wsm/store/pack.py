@@ -13,13 +13,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from wsm.disk.atomic import sync_directory, write_atomically
+from wsm.disk.direct import TransferFailed, aligned_block, transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, GroupId, views
@@ -29,13 +29,10 @@ from wsm.store.extents import Extent, StorePlan, plan_store
 from wsm.store.manifest import load_json, manifest_digest, manifest_json
 from wsm.store.superblock import Superblock
 
-WRITE_BYTES = 8 << 20
 READERS = 4
 
 Progress = Callable[[int], None]
 Confirm = Callable[[str], bool]
-Cut = Callable[[Any, Shard], TensorSource]
-"""Gives a rank's share of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,6 @@ def pack(
     checkpoint: TensorSource,
     request: PackRequest,
     *,
-    cut: Cut,
     confirm: Confirm,
     progress: Progress = lambda nbytes: None,
 ) -> None:
@@ -63,7 +59,6 @@ def pack(
     and no file that was not there before.
 
     Args:
-        cut: gives a rank's share of the checkpoint.
         confirm: asked with a sentence before anything that exists is overwritten.
         progress: called with the bytes of each group written.
 
@@ -86,7 +81,7 @@ def pack(
         files = [stack.enter_context(opened(target)) for target in request.targets]
         _remove(request.manifest)
         try:
-            shares = [cut(checkpoint, Shard(rank, plan.tp)) for rank in range(plan.tp)]
+            shares = [checkpoint.share(Shard(rank, plan.tp)) for rank in range(plan.tp)]
             _write_store(shares, sources, request, plan, files, progress)
         except BaseException:
             _withdraw(request.manifest, files)
@@ -105,7 +100,7 @@ def _write_store(
     _write_blocks(files, [b"\0" * BLOCK] * len(files))
     checksums = _write_groups(shares, plan, files, progress)
     for file in files:
-        _sync(file)
+        _write(file, memoryview(b""), 0, sync=True)
     manifest = manifest_json(
         plan,
         store_id=uuid.uuid4().hex,
@@ -115,8 +110,7 @@ def _write_store(
         checksums=checksums,
     )
     store_id, digest = manifest["store_id"], manifest_digest(manifest)
-    numbers = range(len(files))
-    _write_blocks(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in numbers])
+    _write_blocks(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in range(len(files))])
     try:
         write_atomically(request.manifest, json.dumps(manifest, indent=1) + "\n")
     except OSError as error:
@@ -232,27 +226,21 @@ def _write_stripes(extents: Sequence[Extent], image: memoryview, files: Sequence
 def _write_blocks(files: Sequence[int], contents: Sequence[bytes]) -> None:
     """The first 4096 bytes of every target, on the drive when this returns."""
     for file, content in zip(files, contents, strict=True):
-        block = mmap.mmap(-1, BLOCK)
-        block[:] = content
-        _write(file, memoryview(block), 0)
-        _sync(file)
+        _write(file, memoryview(aligned_block(content)), 0, sync=True)
 
 
-def _write(file: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        try:
-            wrote = os.pwrite(file, data[done : done + WRITE_BYTES], offset + done)
-        except OSError as error:
-            raise _write_error(error, offset + done) from error
-        if wrote < BLOCK:
-            raise StoreError(f"the target took {wrote} bytes at byte {offset + done} and no more; nothing was packed")
-        done += wrote - wrote % BLOCK  # O_DIRECT goes on at a whole block only
-
-
-def _sync(file: int) -> None:
+def _write(file: int, data: memoryview, offset: int, *, sync: bool = False) -> None:
+    """Write ``data``; with ``sync``, all that was written to the file is on the drive when this returns."""
     try:
-        os.fsync(file)
+        transfer_fully(os.pwritev, file, data, offset)
+        if sync:
+            os.fsync(file)
+    except TransferFailed as failed:
+        if failed.error is None:
+            raise StoreError(
+                f"the target took {failed.moved} bytes at byte {failed.offset} and no more; nothing was packed"
+            ) from failed
+        raise _write_error(failed.error, failed.offset) from failed
     except OSError as error:
         raise _write_error(error, 0) from error
 

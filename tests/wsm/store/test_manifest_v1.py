@@ -21,8 +21,8 @@ from tests.stores import CONFIG, assert_equals, checkpoint, edit, edit_param, fl
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, TENSOR_ALIGNMENT, GroupId
 from wsm.store.description import StoreDescription, StoredGroup
-from wsm.store.heads import compare_heads
 from wsm.store.manifest_v1 import place
+from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore
 
 MIB = 1 << 20

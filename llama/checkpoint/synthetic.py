@@ -45,49 +45,41 @@ class SyntheticCheckpoint(Checkpoint):
         return (SourceFile(f"synthetic:{self.config.name}", 0, hashlib.sha256(recipe.encode()).hexdigest()[:32]),)
 
     def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
-        if cut is None or cut.axis == 0:
-            self._fill_flat(name, out.view(-1), 0 if cut is None else cut.start * out.shape[1])
-        else:
-            self._fill_columns(name, out, cut.start, self._shapes[name][1])
+        self._fill_rows(name, out.view(-1, out.shape[-1]), self._first(name, cut))
 
-    def _fill_flat(self, name: str, flat: Tensor, first: int = 0) -> None:
-        """The tensor's values from its ``first`` on."""
-        block = self._block("norm" if name.endswith("norm.weight") else "matrix", flat.dtype)
-        filled, start = 0, (self._start(name) + first) % BLOCK_VALUES
-        while filled < flat.numel():
-            take = min(block.numel() - start, flat.numel() - filled)
-            flat[filled : filled + take].copy_(block[start : start + take])
-            filled, start = filled + take, 0
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
+        columns = self._shapes[name][-1]
+        row = torch.empty(cut.length if cut is not None and cut.axis == 1 else columns, dtype=self.dtype)
+        self._fill_rows(name, row.view(1, -1), self._first(name, cut))
+        return row
 
-    def _fill_columns(self, name: str, out: Tensor, first: int, columns: int) -> None:
-        """Some columns of a matrix of ``columns``, in as few copies as the block's end allows."""
-        block, (rows, length) = self._block("matrix", out.dtype), out.shape
-        row = 0
+    def _first(self, name: str, cut: Cut | None) -> int:
+        """The place in the tensor of a stretch's first value."""
+        return 0 if cut is None else cut.start * (self._shapes[name][1] if cut.axis == 0 else 1)
+
+    def _fill_rows(self, name: str, out: Tensor, first: int) -> None:
+        """Rows, or some columns of rows, of a tensor from its value ``first`` on; as few copies as the block allows."""
+        block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
+        (rows, length), columns = out.shape, self._shapes[name][-1]
+        begin, row = self._start(name) + first, 0
         while row < rows:
-            start = (self._start(name) + row * columns + first) % BLOCK_VALUES
-            count = min(rows - row, (BLOCK_VALUES - start - length) // columns + 1)
-            if count > 0:
-                out[row : row + count].copy_(block.as_strided((count, length), (columns, 1), start))
-            else:  # this row goes over the block's end
-                self._fill_flat(name, out[row], row * columns + first)
-            row += max(1, count)
+            start = (begin + row * columns) % BLOCK_VALUES
+            count = min(rows - row, -(-(BLOCK_VALUES - start) // columns))
+            out[row : row + count].copy_(block.as_strided((count, length), (columns, 1), start))
+            row += count
 
     def _start(self, name: str) -> int:
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         return int.from_bytes(digest[:8], "little") % BLOCK_VALUES
 
     def _block(self, role: Literal["norm", "matrix"], dtype: torch.dtype) -> Tensor:
+        """The block in a role, its beginning once more behind it: a row may go over its end."""
         with self._lock:
             if (role, dtype) not in self._blocks:
                 values = 1 + self._unit * NORM_STD if role == "norm" else self._unit / math.sqrt(self.config.dim)
-                self._blocks[role, dtype] = values.to(dtype)
+                widest = max(shape[-1] for shape in self._shapes.values())
+                self._blocks[role, dtype] = torch.cat([values, values[:widest]]).to(dtype)
             return self._blocks[role, dtype]
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        columns = self._shapes[name][-1]
-        row = torch.empty(cut.length if cut is not None and cut.axis == 1 else columns, dtype=self.dtype)
-        self._fill_flat(name, row, 0 if cut is None else cut.start * (columns if cut.axis == 0 else 1))
-        return row
 
 
 def _unit_block(seed: int) -> Tensor:

@@ -87,16 +87,7 @@ def _entry(plan: StorePlan, group: GroupId | None, checksums: Sequence[str]) -> 
         "nbytes": layout.nbytes,
         "stride": stride_of(layout.nbytes, plan.targets),
         **({"checksum": checksums[0]} if plan.tp == 1 else {"checksums": list(checksums)}),
-        "tensors": [
-            {
-                "name": tensor.name,
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "offset": tensor.offset,
-                "nbytes": tensor.nbytes,
-            }
-            for tensor in layout.tensors
-        ],
+        "tensors": msgspec.to_builtins(layout.tensors, enc_hook=DTYPE_NAMES.__getitem__),
     }
 
 
@@ -211,8 +202,8 @@ def _check_same(found: Any, expected: Any, where: str) -> None:
         if missing := [key for key in expected if key not in found]:
             raise UnusableInput(f"{where}: field {missing[0]} is missing; {AGAIN}")
         for key, value in expected.items():
-            _check_same(found[key], value, f"{where}: {key}" if isinstance(value, list) else f"{where}: field {key}")
-    elif isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
+            _check_same(found[key], value, f"{where}: field {key}")
+    elif isinstance(expected, list | tuple) and isinstance(found, list) and len(found) == len(expected):
         for number, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
             _check_same(theirs, mine, f"{where}[{number}]")
     elif found != expected or isinstance(found, bool):

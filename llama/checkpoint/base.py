@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,7 +32,11 @@ class Checkpoint(ABC):
     ) -> None:
         self.config, self.dtype, self.directory = config, dtype, directory
         self._paths = paths
-        self._shapes = dict(all_tensors(config))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """By full name; made when asked, for a config that no files prove may name any number of layers."""
+        return dict(all_tensors(self.config))
 
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""

@@ -19,20 +19,28 @@ from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import ModelConfig
 from wsm.errors import UnusableInput
 
-BUILTIN = ModelConfig(
-    name="builtin-v1",  # part of the cache directory's name: change it when the weights change
-    dim=256,
-    n_layers=48,
-    n_heads=8,
-    n_kv_heads=4,
-    head_dim=32,
-    ffn_dim=768,
-    vocab_size=320,
-    rope_theta=10000.0,
-    max_position=8192,
-)
+_HF_CONFIG: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 768,
+    "vocab_size": 320,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
 """Layers enough for the default flags to leave some on every tier; room in the vocabulary for the byte tokenizer."""
 
+# The name is part of the cache directory's: change it when the weights change.
+BUILTIN = ModelConfig.from_hf(_HF_CONFIG, "builtin-v1")
 _SEED = 0
 _TOKENIZER: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
 
@@ -65,7 +73,7 @@ def _make(directory: Path) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         save_file(_weights(), beside / SINGLE, metadata={"format": "pt"})
-        for file, content in (("config.json", _hf_config()), ("tokenizer_config.json", _TOKENIZER)):
+        for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", _TOKENIZER)):
             (beside / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         # The temporary directory and safetensors' file are the owner's alone, which would hide a shared cache.
         (beside / SINGLE).chmod(0o644)
@@ -88,24 +96,3 @@ def _weights() -> dict[str, Tensor]:
         short = name.split(".")[-2]
         tensors[hf_name(name)] = to_halves(out, heads[short]) if short in heads else out
     return tensors
-
-
-def _hf_config() -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": BUILTIN.dim,
-        "num_hidden_layers": BUILTIN.n_layers,
-        "num_attention_heads": BUILTIN.n_heads,
-        "num_key_value_heads": BUILTIN.n_kv_heads,
-        "head_dim": BUILTIN.head_dim,
-        "intermediate_size": BUILTIN.ffn_dim,
-        "vocab_size": BUILTIN.vocab_size,
-        "rms_norm_eps": BUILTIN.norm_eps,
-        "rope_theta": BUILTIN.rope_theta,
-        "max_position_embeddings": BUILTIN.max_position,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-    }

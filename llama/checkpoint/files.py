@@ -31,11 +31,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def check_stored(stored: Stored, shape: tuple[int, ...], config_file: str) -> None:
-    """Refuse a tensor that is no float or has another shape than ``config_file`` asks for.
-
-    Raises:
-        UnusableInput: naming the file and the tensor.
-    """
+    """Refuse a tensor that is no float or has another shape than ``config_file`` asks for: UnusableInput."""
     if stored.dtype not in FLOATS:
         raise UnusableInput(
             f"{stored.path}: {stored.name} is of dtype {stored.dtype}; only {', '.join(FLOATS)} weights run here, "
@@ -56,8 +52,7 @@ def weights_dtype(matrices: Iterable[Stored]) -> torch.dtype:
 def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -> None:
     """Refuse tensors that the model's shape has no place for: leaving them out would give another model's tokens.
 
-    Raises:
-        UnusableInput: naming the first such tensor.
+    Raises UnusableInput with the first such tensor; so do the next two.
     """
     for name in names:
         if name not in known and not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):
@@ -68,11 +63,7 @@ def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -
 
 
 def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
-    """Refuse biases and LoRA adapters, which are no plain LLaMA's.
-
-    Raises:
-        UnusableInput: naming the file and the first such tensor.
-    """
+    """Refuse biases and LoRA adapters, which are no plain LLaMA's."""
     for name in names:
         if name.endswith(".bias") or "lora_" in name:
             raise UnusableInput(
@@ -82,11 +73,7 @@ def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse what git leaves in place of a large file that it has not downloaded.
-
-    Raises:
-        UnusableInput: if ``path`` is such a pointer, or cannot be read.
-    """
+    """Refuse what git leaves in place of a large file that it has not downloaded, and what cannot be read."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
@@ -111,11 +98,7 @@ def source_file(path: Path) -> SourceFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
-
-    Raises:
-        UnusableInput: if it is missing, no JSON, or no object.
-    """
+    """A JSON object from a file of a checkpoint; raises UnusableInput if it is missing, no JSON, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -78,11 +78,7 @@ def related_devices(path: str, sys_dev: Path = Path("/sys/dev/block")) -> dict[s
 
 
 def why_busy(path: str, *, root: Path = Path("/")) -> str | None:
-    """Why a device is in use, itself, one of its partitions or its whole disk; None if it is not.
-
-    Args:
-        root: where /proc and /sys are.
-    """
+    """Why a device is in use, itself, a partition of it or its disk; None if it is not. ``root`` has /proc and /sys."""
     sys_dev = root / "sys/dev/block"
     relatives = related_devices(path, sys_dev)
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
@@ -105,11 +101,7 @@ def why_busy(path: str, *, root: Path = Path("/")) -> str | None:
 
 
 def loop_device_over(file: Path, *, root: Path = Path("/")) -> str | None:
-    """The loop device whose contents a file is, such as ``loop0``; None if there is none.
-
-    Args:
-        root: where /sys is.
-    """
+    """The loop device whose contents a file is, such as ``loop0``; None if there is none. ``root`` has /sys."""
     for backing in sorted(root.glob("sys/block/loop*/loop/backing_file")):
         try:
             if file.samefile(backing.read_text().strip()):

@@ -72,11 +72,7 @@ def first_block(file: int) -> bytes:
 
 
 def open_direct(path: str, flags: int) -> int:
-    """``path``, opened with ``flags`` past the page cache where its filesystem can.
-
-    Raises:
-        UnusableInput: if it cannot be opened.
-    """
+    """``path``, opened with ``flags``, past the page cache where its filesystem can; raises UnusableInput if it fails."""
     try:
         try:
             return os.open(path, flags | os.O_DIRECT, 0o644)
@@ -97,8 +93,7 @@ def is_buffered(file: int) -> bool:
 def lock(file: int, how: int, refusal: str) -> None:
     """Hold an open target by LOCK_EX or LOCK_SH (``how``): readers share it, so nothing is written over a store in use.
 
-    Raises:
-        UnusableInput: with ``refusal`` if somebody else has it.
+    Raises UnusableInput with ``refusal`` if somebody else has it.
     """
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
@@ -111,8 +106,7 @@ def lock(file: int, how: int, refusal: str) -> None:
 def open_for_reading(target: str) -> tuple[int, bool]:
     """A store's file or block device, open and locked for reading; whether it goes through the page cache.
 
-    Raises:
-        UnusableInput: if it cannot be opened, or is being packed.
+    Raises UnusableInput if it cannot be opened, or is being packed.
     """
     try:
         mode = os.stat(target).st_mode

@@ -127,8 +127,7 @@ def free_bytes(place: Path | int) -> int:
 def open_target(target: str) -> tuple[int, bool]:
     """A target, open for writing past the page cache, a block device exclusively; whether it is a file made just now.
 
-    Raises:
-        UnusableInput: if it cannot be opened.
+    Raises UnusableInput if it cannot be opened.
     """
     if is_block_device(target):
         return open_direct(target, os.O_RDWR | os.O_EXCL), False
@@ -145,12 +144,9 @@ def take(file: int, target: str) -> None:
 
 @contextlib.contextmanager
 def opened(target: str) -> Iterator[int]:
-    """A target, open for writing past the page cache, and ours alone.
+    """A target, open for writing past the page cache, and ours alone; a file that is new goes again if the body raises.
 
-    A file that did not exist before goes again if the body raises.
-
-    Raises:
-        UnusableInput: if it cannot be opened, or somebody else has it.
+    Raises UnusableInput if it cannot be opened, or somebody else has it.
     """
     file, new = open_target(target)
     path = os.path.realpath(target)

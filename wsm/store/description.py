@@ -53,7 +53,7 @@ class StoredGroup:
 class StoreDescription:
     """A manifest, read and checked: what ``shard`` of it holds. ``config`` is the whole model's.
 
-    ``content`` is a digest of what was packed, the same wherever it was packed to; ``warnings`` are for the user.
+    ``content`` is a digest of what was packed, the same wherever it was packed to.
     """
 
     version: int
@@ -64,7 +64,6 @@ class StoreDescription:
     groups: Mapping[GroupId | None, StoredGroup]
     superblocks: tuple[Superblock, ...] = ()
     sources: tuple[SourceFile, ...] = ()
-    warnings: tuple[str, ...] = ()
     shard: Shard = WHOLE
     content: str | None = None
 

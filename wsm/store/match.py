@@ -34,21 +34,18 @@ def check_suits(
                 f"the model is {config.name} ({part} {asked}): give the checkpoint that was packed"
             )
     packed_for = description.shard.size
+    pack = " ".join(filter(None, ["bench_infer.py pack", model_flags]))
     if packed_for != ranks:
         raise UnusableInput(
             f"the store of {description.path} is packed for {packed_for} rank{'s' * (packed_for > 1)}, this run has "
-            f"{ranks}; pack another: {_pack_command(model_flags, f'--tp {ranks}')}, or start it with torchrun "
+            f"{ranks}; pack another: {pack} --tp {ranks} --to TARGET --manifest FILE, or start it with torchrun "
             f"--nproc-per-node {packed_for}"
         )
     if dtype is not None and dtype != description.dtype:
         raise UnusableInput(
             f"the store of {description.path} holds {DTYPE_NAMES[description.dtype]}; pack another: "
-            + _pack_command(model_flags, f"--dtype {DTYPE_NAMES[dtype]}")
+            f"{pack} --dtype {DTYPE_NAMES[dtype]} --to TARGET --manifest FILE"
         )
-
-
-def _pack_command(model_flags: str, more: str) -> str:
-    return " ".join(filter(None, ["bench_infer.py pack", model_flags, more, "--to TARGET --manifest FILE"]))
 
 
 def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:

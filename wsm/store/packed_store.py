@@ -81,7 +81,7 @@ class PackedStore:
     ) -> None:
         self.description = description
         self.on_read: ChunkRead | None = None
-        self.warnings: list[str] = list(description.warnings)
+        self.warnings: list[str] = []
         self._verify, self._pread = verify, pread
         self._verified: set[GroupId | None] = set()
         wanted = max(SMALLEST_CHUNK, staging_bytes // 16)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from wsm.disk.direct import Transfer, TransferFailed, transfer_fully
 from wsm.disk.io_threads import Done, IOThreads, Piece
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.store.packed_store import CHUNK_UNIT, LARGEST_CHUNK, SMALLEST_CHUNK
-
-Transfer = Callable[[int, Sequence[memoryview], int], int]
 
 
 class KVDevice:
@@ -109,19 +108,13 @@ class KVDevice:
         )
 
     def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
-        """Move one chunk, going on after a short transfer: from a whole block, as O_DIRECT asks."""
+        """Move one chunk."""
         transfer, what = (self._pwrite, "write") if writing else (self._pread, "read")
-        done, tried = 0, False
-        while done < len(image):
-            try:
-                moved = transfer(self._target.file, [image[done:]], offset + done)
-            except OSError as error:
-                raise self._error(offset + done, f"{what} error: {error.strerror}") from error
-            whole = moved - moved % BLOCK
-            # Part of a block is moved again from its beginning; once, for it may be where the target ends.
-            if moved <= 0 or (whole == 0 and tried):
-                raise self._error(offset + done, f"short {what}: the file or device ends here")
-            done, tried = done + whole, whole == 0
+        try:
+            transfer_fully(transfer, self._target.file, image, offset)
+        except TransferFailed as failed:
+            reason = failed.reason(what, f"short {what}: the file or device ends here")
+            raise self._error(failed.offset, reason) from failed
         if self._target.buffered:
             self._drop(offset, len(image), writing=writing)
 

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
-from wsm.disk.direct import open_for_reading
+from wsm.disk.direct import TransferFailed, open_for_reading, transfer_fully
 from wsm.disk.io_threads import Done, IOThreads
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
@@ -207,22 +207,15 @@ class PackedStore:
             self.on_read(stored.group, chunk.nbytes, began, time.perf_counter())
 
     def _read_chunk(self, stored: StoredGroup, image: memoryview, chunk: _Chunk) -> None:
-        """Read on after a short read; only the end of a target may keep the last block from being whole."""
+        """Read a chunk whole, but for what is behind the end of a target in its last block."""
         extent, file = chunk.extent, self._files[chunk.extent.target]
         place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
-        done, tried = 0, False
-        while done < chunk.nbytes:
-            try:
-                got = self._pread(file, [image[place + done : place + chunk.nbytes]], offset + done)
-            except OSError as error:
-                raise self._error(stored, extent, offset + done, f"read error: {error.strerror}") from error
-            if got > 0 and chunk.start + done + got >= extent.needed:
-                break
-            whole = got - got % BLOCK
-            if got <= 0 or (whole == 0 and tried):
-                raise self._error(stored, extent, offset + done, "the store ends here (short read): it was cut short")
-            # Part of a block is read again from its beginning, as O_DIRECT asks; once, for it may be the target's end.
-            done, tried = done + whole, whole == 0
+        image = image[place : place + chunk.nbytes]
+        try:
+            transfer_fully(self._pread, file, image, offset, extent.needed - chunk.start)
+        except TransferFailed as failed:
+            reason = failed.reason("read", "the store ends here (short read): it was cut short")
+            raise self._error(stored, extent, failed.offset, reason) from failed
         if file in self._buffered:
             os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -17,11 +17,12 @@ BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
 class Cut(NamedTuple):
-    """A stretch of a matrix: ``length`` rows (axis 0) or columns (axis 1) from ``start`` on."""
+    """A part of a matrix: ``rows`` and ``columns`` from ``row`` and ``column`` on. A vector is a matrix of one row."""
 
-    axis: int
-    start: int
-    length: int
+    row: int
+    column: int
+    rows: int
+    columns: int
 
 
 def tensor_specs(shape: ModelShape, kind: Kind | None) -> tuple[TensorSpec, ...]:

@@ -43,17 +43,11 @@ class CountingCheckpoint(Checkpoint):
     def sources(self) -> tuple[SourceFile, ...]:
         return (SourceFile("counting", 0, "00"),)
 
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         self.names.append(name)
-        shape = self._shapes[name]
         # Whole numbers below 256 are exact in every dtype.
-        whole = ((torch.arange(math.prod(shape)) + sum(name.encode())) % 251).view(shape)
+        whole = ((torch.arange(math.prod(self._shapes[name])) + sum(name.encode())) % 251).view(self._shapes[name])
         out.copy_(stretch(whole, cut))
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        shape = self._shapes[name]
-        whole = tensor_of(self, name, shape, self.dtype)
-        return stretch(whole, cut)[0] if len(shape) == 2 else whole
 
 
 def checkpoint(config: ModelConfig = CONFIG, seed: int = 0) -> SyntheticCheckpoint:

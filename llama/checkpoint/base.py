@@ -27,6 +27,8 @@ class Checkpoint(ABC):
         paths: the files that hold the weights.
     """
 
+    has_weights = True
+
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, directory: Path | None = None, paths: Sequence[Path] = ()
     ) -> None:
@@ -42,32 +44,26 @@ class Checkpoint(ABC):
         """The files behind it; for synthetic weights, their recipe."""
         return tuple(map(source_file, self._paths))
 
-    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
+    def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
-
-        Args:
-            cut: the stretch of the matrix that is wanted, and the shape of ``out``; q and k are cut between heads.
 
         Raises:
             UnusableInput: if the model has no such tensor, or one of another shape.
         """
-        shape = self._shapes.get(name)
-        if shape is not None and cut is not None:
-            shape = (*shape[: cut.axis], cut.length, *shape[cut.axis + 1 :])
-        if shape != tuple(out.shape):
+        if self._shapes.get(name) != tuple(out.shape):
             raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
-        self._fill(name, out, cut)
+        matrix = out.view(-1, out.shape[-1])
+        self.fill(name, matrix, Cut(0, 0, *matrix.shape))
+
+    def first_row(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The first row of a matrix, or a whole vector, without reading the rest."""
+        row = torch.empty(1, self._shapes[name][-1], dtype=dtype)
+        self.fill(name, row, Cut(0, 0, *row.shape))
+        return row[0]
 
     @abstractmethod
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
-        """As :meth:`read_into`, of a tensor that is there."""
-
-    @abstractmethod
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor | None:
-        """The first row of a matrix (or of a stretch of it), or a whole vector, without reading the rest.
-
-        None where there are no weights.
-        """
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
+        """Fill ``out [cut.rows, cut.columns]`` from a tensor that is there; q and k are cut between heads."""
 
     def share(self, shard: Shard) -> Checkpoint:
         """What a rank holds of it, under the same names; itself where there is only one rank."""
@@ -87,25 +83,19 @@ class RankCheckpoint(Checkpoint):
 
     def __init__(self, whole: Checkpoint, shard: Shard) -> None:
         super().__init__(whole.config.share(shard.size), whole.dtype, whole.directory)
+        self.has_weights = whole.has_weights
         self._whole, self._shard = whole, shard
-
-    def _cut(self, name: str, cut: Cut | None) -> Cut | None:
-        if cut is not None:
-            raise ValueError("a rank's share is not cut once more")
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return None
-        axis = int(name.endswith(BY_COLUMNS))
-        return Cut(axis, self._shard.rank * shape[axis], shape[axis])
 
     def sources(self) -> tuple[SourceFile, ...]:
         return self._whole.sources()
 
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
-        self._whole.read_into(name, out, self._cut(name, cut))
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor | None:
-        return self._whole.first_row(name, self._cut(name, cut))
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
+        rows, columns = self._shapes[name] if len(self._shapes[name]) == 2 else (0, 0)
+        if name.endswith(BY_COLUMNS):
+            cut = cut._replace(column=cut.column + self._shard.rank * columns)
+        else:
+            cut = cut._replace(row=cut.row + self._shard.rank * rows)
+        self._whole.fill(name, out, cut)
 
     def close(self) -> None:
         self._whole.close()
@@ -118,6 +108,7 @@ def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield config.full_name(group, spec.name), spec.shape
 
 
-def stretch(matrix: Tensor, cut: Cut | None) -> Tensor:
-    """A view of the rows or columns that ``cut`` names; all of it without."""
-    return matrix if cut is None else matrix.narrow(*cut)
+def stretch(tensor: Tensor, cut: Cut) -> Tensor:
+    """A view ``[cut.rows, cut.columns]`` of a matrix, or of a vector as a matrix of one row."""
+    matrix = tensor.view(-1, tensor.shape[-1])
+    return matrix[cut.row : cut.row + cut.rows, cut.column : cut.column + cut.columns]

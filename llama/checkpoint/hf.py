@@ -92,21 +92,13 @@ class HFCheckpoint(Checkpoint):
         refuse_unknown_tensors(directory, where, {one.name for one in stored} | tied_head)
         super().__init__(config, weights_dtype(stored), directory, list(files))
 
-    def _view(self, name: str, cut: Cut | None) -> Tensor:
-        """Of the mapped file, under its own name: only what is copied is read."""
-        theirs = hf_name(name)
-        weight: Tensor = self._files[theirs].get_tensor(theirs)
-        return stretch(weight, cut)
-
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
-        weight = self._view(name, cut)
-        if name.split(".")[-2] in ("wq", "wk"):
-            weight = to_interleaved(weight, weight.shape[0] // self.config.head_dim)
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
+        # Views of the mapped file: only what is copied is read.
+        weight = stretch(self._files[hf_name(name)].get_tensor(hf_name(name)), cut)
+        # Un-permuting leaves the first row of a head where it is.
+        if name.split(".")[-2] in ("wq", "wk") and cut.rows > 1:
+            weight = to_interleaved(weight, cut.rows // self.config.head_dim)
         out.view(weight.shape).copy_(weight)
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        weight = self._view(name, cut)
-        return weight[0] if weight.dim() == 2 else weight  # un-permuting leaves the first row of a head where it is
 
     def close(self) -> None:
         self._files = {}

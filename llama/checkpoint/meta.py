@@ -84,33 +84,19 @@ class MetaCheckpoint(Checkpoint):
             check_stored(stored, shape, f"params.json, over {len(parts)} shard(s),")
         return stored
 
-    def _views(self, name: str, cut: Cut | None) -> tuple[int, list[Tensor]]:
-        """What the shards have of (a stretch of) a tensor, and the axis along which that makes the whole."""
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         parts, shape = self._parts(name), self._shapes[name]
-        if len(parts) == 1 or len(shape) == 1:
-            return 0, [stretch(parts[0], cut)]
-        axis = _cut_axis(name, parts[0], shape)
-        if cut is None or cut.axis != axis:
-            return axis, [stretch(part, cut) for part in parts]
-        views, begin = [], 0
-        for part in parts:
-            length = part.shape[axis]
-            low, high = max(begin, cut.start), min(begin + length, cut.start + cut.length)
+        if len(shape) == 1:
+            parts = [parts[0].view(1, -1)]
+        elif _cut_axis(name, parts[0], shape) == 1:
+            parts, out, cut = [part.T for part in parts], out.T, Cut(cut.column, cut.row, cut.columns, cut.rows)
+        begin = 0
+        for part in parts:  # one below the other
+            low, high = max(begin, cut.row), min(begin + len(part), cut.row + cut.rows)
             if low < high:
-                views.append(part.narrow(axis, low - begin, high - low))
-            begin += length
-        return axis, views
-
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
-        axis, views = self._views(name, cut)
-        for place, view in zip(out.split([view.shape[axis] for view in views], dim=axis), views, strict=True):
-            place.copy_(view)
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        axis, views = self._views(name, cut)
-        if views[0].dim() == 1:
-            return views[0]
-        return torch.cat([view[0] for view in views]) if axis == 1 else views[0][0]
+                found = stretch(part, Cut(low - begin, cut.column, high - low, cut.columns))
+                out[low - cut.row : high - cut.row].copy_(found)
+            begin += len(part)
 
     def close(self) -> None:
         self._shards = {path: {} for path in self._shards}

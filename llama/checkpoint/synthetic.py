@@ -44,28 +44,14 @@ class SyntheticCheckpoint(Checkpoint):
         recipe = f"1 {self.config.to_json()} seed={self._seed} block={BLOCK_VALUES} norm={NORM_STD}"
         return (SourceFile(f"synthetic:{self.config.name}", 0, hashlib.sha256(recipe.encode()).hexdigest()[:32]),)
 
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
-        self._fill_rows(name, out.view(-1, out.shape[-1]), self._first(name, cut))
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        columns = self._shapes[name][-1]
-        row = torch.empty(cut.length if cut is not None and cut.axis == 1 else columns, dtype=self.dtype)
-        self._fill_rows(name, row.view(1, -1), self._first(name, cut))
-        return row
-
-    def _first(self, name: str, cut: Cut | None) -> int:
-        """The place in the tensor of a stretch's first value."""
-        return 0 if cut is None else cut.start * (self._shapes[name][1] if cut.axis == 0 else 1)
-
-    def _fill_rows(self, name: str, out: Tensor, first: int) -> None:
-        """Rows, or some columns of rows, of a tensor from its value ``first`` on; as few copies as the block allows."""
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
-        (rows, length), columns = out.shape, self._shapes[name][-1]
-        begin, row = self._start(name) + first, 0
-        while row < rows:
+        columns = self._shapes[name][-1]
+        begin, row = self._start(name) + cut.row * columns + cut.column, 0
+        while row < cut.rows:  # in as few copies as the block's end allows
             start = (begin + row * columns) % BLOCK_VALUES
-            count = min(rows - row, -(-(BLOCK_VALUES - start) // columns))
-            out[row : row + count].copy_(block.as_strided((count, length), (columns, 1), start))
+            count = min(cut.rows - row, -(-(BLOCK_VALUES - start) // columns))
+            out[row : row + count].copy_(block.as_strided((count, cut.columns), (columns, 1), start))
             row += count
 
     def _start(self, name: str) -> int:

@@ -29,6 +29,8 @@ class WeightlessCheckpoint(Checkpoint):
         UnusableInput: if the directory says no model's shape either.
     """
 
+    has_weights = False
+
     def __init__(self, directory: Path, config: ModelConfig | None = None) -> None:
         for file, read in (("params.json", ModelConfig.from_meta), ("config.json", ModelConfig.from_hf)):
             if config is None and (directory / file).exists():
@@ -37,10 +39,7 @@ class WeightlessCheckpoint(Checkpoint):
             raise UnusableInput(f"--checkpoints {directory}: neither params.json nor config.json is in it")
         super().__init__(config, torch.bfloat16, directory)
 
-    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         raise UnusableInput(
             f"{self.directory} holds no weights: only a packed store of mode mixed, stream or preload runs"
         )
-
-    def first_row(self, name: str, cut: Cut | None = None) -> None:
-        return None

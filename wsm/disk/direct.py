@@ -72,7 +72,7 @@ def first_block(file: int) -> bytes:
 
 
 def open_direct(path: str, flags: int) -> int:
-    """``path``, opened with ``flags``, past the page cache where its filesystem can; raises UnusableInput if it fails."""
+    """``path``, opened with ``flags``, past the page cache where that can be; raises UnusableInput if it fails."""
     try:
         try:
             return os.open(path, flags | os.O_DIRECT, 0o644)

@@ -88,6 +88,8 @@ class TensorSource(Protocol):
     """Of the stored weights."""
     directory: Path | None
     """None for weights that are in no file."""
+    has_weights: bool
+    """Whether there is anything to read; a directory without its weights has a shape and no more."""
 
     @property
     def config(self) -> ModelShape: ...
@@ -102,8 +104,8 @@ class TensorSource(Protocol):
             UnusableInput: if the model has no such tensor, or one of another shape.
         """
 
-    def first_row(self, name: str) -> Tensor | None:
-        """The first row of a matrix, or a whole vector, without reading the rest; None where there are no weights."""
+    def first_row(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The first row of a matrix, or a whole vector, without reading the rest."""
 
     def share(self, shard: Shard) -> TensorSource:
         """What a rank holds of it; itself where there is only one rank."""

@@ -58,19 +58,17 @@ def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:
         StoreError: naming the first tensor that differs, or the file that has changed since it was packed.
     """
     _compare_sources(store, checkpoint)
+    if not checkpoint.has_weights:
+        if store.description.version == 1:
+            store.warnings.append(
+                "a version 1 manifest has no checksums and the checkpoint has no weights to compare with: "
+                "whether the device bears this model could not be checked; pack again to have it checked"
+            )
+        return
     for group, stored in store.description.groups.items():
         for tensor in stored.layout.tensors:
             name = checkpoint.config.full_name(group, tensor.name)
-            row = checkpoint.first_row(name)
-            if row is None and store.description.version != 1:
-                return
-            if row is None:
-                store.warnings.append(
-                    "a version 1 manifest has no checksums and the checkpoint has no weights to compare with: "
-                    "whether the device bears this model could not be checked; pack again to have it checked"
-                )
-                return
-            head = row.to(tensor.dtype)[: HEAD_BYTES // tensor.dtype.itemsize].contiguous()
+            head = checkpoint.first_row(name, tensor.dtype)[: HEAD_BYTES // tensor.dtype.itemsize]
             found = store.peek(group, tensor.offset, head.nbytes)
             if found != head.view(torch.uint8).numpy().tobytes():
                 target = store.description.targets[0]

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 import wsm.disk.atomic
 import wsm.store.pack
 from llama.checkpoint.base import all_tensors
-from llama.names import Cut
 from llama.stores import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
 from wsm.disk.atomic import write_atomically
@@ -216,10 +215,10 @@ def test_a_full_drive_is_said_and_the_file_goes(tmp_path: Path, monkeypatch: pyt
 
 def test_a_failing_checkpoint_leaves_no_store(tmp_path: Path) -> None:
     class Failing(CountingCheckpoint):
-        def read_into(self, name: str, out: torch.Tensor, cut: Cut | None = None) -> None:
+        def read_into(self, name: str, out: torch.Tensor) -> None:
             if name == "layers.2.feed_forward.w2.weight":
                 raise UnusableInput("the shard is damaged")
-            super().read_into(name, out, cut)
+            super().read_into(name, out)
 
     with pytest.raises(UnusableInput, match="the shard is damaged"):
         pack_tiny(tmp_path, source=Failing())

@@ -14,14 +14,11 @@ from torch import Tensor
 from wsm.engine.device import Event
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
-from wsm.kv.device import KVDevice
+from wsm.kv.device import KVDevice, Move
 from wsm.kv.schedule import Fetch, Write
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
 from wsm.plan.kv import DISK_SLOTS
-
-Move = tuple[int, Tensor]
-"""A place on the device, and CPU memory."""
 
 
 class _Slot(NamedTuple):
@@ -224,25 +221,11 @@ class KVDisk:
         self._move(moves, write.unit, write.pass_no, writing=True)
 
     def _move(self, moves: Sequence[Move], unit: Unit, pass_no: int, *, writing: bool) -> None:
-        """All of them at once, and until all are done; the first failure is raised."""
+        """All of them, and until all are done; the first failure is raised."""
         if not moves:
             return
         started = time.perf_counter()
-        left, failures, done = [len(moves)], list[BaseException](), threading.Event()
-
-        def one_done(failure: BaseException | None) -> None:
-            with self._lock:
-                left[0] -= 1
-                if failure is not None:
-                    failures.append(failure)
-                if not left[0]:
-                    done.set()
-
-        for offset, memory in moves:
-            (self._device.write if writing else self._device.read)(offset, memory, one_done)
-        done.wait()
-        if failures:
-            raise failures[0]
+        (self._device.write if writing else self._device.read)(moves).result()
         nbytes = sum(memory.nbytes for _, memory in moves)
         tier = "kv_write" if writing else "kv_read"
         self._telemetry.kv_disk(tier, unit.layer, pass_no, nbytes, started, time.perf_counter())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from wsm.engine.device import Event
-from wsm.engine.shared import SharedState
+from wsm.engine.threads import SharedState
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout, Unit
 
 

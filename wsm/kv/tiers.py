@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from wsm.engine.arena import PageLockedArena
-from wsm.engine.device import Device, Event
-from wsm.engine.link import PIECE_BYTES, Link
+from wsm.engine.device import PIECE_BYTES, Device, Event, Link
 from wsm.engine.telemetry import Telemetry
 from wsm.kv.disk import KVDisk
 from wsm.kv.schedule import Fetch, KVSchedule, Window, Write

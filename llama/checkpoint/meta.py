@@ -43,7 +43,7 @@ class MetaCheckpoint(Checkpoint):
     def __init__(self, directory: Path) -> None:
         paths = _shard_paths(directory)
         params, name = read_json(directory / "params.json"), directory.resolve().name
-        # Before the shards are opened, so that what params.json refuses is named first; the 1 stands for "not known".
+        # Before the shards are opened: what params.json refuses is named first; the 1 stands for "not known".
         ModelConfig.from_meta(params, name, vocab_size=1)
         self._shards = {path: _open_shard(path) for path in paths}
         config = ModelConfig.from_meta(params, name, vocab_size=self._vocab_size(params["dim"]))

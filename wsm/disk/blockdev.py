@@ -158,7 +158,7 @@ def check_writable(
     mend: str = "--force overwrites it",
     root: Path = Path("/"),
 ) -> list[str]:
-    """Refuse a device that is in use or that bears something; what it bears, if that is forced.
+    """Refuse a device that is in use or holds something; returns what it holds, if that is forced.
 
     Args:
         force: let a device with a signature pass; never one in use.

@@ -36,11 +36,11 @@ def unsealed(block: bytes, nbytes: int) -> bytes | None:
 
 
 def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[str]:
-    """Refuse what must not be written, in the order of DESIGN section 7: in use, bears a signature, too small.
+    """Refuse what must not be written, in the order of DESIGN section 7: in use, has a signature, too small.
 
     Args:
         targets: files or block devices, each to take ``nbytes``.
-        force: let block devices pass that bear a filesystem or the like.
+        force: let block devices pass that hold a filesystem or the like.
 
     Returns:
         What will be overwritten, a phrase each; empty if nothing is.

@@ -82,7 +82,7 @@ class KVTarget:
         """Write the superblock and reserve the rest of ``nbytes``."""
         self._check_room(nbytes)
         try:
-            # First, so that a file that a killed run leaves behind is known for ours.
+            # First: a file that a killed run leaves behind is then known for ours.
             os.pwritev(self.file, [aligned_block(kv_superblock(self._run))], 0)
             if not self._is_device:
                 self._reserve(nbytes)
@@ -159,7 +159,7 @@ def _check_apart(path: str, weights: Sequence[str]) -> None:
 
 
 def _check_device(path: str) -> None:
-    """Refuse a device that bears weights, is in use, or bears anything else; nobody is asked, nothing is forced."""
+    """Refuse a device that holds weights, is in use, or holds anything else; nobody is asked, nothing is forced."""
     label = f"--kv-device {path}"
     with reading(path) as file:
         head = _head(file, path)

@@ -49,7 +49,7 @@ def cached_store(
 
     Args:
         shard: whose part of it is described; the file is packed for ``shard.size`` ranks.
-        say: told the size and the free space before anything is written.
+        say: called with the size and the free space before anything is written.
         progress: given the bytes to come; what it returns is called with the bytes of each group.
 
     Raises:

@@ -35,7 +35,7 @@ def typed(content: Mapping[str, Any], kind: type[T], path: Path, mend: str) -> T
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """One group (None: the globals), or a rank's share of it: its image, where its bytes lie, and their xxh3-128."""
+    """One group (None: the globals), or a rank's share of it: its image, where its bytes are, and their xxh3-128."""
 
     group: GroupId | None
     layout: GroupLayout

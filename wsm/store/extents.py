@@ -1,4 +1,4 @@
-"""Where the groups of a packed store lie: on which targets, at which offsets, for how many ranks."""
+"""Where the groups of a packed store are: on which targets, at which offsets, for how many ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Extent:
 
 
 def stripes(nbytes: int, offset: int, targets: int) -> tuple[Extent, ...]:
-    """An image cut into one contiguous part a target, each at the same ``offset``; parts are multiples of 4096."""
+    """An image cut into one contiguous part per target, each at the same ``offset``; parts are multiples of 4096."""
     part = stride_of(nbytes, targets)
     return tuple(
         Extent(target, offset, min(part, nbytes - start), start, min(part, nbytes - start))
@@ -39,7 +39,7 @@ def stride_of(nbytes: int, targets: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StorePlan:
-    """Where a checkpoint's groups will lie on ``targets`` devices: globals first, then pass order.
+    """Where a checkpoint's groups will be on ``targets`` devices: globals first, then pass order.
 
     For ``tp`` ranks each group is as many images of the same layout, one behind the other; ``offsets`` are rank 0's.
     """
@@ -53,7 +53,7 @@ class StorePlan:
     target_bytes: int
 
     def extents(self, group: GroupId | None, rank: int) -> tuple[Extent, ...]:
-        """Where the image of a rank's share of ``group`` lies."""
+        """Where the image of a rank's share of ``group`` is."""
         nbytes = self.layouts[group].nbytes
         return stripes(nbytes, self.offsets[group] + rank * stride_of(nbytes, self.targets), self.targets)
 

@@ -144,6 +144,12 @@ def read_manifest(
             f"--manifest {path}: version {content['version']!r} of format {content.get('format')!r} is not known; "
             f"versions 1 and {VERSION} are"
         )
+    return _describe_v2(content, path, targets, rank, read_shape)
+
+
+def _describe_v2(
+    content: dict[str, Any], path: Path, targets: tuple[str, ...] | None, rank: int, read_shape: ReadShape
+) -> StoreDescription:
     manifest = typed(content, _Manifest, path, AGAIN)
     plan, checksums = _checked_plan(manifest, content, path, read_shape)
     count = len(manifest.targets)
@@ -197,7 +203,7 @@ def _checked_plan(
 
 
 def _check_same(found: Any, expected: Any, where: str) -> None:
-    """Compare an entry with what it has to be, field by field, so that the sentence names the one that differs."""
+    """Compare an entry with what it has to be, field by field: the sentence names the one that differs."""
     if isinstance(expected, dict) and isinstance(found, dict):
         if missing := [key for key in expected if key not in found]:
             raise UnusableInput(f"{where}: field {missing[0]} is missing; {AGAIN}")

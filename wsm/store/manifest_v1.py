@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,16 +62,12 @@ def describe_v1(
         )
     config = checkpoint.config
     if targets is not None and len(targets) != 1:
-        raise UnusableInput(f"--raw-device names {len(targets)} devices, a version 1 store is on one")
+        raise UnusableInput(f"--raw-device names {len(targets)} devices, a version 1 store lies on one")
     manifest = typed(content, _Manifest, path, _AGAIN)
     target = targets[0] if targets is not None else manifest.raw_device
     if not isinstance(target, str) or not target:
         raise UnusableInput(f"--manifest {path}: field raw_device must name a device, not {target!r}")
-    entries: dict[str, Param] = {}
-    for number, entry in enumerate(manifest.params):
-        if entry.name in entries:
-            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
-        entries[entry.name] = entry
+    entries = _by_name(manifest.params, path)
     names: list[GroupId | None] = [None, *pass_order(config.n_layers)]
     params = {
         group: {
@@ -83,17 +79,30 @@ def describe_v1(
     if beyond := [name for name in entries if name.startswith(f"layers.{config.n_layers}.")]:
         raise UnusableInput(f"--manifest {path} has {beyond[0]}, but the model has {config.n_layers} layers")
     everything = [param for group in params.values() for param in group.values()]
-    for before, after in itertools.pairwise(sorted(everything, key=lambda param: (param.offset, param.nbytes))):
-        if before.offset + before.nbytes > after.offset:
-            raise UnusableInput(
-                f"--manifest {path}: {after.name}: field offset: {after.offset} lies within {before.name}; {_AGAIN}"
-            )
+    _check_apart(everything, path)
     dtypes = {param.dtype for param in everything}
     if len(dtypes) != 1:
         raise UnusableInput(f"--manifest {path}: field dtype differs from tensor to tensor; {_AGAIN}")
     unit = _read_unit(target)
     groups = {group: place(group, found, unit) for group, found in params.items()}
     return StoreDescription(1, path, (target,), config, DTYPES[dtypes.pop()], groups)
+
+
+def _by_name(params: Sequence[Param], path: Path) -> dict[str, Param]:
+    entries: dict[str, Param] = {}
+    for number, entry in enumerate(params):
+        if entry.name in entries:
+            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
+        entries[entry.name] = entry
+    return entries
+
+
+def _check_apart(params: Sequence[Param], path: Path) -> None:
+    for before, after in itertools.pairwise(sorted(params, key=lambda param: (param.offset, param.nbytes))):
+        if before.offset + before.nbytes > after.offset:
+            raise UnusableInput(
+                f"--manifest {path}: {after.name}: field offset: {after.offset} lies within {before.name}; {_AGAIN}"
+            )
 
 
 def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Param], path: Path) -> Param:
@@ -114,7 +123,7 @@ def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Param], pat
 
 
 def _read_unit(target: str) -> int:
-    """What reads are widened to; a device that cannot be opened is told of when the store is."""
+    """What reads are widened to; a device that cannot be opened is refused when the store is opened."""
     if is_block_device(target):
         with contextlib.suppress(UnusableInput), reading(target) as file:
             return max(BLOCK, logical_block(file))

@@ -38,10 +38,6 @@ class TokenBatch:
     last: Tensor
     segments: tuple[Segment, ...]
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(segment.length for segment in self.segments)
-
     def followed_by(self, tokens: Tensor) -> TokenBatch:
         """The batch of the next pass: one new token (int64 ``[rows]``, on the device) behind each row's last.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,18 +42,10 @@ class Generation:
     decode_passes: int
     texts: list[str] | None = None
 
-    def with_texts(self, texts: Sequence[str]) -> Generation:
-        """The same, with each row's tokens as text."""
-        return replace(self, texts=list(texts))
-
     @property
     def decode_tokens(self) -> int:
         """New tokens of all rows; those of rows past their end do not count."""
         return sum(map(len, self.tokens))
-
-
-def _nothing(mark: str) -> None:
-    """The observer of nobody."""
 
 
 @torch.inference_mode()
@@ -62,7 +54,7 @@ def generate(
     kv: KVCache,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
-    observer: Observer = _nothing,
+    observer: Observer = lambda mark: None,
 ) -> Generation:
     """New tokens for every prompt (one row each); ``kv`` is emptied first.
 
@@ -76,10 +68,13 @@ def generate(
     kv.reset()
     generator = torch.Generator(model.device).manual_seed(options.seed)
     rows = [_Row(options) for _ in prompts]
-    model.prepare(kv, len(prompts), max(map(len, prompts)), options.max_new_tokens, options.chunk_tokens)
+    if model.graphs is not None:
+        longest = max(map(len, prompts))
+        model.graphs.prepare(len(prompts), longest + 1, longest + options.max_new_tokens - 1, options.chunk_tokens)
     observer("start")
     logits, waves = _prefill(model, kv, prompts, options, observer)
-    _finish(model.device)
+    if model.device.type == "cuda":
+        torch.cuda.current_stream(model.device).synchronize()
     observer("prefill_done")
     batch: TokenBatch | None = None
     passes = 0
@@ -171,8 +166,3 @@ def _prefill(
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))
     return torch.cat(logits), len(logits)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

@@ -172,11 +172,6 @@ class Transformer:
         self._freqs_cis = rotary_table(config, max_tokens, device)
         _causal_at_the_end(1, 2)
 
-    def prepare(self, kv: KVCache, rows: int, prompt_tokens: int, new_tokens: int, chunk_tokens: int) -> None:
-        """Capture the graphs of a generation that is to come, where there are graphs; ``kv`` is empty."""
-        if self.graphs is not None and new_tokens > 1:
-            self.graphs.prepare(rows, prompt_tokens + 1, prompt_tokens + new_tokens - 1, chunk_tokens)
-
     def forward(
         self, batch: TokenBatch, kv: KVCache, *, chunk_tokens: int, logits: Literal["last", "all"] = "last"
     ) -> Tensor:

@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Packed tokens and where each belongs; built on the host, uploaded at most once a pass.
+    """Packed tokens and where each belongs; built on the host, uploaded at most once per pass.
 
     ``tokens`` and ``positions`` are int64 ``[N]`` on the device; ``last``, int64 ``[rows]``, is the place of each
     row's last token in them.

@@ -67,7 +67,9 @@ def generate(
     _check(model, kv, prompts, options)
     kv.reset()
     generator = torch.Generator(model.device).manual_seed(options.seed)
-    rows = [_Row(options) for _ in prompts]
+    stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
+    rows: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
     if model.graphs is not None:
         longest = max(map(len, prompts))
         model.graphs.prepare(len(prompts), longest + 1, longest + options.max_new_tokens - 1, options.chunk_tokens)
@@ -82,19 +84,21 @@ def generate(
         finite = torch.isfinite(logits).all()
         logits.masked_fill_(~finite, 0.0)  # a draw from anything else would be the device's own failure
         picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
-        for number, (row, token) in enumerate(zip(rows, _read_back(model, picked, finite), strict=True)):
-            row.take(token)
-            if row.ended:
-                kv.end_row(number)
+        for row, token in enumerate(_read_back(model, picked, finite)):
+            if row in going:
+                rows[row].append(token)
+                if token in stop_ids or len(rows[row]) >= options.max_new_tokens:
+                    going.remove(row)
+                    kv.end_row(row)
         observer("token")
-        if all(row.ended for row in rows):
+        if not going:
             break
         observer("pass")
         batch = batch.followed_by(picked) if batch else decode_batch(picked, kv.lengths[: len(rows)], model.device)
         logits = model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last")
         passes += 1
     observer("done")
-    return Generation([row.tokens for row in rows], sum(map(len, prompts)), waves, passes)
+    return Generation(rows, sum(map(len, prompts)), waves, passes)
 
 
 def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
@@ -110,22 +114,6 @@ def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
             "dtype; take the checkpoint again, or another --dtype"
         )
     return tokens
-
-
-class _Row:
-    """The new tokens of one row, up to its end."""
-
-    def __init__(self, options: GenerationOptions) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-        self._most = options.max_new_tokens
-        self._stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
-
-    def take(self, token: int) -> None:
-        """Append a token, unless the row has ended."""
-        if not self.ended:
-            self.tokens.append(token)
-            self.ended = token in self._stop_ids or len(self.tokens) >= self._most
 
 
 def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:

@@ -22,7 +22,7 @@ class DecodeGraphs:
     """Captured decode passes, one for each number of rows and of attended positions.
 
     A replay runs the kernels of :meth:`Transformer.layers` in their order, on the same shapes: its results are
-    bit-equal. Tokens and positions lie where they lay at the capture; everything else follows from them.
+    bit-equal. Tokens and positions stay where they were at the capture; everything else follows from them.
     """
 
     def __init__(self, model: Transformer, kv: KVCache) -> None:

@@ -84,7 +84,7 @@ class LLaMA:
             device: ``cpu``, ``cuda`` or ``cuda:N``; None for the best there is.
             max_seq_len: the most tokens of a row, prompt and new ones together.
             max_batch_size: the most rows.
-            topk_blk: KV blocks a row and layer that a decode step may bring from below the GPU; 0 for all.
+            topk_blk: KV blocks per row and layer that a decode step may fetch from below the GPU; 0 for all.
 
         Raises:
             UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.

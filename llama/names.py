@@ -10,7 +10,7 @@ from wsm.layout.model import ModelShape
 
 EMBEDDING = "tok_embeddings"
 QKV = ("wq", "wk", "wv")
-"""Stored one behind the other, so that they are one product of one matrix."""
+"""Stored one behind the other: one matrix, and one product with it."""
 BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 """The matrices that are cut by columns where a model is cut in shards or ranks; all others are cut by rows."""
 

@@ -249,13 +249,16 @@ class LLaMA:
     @property
     def page_locked_bytes(self) -> int:
         """Page-locked CPU memory of weights and KV, held now."""
-        return sum(part.page_locked_bytes for part in (self.manager, self.kv_tiers) if part is not None)
+        return self._kv_page_locked_bytes + (self.manager.page_locked_bytes if self.manager is not None else 0)
 
     @property
     def page_locked_peak_bytes(self) -> int:
         """The most of it so far, loading buffers included."""
-        freed = self.manager.page_locked_peak_bytes - self.manager.page_locked_bytes if self.manager is not None else 0
-        return self.page_locked_bytes + freed
+        return self._kv_page_locked_bytes + (self.manager.page_locked_peak_bytes if self.manager is not None else 0)
+
+    @property
+    def _kv_page_locked_bytes(self) -> int:
+        return self.kv_tiers.page_locked_bytes if self.kv_tiers is not None else 0
 
     @property
     def tokenizer(self) -> Tokenizer:

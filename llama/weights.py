@@ -33,7 +33,7 @@ class WeightSource(Protocol):
 
 
 def side_by_side(w: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Matrices of one input as one, ``[sum of their outputs, inputs]``; a copy only where they are not neighbours in memory."""
+    """Matrices of one input as one, ``[sum of their outputs, inputs]``; a copy only where memory separates them."""
     parts = [w[name] for name in names]
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     address = first.data_ptr()

@@ -1,6 +1,6 @@
-"""A timeline in the Chrome trace format: SSD reads, CPU tier, copies to the GPU, computing and KV, one bar per group.
+"""A timeline in the Chrome trace format: SSD reads, the CPU tier, copies to the GPU, computing and KV, a bar a group.
 
-A viewer nests bars that overlap on one lane, so what overlaps is on lanes side by side.
+A viewer nests bars that overlap on one lane, so what overlaps lies on lanes side by side.
 """
 
 from __future__ import annotations
@@ -39,13 +39,8 @@ def chrome_trace(telemetry: Telemetry, phases: dict[str, Interval]) -> str:
         tracks = _side_by_side(bar for bar in bars if bar.lane == lane)
         for beside, track in enumerate(tracks or [[]]):
             tid = place * _MOST_SIDE_BY_SIDE + beside
-            name = lane if len(tracks) < 2 else f"{lane} {beside + 1}"
-            for key, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
-                events.append({"ph": "M", "pid": 0, "tid": tid, "name": key, "args": args})
-            for bar in track:
-                first, last = bar.interval
-                times = {"ts": (first - start) * 1e6, "dur": (last - first) * 1e6}
-                events.append({"ph": "X", "name": bar.name, "pid": 0, "tid": tid, **times, "args": bar.args})
+            events += _named(tid, lane if len(tracks) < 2 else f"{lane} {beside + 1}")
+            events += [_event(bar, tid, start) for bar in track]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
@@ -73,7 +68,7 @@ def _bars(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Bar]:
 
 
 def _groups_of(pieces: Iterable[Transfer]) -> list[Transfer]:
-    """One transfer per group and step, from its first piece to its last."""
+    """One transfer a group and step, from its first piece to its last."""
     whole: dict[tuple[GroupId | None, int | None], Transfer] = {}
     for piece in pieces:
         key = piece.group, piece.step
@@ -95,6 +90,20 @@ def _side_by_side(bars: Iterable[Bar]) -> list[list[Bar]]:
         tracks[track].append(bar)
         heapq.heappush(free_at, (bar.interval[1], track))
     return tracks
+
+
+def _named(tid: int, name: str) -> list[dict[str, Any]]:
+    common = {"ph": "M", "pid": 0, "tid": tid}
+    return [
+        {**common, "name": "thread_name", "args": {"name": name}},
+        {**common, "name": "thread_sort_index", "args": {"sort_index": tid}},
+    ]
+
+
+def _event(bar: Bar, tid: int, start: float) -> dict[str, Any]:
+    first, last = bar.interval
+    times = {"ts": (first - start) * 1e6, "dur": (last - first) * 1e6}
+    return {"ph": "X", "name": bar.name, "pid": 0, "tid": tid, **times, "args": bar.args}
 
 
 def _name(group: GroupId | None) -> str:

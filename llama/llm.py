@@ -18,7 +18,6 @@ from llama.inputs import BuildOptions, Inputs, open_inputs, plan_run, record_of
 from llama.kv.cache import KVCache
 from llama.loading import LayerProgress, LoadTimes, Reporter
 from llama.model import Transformer
-from llama.stores import cached_store
 from llama.tokenizer import Tokenizer
 from llama.weights import TensorWeights, WeightSource
 from wsm.disk.blockdev import is_block_device
@@ -33,7 +32,8 @@ from wsm.plan.advice import check_fits
 from wsm.plan.memory import limit_device_memory
 from wsm.plan.plan import Plan, RunShape
 from wsm.settings import Settings
-from wsm.store.heads import compare_heads
+from wsm.store.cache import cached_store
+from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore
 from wsm.store.source import CheckpointSource, GroupSource
 

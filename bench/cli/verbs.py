@@ -21,11 +21,10 @@ from llama.checkpoint import (
     builtin_checkpoint,
     has_weights,
     open_checkpoint,
-    share_of,
 )
 from llama.inputs import BuildOptions, open_inputs, plan_run
 from llama.parallel.world import World
-from llama.stores import pack, read_manifest
+from llama.stores import read_manifest
 from llama.tokenizer import load_tokenizer
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
@@ -35,8 +34,8 @@ from wsm.plan.auto import auto_flags
 from wsm.plan.text import describe
 from wsm.settings import Settings
 from wsm.store.extents import plan_store
-from wsm.store.heads import compare_heads
-from wsm.store.pack import PackRequest
+from wsm.store.match import compare_heads
+from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore
 from wsm.store.verify import verify
 
@@ -98,7 +97,7 @@ def run_verify(options: VerifyOptions) -> int:
             store = PackedStore(share, staging_bytes=options.staging_mb * 10**6, verify="always")
             try:
                 if checkpoint is not None:
-                    compare_heads(store, share_of(checkpoint, share.shard))
+                    compare_heads(store, checkpoint.share(share.shard))
                 bad += verify(store, progress=advance)
             finally:
                 store.close()

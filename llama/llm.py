@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class LLaMA:
             device: ``cpu``, ``cuda`` or ``cuda:N``; None for the best there is.
             max_seq_len: the most tokens of a row, prompt and new ones together.
             max_batch_size: the most rows.
-            topk_blk: KV blocks per row and layer that a decode step may fetch from below the GPU; 0 for all.
+            topk_blk: KV blocks a row and layer that a decode step may bring from below the GPU; 0 for all.
 
         Raises:
             UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.
@@ -283,7 +284,7 @@ class LLaMA:
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
         kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
-        return replace(found, texts=[self.tokenizer.decode(row) for row in kept])
+        return dataclasses.replace(found, texts=[self.tokenizer.decode(row) for row in kept])
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -56,6 +56,10 @@ class Settings:
                 raise UnusableInput(f"{spelled(field.name)} must be {kind.says}, not {value!r}")
 
 
+CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_layers", "prefetch_distance", "embedding"})
+"""The settings that ``--auto`` decides."""
+
+
 class KindOfValue(NamedTuple):
     """What a setting takes: in words, as a test of a value, and how a variable's text is read (ValueError if not)."""
 

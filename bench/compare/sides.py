@@ -13,7 +13,7 @@ from bench.result.results import checked, read_result
 from bench.result.shape import check_shape
 from bench.result.sweep_folder import DESCRIPTION, Failure, read_failure, read_points
 from wsm.errors import UnusableInput
-from wsm.plan.auto import CHOSEN
+from wsm.settings import CHOSEN
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from bench.options.sweep_flags import SweepOptions, add_sweep, sweep_options
 from bench.options.types import boolean, names, number, path, topk, whole
 from bench.options.verb_flags import CompareOptions, ReportOptions, add_compare, add_report
-from llama.kv.format import KV_DTYPES
+from llama.kv import KV_DTYPES
 from llama.loading import DEFAULT_CACHE
 from wsm.errors import UnusableInput
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -25,9 +24,7 @@ class Stored(NamedTuple):
 
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AGAIN = "download it from the original checkpoint again"
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
-_POINTER = b"version https://git-lfs"
 
 
 def check_stored(stored: Stored, shape: tuple[int, ...], config_file: str) -> None:
@@ -72,17 +69,6 @@ def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
             )
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse what git leaves in place of a large file that it has not downloaded, and what cannot be read."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    if is_pointer:
-        raise UnusableInput(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that directory")
-
-
 def source_file(path: Path) -> SourceFile:
     """The entry for one file: the xxh3-128 of its size and of 64 KiB at 16 even places notices another file.
 
@@ -95,16 +81,3 @@ def source_file(path: Path) -> SourceFile:
             file.seek(max(0, size - _SAMPLE_BYTES) * place // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return SourceFile(path.name, size, digest.hexdigest())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; raises UnusableInput if it is missing, no JSON, or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{path} is damaged (no JSON: {error}); {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise UnusableInput(f"{path} holds no JSON object; {AGAIN}")
-    return content

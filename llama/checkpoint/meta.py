@@ -12,16 +12,14 @@ from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, all_tensors, stretch
 from llama.checkpoint.files import (
-    AGAIN,
     Stored,
     check_stored,
-    read_json,
     refuse_foreign_tensors,
-    refuse_pointer,
     refuse_unknown_tensors,
     weights_dtype,
 )
 from llama.config import ModelConfig
+from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 

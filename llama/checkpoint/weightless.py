@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.files import read_json
 from llama.config import ModelConfig
+from llama.files import read_json
 from llama.names import Cut
 from wsm.errors import UnusableInput
 

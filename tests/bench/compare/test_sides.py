@@ -15,7 +15,7 @@ from bench.compare.sides import Side, differing, mixed_within, read_sides
 from bench.result.results import SCHEMA_VERSION
 from tests.results import stored, varied
 from wsm.errors import UnusableInput
-from wsm.plan.auto import CHOSEN
+from wsm.settings import CHOSEN
 
 
 def refusal(*paths: Path) -> str:

@@ -31,13 +31,14 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     """
     manager, in_step = llm.manager, llm.inputs.world.barrier
     in_step()
-    if manager is None:
-        found = probe_compute(llm.device, llm.inputs.dtype)
-        _release(llm.inputs.device)
-        return found
-    host, slot = manager.scratch()
+    host, slot = manager.scratch() if manager is not None else (None, None)
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
-    _release(llm.inputs.device)
+    if llm.inputs.device.type == "cuda":
+        # Given back, so it counts neither against the budget nor as the run's peak.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(llm.inputs.device)
+    if manager is None or host is None or slot is None:
+        return found
     found |= probe_link(llm.device, host, slot, in_step)
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
@@ -48,13 +49,6 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
             in_step()
             found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in read], buffers, slot)
     return found
-
-
-def _release(device: torch.device) -> None:
-    """Give back what the probe took, so that it counts neither against the budget nor as the run's peak."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _exact_file(inputs: Inputs) -> Path:
@@ -71,31 +65,23 @@ def _near_file(inputs: Inputs) -> Path:
 
 
 def _file(inputs: Inputs, more: list[Any]) -> Path:
-    """One file a machine and store."""
-    options = inputs.options
-    store = str(options.raw_device or options.manifest or options.cache_dir.expanduser())
-    hardware = _hardware(inputs.device, Path(store.partition(",")[0]))
-    key = json.dumps([hardware, str(inputs.dtype), store, *more], sort_keys=True)
-    return options.cache_dir.expanduser() / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def _hardware(device: torch.device, store: Path) -> list[Any]:
-    """What tells this machine from another that shares the cache directory."""
+    """One file per machine and store; machines may share the cache directory."""
+    options, device, folder = inputs.options, inputs.device, inputs.options.cache_dir.expanduser()
+    store = str(options.raw_device or options.manifest or folder)
     gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
-    return [*gpu, cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total, drive_of(store)]
+    cpu = [cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total]
+    hardware = [*gpu, *cpu, drive_of(Path(store.partition(",")[0]))]
+    key = json.dumps([hardware, str(inputs.dtype), store, *more], sort_keys=True)
+    return folder / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def remember(inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
     """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
-    exact = _exact_file(inputs)
-    exact.parent.mkdir(parents=True, exist_ok=True)
-    _write(exact, ceilings)
-    _write(_near_file(inputs), {**_read(_near_file(inputs)), **ceilings})
-
-
-def _write(path: Path, ceilings: dict[str, Ceiling]) -> None:
-    content = {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    near = _near_file(inputs)
+    near.parent.mkdir(parents=True, exist_ok=True)
+    for path, known in ((_exact_file(inputs), {}), (near, _read(near))):
+        content = {name: dataclasses.asdict(ceiling) for name, ceiling in {**known, **ceilings}.items()}
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def recall_for(inputs: Inputs) -> dict[str, Ceiling]:

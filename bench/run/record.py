@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.options.flags import RunOptions
+from bench.options.run_flags import RunOptions
 from bench.result.results import SCHEMA_VERSION
 from bench.result.spread import steadiness_warnings
 from bench.run.conditions import Watch
@@ -33,6 +33,7 @@ from bench.run.phases import (
 from bench.run.provenance import collect
 from llama.llm import LLaMA
 from wsm.engine.telemetry import PhaseStats
+from wsm.option import options_of
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.prediction import predicted_pass_ms
 from wsm.settings import Settings, environment_echo
@@ -79,7 +80,7 @@ def result_of(
         "memory": _memory(llm),
         "load_s": _load(llm),
         "load": load_part(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
-        "kv": _kv(llm),
+        "kv": _kv(options, llm),
         "config": {
             "argv": list(argv),
             "resolved": _resolved(options, settings, llm),
@@ -159,11 +160,10 @@ def _residency(llm: LLaMA, chosen: Round) -> dict[str, Any]:
     }
 
 
-def _kv(llm: LLaMA) -> dict[str, Any]:
+def _kv(options: RunOptions, llm: LLaMA) -> dict[str, Any]:
     placed, tiers = llm.plan.kv, llm.kv_tiers
     fraction = tiers.fraction_fetched if tiers is not None else None
     units = {"gpu": placed.gpu, "cpu": placed.cpu, "disk": placed.disk}
-    options = llm.inputs.options
     return {
         "device": str(llm.inputs.device),
         "dtype": DTYPE_NAMES[llm.inputs.dtype] if options.kv_dtype == "auto" else options.kv_dtype,
@@ -237,8 +237,8 @@ def _load(llm: LLaMA) -> dict[str, float | None]:
 
 
 def _resolved(options: RunOptions, settings: Settings, llm: LLaMA) -> dict[str, Any]:
-    values = {**dataclasses.asdict(options), **dataclasses.asdict(settings)}
-    values.pop("engine")
+    """What was asked for, what ``--auto`` chose, and what was found."""
+    values = {**options.to_json(), **{name: getattr(settings, name) for name in options_of(Settings)}}
     values["dtype"], values["device"] = DTYPE_NAMES[llm.inputs.dtype], str(llm.inputs.device)
     values["model"], values["tp"] = llm.config.name, llm.inputs.world.shard.size
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return values

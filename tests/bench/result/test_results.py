@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cli.main import main
-from bench.options.flags import RunOptions
+from bench.options.run_flags import RunOptions
 from bench.result.results import FIXED_KEYS, METRICS, SCHEMA_VERSION, dump, read_result, significant
 from bench.result.schema_doc import read_schema
 from bench.result.summary import ConsoleReporter, row, summary, table
@@ -39,6 +39,7 @@ from tests.plans import inputs_for
 from wsm.engine.telemetry import PhaseStats, Transfer
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
+from wsm.option import options_of
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.floor import decode_work, predicted_floor, prefill_work
 from wsm.plan.plan import make_plan
@@ -493,7 +494,7 @@ def test_the_schema_begins_with_the_guides_keys() -> None:
 
 def test_the_schema_knows_every_flag_setting_and_variable() -> None:
     config = read_schema()["properties"]["config"]["properties"]
-    flags = set(RunOptions.__slots__) - {"engine"} | set(Settings.__slots__) | {"model"}
+    flags = set(options_of(RunOptions)) | {"model"}
     assert set(config["resolved"]["properties"]) == flags
     assert set(config["environment"]["properties"]) == {*PRESETS, *ECHOED_ONLY}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.compare.sides import Side
 from bench.result.sweep_folder import Failure
 from tests.results import varied

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench.cli.main", "torch.nn.attention.bias"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench_infer", "torch.nn.attention.bias"])
 
 
 def free_port() -> int:
@@ -118,7 +118,7 @@ def impatient_script(*argv: str) -> int:
 
 def script(*argv: str) -> int:
     """The script's command line in this process."""
-    from bench.cli.main import main
+    from bench_infer import command_line as main
 
     return main([str(word) for word in argv])
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.result.results import FIXED_KEYS
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import all_tensors

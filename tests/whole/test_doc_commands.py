@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.options.flags import VERBS, parse
 from bench.sweep import process as sweep_process
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli import main as cli
+from bench.cli import endings as cli
 from bench.options.flags import build_parser
 from bench.result.results import FIXED_KEYS
 from bench.result.schema_doc import DOC_FILE, document, read_schema

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.result.schema_doc import read_schema
 from tests.stores import loop_device
 from tests.whole.test_cli import interrupted, sentence

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.compare.compare import Comparison, compare, regressions
 from bench.compare.sides import Side, read_sides
 from bench.compare.text import as_csv, as_markdown, as_text, letters

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.compare.sides import Side, differing, mixed_within, read_sides
 from bench.result.results import SCHEMA_VERSION
 from tests.results import stored, varied

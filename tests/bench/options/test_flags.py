@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.options.flags import (
     VERBS,
     PackOptions,

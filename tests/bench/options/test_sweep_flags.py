@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.options.flags import build_parser, parse
 from bench.options.sweep_flags import SweepOptions
 from tests.whole.test_docs import verbs_of

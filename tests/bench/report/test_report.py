@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench.report.page
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.compare.sides import Side, read_sides
 from bench.report.charts import MOVED, STALLED_KV, Bars, Curves, overview_charts, side_charts, sweep_charts
 from bench.report.page import page

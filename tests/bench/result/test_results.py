@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.options.run_flags import RunOptions
 from bench.result.results import FIXED_KEYS, METRICS, SCHEMA_VERSION, dump, read_result, significant
 from bench.result.schema_doc import read_schema

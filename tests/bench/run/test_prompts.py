@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
 from bench.run import run

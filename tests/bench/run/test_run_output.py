@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.result.summary import summary
 from bench.run import run as run_module
 from bench.run.ceilings import recall_for, recall_near, remember

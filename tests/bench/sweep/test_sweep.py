@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from bench.compare.sides import read_sides
 from bench.result.sweep_folder import Outcome, Point
 from bench.sweep import process as sweep_process
@@ -181,7 +181,7 @@ def started(script: Path, tmp_path: Path) -> Callable[[], tuple[subprocess.Popen
     def start() -> tuple[subprocess.Popen[str], int]:
         code = (
             "import sys; from pathlib import Path; from bench.sweep import process as sweep_process; "
-            "from bench.cli.main import main; "
+            "from bench_infer import command_line as main; "
             f"sweep_process.SCRIPT = Path({str(script)!r}); "
             f"sys.exit(main(['sweep', '--seed', '1,9,2', '--out-dir', {str(tmp_path / 's')!r}]))"
         )

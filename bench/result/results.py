@@ -33,12 +33,12 @@ def significant(value: Any) -> Any:
     return value
 
 
-def plain(result: Result | dict[str, Any]) -> dict[str, Any]:
+def plain(result: Result) -> dict[str, Any]:
     """A result as its JSON has it: fixed keys first, six significant digits."""
     return dict(significant(msgspec.to_builtins(result)))
 
 
-def dump(result: Result | dict[str, Any]) -> str:
+def dump(result: Result) -> str:
     """The JSON text of a result."""
     text = json.dumps(plain(result), indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")  # arguments may hold bytes of no text

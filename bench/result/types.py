@@ -22,16 +22,17 @@ DecodeMs = Annotated[Amount, says("ms from the end of the prefill to the last to
 E2eMs = Annotated[Above0, says("ms in all: prefill_ms + decode_ms")]
 Throughput = Annotated[Above0, says("tokens/s of the decode: decode_tokens_total / decode seconds")]
 EndToEnd = Annotated[Above0, says("tokens/s of the whole: decode_tokens_total / e2e seconds")]
-Rate = Above0 | None
 Setting = str | int | float | bool | None
 
 
 class LinkRates(Part, frozen=True, kw_only=True):
     """bytes over the time that the copies were busy, both phases together"""
 
-    weight_h2d_MBps: Annotated[Rate, says("10^6 bytes/s of weights from CPU to GPU memory; null where none moved")]
-    kv_h2d_MBps: Annotated[Rate, says("10^6 bytes/s of KV from CPU to GPU memory; null where none moved")]
-    kv_d2h_MBps: Annotated[Rate, says("10^6 bytes/s of KV from GPU to CPU memory; null where none moved")]
+    weight_h2d_MBps: Annotated[
+        Above0 | None, says("10^6 bytes/s of weights from CPU to GPU memory; null where none moved")
+    ]
+    kv_h2d_MBps: Annotated[Above0 | None, says("10^6 bytes/s of KV from CPU to GPU memory; null where none moved")]
+    kv_d2h_MBps: Annotated[Above0 | None, says("10^6 bytes/s of KV from GPU to CPU memory; null where none moved")]
 
 
 class GpuPeak(Part, frozen=True, kw_only=True):

@@ -105,7 +105,7 @@ class Phase(Part, frozen=True, kw_only=True):
     ]
 
 
-class Ceiling(Part, frozen=True, kw_only=True):
+class Rate(Part, frozen=True, kw_only=True):
     """the best rate of one resource"""
 
     value: Annotated[Above0, says("best rate of the samples, in `unit`: a floor may not be beaten")]
@@ -120,13 +120,13 @@ class Ceiling(Part, frozen=True, kw_only=True):
 class Ceilings(Part, frozen=True, kw_only=True, omit_defaults=True):
     """best rates of this machine, measured in the run's own memory; what the mode does not use is left out"""
 
-    hbm: Annotated[Later[Ceiling], says("reading the device's memory")] = UNSET
-    matmul: Annotated[Later[Ceiling], says("matrix products on the device")] = UNSET
-    h2d: Annotated[Later[Ceiling], says("copies from CPU to GPU memory")] = UNSET
-    d2h: Annotated[Later[Ceiling], says("copies from GPU to CPU memory")] = UNSET
-    h2d_d2h: Annotated[Later[Ceiling], says("copies both ways at once, their sum")] = UNSET
-    ssd: Annotated[Later[Ceiling], says("SSD reads as the run makes them")] = UNSET
-    h2d_with_ssd: Annotated[Later[Ceiling], says("copies from CPU to GPU memory while the SSD is read")] = UNSET
+    hbm: Annotated[Later[Rate], says("reading the device's memory")] = UNSET
+    matmul: Annotated[Later[Rate], says("matrix products on the device")] = UNSET
+    h2d: Annotated[Later[Rate], says("copies from CPU to GPU memory")] = UNSET
+    d2h: Annotated[Later[Rate], says("copies from GPU to CPU memory")] = UNSET
+    h2d_d2h: Annotated[Later[Rate], says("copies both ways at once, their sum")] = UNSET
+    ssd: Annotated[Later[Rate], says("SSD reads as the run makes them")] = UNSET
+    h2d_with_ssd: Annotated[Later[Rate], says("copies from CPU to GPU memory while the SSD is read")] = UNSET
 
 
 # -- several ranks

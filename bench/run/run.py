@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -23,6 +22,7 @@ from bench.options.command import kept_command
 from bench.options.flags import RunOptions
 from bench.result.results import dump
 from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.types import Result
 from bench.run import ceilings as ceilings_of
 from bench.run.conditions import Watch
 from bench.run.job import SOLO, Job
@@ -170,8 +170,8 @@ def _result(
     prompts: list[list[int]],
     got: Progress,
     warnings: list[str],
-) -> dict[str, Any]:
-    """The JSON's content, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
+) -> Result:
+    """The result, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
     if got.interrupted:
         llm.inputs.world.abandon()
     llm.stop()
@@ -179,7 +179,7 @@ def _result(
     result = result_of(options, argv, user_set, llm, prompts, got, warnings)
     if llm.inputs.world.shard.size == 1:
         return result
-    mine = rank_report(llm, got.rounds[got.chosen], prompts, got.ceilings, result["warnings"])
+    mine = rank_report(llm, got.rounds[got.chosen], result)
     return with_ranks(result, collect(llm, mine, interrupted=got.interrupted))
 
 
@@ -270,7 +270,7 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def _write(options: RunOptions, llm: LLaMA, got: Progress, result: dict[str, Any]) -> None:
+def _write(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> None:
     if options.trace is not None:
         _write_trace(options.trace, llm, got)
     write_atomically(options.out_json, dump(result))
@@ -318,16 +318,16 @@ def _finishing() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _print_result(options: RunOptions, reporter: ConsoleReporter, result: dict[str, Any]) -> None:
+def _print_result(options: RunOptions, reporter: ConsoleReporter, result: Result) -> None:
     if options.output is not None:
         print(row(result, options.output))
-        for warning in result["warnings"] if options.output != "json" else ():  # a row has no room for sentences
+        for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
             print(f"[WARNING] {warning}", file=sys.stderr)
     else:
-        for number, text in enumerate(result["output"]["texts"] or ()):
+        for number, text in enumerate(result.output.texts or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
         reporter.say(summary(result))
         reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
-    if result["interrupted"]:
-        done = f"{result['repeats']['n']} of {options.repeats} repeats are in {options.out_json}"
+    if result.interrupted:
+        done = f"{result.repeats.n} of {options.repeats} repeats are in {options.out_json}"
         print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.layout.model import WHOLE, Shard
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 """Packed files, the built-in model and ceilings."""
@@ -34,6 +36,8 @@ class Reporter:
 
 def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
     """The named device, or a CUDA device, or the CPU; of several ranks on a host each has its own GPU."""
+    import torch  # takes seconds, and the command line needs the rest of this module only
+
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import tiktoken
 
-from llama.checkpoint.base import AGAIN, read_json, refuse_pointer
 from llama.config import ModelConfig
+from llama.files import AGAIN, read_json, refuse_pointer
 from wsm.errors import UnusableInput
 
 

@@ -134,9 +134,8 @@ def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> i
     found = {}
     for directory in directories:
         for mode in ("full", "preload", "stream", "mixed"):
-            found[f"{directory.name} {mode}"] = answer(
-                directory, mode, {**PLACES, "cache_dir": cache}, job.world, PROMPTS
-            )
+            config = {**PLACES, "cache_dir": cache}
+            found[f"{directory.name} {mode}"] = answer(directory, mode, config, job.world, PROMPTS)
     torch.save(found, out / f"answers-{size}-{job.world.shard.rank}.pt")
     return job.end(0, None, None)[0]
 
@@ -145,8 +144,8 @@ def answer(directory: Path, mode: str, config: dict[str, Any], world: Any, promp
     """Tokens, logits of the first prompt, and page-locked bytes, of a model in a mode."""
     from llama.llm import LLaMA
 
-    config = {**config, "world": world}
-    with LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=128, max_batch_size=2) as llm:
+    sizes = {"device": "cpu", "max_seq_len": 128, "max_batch_size": 2, "world": world}
+    with LLaMA.build(directory, mode=mode, mode_config=config, **sizes) as llm:
         tokens = llm.generate(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True).tokens
         sampled = None
         if mode == "stream":

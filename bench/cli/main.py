@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from bench.cli.verbs import run_compare, run_pack, run_plan, run_prompts, run_verify
-from bench.options.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions, check_point, parse
+from bench.options.flags import check_point, parse
+from bench.options.run_flags import RunOptions
 from bench.options.sweep_flags import SweepOptions
-from bench.options.verb_flags import CompareOptions, ReportOptions
+from bench.options.verb_flags import CompareOptions, PackOptions, PromptsOptions, ReportOptions, VerifyOptions
 from bench.report.report import run_report
 from bench.run.job import SOLO, Job, Terminated, job_of
 from bench.run.run import run
@@ -43,7 +44,7 @@ def main(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 
 
 def _run_verb(argv: Sequence[str], user_set: Sequence[str], job: Job) -> int:
-    verb, options = parse(argv)
+    verb, options = parse(argv, os.environ)
     if isinstance(options, RunOptions) and verb == "run":
         return run(options, argv, user_set, job)
     job.refuse_other_ranks(verb)

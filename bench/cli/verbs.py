@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,12 +10,12 @@ from bench.compare.compare import compare, regressions
 from bench.compare.sides import read_sides
 from bench.compare.text import as_csv, as_markdown, as_text
 from bench.options.command import kept_command
-from bench.options.flags import PackOptions, PromptsOptions, RunOptions, VerifyOptions
-from bench.options.verb_flags import CompareOptions
+from bench.options.run_flags import RunOptions
+from bench.options.verb_flags import CompareOptions, PackOptions, PromptsOptions, VerifyOptions
 from bench.result.summary import ConsoleReporter
 from bench.run.ceilings import recall_near
 from bench.run.prompts import make_prompts, prompt_file
-from bench.run.run import batch_prompts, build_options, shape_of
+from bench.run.run import batch_prompts, shape_of
 from llama.checkpoint import (
     Checkpoint,
     WeightlessCheckpoint,
@@ -23,7 +24,8 @@ from llama.checkpoint import (
     open_checkpoint,
     share_of,
 )
-from llama.inputs import BuildOptions, open_inputs, plan_run
+from llama.inputs import open_inputs, plan_run
+from llama.options import BuildOptions
 from llama.parallel.world import World
 from llama.stores import pack, read_manifest
 from llama.tokenizer import load_tokenizer
@@ -33,7 +35,7 @@ from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits
 from wsm.plan.auto import auto_flags
 from wsm.plan.text import describe
-from wsm.settings import Settings
+from wsm.settings import unknown_variables
 from wsm.store.extents import plan_store
 from wsm.store.heads import compare_heads
 from wsm.store.pack import PackRequest
@@ -46,7 +48,7 @@ def run_pack(options: PackOptions) -> int:
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
     inputs = open_inputs(
         BuildOptions(
-            settings=Settings(mode="full"),
+            mode="full",
             checkpoints=options.checkpoints,
             synthetic=options.synthetic,
             cache_dir=options.cache_dir,
@@ -115,16 +117,15 @@ def run_verify(options: VerifyOptions) -> int:
 def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
     """Print what would lie where, and what each flag would buy; exit code 3 if it does not fit."""
     ranks = options.tp or 1
-    built, warnings = build_options(options, World(Shard(0, ranks), Shard(0, ranks)))
-    inputs = open_inputs(built)
-    plan = plan_run(inputs, shape_of(batch_prompts(options, inputs, print), options))
-    ceilings = recall_near(inputs)
+    inputs = open_inputs(options, World(Shard(0, ranks), Shard(0, ranks)))
+    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, print), options))
+    ceilings = recall_near(options, inputs)
     if not ceilings:
         print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
     print(describe(plan, ceilings))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
-    for warning in warnings:
+    for warning in unknown_variables(os.environ):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings)
     return 0

@@ -15,7 +15,7 @@ from bench.result.results import checked, read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, read_failure, read_points
 from bench.result.types import Result
 from wsm.errors import UnusableInput
-from wsm.settings import CHOSEN_BY_AUTO
+from wsm.settings import CHOSEN
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
@@ -167,7 +167,7 @@ def _check_same_settings(side: Side) -> None:
 
 def _not_asked(result: Result) -> frozenset[str]:
     """``--auto`` chooses by the memory that is free, which varies from process to process of the same command."""
-    return _PLACES | CHOSEN_BY_AUTO if result.config.resolved.get("auto") else _PLACES
+    return _PLACES | CHOSEN if result.config.resolved.get("auto") else _PLACES
 
 
 def mixed_devices(side: Side) -> list[str]:
@@ -190,7 +190,7 @@ def mixed_within(side: Side) -> dict[str, list[Any]]:
 
 def _explaining(result: Result) -> dict[str, Any]:
     settings = result.config.resolved
-    chosen = {name: settings.get(name) for name in sorted(CHOSEN_BY_AUTO)} if settings.get("auto") else {}
+    chosen = {name: settings.get(name) for name in sorted(CHOSEN)} if settings.get("auto") else {}
     return {**{name: getattr(result.provenance, name) for name in _MAY_EXPLAIN}, **chosen}
 
 

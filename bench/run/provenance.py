@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import stat
@@ -13,54 +14,34 @@ from typing import Any
 import psutil
 import torch
 
+from bench.run.gpu import LINK, Gpu
 from llama.checkpoint import Checkpoint
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def output_of(*command: str, cwd: Path | None = None) -> str | None:
-    """What a command prints, stripped; None if it is not there, fails or takes over 20 s."""
+def _git_says(*command: str) -> str | None:
+    """What git prints, stripped; None if it is not there, fails or takes over 20 s."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=cwd)
+        answer = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True, cwd=_ROOT)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
 
 
-def _git() -> dict[str, Any]:
-    if output_of("git", "rev-parse", "--show-toplevel", cwd=_ROOT) != str(_ROOT):
+def _code() -> dict[str, Any]:
+    if _git_says("rev-parse", "--show-toplevel") != str(_ROOT):
         return {"git_commit": None, "git_dirty": None}  # installed somewhere inside another project
-    commit = output_of("git", "rev-parse", "HEAD", cwd=_ROOT)
-    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=_ROOT)
-    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+    changes = _git_says("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": _git_says("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
-    """Name, driver and link of the GPU, from torch and nvidia-smi.
-
-    The two number GPUs differently (CUDA_VISIBLE_DEVICES, fastest first): the UUID says which is meant.
-    """
-    fields = (
-        "uuid",
-        "driver_version",
-        "pcie.link.gen.current",
-        "pcie.link.gen.max",
-        "pcie.link.width.current",
-        "pcie.link.width.max",
-    )
-    names = ("driver", "pcie_gen", "pcie_gen_max", "pcie_width", "pcie_width_max")
+    """Name, driver and PCIe link of the GPU."""
     if device.type != "cuda":
-        return {"gpu": None, **dict.fromkeys(names)}
-    answer = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-    rows = [[value.strip() for value in line.split(",")] for line in (answer or "").splitlines()]
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    own = [row for row in rows if len(row) == len(fields) and (len(rows) == 1 or row[0].endswith(uuid))]
-    found: dict[str, Any] = dict.fromkeys(names)
-    if own:
-        _, driver, *link = own[0]
-        numbers = [int(value) if value.isdecimal() else None for value in link]
-        found = {"driver": driver, **dict(zip(names[1:], numbers, strict=True))}
-    return {"gpu": torch.cuda.get_device_name(device), **found}
+        return dict.fromkeys(("gpu", "driver", *LINK))
+    found = Gpu(device)
+    return {"gpu": torch.cuda.get_device_name(device), "driver": found.driver(), **found.link()}
 
 
 def cpu_model() -> str | None:
@@ -84,34 +65,25 @@ def drive_of(path: Path) -> dict[str, Any] | None:
         filesystem = None if stat.S_ISBLK(os.stat(path).st_mode) else _filesystem(path)
     except OSError:
         return None
+    found: dict[str, Any] = {"device": None, "model": None, "rotational": None, "filesystem": filesystem}
     entry = _block_entry(path)
-    if entry is None:
-        return {"device": None, "model": None, "rotational": None, "filesystem": filesystem}
-    disk = _whole(entry)
-
-    def read(name: str) -> str | None:
-        try:
-            return (disk / name).read_text().strip()
-        except OSError:
-            return None
-
-    rotational = read("queue/rotational")
-    return {
-        "device": entry.name,
-        "model": read("device/model"),
-        "rotational": None if rotational is None else rotational == "1",
-        "filesystem": filesystem,
-    }
+    if entry is not None:
+        found["device"] = entry.name
+        with contextlib.suppress(OSError):
+            found["model"] = (_whole(entry) / "device/model").read_text().strip()
+        with contextlib.suppress(OSError):
+            found["rotational"] = (_whole(entry) / "queue/rotational").read_text().strip() == "1"
+    return found
 
 
 def disk_of(path: Path) -> str | None:
-    """The kernel's name of the whole disk that ``path`` lies on, or is; None where no single one is known."""
+    """The kernel's name of the whole disk that ``path`` is on, or is; None where no single one is known."""
     entry = _block_entry(path)
     return None if entry is None else _whole(entry).name
 
 
 def _block_entry(path: Path) -> Path | None:
-    """What sysfs has of the block device that ``path`` lies on, or is."""
+    """What sysfs has of the block device that ``path`` is on, or is."""
     try:
         status = os.stat(path)
         number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
@@ -137,7 +109,7 @@ def collect(
     """The ``provenance`` part of a result, and a warning for each thing that could not be had."""
     sources = checkpoint.sources()
     found: dict[str, Any] = {
-        **_git(),
+        **_code(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

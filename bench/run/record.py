@@ -14,9 +14,9 @@ from typing import Any, cast
 import msgspec
 import torch
 
-from bench.options.flags import RunOptions
+from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
-from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result
+from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
 from bench.result.types_machine import (
     KV,
     BytesPerPass,
@@ -43,6 +43,7 @@ from bench.run.warnings import (
     unmeasured,
 )
 from llama.llm import LLaMA
+from wsm.option import options_of
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.prediction import predicted_pass_ms
 from wsm.settings import Settings, environment_echo
@@ -97,7 +98,7 @@ def result_of(
         memory=memory,
         load_s=_load_seconds(llm),
         load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
-        kv=_kv(llm),
+        kv=_kv(options, llm),
         config=_config(options, argv, user_set, llm),
         provenance=provenance,
         conditions=Conditions(**dataclasses.asdict(got.watch.conditions)),
@@ -200,8 +201,8 @@ def _load_seconds(llm: LLaMA) -> LoadSeconds:
     return LoadSeconds(**parts)
 
 
-def _kv(llm: LLaMA) -> KV:
-    placed, tiers, options = llm.plan.kv, llm.kv_tiers, llm.inputs.options
+def _kv(options: RunOptions, llm: LLaMA) -> KV:
+    placed, tiers = llm.plan.kv, llm.kv_tiers
     fraction = tiers.fraction_fetched if tiers is not None else None
     places = {"gpu": placed.gpu, "cpu": placed.cpu, "disk": placed.disk}
     return KV(
@@ -217,9 +218,17 @@ def _kv(llm: LLaMA) -> KV:
 
 
 def _config(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], llm: LLaMA) -> Config:
+    """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
+    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    found: dict[str, Setting] = {
+        "dtype": DTYPE_NAMES[llm.inputs.dtype],
+        "device": str(llm.inputs.device),
+        "model": llm.config.name,
+        "tp": llm.inputs.world.shard.size,
+    }
     return Config(
         argv=list(argv),
-        resolved=_resolved(options, llm.settings, llm),
+        resolved={**options.to_json(), **chosen, **found},
         environment=environment_echo(os.environ),
         environment_set_by_user=list(user_set),
     )
@@ -239,11 +248,3 @@ def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) ->
         sha256=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
     )
-
-
-def _resolved(options: RunOptions, settings: Settings, llm: LLaMA) -> dict[str, Any]:
-    values = {**dataclasses.asdict(options), **dataclasses.asdict(settings)}
-    values.pop("engine")
-    values["dtype"], values["device"] = DTYPE_NAMES[llm.inputs.dtype], str(llm.inputs.device)
-    values["model"], values["tp"] = llm.config.name, llm.inputs.world.shard.size
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from bench.options.command import kept_command
-from bench.options.flags import RunOptions
+from bench.options.run_flags import RunOptions
 from bench.result.results import dump
 from bench.result.summary import ConsoleReporter, row, summary
 from bench.result.types import Result
@@ -31,42 +31,18 @@ from bench.run.prompts import DEFAULT_FILE, fill_batch, keep_last, random_prompt
 from bench.run.ranks import agreed_round, collect, rank_report, with_ranks
 from bench.run.record import Progress, result_of
 from bench.run.trace import chrome_trace
-from llama.inputs import BuildOptions, Inputs, open_inputs, plan_run
+from llama.inputs import Inputs, open_inputs, plan_run
 from llama.llm import LLaMA
-from llama.parallel.world import ALONE, World
 from wsm.disk.atomic import write_atomically
 from wsm.errors import KVDeviceError, StoreError, UnusableInput
 from wsm.plan.advice import check_fits, ran_out
 from wsm.plan.auto import auto_flags
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.plan import Plan, RunShape
-from wsm.settings import read_settings
+from wsm.settings import unknown_variables
 
 MOST_RANDOM_PROMPTS = 512
 """As many as the guide's prompt file has; a larger batch repeats them."""
-
-
-def build_options(options: RunOptions, world: World = ALONE) -> tuple[BuildOptions, list[str]]:
-    """What is to be built, and warnings about variables."""
-    settings, warnings = read_settings(options.engine, os.environ)
-    built = BuildOptions(
-        settings=settings,
-        checkpoints=options.checkpoints,
-        synthetic=options.synthetic,
-        raw_device=options.raw_device,
-        manifest=options.manifest,
-        cache_dir=options.cache_dir,
-        device=options.device,
-        dtype=options.dtype,
-        prefill_chunk_tokens=options.prefill_chunk_tokens,
-        micro_batch=options.micro_batch,
-        topk_blk=options.topk_blk,
-        kv_dtype=options.kv_dtype,
-        kv_device=options.kv_device,
-        auto=options.auto,
-        world=world,
-    )
-    return built, warnings
 
 
 def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
@@ -108,18 +84,18 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
     job.join()
     quiet = options.output is not None or not job.speaks
     reporter = ConsoleReporter(quiet=quiet, verbose=options.verbose, bars=job.speaks)
-    built, warnings = build_options(options, job.world)
+    warnings = unknown_variables(os.environ)
     if job.speaks:
         _check_outputs(options)
     reporter.say("[INFO] Global state tracker initialized")
-    inputs = open_inputs(built)
+    inputs = open_inputs(options, job.world)
     distinct = batch_prompts(options, inputs, reporter.say)
     job.world.agree(_facts(options, distinct))
-    plan = plan_run(inputs, shape_of(distinct, options))
+    plan = plan_run(options, inputs, shape_of(distinct, options))
     if options.auto:
         _say_choice(reporter, plan, argv)
-    known = ceilings_of.recall_near(inputs)
-    _announce(reporter, built, inputs, plan)
+    known = ceilings_of.recall_near(options, inputs)
+    _announce(reporter, options, inputs, plan)
     check_fits(plan, known)
     prompts = fill_batch(distinct, options.batch_size)
     without_effect = sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE"))
@@ -131,16 +107,16 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str] = (), 
 
     def before_load(llm: LLaMA) -> None:
         with llm.load_times.timed("probe_s"):
-            got.ceilings = ceilings_of.recall_for(inputs) if options.no_probe else ceilings_of.probe(llm)
+            got.ceilings = ceilings_of.recall_for(options, inputs) if options.no_probe else ceilings_of.probe(llm)
         if not options.no_probe:
-            ceilings_of.remember(inputs, got.ceilings)
+            ceilings_of.remember(options, inputs, got.ceilings)
 
     with (
-        _cache_kept_sound(inputs),
+        _cache_kept_sound(options, inputs),
         _advised(plan, known),
         LLaMA.assemble(inputs, plan, reporter, before_load=before_load) as llm,
     ):
-        if built.settings.mode != "full":
+        if options.mode != "full":
             way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
             reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
         _measure(options, llm, prompts, reporter, got)
@@ -189,10 +165,10 @@ def _say_choice(reporter: ConsoleReporter, plan: Plan, argv: Sequence[str]) -> N
     reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")
 
 
-def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, plan: Plan) -> None:
-    mode = built.settings.mode
+def _announce(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, plan: Plan) -> None:
+    mode = options.mode
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
-    if mode == "full" and built.manifest is not None:
+    if mode == "full" and options.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
     if plan.placement.residency.ssd:
         device = (
@@ -283,12 +259,12 @@ def _write_trace(path: Path, llm: LLaMA, got: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _cache_kept_sound(inputs: Inputs) -> Iterator[None]:
+def _cache_kept_sound(options: RunOptions, inputs: Inputs) -> Iterator[None]:
     """A packed file in the cache that turns out damaged is dropped, so that the next run packs it anew."""
     try:
         yield
     except StoreError as error:
-        of_cache = inputs.options.manifest is None and not isinstance(error, KVDeviceError)
+        of_cache = options.manifest is None and not isinstance(error, KVDeviceError)
         if of_cache and inputs.description is not None:
             inputs.description.path.unlink(missing_ok=True)
             raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import xxhash
@@ -61,9 +60,7 @@ class Stored(NamedTuple):
 
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AGAIN = "download it from the original checkpoint again"
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
-_POINTER = b"version https://git-lfs"
 
 
 def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -129,21 +126,6 @@ def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
             )
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse what git leaves in place of a large file that it has not downloaded.
-
-    Raises:
-        UnusableInput: if ``path`` is such a pointer, or cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    if is_pointer:
-        raise UnusableInput(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that directory")
-
-
 def sampled_digest(path: Path) -> str:
     """xxh3-128 of a file's size and of 64 KiB at 16 even places: notices another file without reading 140 GB."""
     size = path.stat().st_size
@@ -158,20 +140,3 @@ def sampled_digest(path: Path) -> str:
 def source_file(path: Path) -> SourceFile:
     """The entry for one file of a checkpoint."""
     return SourceFile(path.name, path.stat().st_size, sampled_digest(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
-
-    Raises:
-        UnusableInput: if it is missing, no JSON, or no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{path} is damaged (no JSON: {error}); {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise UnusableInput(f"{path} holds no JSON object; {AGAIN}")
-    return content

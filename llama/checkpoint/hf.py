@@ -9,19 +9,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.checkpoint.base import (
-    AGAIN,
     Stored,
     all_tensors,
     check_stored,
-    read_json,
     refuse_foreign_tensors,
-    refuse_pointer,
     refuse_unknown_tensors,
     source_file,
     stretch,
     weights_dtype,
 )
 from llama.config import ModelConfig
+from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import Cut
 from wsm.errors import UnusableInput
 from wsm.layout.model import SourceFile

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import (
-    AGAIN,
     Stored,
     all_tensors,
     check_stored,
-    read_json,
     refuse_foreign_tensors,
-    refuse_pointer,
     refuse_unknown_tensors,
     source_file,
     stretch,
     weights_dtype,
 )
 from llama.config import ModelConfig
+from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 from wsm.layout.model import SourceFile

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import read_json
 from llama.config import ModelConfig
+from llama.files import read_json
 from llama.names import Cut
 from wsm.errors import UnusableInput
 from wsm.layout.model import SourceFile

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama.kv import KV_DTYPES
 from wsm.errors import UnusableInput
 
-KV_DTYPES = ("auto", "int8")
 _SCALE_BYTES, _PADDING_BYTES = 4, 4
 _LARGEST = 127
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from wsm.layout.groups import GroupId, Kind, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Shard(NamedTuple):

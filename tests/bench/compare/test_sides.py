@@ -15,7 +15,7 @@ from bench.compare.sides import Side, differing, mixed_within, read_sides
 from bench.result.types import SCHEMA_VERSION
 from tests.results import stored, varied
 from wsm.errors import UnusableInput
-from wsm.settings import CHOSEN_BY_AUTO
+from wsm.settings import CHOSEN
 
 
 def refusal(*paths: Path) -> str:
@@ -197,7 +197,7 @@ def test_a_schema_of_the_future_is_told_though_it_lost_a_key(measured: Mapping[s
 
 def test_what_auto_chose_by_the_free_memory_is_no_other_setting(measured: Mapping[str, Any], tmp_path: Path) -> None:
     auto = varied(measured, config__resolved__auto=True)
-    chosen = {f"config__resolved__{name}": "cpu" if name == "embedding" else 9 for name in CHOSEN_BY_AUTO}
+    chosen = {f"config__resolved__{name}": "cpu" if name == "embedding" else 9 for name in CHOSEN}
     stored(tmp_path / "s" / "r1.json", auto)
     stored(tmp_path / "s" / "r2.json", varied(auto, **chosen))
     [side] = read_sides([tmp_path / "s"])

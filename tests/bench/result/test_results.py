@@ -12,16 +12,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from bench.cli.main import main
-from bench.options.flags import RunOptions
-from bench.result.results import dump, read_result, significant
-from bench.result.schema_doc import read_schema
-from bench.result.summary import ConsoleReporter, row, summary, table
-from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION
-from bench.run.measure import Round
 from bench.run.phases import (
     drive_warnings,
     floor_of,
@@ -35,11 +25,22 @@ from bench.run.phases import (
     round_metrics,
     tpot_part,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.cli.main import main
+from bench.options.run_flags import RunOptions
+from bench.result.results import dump, read_result, significant
+from bench.result.schema_doc import read_schema
+from bench.result.summary import ConsoleReporter, row, summary, table
+from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION
+from bench.run.measure import Round
 from llama.generation import Generation
 from tests.plans import inputs_for
 from wsm.engine.telemetry import PhaseStats, Transfer
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
+from wsm.option import options_of
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.floor import decode_work, predicted_floor, prefill_work
 from wsm.plan.plan import make_plan
@@ -494,7 +495,7 @@ def test_the_schema_begins_with_the_guides_keys() -> None:
 
 def test_the_schema_knows_every_flag_setting_and_variable() -> None:
     config = read_schema()["properties"]["config"]["properties"]
-    flags = set(RunOptions.__slots__) - {"engine"} | set(Settings.__slots__) | {"model"}
+    flags = set(options_of(RunOptions)) | {"model"}
     assert set(config["resolved"]["properties"]) == flags
     assert set(config["environment"]["properties"]) == {*PRESETS, *ECHOED_ONLY}
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,28 +13,12 @@ import torch
 
 from bench.run import conditions
 from bench.run.conditions import Conditions, Watch
+from tests.bench.run.fake_nvml import CLOCK_FUNCTIONS, FIRST, SECOND, FakeGpu, FakeNvml, NoDriver, gpu_machine
 
-OURS, OTHERS = "aaaa-1", "bbbb-2"
 
-
-@pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """An nvidia-smi that answers as told, on a machine where torch's GPU has the UUID ``OURS``."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=OURS))
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-
-    def answers(*, field: str = conditions.CLOCK_FIELDS[0], masks: str = "", apps: str = "") -> None:
-        script = tmp_path / "nvidia-smi"
-        script.write_text(
-            "#!/bin/sh\n"
-            f"case \"$*\" in *compute-apps*) printf '{apps}'; exit;; esac\n"
-            f'case "$1" in *{field}) ;; *) exit 6;; esac\n'
-            f"printf '{masks}'\n"
-            'case "$*" in *--loop-ms*) exec sleep 60;; esac\n'
-        )
-        script.chmod(0o755)
-
-    return answers
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions, "SAMPLE_S", 0.001)
 
 
 def watched(device: str = "cuda", targets: tuple[str, ...] = (), during: Callable[[], Any] = lambda: None) -> Watch:
@@ -44,33 +27,39 @@ def watched(device: str = "cuda", targets: tuple[str, ...] = (), during: Callabl
     return watch
 
 
-def looked_at() -> None:
-    """Long enough for the fake's first lines to be written."""
-    time.sleep(0.3)
+def looked_at(gpu: FakeGpu) -> None:
+    """Until everything was seen that the GPU's clocks show."""
+    while gpu.masks:
+        time.sleep(0.001)
 
 
 # -- clocks
 
 
-@pytest.mark.parametrize("field", conditions.CLOCK_FIELDS)
-def test_throttled_clocks_are_counted_named_and_warned_of(nvidia_smi: Callable[..., None], field: str) -> None:
-    nvidia_smi(field=field, masks=f"GPU-{OURS}, 0x04\\nGPU-{OTHERS}, 0x40\\nGPU-{OURS}, 0x01\\n")
-    watch = watched(during=looked_at)
+@pytest.mark.parametrize("function", CLOCK_FUNCTIONS)
+def test_throttled_clocks_are_counted_named_and_warned_of(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    ours, other = FakeGpu(masks=[0x04, 0x01]), FakeGpu(FIRST, masks=[0x40])
+    gpu_machine(monkeypatch, FakeNvml([other, ours], lacks=[name for name in CLOCK_FUNCTIONS if name != function]))
+    watch = watched(during=lambda: looked_at(ours))
     seen = watch.conditions
     assert (seen.clock_samples, seen.throttled_samples, seen.throttle_reasons) == (2, 1, ["power cap"])
     assert any("throttled in 1 of 2 looks (power cap)" in line for line in watch.warnings)
 
 
-def test_an_idle_gpu_is_not_throttled(nvidia_smi: Callable[..., None]) -> None:
-    nvidia_smi(masks=f"GPU-{OURS}, 0x0000000000000001\\nGPU-{OURS}, [N/A]\\n", apps=f"GPU-{OURS}, {os.getpid()}")
-    watch = watched(during=looked_at)
+def test_an_idle_gpu_is_not_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = FakeGpu(masks=[0x1, None], processes=[os.getpid()])
+    gpu_machine(monkeypatch, FakeNvml([ours]))
+    watch = watched(during=lambda: looked_at(ours))
     assert (watch.conditions.clock_samples, watch.conditions.throttled_samples) == (1, 0)
     assert watch.conditions.throttle_reasons == []
     assert [line for line in watch.warnings if "GPU" in line] == []
 
 
-def test_clocks_that_nobody_tells_of_are_null_with_a_warning(nvidia_smi: Callable[..., None]) -> None:
-    nvidia_smi(field="no.such.field")
+@pytest.mark.parametrize("nvml", [FakeNvml([FakeGpu()], lacks=CLOCK_FUNCTIONS), NoDriver(), None])
+def test_clocks_that_nobody_tells_of_are_null_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None
+) -> None:
+    gpu_machine(monkeypatch, nvml)
     watch = watched()
     assert watch.conditions.clock_samples is None
     assert any("conditions.clock_samples could not be had" in line for line in watch.warnings)
@@ -80,25 +69,34 @@ def test_clocks_that_nobody_tells_of_are_null_with_a_warning(nvidia_smi: Callabl
 
 
 @pytest.mark.parametrize(
-    ("apps", "others"),
+    ("here", "elsewhere", "others"),
     [
-        (f"GPU-{OURS}, {os.getpid()}\\nGPU-{OTHERS}, 7\\n", 0),
-        (f"GPU-{OURS}, {os.getpid()}\\nGPU-{OURS}, 7\\n", 1),
-        (f"GPU-{OURS}, 8\\nGPU-{OURS}, 7\\n", 1),  # a container that numbers processes otherwise
-        (f"GPU-{OTHERS}, 7\\n", None),
-        ("", None),
+        ([os.getpid()], [7], 0),
+        ([os.getpid(), 7], [], 1),
+        ([8, 7], [], 1),  # a container that numbers processes otherwise
+        ([], [7], None),
+        ([], [], None),
     ],
 )
-def test_other_processes_on_the_gpu_are_counted(nvidia_smi: Callable[..., None], apps: str, others: int | None) -> None:
-    nvidia_smi(apps=apps)
+def test_other_processes_on_the_gpu_are_counted(
+    monkeypatch: pytest.MonkeyPatch, here: Sequence[int], elsewhere: Sequence[int], others: int | None
+) -> None:
+    gpu_machine(monkeypatch, FakeNvml([FakeGpu(FIRST, processes=elsewhere), FakeGpu(SECOND, processes=here)]))
     watch = watched()
     assert watch.conditions.gpu_other_processes == others
     said = [line for line in watch.warnings if "other process(es)" in line or "gpu_other_processes" in line]
     assert bool(said) == (others != 0)
 
 
+def test_processes_are_counted_where_the_driver_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml([FakeGpu()], lacks=["nvmlDeviceGetComputeRunningProcesses_v3"])
+    nvml.nvmlDeviceGetComputeRunningProcesses_v2 = lambda gpu: [SimpleNamespace(pid=n) for n in (os.getpid(), 7)]
+    gpu_machine(monkeypatch, nvml)
+    assert watched().conditions.gpu_other_processes == 1
+
+
 def test_without_a_gpu_nothing_is_asked_and_nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "output_of", lambda *command: pytest.fail(f"{command} was run"))
+    monkeypatch.setattr(conditions, "Gpu", lambda device: pytest.fail("the GPU was asked"))
     watch = watched("cpu")
     assert watch.conditions == Conditions(cpu_other_pct=watch.conditions.cpu_other_pct)
     assert [line for line in watch.warnings if "GPU" in line or "clock" in line] == []
@@ -160,7 +158,7 @@ def test_a_drive_without_counters_is_null_with_a_warning(monkeypatch: pytest.Mon
 def test_others_on_the_cpu_are_a_share_of_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = conditions.psutil.cpu_count()
     busy_s, now = iter([0.0, 5.0 * cores]), iter([100.0, 110.0])
-    monkeypatch.setattr(conditions._Cpu, "_busy_s", staticmethod(lambda: next(busy_s)))
+    monkeypatch.setattr(conditions, "_busy_s", lambda: next(busy_s))
     monkeypatch.setattr(conditions, "time", SimpleNamespace(monotonic=lambda: next(now)))
     watch = watched("cpu")
     assert watch.conditions.cpu_other_pct == pytest.approx(50)

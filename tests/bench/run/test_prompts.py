@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from bench.cli.main import main
-from bench.options.flags import RunOptions, parse
+from bench.options.flags import parse
+from bench.options.run_flags import RunOptions
 from bench.run import run
 from bench.run.prompts import (
     DEFAULT_FILE,

@@ -12,8 +12,7 @@ import torch
 from bench.run import provenance
 from bench.run.provenance import collect, drive_of
 from llama.checkpoint import Checkpoint, synthetic_checkpoint
-
-FIRST, SECOND = "11111111-aaaa-bbbb-cccc-000000000001", "22222222-aaaa-bbbb-cccc-000000000002"
+from tests.bench.run.fake_nvml import FIRST, SECOND, FakeGpu, FakeNvml, NoDriver, gpu_machine
 
 
 def checkpoint() -> Checkpoint:
@@ -25,54 +24,48 @@ def mounted(monkeypatch: pytest.MonkeyPatch, mounts: dict[str, str]) -> None:
     monkeypatch.setattr(provenance.psutil, "disk_partitions", lambda all: partitions)
 
 
-def gpu_machine(monkeypatch: pytest.MonkeyPatch, answer: str | None, uuid: str = SECOND) -> None:
-    """A machine whose nvidia-smi answers so, and on which torch calls the GPU of ``uuid`` cuda:0."""
-    run = provenance.output_of
-
-    def answered(*command: str, cwd: Path | None = None) -> str | None:
-        return answer if command[0] == "nvidia-smi" else run(*command, cwd=cwd)
-
-    monkeypatch.setattr(provenance, "output_of", answered)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
-
-
 # -- the GPU
 
 
 def test_the_link_told_is_that_of_the_gpu_in_use_not_of_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_machine(monkeypatch, f"GPU-{FIRST}, 570.1, 3, 3, 8, 8\nGPU-{SECOND}, 570.1, 5, 5, 16, 16")
+    first, second = FakeGpu(FIRST, gen=3, gen_max=3, width=8, width_max=8), FakeGpu(SECOND, gen=5, gen_max=5)
+    gpu_machine(monkeypatch, FakeNvml([first, second]), uuid=SECOND)
     found, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
     assert (found["driver"], found["pcie_gen"], found["pcie_width"]) == ("570.1", 5, 16)
     assert not [line for line in warnings if "pcie" in line.lower()]
 
 
 def test_a_gpu_that_is_alone_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_machine(monkeypatch, f"GPU-{FIRST}, 570.1, 4, 4, 16, 16", uuid="of another spelling")
+    gpu_machine(monkeypatch, FakeNvml([FakeGpu(FIRST)]), uuid="of another spelling")
     found, _ = collect(checkpoint(), torch.device("cuda"), 0, None)
     assert (found["pcie_gen"], found["pcie_width_max"]) == (4, 16)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [None, "", "No devices were found", f"GPU-{FIRST}, 570.1, 4, 4, 16, 16\nGPU-{FIRST}, 570.1, 4, 4, 16, 16"],
-)
-def test_a_link_that_nobody_tells_is_null_with_a_warning(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
-    gpu_machine(monkeypatch, answer)
+@pytest.mark.parametrize("nvml", [None, NoDriver(), FakeNvml([]), FakeNvml([FakeGpu(FIRST), FakeGpu(FIRST)])], ids=str)
+def test_a_link_that_nobody_tells_is_null_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None
+) -> None:
+    gpu_machine(monkeypatch, nvml, uuid=SECOND)
     found, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
     assert {found[name] for name in ("driver", "pcie_gen", "pcie_gen_max", "pcie_width", "pcie_width_max")} == {None}
     assert {f"provenance.{name} could not be had" for name in ("driver", "pcie_gen", "pcie_width")} <= set(warnings)
 
 
 def test_a_field_that_the_driver_does_not_know_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, [N/A], [N/A], 16, 16")
+    gpu_machine(monkeypatch, FakeNvml([FakeGpu(gen=None, gen_max=None)]))
     found, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
     assert (found["pcie_gen"], found["pcie_width"]) == (None, 16)
     assert "provenance.pcie_gen could not be had" in warnings
 
 
+def test_a_driver_version_in_bytes_is_text_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine(monkeypatch, FakeNvml([FakeGpu()], driver=b"570.1"))
+    found, _ = collect(checkpoint(), torch.device("cuda"), 0, None)
+    assert found["driver"] == "570.1"
+
+
 def test_a_narrow_link_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, 4, 4, 4, 16")
+    gpu_machine(monkeypatch, FakeNvml([FakeGpu(width=4)]))
     _, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
     (line,) = [line for line in warnings if "x4 of x16" in line]
     assert "h2d figures" in line
@@ -80,7 +73,7 @@ def test_a_narrow_link_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_link_of_a_lower_generation_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_machine(monkeypatch, f"GPU-{SECOND}, 570.1, 3, 5, 16, 16")
+    gpu_machine(monkeypatch, FakeNvml([FakeGpu(gen=3, gen_max=5)]))
     _, warnings = collect(checkpoint(), torch.device("cuda"), 0, None)
     (line,) = [line for line in warnings if "generation 3 of 5" in line]
     assert "h2d figures" in line
@@ -138,7 +131,7 @@ def test_a_device_itself_has_no_filesystem() -> None:
 
 
 def test_without_git_the_commit_is_null_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "output_of", lambda *command, cwd=None: None)
+    monkeypatch.setattr(provenance, "_git_says", lambda *command: None)
     found, warnings = collect(checkpoint(), torch.device("cpu"), 0, None)
     assert (found["git_commit"], found["git_dirty"]) == (None, None)
     assert "provenance.git_commit could not be had" in warnings

@@ -17,11 +17,11 @@ from bench.cli.main import main
 from bench.result.summary import summary
 from bench.run import run as run_module
 from bench.run.ceilings import recall_for, recall_near, remember
-from llama.inputs import BuildOptions, Inputs, open_inputs
+from llama.inputs import Inputs, open_inputs
+from llama.options import BuildOptions
 from tests.results import varied
 from tests.tiny import hf_directory, hf_model
 from wsm.plan.ceilings import Ceiling
-from wsm.settings import Settings
 
 FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--no-probe", "--device", "cpu"]
 
@@ -138,15 +138,16 @@ def test_plan_shows_what_a_flag_would_buy_in_bytes_and_once_rates_are_known_in_t
     assert line.split()[2:4] == ["-", "-"]
     assert float(line.split()[4]) < 0
     rates = {name: Ceiling(1000.0, 900.0, "MBps", 1.0, "") for name in ("ssd", "h2d", "h2d_with_ssd")}
-    remember(inputs_of(tmp_path / "c", model), rates)
+    remember(*opened(tmp_path / "c", model), rates)
     _, known, _ = run("plan", *flags)
     assert "what each flag would buy: a decode pass " in known
     [line] = [line for line in known.splitlines() if "--gpu-cached-layers 2" in line]
     assert float(line.split()[2]) < 0
 
 
-def inputs_of(tmp_path: Path, model: Path, **settings: Any) -> Inputs:
-    return open_inputs(BuildOptions(settings=Settings(**settings), checkpoints=model, cache_dir=tmp_path, device="cpu"))
+def opened(tmp_path: Path, model: Path, **settings: Any) -> tuple[BuildOptions, Inputs]:
+    options = BuildOptions(**settings, checkpoints=model, cache_dir=tmp_path, device="cpu")
+    return options, open_inputs(options)
 
 
 def test_rates_are_known_to_plans_of_other_budgets_and_modes_but_no_run_is_measured_against_them(
@@ -157,14 +158,14 @@ def test_rates_are_known_to_plans_of_other_budgets_and_modes_but_no_run_is_measu
         "h2d": Ceiling(20000.0, 19000.0, "MBps", 1.0, "copied"),
     }
     stream = {"h2d": Ceiling(25000.0, 24000.0, "MBps", 1.0, "copied")}
-    remember(inputs_of(tmp_path, model, mode="mixed"), mixed)
-    remember(inputs_of(tmp_path, model, mode="stream"), stream)
-    other = inputs_of(tmp_path, model, mode="mixed", gpu_mem_gb=1.0)
-    assert recall_for(other) == {}
-    near = recall_near(other)
+    remember(*opened(tmp_path, model, mode="mixed"), mixed)
+    remember(*opened(tmp_path, model, mode="stream"), stream)
+    other = opened(tmp_path, model, mode="mixed", gpu_mem_gb=1.0)
+    assert recall_for(*other) == {}
+    near = recall_near(*other)
     assert {name: ceiling.value for name, ceiling in near.items()} == {"ssd": 7000.0, "h2d": 25000.0}
     assert near["ssd"].how == "read (of an earlier run)"
-    assert recall_near(inputs_of(tmp_path, model, mode="mixed"))["h2d"].value == 20000.0
+    assert recall_near(*opened(tmp_path, model, mode="mixed"))["h2d"].value == 20000.0
 
 
 def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(

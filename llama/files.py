@@ -1,0 +1,44 @@
+"""A model's small files, as a download leaves them; without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wsm.errors import UnusableInput
+
+AGAIN = "download it from the original checkpoint again"
+_POINTER = b"version https://git-lfs"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        UnusableInput: if it is missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableInput(f"{path} is damaged (no JSON: {error}); {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise UnusableInput(f"{path} holds no JSON object; {AGAIN}")
+    return content
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse what git leaves in place of a large file that it has not downloaded.
+
+    Raises:
+        UnusableInput: if ``path`` is such a pointer, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+    if is_pointer:
+        raise UnusableInput(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that directory")

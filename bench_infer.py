@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.cli.endings import DONE, INTERRUPTED, code_of, is_foreseen, sentence_of
 from bench.cli.verbs import run_verb
@@ -23,6 +23,7 @@ from wsm.settings import preset_environment, read_ranks, set_by_user, unknown_va
 
 if TYPE_CHECKING:
     from bench.result.summary import ConsoleReporter
+    from bench.result.types import Result
     from bench.run.measure import Sampling
     from bench.run.record import Progress
     from llama import LLaMA
@@ -76,7 +77,8 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
 
     job.check_tp(options.tp, argv)
     job.join()
-    reporter = ConsoleReporter(options.output is not None or not job.speaks, options.verbose, bars=job.speaks)
+    quiet = options.output is not None or not job.speaks
+    reporter = ConsoleReporter(quiet=quiet, verbose=options.verbose, bars=job.speaks)
     if job.speaks:
         check_outputs(options)
     reporter.say("[INFO] Global state tracker initialized")
@@ -164,8 +166,8 @@ def _result(
     rows: list[list[int]],
     got: Progress,
     warnings: list[str],
-) -> dict[str, Any]:
-    """The JSON's content, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
+) -> Result:
+    """The result, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
     from bench.run.ranks import agreed_round, collect, rank_report, with_ranks
     from bench.run.record import result_of
 
@@ -176,7 +178,7 @@ def _result(
     result = result_of(options, argv, user_set, llm, rows, got, warnings)
     if llm.inputs.world.shard.size == 1:
         return result
-    mine = rank_report(llm, got.rounds[got.chosen], rows, got.ceilings, result["warnings"])
+    mine = rank_report(llm, got.rounds[got.chosen], result)
     return with_ranks(result, collect(llm, mine, interrupted=got.interrupted))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from bench.options.command import kept_command
 from bench.options.run_flags import RunOptions
 from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.types import Result
 from llama.inputs import Inputs
 from wsm.errors import KVDeviceError, StoreError
 from wsm.plan.advice import ran_out
@@ -20,9 +20,7 @@ from wsm.plan.ceilings import Ceiling
 from wsm.plan.plan import Plan
 
 
-def say_plan(
-    reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, plan: Plan, argv: Sequence[str]
-) -> None:
+def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, plan: Plan, argv: Sequence[str]) -> None:
     """What was decided, in the guide's lines."""
     mode = options.mode
     if options.auto:
@@ -77,17 +75,17 @@ def explained(options: RunOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
         raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error
 
 
-def print_result(reporter: ConsoleReporter, options: RunOptions, result: Mapping[str, Any]) -> None:
+def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result) -> None:
     """A row or the summary, and where the JSON is."""
     if options.output is not None:
         print(row(result, options.output))
-        for warning in result["warnings"] if options.output != "json" else ():  # a row has no room for sentences
+        for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
             print(f"[WARNING] {warning}", file=sys.stderr)
     else:
-        for number, text in enumerate(result["output"]["texts"] or ()):
+        for number, text in enumerate(result.output.texts or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
         reporter.say(summary(result))
         reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
-    if result["interrupted"]:
-        done = f"{result['repeats']['n']} of {options.repeats} repeats are in {options.out_json}"
+    if result.interrupted:
+        done = f"{result.repeats.n} of {options.repeats} repeats are in {options.out_json}"
         print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)

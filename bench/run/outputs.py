@@ -10,10 +10,10 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bench.options.run_flags import RunOptions
 from bench.result.results import dump
+from bench.result.types import Result
 from bench.run.record import Progress
 from bench.run.trace import chrome_trace
 from llama.llm import LLaMA
@@ -47,7 +47,7 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: dict[str, Any]) -> None:
+def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> None:
     """The timeline, if one is asked for, and the result."""
     if options.trace is not None:
         chosen = got.rounds[got.chosen]

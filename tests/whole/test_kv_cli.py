@@ -14,11 +14,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from bench_infer import command_line as main
 from bench.result.schema_doc import read_schema
+from bench_infer import command_line as main
 from tests.stores import loop_device
-from tests.whole.test_cli import interrupted, sentence
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
+from tests.whole.test_cli import interrupted, sentence
 from wsm.engine.manager import WeightStreamingManager
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target

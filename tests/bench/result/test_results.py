@@ -12,15 +12,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from bench_infer import command_line as main
-from bench.options.run_flags import RunOptions
-from bench.result.results import FIXED_KEYS, METRICS, SCHEMA_VERSION, dump, read_result, significant
-from bench.result.schema_doc import read_schema
-from bench.result.summary import ConsoleReporter, row, summary, table
-from bench.run.measure import Round
 from bench.run.phases import (
     drive_warnings,
     floor_of,
@@ -34,6 +25,16 @@ from bench.run.phases import (
     round_metrics,
     tpot_part,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.options.run_flags import RunOptions
+from bench.result.results import dump, read_result, significant
+from bench.result.schema_doc import read_schema
+from bench.result.summary import ConsoleReporter, row, summary, table
+from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION
+from bench.run.measure import Round
+from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
 from wsm.engine.telemetry import PhaseStats, Transfer

@@ -18,8 +18,8 @@ from bench.cli.endings import DONE, INTERRUPTED, code_of, is_foreseen, sentence_
 from bench.cli.verbs import run_verb
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run.job import SOLO, Job, Terminated, job_of
-from wsm.settings import preset_environment, read_ranks, set_by_user, unknown_variables
+from bench.run.job import Job, Terminated
+from wsm.settings import Ranks, preset_environment, read_ranks, set_by_user, unknown_variables
 
 if TYPE_CHECKING:
     from bench.result.summary import ConsoleReporter
@@ -42,10 +42,10 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
     Args:
         user_set: names of the variables that the user had set.
     """
-    job, code = SOLO, DONE
+    job, code = Job(Ranks()), DONE
     failure: BaseException | None = None
     try:
-        job = job_of(read_ranks(os.environ))
+        job = Job(read_ranks(os.environ))
         verb, options = parse(argv, os.environ)
         if verb == "run" and isinstance(options, RunOptions):
             code = run(options, argv, user_set, job)

@@ -125,11 +125,11 @@ def script(*argv: str) -> int:
 
 def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> int:
     """Greedy tokens and logits of every model in every mode, saved by each rank; 0 if all went well."""
-    from bench.run.job import job_of
+    from bench.run.job import Job
     from tests.parallel_models import PLACES, PROMPTS
     from wsm.settings import read_ranks
 
-    job = job_of(read_ranks(os.environ))
+    job = Job(read_ranks(os.environ))
     job.join()
     found = {}
     for directory in directories:

@@ -33,7 +33,7 @@ class SweepOptions:
 
 
 LISTED: Mapping[str, Option] = {
-    declared.flag: declared
+    declared.spelled: declared
     for name, declared in options_of(RunOptions).items()
     if declared.swept and not declared.by_variable and name not in options_of(SweepOptions)
 }

@@ -67,7 +67,7 @@ class Config(Part, frozen=True, kw_only=True):
     resolved: Annotated[dict[str, Setting], says("values in force: flags, then variables, after defaults")]
     environment: Annotated[dict[str, str | None], says("the variables in force")]
     environment_set_by_user: Annotated[
-        list[Annotated[str, says("a variable's name")]], "those that were set before the script started"
+        list[Annotated[str, says("a variable's name")]], says("those that were set before the script started")
     ]
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Statistics(Part, frozen=True, kw_only=True):
 
     prefill_ms: Annotated[Statistic, says("ms from the start to the last logits of the prompts")]
     first_token_decode_ms: Annotated[
-        Statistic, "ms for sampling and reading back token 1, whose logits the prefill made"
+        Statistic, says("ms for sampling and reading back token 1, whose logits the prefill made")
     ]
     ttft_ms: Annotated[Statistic, says("ms to the first token")]
     decode_ms: Annotated[Statistic, says("ms from the end of the prefill to the last token")]
@@ -138,7 +138,11 @@ class Repeats(Part, frozen=True, kw_only=True):
     """
 
     n: Annotated[FromOne, says("timed rounds finished")]
-    raw: Annotated[list[Metrics], Meta(min_length=1), says("each round's figures, in order")]
+    raw: Annotated[
+        list[Annotated[Metrics, says("a round's figures")]],
+        Meta(min_length=1),
+        says("each round's figures, in order"),
+    ]
     statistics: Statistics
 
 
@@ -157,7 +161,7 @@ class Result(Part, frozen=True, kw_only=True):
     ]
     prefill_tokens_total: Annotated[FromOne, says("prompt tokens of all rows")]
     decode_tokens_total: Annotated[
-        FromOne, "new tokens of all rows, token 1 included; a stop token counts, rows past their end do not"
+        FromOne, says("new tokens of all rows, token 1 included; a stop token counts, rows past their end do not")
     ]
     prefill_ms: PrefillMs
     first_token_decode_ms: FirstTokenMs
@@ -172,7 +176,7 @@ class Result(Part, frozen=True, kw_only=True):
     device: Annotated[str, says("the compute device, such as cuda:0")]
     wsm: Manager
     total_tok_s: Annotated[
-        Above0, "tokens/s, prompt and new ones: (prefill_tokens_total + decode_tokens_total) / e2e seconds"
+        Above0, says("tokens/s, prompt and new ones: (prefill_tokens_total + decode_tokens_total) / e2e seconds")
     ]
     schema_version: Annotated[Literal[1], says("version of this description")]
     interrupted: Annotated[bool, says("whether the run was broken off, and only the rounds finished by then are here")]

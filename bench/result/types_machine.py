@@ -57,12 +57,12 @@ class Memory(Part, frozen=True, kw_only=True):
     gpu_peak_reserved_bytes: Annotated[Count | None, says("bytes, most that torch had reserved; null on the CPU")]
     gpu_context_bytes: Annotated[Count | None, says("bytes of the CUDA context; null on the CPU")]
     cpu_page_locked_bytes: Annotated[
-        Count, "bytes of page-locked CPU memory during the rounds (on the CPU device: the same pools, not locked)"
+        Count, says("bytes of page-locked CPU memory during the rounds (on the CPU device: the same pools, not locked)")
     ]
     cpu_page_locked_peak_bytes: Annotated[Count, says("bytes, the most of it at any time, loading included")]
     rss_peak_bytes: Annotated[Count, says("bytes, most CPU memory of the process, mapped files included")]
     rss_anon_bytes: Annotated[
-        Count | None, "bytes of CPU memory of the process at the end, mapped files left out; null off Linux"
+        Count | None, says("bytes of CPU memory of the process at the end, mapped files left out; null off Linux")
     ]
 
 
@@ -71,21 +71,21 @@ class LoadSeconds(Part, frozen=True, kw_only=True):
 
     kv_s: Annotated[Amount | None, says("s: allocating the KV cache; null if it did not take place")]
     open_store_s: Annotated[
-        Amount | None, "s: opening the packed store or the checkpoint; null if it did not take place"
+        Amount | None, says("s: opening the packed store or the checkpoint; null if it did not take place")
     ]
     allocate_s: Annotated[
-        Amount | None, "s: taking pools and residents in CPU and GPU memory; null if it did not take place"
+        Amount | None, says("s: taking pools and residents in CPU and GPU memory; null if it did not take place")
     ]
     populate_s: Annotated[Amount | None, says("s: of that, touching the CPU pages; null if it did not take place")]
     page_lock_s: Annotated[Amount | None, says("s: of that, page-locking them (CUDA); null if it did not take place")]
     probe_s: Annotated[
-        Amount | None, "s: measuring the ceilings, or reading them from the cache; null if it did not take place"
+        Amount | None, says("s: measuring the ceilings, or reading them from the cache; null if it did not take place")
     ]
     globals_s: Annotated[
-        Amount | None, "s: loading embeddings, the last norm and the head; null if it did not take place"
+        Amount | None, says("s: loading embeddings, the last norm and the head; null if it did not take place")
     ]
     stage_s: Annotated[
-        Amount | None, "s: waiting for the layers staged before the first pass; null if it did not take place"
+        Amount | None, says("s: waiting for the layers staged before the first pass; null if it did not take place")
     ] = None
     warmup_s: Annotated[Amount | None, says("s: warm-up rounds; null if it did not take place")]
     residents_s: Annotated[
@@ -102,7 +102,7 @@ class LoadRate(Part, frozen=True, kw_only=True):
     """how fast the residents came in, through the manager"""
 
     read_bytes: Annotated[
-        Count | None, "bytes of residents read from the packed store or the checkpoint; null without a manager"
+        Count | None, says("bytes of residents read from the packed store or the checkpoint; null without a manager")
     ]
     read_MBps: Annotated[
         Above0 | None,
@@ -169,7 +169,7 @@ class Provenance(Part, frozen=True, kw_only=True):
     cpu_cores: Annotated[FromOne, says("cores that the process may use")]
     ram_bytes: Annotated[FromOne, says("bytes of CPU memory in the machine")]
     numa_node: Annotated[
-        Count | None, "node of the GPU, from which page-locked memory was taken; null where there was no choice"
+        Count | None, says("node of the GPU, from which page-locked memory was taken; null where there was no choice")
     ] = None
     drive: Drive | None
     kernel: Annotated[str, says("Linux kernel")]
@@ -187,14 +187,14 @@ class Conditions(Part, frozen=True, kw_only=True):
 
     clock_samples: Annotated[FromOne | None, says("how often the GPU's clocks were looked at, every 500 ms")] = None
     throttled_samples: Annotated[
-        Count | None, "how often they were found throttled; above a tenth of clock_samples there is a warning"
+        Count | None, says("how often they were found throttled; above a tenth of clock_samples there is a warning")
     ] = None
     throttle_reasons: Annotated[
         list[Annotated[str, says("a reason")]] | None,
         says("why: power cap, hardware slowdown, heat (software), heat (hardware), power brake"),
     ] = None
     gpu_other_processes: Annotated[
-        Count | None, "other processes with a context on the GPU before or after the rounds, whichever were more"
+        Count | None, says("other processes with a context on the GPU before or after the rounds, whichever were more")
     ] = None
     drive_other_bytes: Annotated[
         Count | None,
@@ -204,5 +204,5 @@ class Conditions(Part, frozen=True, kw_only=True):
         ),
     ] = None
     cpu_other_pct: Annotated[
-        Percent | None, "percent of all cores' time that other processes and the hypervisor took"
+        Percent | None, says("percent of all cores' time that other processes and the hypervisor took")
     ] = None

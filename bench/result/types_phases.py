@@ -30,7 +30,7 @@ class Busy(Part, frozen=True, kw_only=True):
     ssd: Annotated[Amount | None, says("ms in which at least one SSD read was under way; null where nothing was read")]
     h2d: Annotated[Amount | None, says("ms in which weights were copied to the GPU; null where none ever were")]
     compute: Annotated[
-        Amount | None, "ms in which a layer was computed, waits for KV not counted; null without a manager (full)"
+        Amount | None, says("ms in which a layer was computed, waits for KV not counted; null without a manager (full)")
     ]
 
 
@@ -40,7 +40,8 @@ class Stall(Part, frozen=True, kw_only=True):
     ssd: Annotated[Amount | None, says("ms in which the link could have copied, had the SSD's bytes been there")]
     h2d: Annotated[Amount | None, says("ms in which the computation waited for weights to be copied")]
     kv: Annotated[
-        Amount | None, "ms in which the computation waited for KV from below the GPU; null where all of it is there"
+        Amount | None,
+        says("ms in which the computation waited for KV from below the GPU; null where all of it is there"),
     ] = None
 
 
@@ -171,30 +172,31 @@ class JobPhase(Part, frozen=True, kw_only=True):
     roofline_pct: Annotated[Above0 | None, says("percent: 100 * floor_ms / rank 0's wall_ms; null without a floor")]
     collectives: Annotated[Count, says("sums and gathers of a rank")]
     collectives_ms: Annotated[
-        Amount, "ms in sums and gathers on the rank that waits least in them: what they take themselves"
+        Amount, says("ms in sums and gathers on the rank that waits least in them: what they take themselves")
     ]
     collectives_pct: Annotated[Amount | None, says("percent of rank 0's wall_ms: 100 * collectives_ms / wall_ms")]
 
 
 class Rank(Part, frozen=True, kw_only=True):
-    """a rank; null for one that was gone after Ctrl-C"""
+    """what one rank measured"""
 
     rank: Annotated[Count, says("its number")]
     host: Annotated[str, says("its host's name")]
     device: Annotated[str, says("its compute device")]
     gpu: Annotated[str | None, says("its GPU's name; null on the CPU")]
     numa_node: Annotated[
-        Count | None, "the NUMA node that it was bound to, its GPU's; null where there is one node or it is not known"
+        Count | None,
+        says("the NUMA node that it was bound to, its GPU's; null where there is one node or it is not known"),
     ]
     gpu_peak_allocated_bytes: Annotated[
-        Count | None, "peak bytes of GPU memory that torch had given out on it; null on the CPU"
+        Count | None, says("peak bytes of GPU memory that torch had given out on it; null on the CPU")
     ]
     gpu_peak_reserved_bytes: Annotated[
-        Count | None, "peak bytes of GPU memory that torch had taken on it; null on the CPU"
+        Count | None, says("peak bytes of GPU memory that torch had taken on it; null on the CPU")
     ]
     cpu_page_locked_bytes: Annotated[Count, says("bytes of page-locked CPU memory that it holds")]
     ceilings_MBps: Annotated[
-        dict[str, float], "its rates, in 10^6 bytes per second, all ranks measuring at the same time"
+        dict[str, float], says("its rates, in 10^6 bytes per second, all ranks measuring at the same time")
     ]
     phases: Annotated[ByPhase[RankPhase], says("what it moved and waited for in each phase")]
     warnings: Annotated[list[Annotated[str, says("a sentence")]], says("what it warns of")]
@@ -212,4 +214,8 @@ class Parallel(Part, frozen=True, kw_only=True):
         says("bytes of page-locked CPU memory of all ranks of a host, by the host's name: one copy of the CPU tier"),
     ]
     phases: Annotated[ByPhase[JobPhase], says("the phases of the whole job")]
-    ranks: Annotated[list[Rank | None], Meta(min_length=2), says("every rank, in order")]
+    ranks: Annotated[
+        list[Annotated[Rank | None, says("a rank; null for one that was gone after Ctrl-C")]],
+        Meta(min_length=2),
+        says("every rank, in order"),
+    ]

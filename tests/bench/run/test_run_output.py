@@ -19,7 +19,7 @@ from bench.run.ceilings import recall_for, recall_near, remember
 from bench_infer import command_line as main
 from llama.inputs import Inputs, open_inputs
 from llama.options import BuildOptions
-from tests.results import varied
+from tests.results import typed, varied
 from tests.tiny import hf_directory, hf_model
 from wsm.plan.ceilings import Ceiling
 
@@ -87,7 +87,7 @@ def test_json_for_pipes_is_one_line_with_its_warnings_inside(run: Callable[..., 
 
 def test_paging_that_did_not_go_as_planned_stands_in_the_summary(measured: Mapping[str, Any]) -> None:
     line = "decode: 1.0 MB of ssd_read were used, 2.0 MB were planned: paging did not go as planned"
-    assert f"[WARNING] {line}" in summary(varied(measured, warnings=[line])).splitlines()
+    assert f"[WARNING] {line}" in summary(typed(varied(measured, warnings=[line]))).splitlines()
 
 
 def test_the_summary_says_what_its_figures_are_the_middle_of(measured: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ def test_the_summary_says_what_its_figures_are_the_middle_of(measured: Mapping[s
         "stdev": 2.5,
         "median_ci95": [99.0, 104.0],
     }
-    text = summary(varied(measured, repeats__n=5, repeats__statistics__e2e_ms=spread))
+    text = summary(typed(varied(measured, repeats__n=5, repeats__statistics__e2e_ms=spread)))
     assert "median 101.000 ms of 5 rounds, sample stdev 2.500, 95 % interval of the median 99.000 to 104.000" in text
 
 

@@ -122,9 +122,9 @@ def test_the_result_is_rank_0s_and_has_every_rank(home: Path, tmp_path: Path) ->
     result = json.loads(out.read_text())
     import jsonschema
 
-    from bench.result.schema_doc import read_schema
+    from bench.cli.docs import result_schema
 
-    jsonschema.validate(result, read_schema())
+    jsonschema.validate(result, result_schema())
     parallel = result["parallel"]
     assert parallel["world_size"] == 2
     for name, phase in parallel["phases"].items():

@@ -6,14 +6,14 @@ import sys
 
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.summary import ConsoleReporter
-from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint, share_of
+from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
 from llama.inputs import open_inputs
 from llama.options import BuildOptions
-from llama.stores import pack, read_manifest
+from llama.stores import read_manifest
 from wsm.errors import UnusableInput
 from wsm.store.extents import plan_store
-from wsm.store.heads import compare_heads
-from wsm.store.pack import PackRequest
+from wsm.store.match import compare_heads
+from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore
 from wsm.store.verify import verify
 
@@ -75,7 +75,7 @@ def run_verify(options: VerifyOptions) -> int:
             store = PackedStore(share, staging_bytes=options.staging_mb * 10**6, verify="always")
             try:
                 if checkpoint is not None:
-                    compare_heads(store, share_of(checkpoint, share.shard))
+                    compare_heads(store, checkpoint.share(share.shard))
                 bad += verify(store, progress=advance)
             finally:
                 store.close()

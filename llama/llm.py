@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from torch import Tensor
 from llama.batch import prefill_batch
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import BuildOptions, Inputs, open_inputs, plan_run, record_of
+from llama.inputs import Inputs, open_inputs, plan_run
 from llama.kv.cache import KVCache
 from llama.loading import LayerProgress, LoadTimes, Reporter
 from llama.model import Transformer
+from llama.options import build_options
+from llama.parallel.world import ALONE, World
 from llama.tokenizer import Tokenizer
 from llama.weights import TensorWeights, WeightSource
 from wsm.disk.blockdev import is_block_device
@@ -72,6 +73,7 @@ class LLaMA:
         max_seq_len: int = 2048,
         max_batch_size: int = 1,
         topk_blk: int = 8,
+        world: World = ALONE,
     ) -> LLaMA:
         """A model from a checkpoint directory (None: the built-in one).
 
@@ -84,20 +86,16 @@ class LLaMA:
             max_seq_len: the most tokens of a row, prompt and new ones together.
             max_batch_size: the most rows.
             topk_blk: KV blocks a row and layer that a decode step may bring from below the GPU; 0 for all.
+            world: the processes that run the model together.
 
         Raises:
             UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.
         """
-        options = _options_of(checkpoints_dir, mode, {"topk_blk": topk_blk, **(mode_config or {})}, device)
-        if load_model and mode in ("mixed", "stream"):
-            raise UnusableInput(
-                f"load_model=True contradicts mode {mode}, which never loads the whole model on the device"
-            )
-        if options.topk_blk < 0 or options.topk_blk == 1:
-            raise UnusableInput(f"--topk-blk must be 0 (all blocks) or at least 2, not {options.topk_blk}")
-        inputs = open_inputs(options)
+        places = {"checkpoints": checkpoints_dir, "device": device, "load_model": load_model or None}
+        options = build_options(mode_config or {}, mode=mode, topk_blk=topk_blk, **places)
+        inputs = open_inputs(options, world)
         shape = RunShape(max_batch_size, max_seq_len - 1, 1, max_batch_size * (max_seq_len - 1))
-        return cls.assemble(inputs, plan_run(inputs, shape), Reporter(), measured=False)
+        return cls.assemble(inputs, plan_run(options, inputs, shape), Reporter(), measured=False)
 
     @classmethod
     def assemble(
@@ -164,15 +162,15 @@ class LLaMA:
             self.plan.kv_tokens,
             inputs.device,
             inputs.dtype,
-            record=record_of(inputs),
+            record=inputs.kv_format,
             stretch_rows=placement.layout.stretch_rows,
             tier=self.kv_tiers,
-            topk=inputs.options.topk_blk,
+            topk=self.plan.inputs.topk_blk,
         )
 
     def _kv_disk(self) -> DiskOptions:
         """``--kv-device``; of several ranks each has a file of its own."""
-        path, world, description = self.inputs.options.kv_device, self.inputs.world, self.inputs.description
+        path, world, description = self.plan.inputs.kv_device, self.inputs.world, self.inputs.description
         assert path is not None
         if world.shard.size > 1:
             if is_block_device(path):
@@ -225,7 +223,7 @@ class LLaMA:
                 description = cached_store(
                     inputs.checkpoint,
                     inputs.dtype,
-                    inputs.options.cache_dir.expanduser(),
+                    inputs.cache_dir,
                     say=lambda line: reporter.say(f"[INFO] {line}"),
                     progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
                     shard=inputs.world.shard,
@@ -327,19 +325,3 @@ class LLaMA:
         if kind is not None:
             self.inputs.world.abandon()
         self.close()
-
-
-def _options_of(
-    directory: str | Path | None, mode: str, mode_config: Mapping[str, Any], device: str | None
-) -> BuildOptions:
-    settings = {f.name for f in fields(Settings)}
-    others = {f.name for f in fields(BuildOptions)} - {"settings", "checkpoints", "device"}
-    if unknown := sorted(set(mode_config) - settings - others):
-        raise UnusableInput(f"mode_config has unknown entries: {', '.join(unknown)}")
-    paths = {name: Path(mode_config[name]) for name in ("manifest", "cache_dir") if mode_config.get(name)}
-    return BuildOptions(
-        settings=Settings(**{"mode": mode, **{k: v for k, v in mode_config.items() if k in settings}}),
-        checkpoints=Path(directory) if directory is not None else None,
-        device=device,
-        **{**{k: v for k, v in mode_config.items() if k in others}, **paths},
-    )

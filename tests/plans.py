@@ -40,9 +40,9 @@ placements = st.fixed_dictionaries(
     {
         "mode": st.sampled_from(["mixed", "stream", "preload", "full"]),
         "gpu_cached_layers": st.integers(0, 40),
-        "cpu_cache_layers": st.integers(0, 40),
-        "prefetch_distance": st.integers(0, 12),
-        "group_prefetch_depth": st.integers(0, 14),
+        "cpu_cache_layers": st.integers(1, 40),
+        "prefetch_distance": st.integers(1, 12),
+        "group_prefetch_depth": st.integers(1, 14),
         "warmup_layers": st.integers(0, 40),
         "cpu_evict": st.sampled_from(["belady", "fifo"]),
         "aggressive_gpu_prefetch": st.integers(0, 6),

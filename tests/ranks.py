@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench.cli.main", "torch.nn.attention.bias"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench_infer", "torch.nn.attention.bias"])
 
 
 def free_port() -> int:
@@ -118,25 +118,24 @@ def impatient_script(*argv: str) -> int:
 
 def script(*argv: str) -> int:
     """The script's command line in this process."""
-    from bench.cli.main import main
+    from bench_infer import command_line as main
 
     return main([str(word) for word in argv])
 
 
 def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> int:
     """Greedy tokens and logits of every model in every mode, saved by each rank; 0 if all went well."""
-    from bench.run.job import job_of
+    from bench.run.job import Job
     from tests.parallel_models import PLACES, PROMPTS
     from wsm.settings import read_ranks
 
-    job = job_of(read_ranks(os.environ))
+    job = Job(read_ranks(os.environ))
     job.join()
     found = {}
     for directory in directories:
         for mode in ("full", "preload", "stream", "mixed"):
-            found[f"{directory.name} {mode}"] = answer(
-                directory, mode, {**PLACES, "cache_dir": cache}, job.world, PROMPTS
-            )
+            config = {**PLACES, "cache_dir": cache}
+            found[f"{directory.name} {mode}"] = answer(directory, mode, config, job.world, PROMPTS)
     torch.save(found, out / f"answers-{size}-{job.world.shard.rank}.pt")
     return job.end(0, None, None)[0]
 
@@ -145,8 +144,8 @@ def answer(directory: Path, mode: str, config: dict[str, Any], world: Any, promp
     """Tokens, logits of the first prompt, and page-locked bytes, of a model in a mode."""
     from llama.llm import LLaMA
 
-    config = {**config, "world": world}
-    with LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=128, max_batch_size=2) as llm:
+    sizes = {"device": "cpu", "max_seq_len": 128, "max_batch_size": 2, "world": world}
+    with LLaMA.build(directory, mode=mode, mode_config=config, **sizes) as llm:
         tokens = llm.generate(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True).tokens
         sampled = None
         if mode == "stream":

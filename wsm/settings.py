@@ -1,151 +1,83 @@
-"""The engine's settings: flags and ``WSM_*`` variables, read and validated once. Imports no torch."""
+"""The engine's settings: flags and ``WSM_*`` variables, declared and read once. Imports no torch."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from wsm.errors import UnusableInput
+from wsm.option import SWITCH, Kind, check_all, number, one_of, option, options_of, whole
 
 MODES = ("mixed", "stream", "preload", "full")
+_GIB = number(0, 1e6, above=True, says="a number of GiB above 0, at most 1e+06", metavar="GIB")
+_flag, _variable = partial(option, group="paging"), partial(option, by_variable=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Flags (the guide's command line as defaults), then variables; DESIGN sections 8 and 9 say what each does.
+    """How a model is paged: flags (the guide's command line as defaults), then variables.
 
     Raises:
         UnusableInput: for a value that is not allowed, naming the flag or variable, the value and what is allowed.
     """
 
-    mode: str = "mixed"
-    prefetch_distance: int = 6
-    group_prefetch_depth: int = 4
-    gpu_cached_layers: int = 4
-    cpu_cache_layers: int = 40
-    warmup_layers: int = 4
-    staging_mb: int = 64
-    verify_weights: bool = False
-    embedding: Literal["gpu", "cpu"] = "gpu"
-    gpu_mem_gb: float | None = None
-    cpu_mem_gb: float | None = None
+    mode: str = _flag("mixed", one_of(*MODES), "the tiers that layers pass through")
+    prefetch_distance: int = _flag(6, whole(1), "SSD layers read ahead: sizes the CPU pools")
+    group_prefetch_depth: int = _flag(4, whole(1), "groups of CPU to GPU look-ahead: sizes the GPU pools")
+    gpu_cached_layers: int = _flag(4, whole(0), "layers resident on the GPU")
+    cpu_cache_layers: int = _flag(40, whole(1), "layers of page-locked memory in all: pools first, the rest resident")
+    warmup_layers: int = _flag(4, whole(0), "layers staged on the GPU before the first pass")
+    staging_mb: int = _flag(64, whole(1), "SSD bytes in flight, in MB, used up to 134; takes no GPU memory")
+    verify_weights: bool = _flag(False, SWITCH, "check a group's checksum at every read, not only at the first")
+    embedding: Literal["gpu", "cpu"] = _flag(
+        "gpu", one_of("gpu", "cpu"), "where the token embedding is; not for `full`, nor where it is the head too"
+    )
+    gpu_mem_gb: float | None = _flag(None, _GIB, "GPU memory to use, the CUDA context included", shown="all free")
+    cpu_mem_gb: float | None = _flag(None, _GIB, "CPU memory to use, in GiB", shown="all free")
 
-    cpu_rolling_mode: bool = True
-    cpu_evict: Literal["belady", "fifo"] = "belady"
-    cpu_wrap_around: bool = True
-    cpu_roll_sync: bool = True
-    aggressive_gpu_prefetch: int = 2
-    gpu_max_groups: int = 10
-    skip_preload_wait: bool = True
-    evict_finished: bool = True
-    kv_throttle_threshold: int = 8
-    kv_throttle_ms: float = 16.0
-    balance_prefetch: bool = True
-    balance_tol: int = 1
-    pair_ahead: int = 2
-    kind_ahead_cap: int = 2
+    cpu_rolling_mode: bool = _variable(True, SWITCH, "0: the SSD is read on demand, for comparison")
+    cpu_evict: Literal["belady", "fifo"] = _variable(
+        "belady", one_of("belady", "fifo"), "fixed residents, or one window over all CPU layers, for comparison"
+    )
+    cpu_wrap_around: bool = _variable(True, SWITCH, "1: after the last layer, reading goes on with the next pass")
+    cpu_roll_sync: bool = _variable(
+        True, SWITCH, "a CPU slot is read into again when, 1: the compute enters its layer, 0: it is copied out"
+    )
+    aggressive_gpu_prefetch: int = _variable(2, whole(0), "least number of groups kept ahead on the GPU")
+    gpu_max_groups: int = _variable(10, whole(2), "most groups in the GPU pools")
+    skip_preload_wait: bool = _variable(True, SWITCH, "1: the warm-up starts while residents are still loading")
+    evict_finished: bool = _variable(True, SWITCH, "0: a finished group stays until its slot is needed")
+    kv_throttle_threshold: int = _variable(8, whole(1), "wanted groups from which on a KV write-back pauses first")
+    kv_throttle_ms: float = _variable(16.0, number(0, says="milliseconds, 0 or more"), "how long it pauses")
+    balance_prefetch: bool = _variable(True, SWITCH, "1: a later group of the other kind may overtake a held-up one")
+    balance_tol: int = _variable(1, whole(0), "by how many groups it may")
+    pair_ahead: int = _variable(2, whole(0), "how many layers on such a group may be")
+    kind_ahead_cap: int = _variable(2, whole(0), "with balance off: the most layers that one kind may run ahead")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            kind, value = KINDS_OF_VALUE[field.name], getattr(self, field.name)
-            if not kind.allowed(value):
-                raise UnusableInput(f"{spelled(field.name)} must be {kind.says}, not {value!r}")
+        check_all(self)
 
 
 CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_layers", "prefetch_distance", "embedding"})
 """The settings that ``--auto`` decides."""
 
-
-class KindOfValue(NamedTuple):
-    """What a setting takes: in words, as a test of a value, and how a variable's text is read (ValueError if not)."""
-
-    says: str
-    allowed: Callable[[Any], bool]
-    read: Callable[[str], Any]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(least: int) -> KindOfValue:
-    def allowed(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    return KindOfValue(f"a whole number of at least {least}", allowed, int)
-
-
-def _one_of(*words: str) -> KindOfValue:
-    return KindOfValue(f"{', '.join(words[:-1])} or {words[-1]}", lambda value: value in words, str)
-
-
-def _read_switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError(text)
-    return text == "1"
-
-
-_SWITCH = KindOfValue("0 or 1", lambda value: isinstance(value, bool), _read_switch)
-_MILLISECONDS = KindOfValue("milliseconds, 0 or more", lambda value: _is_number(value) and value >= 0, float)
-_GIBIBYTES = KindOfValue(
-    "a number of GiB above 0", lambda value: value is None or (_is_number(value) and value > 0), float
-)
-
-KINDS_OF_VALUE: Mapping[str, KindOfValue] = {
-    "mode": _one_of(*MODES),
-    "prefetch_distance": _whole(0),
-    "group_prefetch_depth": _whole(0),
-    "gpu_cached_layers": _whole(0),
-    "cpu_cache_layers": _whole(0),
-    "warmup_layers": _whole(0),
-    "staging_mb": _whole(1),
-    "verify_weights": _SWITCH,
-    "embedding": _one_of("gpu", "cpu"),
-    "gpu_mem_gb": _GIBIBYTES,
-    "cpu_mem_gb": _GIBIBYTES,
-    "cpu_rolling_mode": _SWITCH,
-    "cpu_evict": _one_of("belady", "fifo"),
-    "cpu_wrap_around": _SWITCH,
-    "cpu_roll_sync": _SWITCH,
-    "aggressive_gpu_prefetch": _whole(0),
-    "gpu_max_groups": _whole(2),
-    "skip_preload_wait": _SWITCH,
-    "evict_finished": _SWITCH,
-    "kv_throttle_threshold": _whole(1),
-    "kv_throttle_ms": _MILLISECONDS,
-    "balance_prefetch": _SWITCH,
-    "balance_tol": _whole(0),
-    "pair_ahead": _whole(0),
-    "kind_ahead_cap": _whole(0),
+_VARIABLES = {declared.spelled: declared for declared in options_of(Settings).values() if declared.by_variable}
+WSM_PRESETS: Mapping[str, str] = {name: declared.default_text for name, declared in _VARIABLES.items()}
+THREADS: Mapping[str, tuple[str, str, str]] = {
+    "OMP_NUM_THREADS": (
+        str(min(8, len(os.sched_getaffinity(0)))),
+        "8, at most the cores there are",
+        "CPU threads of torch",
+    ),
+    "MALLOC_ARENA_MAX": ("2", "2", "fewer malloc arenas"),
 }
-"""By field of :class:`Settings`."""
-
-WSM_PRESETS: Mapping[str, str] = {
-    "WSM_CPU_ROLLING_MODE": "1",
-    "WSM_CPU_EVICT": "belady",
-    "WSM_CPU_WRAP_AROUND": "1",
-    "WSM_CPU_ROLL_SYNC": "1",
-    "WSM_AGGRESSIVE_GPU_PREFETCH": "2",
-    "WSM_GPU_MAX_GROUPS": "10",
-    "WSM_SKIP_PRELOAD_WAIT": "1",
-    "WSM_EVICT_FINISHED": "1",
-    "WSM_KV_THROTTLE_THRESHOLD": "8",
-    "WSM_KV_THROTTLE_MS": "16",
-    "WSM_BALANCE_PREFETCH": "1",
-    "WSM_BALANCE_TOL": "1",
-    "WSM_PAIR_AHEAD": "2",
-    "WSM_KIND_AHEAD_CAP": "2",
-}
-PRESETS: Mapping[str, str] = {
-    "OMP_NUM_THREADS": str(min(8, len(os.sched_getaffinity(0)))),
-    "MALLOC_ARENA_MAX": "2",
-    **WSM_PRESETS,
-}
-"""What the script sets where the user has not: DESIGN section 9."""
+"""Variables of libraries: the preset, in words, and what it is for."""
+PRESETS: Mapping[str, str] = {**{name: preset for name, (preset, _, _) in THREADS.items()}, **WSM_PRESETS}
+"""What the script sets where the user has not."""
 
 
 class Ranks(NamedTuple):
@@ -191,15 +123,9 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
     )
 
 
-def field_of(variable: str) -> str:
-    """The field of :class:`Settings` that a ``WSM_*`` variable sets."""
-    return variable.removeprefix("WSM_").lower()
-
-
 def spelled(field: str) -> str:
-    """How the user spells a field: as the variable or the flag that sets it."""
-    variable = f"WSM_{field.upper()}"
-    return variable if variable in WSM_PRESETS else f"--{field.replace('_', '-')}"
+    """How the user gives a field: as the variable or the flag that sets it."""
+    return options_of(Settings)[field].spelled
 
 
 def preset_environment(environ: MutableMapping[str, str]) -> None:
@@ -226,35 +152,27 @@ def environment_echo(environ: Mapping[str, str]) -> dict[str, str | None]:
     return {**preset, **{name: environ.get(name) for name in ECHOED_ONLY}}
 
 
-def read_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """Settings from flags (by field name; None counts as not given, other names are passed over) and variables.
-
-    Returns:
-        The settings, and warnings about ``WSM_*`` names that nothing reads.
+def read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of :class:`Settings` that the variables in ``environ`` set.
 
     Raises:
-        UnusableInput: for a flag or variable with a value that it does not allow.
+        UnusableInput: for a variable with a value that it does not allow.
     """
-    for name in ("OMP_NUM_THREADS", "MALLOC_ARENA_MAX"):
-        _read(name, environ.get(name, PRESETS[name]), _whole(1))
-    values: dict[str, Any] = {}
-    for name, preset in WSM_PRESETS.items():
-        values[field_of(name)] = _read(name, environ.get(name, preset), KINDS_OF_VALUE[field_of(name)])
-    given = {name: value for name, value in flags.items() if name in KINDS_OF_VALUE and value is not None}
-    return Settings(**{**values, **given}), _unknown_variables(environ)
+    for name in THREADS:
+        _read(name, environ.get(name, PRESETS[name]), whole(1))
+    return {
+        declared.name: _read(name, environ[name], declared.kind)
+        for name, declared in _VARIABLES.items()
+        if name in environ
+    }
 
 
-def _read(name: str, text: str, kind: KindOfValue) -> Any:
-    try:
-        value = kind.read(text)
-        if kind.allowed(value):
-            return value
-    except ValueError:
-        pass
-    raise UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}")
+def _read(name: str, text: str, kind: Kind) -> Any:
+    return kind.parse(text, lambda: UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}"))
 
 
-def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A warning for each ``WSM_*`` name that nothing reads."""
     warnings = []
     for name in sorted(environ):
         if name.startswith("WSM_") and name not in WSM_PRESETS:

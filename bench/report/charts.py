@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.compare.sides import Side
 from bench.compare.text import letters, shown_cell
+from bench.result.results import plain
 from bench.result.spread import median_interval
 
 
@@ -92,7 +93,7 @@ def overview_charts(sides: Sequence[Side]) -> Iterator[Chart]:
 def side_charts(side: Side) -> Iterator[Chart]:
     """Of one side: time and bytes per phase."""
     if side.typical is not None:
-        charts = _tier_times(side.name, side.typical), _moved(side.name, side.typical)
+        charts = _tier_times(side.name, plain(side.typical)), _moved(side.name, plain(side.typical))
         yield from (chart for chart in charts if chart.bars)  # full pages nothing: there is nothing to draw
 
 
@@ -120,7 +121,7 @@ def _rooflines(sides: Sequence[Side]) -> Bars:
     for place, side in enumerate(sides):
         for phase in ("prefill", "decode"):
             label = phase if len(sides) == 1 else f"{letters(place)}, {phase}"
-            found = side.typical["phases"][phase] if side.typical is not None else None
+            found = plain(side.typical)["phases"][phase] if side.typical is not None else None
             if found is None or found["floor_ms"] is None:
                 bars.append(Bar(label, (), "no floor known"))
                 continue

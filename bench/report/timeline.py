@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.compare.sides import TRACE_SUFFIX, Side
 from bench.report.charts import MOVED, STALLED_KV, number
+from bench.result.results import plain
 from wsm.errors import UnusableInput
 
 Span = tuple[float, float, str]
@@ -70,11 +71,11 @@ def timelines_of(side: Side) -> Iterator[Timeline]:
     others = ""
     for path in _traces_beside(side):
         read = read_trace(path)
-        if _is_of(read, side.typical):
+        if _is_of(read, plain(side.typical)):
             break
         others += f"{path.name} is of another run. "
     else:
-        yield _from_phases(side.name, side.typical, others)
+        yield _from_phases(side.name, plain(side.typical), others)
         return
     # What was read ahead for a pass after the last one ends outside the phases.
     end = max((span[1] for span in read.phases), default=0.0)
@@ -97,7 +98,7 @@ def _traces_beside(side: Side) -> Iterator[Path]:
     """``mixed.trace.json`` beside ``mixed.json``, and what ``--trace`` named if it lies there."""
     if side.source.suffix != ".json" or side.typical is None:
         return
-    named = side.typical["config"]["resolved"].get("trace")
+    named = side.typical.config.resolved.get("trace")
     places = [side.source.with_suffix(TRACE_SUFFIX)]
     if isinstance(named, str):
         places.append(side.source.parent / Path(named).name)

@@ -6,15 +6,16 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
-from bench.result.results import significant
+from bench.result.results import plain, significant
+from bench.result.types import Repeats, Result
 from llama.loading import Reporter
-from wsm.errors import UnusableInput
 
 _SUMMARY = (
     "ttft_ms",
@@ -25,26 +26,26 @@ _SUMMARY = (
     "throughput_tok_s",
     "end_to_end_tok_s",
 )
-_COLUMNS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "model": lambda r: r["config"]["resolved"]["model"],
-    "mode": lambda r: r["mode"],
-    "device": lambda r: r["device"],
-    "batch_size": lambda r: r["batch_size"],
-    "prefill_tokens_total": lambda r: r["prefill_tokens_total"],
-    "decode_tokens_total": lambda r: r["decode_tokens_total"],
-    "ttft_ms": lambda r: r["ttft_ms"],
-    "decode_ms": lambda r: r["decode_ms"],
-    "e2e_ms": lambda r: r["e2e_ms"],
-    "repeats": lambda r: r["repeats"]["n"],
-    "e2e_stdev_ms": lambda r: r["repeats"]["statistics"]["e2e_ms"]["stdev"],
-    "throughput_tok_s": lambda r: r["throughput_tok_s"],
-    "end_to_end_tok_s": lambda r: r["end_to_end_tok_s"],
-    "decode_bound_by": lambda r: r["phases"]["decode"]["bound_by"],
-    "decode_roofline_pct": lambda r: r["phases"]["decode"]["roofline_pct"],
-    "gpu_GB": lambda r: r["gpu_mem_GB"]["allocated_GB"],
-    "page_locked_MB": lambda r: r["memory"]["cpu_page_locked_bytes"] / 1e6,
-    "output": lambda r: r["output"]["sha256"][:12],
-    "warnings": lambda r: len(r["warnings"]),
+_COLUMNS: dict[str, Callable[[Result], Any]] = {
+    "model": lambda r: r.config.resolved["model"],
+    "mode": lambda r: r.mode,
+    "device": lambda r: r.device,
+    "batch_size": lambda r: r.batch_size,
+    "prefill_tokens_total": lambda r: r.prefill_tokens_total,
+    "decode_tokens_total": lambda r: r.decode_tokens_total,
+    "ttft_ms": lambda r: r.ttft_ms,
+    "decode_ms": lambda r: r.decode_ms,
+    "e2e_ms": lambda r: r.e2e_ms,
+    "repeats": lambda r: r.repeats.n,
+    "e2e_stdev_ms": lambda r: r.repeats.statistics.e2e_ms.stdev,
+    "throughput_tok_s": lambda r: r.throughput_tok_s,
+    "end_to_end_tok_s": lambda r: r.end_to_end_tok_s,
+    "decode_bound_by": lambda r: r.phases.decode.bound_by,
+    "decode_roofline_pct": lambda r: r.phases.decode.roofline_pct,
+    "gpu_GB": lambda r: r.gpu_mem_GB.allocated_GB,
+    "page_locked_MB": lambda r: r.memory.cpu_page_locked_bytes / 1e6,
+    "output": lambda r: r.output.sha256[:12],
+    "warnings": lambda r: len(r.warnings),
 }
 
 
@@ -75,45 +76,42 @@ def _printable(text: str) -> str:
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def summary(result: Result) -> str:
     """The summary block: the guide's seven figures, then what the time was bound by."""
     lines = ["", "=== Benchmark Summary ==="]
-    lines += [f"{name:>24}: {result[name]:.3f}" for name in _SUMMARY]
-    lines += _spread_lines(result["repeats"])
-    for name, phase in result["phases"].items():
-        if phase["floor_ms"] is None:
+    lines += [f"{name:>24}: {getattr(result, name):.3f}" for name in _SUMMARY]
+    lines += _spread_lines(result.repeats)
+    for name, phase in msgspec.structs.asdict(result.phases).items():
+        if phase.floor_ms is None:
             lines.append(f"{name + ' floor':>24}: not known")
             continue
-        spread = phase["ceiling_spread_pct"]
+        spread = phase.ceiling_spread_pct
         unsure = f", the ceiling itself varied by {spread:.0f} %" if spread is not None else ""
         lines.append(
-            f"{name + ' floor':>24}: {phase['floor_ms']:.3f} ms, bound by {phase['bound_by']}, "
-            f"{phase['roofline_pct']:.1f} % of it reached{unsure}"
+            f"{name + ' floor':>24}: {phase.floor_ms:.3f} ms, bound by {phase.bound_by}, "
+            f"{phase.roofline_pct:.1f} % of it reached{unsure}"
         )
-    lines += [f"[WARNING] {warning}" for warning in result["warnings"]]
+    lines += [f"[WARNING] {warning}" for warning in result.warnings]
     return "\n".join(lines)
 
 
-def _spread_lines(repeats: Mapping[str, Any]) -> list[str]:
+def _spread_lines(repeats: Repeats) -> list[str]:
     """Of several rounds, what the figures above are the middle of."""
-    spread = repeats["statistics"]["e2e_ms"]
-    if spread["stdev"] is None:
+    spread = repeats.statistics.e2e_ms
+    if spread.stdev is None:
         return []
-    text = f"median {spread['median']:.3f} ms of {repeats['n']} rounds, sample stdev {spread['stdev']:.3f}"
-    if spread["median_ci95"] is not None:
-        low, high = spread["median_ci95"]
+    text = f"median {spread.median:.3f} ms of {repeats.n} rounds, sample stdev {spread.stdev:.3f}"
+    if spread.median_ci95 is not None:
+        low, high = spread.median_ci95
         text += f", 95 % interval of the median {low:.3f} to {high:.3f}"
     return [f"{'e2e_ms over rounds':>24}: {text}"]
 
 
-def _cells(result: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return {name: significant(read(result)) for name, read in _COLUMNS.items()}
-    except (KeyError, TypeError) as error:
-        raise UnusableInput("a result lacks what a table shows of it: was its file changed by hand?") from error
+def _cells(result: Result) -> dict[str, Any]:
+    return {name: significant(read(result)) for name, read in _COLUMNS.items()}
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
+def table(results: Sequence[Result]) -> str:
     """Results as a Markdown table, a row each: what ``-o md`` prints."""
     rows = [{name: _shown(value) for name, value in _cells(result).items()} for result in results]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
@@ -129,12 +127,12 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def row(result: Mapping[str, Any], output: str) -> str:
+def row(result: Result, output: str) -> str:
     """One result for pipes and tables: ``md``, ``csv`` (with a header line), or ``json`` on one line."""
     if output == "md":
         return table([result])
     if output == "json":
-        return json.dumps(significant(dict(result)))
+        return json.dumps(plain(result))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(_COLUMNS), lineterminator="\n")
     writer.writeheader()

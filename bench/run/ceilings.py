@@ -15,6 +15,7 @@ import torch
 from bench.run.provenance import cpu_model, drive_of
 from llama.inputs import Inputs
 from llama.llm import LLaMA
+from llama.options import BuildOptions
 from wsm.disk.atomic import write_atomically
 from wsm.engine.probe import probe_compute, probe_link, probe_ssd
 from wsm.layout.groups import GroupId
@@ -51,22 +52,22 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     return found
 
 
-def _exact_file(inputs: Inputs) -> Path:
+def _exact_file(options: BuildOptions, inputs: Inputs) -> Path:
     """Of this model, mode, sizes and rank: what a run may measure itself against."""
-    settings, shard = inputs.options.settings, inputs.world.shard
-    sizes = [settings.staging_mb, settings.mode, settings.gpu_mem_gb, settings.cpu_mem_gb]
-    return _file(inputs, [sizes, inputs.checkpoint.config.to_json(), *(shard if shard.size > 1 else ())])
+    shard = inputs.world.shard
+    sizes = [options.staging_mb, options.mode, options.gpu_mem_gb, options.cpu_mem_gb]
+    return _file(options, inputs, [sizes, inputs.checkpoint.config.to_json(), *(shard if shard.size > 1 else ())])
 
 
-def _near_file(inputs: Inputs) -> Path:
+def _near_file(options: BuildOptions, inputs: Inputs) -> Path:
     """Of layers of this shape, however many, in any mode and budget: what a plan may predict from."""
     shape = {k: v for k, v in inputs.checkpoint.config.to_json().items() if k not in ("name", "n_layers")}
-    return _file(inputs, ["near", shape])
+    return _file(options, inputs, ["near", shape])
 
 
-def _file(inputs: Inputs, more: list[Any]) -> Path:
+def _file(options: BuildOptions, inputs: Inputs, more: list[Any]) -> Path:
     """One file per machine and store; machines may share the cache directory."""
-    options, device, folder = inputs.options, inputs.device, inputs.options.cache_dir.expanduser()
+    device, folder = inputs.device, inputs.cache_dir
     store = str(options.raw_device or options.manifest or folder)
     gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
     cpu = [cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total]
@@ -75,23 +76,23 @@ def _file(inputs: Inputs, more: list[Any]) -> Path:
     return folder / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def remember(inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
+def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
     """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
-    near = _near_file(inputs)
+    near = _near_file(options, inputs)
     near.parent.mkdir(parents=True, exist_ok=True)
-    for path, known in ((_exact_file(inputs), {}), (near, _read(near))):
+    for path, known in ((_exact_file(options, inputs), {}), (near, _read(near))):
         content = {name: dataclasses.asdict(ceiling) for name, ceiling in {**known, **ceilings}.items()}
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def recall_for(inputs: Inputs) -> dict[str, Ceiling]:
+def recall_for(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
     """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
-    return _of_an_earlier_run(_read(_exact_file(inputs)))
+    return _of_an_earlier_run(_read(_exact_file(options, inputs)))
 
 
-def recall_near(inputs: Inputs) -> dict[str, Ceiling]:
+def recall_near(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
     """As :func:`recall_for`, or else of other modes and budgets and of the same model with fewer layers."""
-    return recall_for(inputs) or _of_an_earlier_run(_read(_near_file(inputs)))
+    return recall_for(options, inputs) or _of_an_earlier_run(_read(_near_file(options, inputs)))
 
 
 def _of_an_earlier_run(ceilings: dict[str, Ceiling]) -> dict[str, Ceiling]:

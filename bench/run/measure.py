@@ -1,16 +1,24 @@
-"""The timing loop: rounds of generation, clocked from outside, and the phases that they consist of."""
+"""The timing loop: rounds of generation, clocked from outside, and what each round's times and bytes come to."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bench.result.fields import Bound, ByPhase
+from bench.result.spread import statistic
+from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
+from bench.result.types_machine import LoadRate
+from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traffic
 from llama.generation import Generation
 from llama.llm import LLaMA
-from wsm.engine.telemetry import Interval, PhaseStats
-from wsm.plan.floor import decode_work, prefill_work
+from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
+from wsm.plan.ceilings import Ceiling
+from wsm.plan.floor import Work, ceiling_of, decode_work, parts_ms, prefill_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,15 @@ class Round:
     @property
     def decode_ms(self) -> float:
         return (self.done - self.prefill_done) * 1e3
+
+    @property
+    def e2e_ms(self) -> float:
+        return self.prefill_ms + self.decode_ms
+
+    @property
+    def total_tok_s(self) -> float:
+        """Prompt tokens and new ones."""
+        return (self.generation.decode_tokens + self.generation.prefill_tokens) / (self.e2e_ms / 1e3)
 
     @property
     def pass_ms(self) -> list[float]:
@@ -116,23 +133,158 @@ def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling) ->
     run_round(llm, prompts, replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens), ignore_eos=True))
 
 
-def phases_of(llm: LLaMA, timed: Round, prompts: Sequence[Sequence[int]]) -> tuple[PhaseStats, PhaseStats]:
+def median_round(rounds: Sequence[Round]) -> int:
+    """The index of the round of median ``e2e_ms`` (the lower of two)."""
+    order = sorted(range(len(rounds)), key=lambda i: rounds[i].e2e_ms)
+    return order[(len(order) - 1) // 2]
+
+
+# -- times
+
+
+def metrics_of(timed: Round) -> Metrics:
+    """The fixed times and rates of a round."""
+    tokens = timed.generation.decode_tokens
+    return Metrics(
+        prefill_ms=timed.prefill_ms,
+        first_token_decode_ms=timed.first_token_ms,
+        ttft_ms=timed.prefill_ms + timed.first_token_ms,
+        decode_ms=timed.decode_ms,
+        e2e_ms=timed.e2e_ms,
+        throughput_tok_s=tokens / (timed.decode_ms / 1e3),
+        end_to_end_tok_s=tokens / (timed.e2e_ms / 1e3),
+    )
+
+
+def repeats_of(rounds: Sequence[Round]) -> Repeats:
+    """Every round's metrics, and the spread of each."""
+    raw = [metrics_of(timed) for timed in rounds]
+    spread = {name: statistic([getattr(metrics, name) for metrics in raw]) for name in METRICS}
+    return Repeats(n=len(raw), raw=raw, statistics=Statistics(**spread))
+
+
+def tpot_of(pass_ms: Sequence[float]) -> Tpot | None:
+    """Time of a decode pass; None without decode passes."""
+    if not pass_ms:
+        return None
+    ordered = sorted(pass_ms)
+
+    def percentile(share: float) -> float:
+        return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+    mean = statistics.fmean(ordered)
+    return Tpot(mean=mean, p50=percentile(0.5), p90=percentile(0.9), max=ordered[-1], n=len(ordered))
+
+
+# -- bytes, and the floor under their time
+
+
+def phases_of(
+    llm: LLaMA,
+    timed: Round,
+    prompts: Sequence[Sequence[int]],
+    ceilings: Mapping[str, Ceiling],
+    predicted_pass_ms: Mapping[str, float | None],
+) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
-    windows = (timed.start, timed.prefill_done), (timed.prefill_done, timed.done)
-    spans = range(timed.steps[0], timed.steps[1]), range(timed.steps[1], timed.steps[2])
-    passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
     rows = Counter[float](len(prompt) for prompt in prompts)
     itemsize = llm.inputs.dtype.itemsize
+    passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
     works = (
         prefill_work(llm.config, rows, len(passes[0]), itemsize),
         decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
     )
-    prefill, decode = (
-        replace(_phase(llm, name, window, steps, numbers), flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
-        for name, window, steps, numbers, work in zip(("prefill", "decode"), windows, spans, passes, works, strict=True)
+    found = {}
+    for place, (name, window) in enumerate(windows_of(timed).items()):
+        steps = range(timed.steps[place], timed.steps[place + 1]) if llm.manager is not None else range(0)
+        stats = llm.telemetry.phase(name, window, steps, passes[place])
+        stats = replace(stats, flops=int(works[place].flops), hbm_bytes=int(works[place].hbm_bytes))
+        found[name] = phase_of(stats, ceilings, predicted_pass_ms[name])
+    return ByPhase(**found)
+
+
+def windows_of(timed: Round) -> dict[str, Interval]:
+    """From when to when each phase went, in seconds of the host's clock."""
+    return {"prefill": (timed.start, timed.prefill_done), "decode": (timed.prefill_done, timed.done)}
+
+
+def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_ms: float | None = None) -> Phase:
+    """What a phase moved and waited for, beside its floor."""
+    floor_ms, bound_by = floor_of(stats, ceilings)
+    spread = ceilings[ceiling_of(bound_by)].spread_pct if bound_by is not None else 0.0
+    return Phase(
+        wall_ms=stats.wall_ms,
+        passes=stats.passes,
+        bytes=Traffic(**stats.bytes),
+        bytes_moved=Traffic(**stats.bytes_moved),
+        busy_ms=Busy(**_from_0(stats.busy_ms)),
+        stall_ms=Stall(**_from_0(stats.stall_ms)),
+        idle_ms=Idle(**_from_0(stats.idle_ms)),
+        flops=stats.flops,
+        hbm_bytes=stats.hbm_bytes,
+        floor_ms=floor_ms,
+        predicted_ms=None if predicted_pass_ms is None else predicted_pass_ms * stats.passes or None,
+        bound_by=bound_by,
+        roofline_pct=None if floor_ms is None or stats.wall_ms == 0 else 100 * floor_ms / stats.wall_ms,
+        ceiling_spread_pct=spread if spread > 5 else None,
     )
-    return prefill, decode
 
 
-def _phase(llm: LLaMA, name: str, window: Interval, steps: range, passes: range) -> PhaseStats:
-    return llm.telemetry.phase(name, window, steps if llm.manager is not None else range(0), passes)
+def _from_0(times_ms: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Differences of sums may come to a little less than 0."""
+    return {tier: None if ms is None else max(0.0, ms) for tier, ms in times_ms.items()}
+
+
+def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float | None, Bound | None]:
+    """The shortest time that the bytes moved inside the phase and its operations allow, and what sets it.
+
+    The link's rate beside a busy SSD, ``h2d_with_ssd``, is in the JSON for information: a floor may not be beaten.
+    """
+    moved = stats.bytes_moved
+    work = Work(
+        ssd_bytes=moved["ssd_read"],
+        h2d_bytes=moved["weight_h2d"] + moved["kv_h2d"],
+        d2h_bytes=moved["kv_d2h"],
+        hbm_bytes=stats.hbm_bytes,
+        flops=stats.flops,
+    )
+    parts = parts_ms(work, {name: ceiling.value for name, ceiling in ceilings.items()})
+    times = {bound: ms for bound, ms in parts.items() if ms is not None}
+    if not times or len(times) < len(parts):
+        return None, None
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
+def link_rates(phases: ByPhase[Phase] | ByPhase[RankPhase]) -> LinkRates:
+    """Bytes over the time that the copies were busy, both phases together; None where nothing moved."""
+    both = phases.prefill, phases.decode
+
+    def rate(moved: str, busy: str) -> float | None:
+        nbytes = sum(getattr(phase.bytes_moved, moved) for phase in both)
+        busy_ms = sum(getattr(phase.busy_ms, busy) or 0.0 for phase in both)
+        return nbytes / busy_ms / 1e3 if nbytes and busy_ms else None
+
+    return LinkRates(
+        weight_h2d_MBps=rate("weight_h2d", "h2d"),
+        kv_h2d_MBps=rate("kv_h2d", "kv_h2d"),
+        kv_d2h_MBps=rate("kv_d2h", "kv_d2h"),
+    )
+
+
+def load_rate(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling]) -> LoadRate:
+    """``load``, from the reads of residents; None without a manager.
+
+    The rate counts all that was read meanwhile: the sweep that fills the residents takes streamed groups on its way.
+    """
+    residents = [t for t in reads or () if t.step is None]
+    rate = None
+    if reads is not None and residents:
+        window = min(t.start for t in residents), max(t.end for t in residents)
+        seconds = window[1] - window[0]
+        rate = moved_bytes(reads, window) / seconds / 1e6 if seconds else None
+    return LoadRate(
+        read_bytes=None if reads is None else sum(t.nbytes for t in residents),
+        read_MBps=rate,
+        ssd_pct=100 * rate / ceilings["ssd"].value if rate is not None and "ssd" in ceilings else None,
+    )

@@ -1,4 +1,4 @@
-"""Assembling the JSON of a run from what was measured."""
+"""A run's result, assembled from what was planned, measured and seen."""
 
 from __future__ import annotations
 
@@ -7,32 +7,43 @@ import hashlib
 import json
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import torch
 
-from bench.options.flags import RunOptions
-from bench.result.results import SCHEMA_VERSION
-from bench.result.spread import steadiness_warnings
+from bench.options.run_flags import RunOptions
+from bench.result.fields import ByPhase, Mode
+from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
+from bench.result.types_machine import (
+    KV,
+    BytesPerPass,
+    Conditions,
+    Drive,
+    KVTier,
+    LoadSeconds,
+    Memory,
+    Planned,
+    Provenance,
+    Residency,
+    Tier,
+)
+from bench.result.types_phases import Ceilings, Phase, Rate
 from bench.run.conditions import Watch
-from bench.run.measure import Round, phases_of
-from bench.run.phases import (
+from bench.run.measure import Round, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
+from bench.run.provenance import collect
+from bench.run.warnings import (
     beaten_floors,
     drive_warnings,
-    io_part,
-    load_part,
-    phase_part,
     plan_warnings,
     prediction_warnings,
-    repeats_part,
-    round_metrics,
-    tpot_part,
+    steadiness_warnings,
+    unmeasured,
 )
-from bench.run.provenance import collect
 from llama.llm import LLaMA
-from wsm.engine.telemetry import PhaseStats
+from wsm.option import options_of
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.prediction import predicted_pass_ms
 from wsm.settings import Settings, environment_echo
@@ -58,150 +69,119 @@ def result_of(
     prompts: list[list[int]],
     got: Progress,
     warnings: list[str],
-) -> dict[str, Any]:
+) -> Result:
+    """The result of this process; of several ranks, :mod:`bench.run.ranks` makes it the job's."""
     chosen = got.rounds[got.chosen]
-    stats = dict(zip(("prefill", "decode"), phases_of(llm, chosen, prompts), strict=True))
-    store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
-    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
-    settings, predicted = llm.settings, predicted_pass_ms(llm.plan, got.ceilings)
-    tokens = chosen.generation.tokens
-    return {
-        **_fixed(options, llm, prompts, chosen, list(stats.values())),
-        "schema_version": SCHEMA_VERSION,
-        "interrupted": got.interrupted,
-        "decode_forward_passes": chosen.generation.decode_passes,
-        "tpot_ms": tpot_part(chosen.pass_ms),
-        "phases": {name: phase_part(phase, got.ceilings, predicted[name]) for name, phase in stats.items()},
-        "ceilings": {name: dataclasses.asdict(ceiling) for name, ceiling in got.ceilings.items()},
-        "residency": _residency(llm, chosen),
-        "plan": _planned(llm),
-        "memory": _memory(llm),
-        "load_s": _load(llm),
-        "load": load_part(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
-        "kv": _kv(llm),
-        "config": {
-            "argv": list(argv),
-            "resolved": _resolved(options, settings, llm),
-            "environment": environment_echo(os.environ),
-            "environment_set_by_user": list(user_set),
-        },
-        "provenance": provenance,
-        "conditions": got.watch.conditions.as_json(),
-        "output": {
-            "sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-            "texts": [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
-        },
-        "repeats": repeats_part(got.rounds),
-        "parallel": None,
-        "warnings": [
-            *warnings,
-            *plan_warnings(stats, llm.plan.bytes_per_pass),
-            *beaten_floors(stats, got.ceilings),
-            *(prediction_warnings(stats, predicted) if llm.inputs.device.type == "cuda" else ()),
-            *drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done)),
-            *steadiness_warnings([timed.prefill_ms + timed.decode_ms for timed in got.rounds]),
-            *got.watch.warnings,
-            *missing,
-            *_unmeasured(llm.inputs.device, got.ceilings, stats["decode"]),
-        ],
-    }
+    phases = phases_of(llm, chosen, prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
+    memory, (provenance, missing) = _memory(llm), _provenance(options, llm)
+    return Result(
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        prompt_lens=[len(prompt) for prompt in prompts],
+        prefill_tokens_total=chosen.generation.prefill_tokens,
+        decode_tokens_total=chosen.generation.decode_tokens,
+        **msgspec.structs.asdict(metrics_of(chosen)),
+        io_bw_MBps=link_rates(phases),
+        gpu_mem_GB=gpu_peak(memory.gpu_peak_allocated_bytes, memory.gpu_peak_reserved_bytes),
+        mode=cast(Mode, llm.settings.mode),
+        device=str(llm.inputs.device),
+        wsm=_manager(llm),
+        total_tok_s=chosen.total_tok_s,
+        schema_version=SCHEMA_VERSION,
+        interrupted=got.interrupted,
+        decode_forward_passes=chosen.generation.decode_passes,
+        tpot_ms=tpot_of(chosen.pass_ms),
+        phases=phases,
+        ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
+        residency=_residency(llm, chosen),
+        plan=_planned(llm),
+        memory=memory,
+        load_s=_load_seconds(llm),
+        load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
+        kv=_kv(options, llm),
+        config=_config(options, argv, user_set, llm),
+        provenance=provenance,
+        conditions=Conditions(**dataclasses.asdict(got.watch.conditions)),
+        output=_output(options, llm, chosen.generation.tokens),
+        repeats=repeats_of(got.rounds),
+        parallel=None,
+        warnings=[*warnings, *_warnings(llm, got, phases, missing)],
+    )
 
 
-def _unmeasured(device: torch.device, ceilings: Mapping[str, Ceiling], decode: PhaseStats) -> Iterator[str]:
-    """Why figures are null or mean little."""
-    if not ceilings:
-        yield "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
-    elif "ssd" not in ceilings and decode.bytes_moved["ssd_read"]:
-        yield "the SSD could not be probed in so little CPU memory: floor and roofline are not known"
-    if device.type != "cuda":
-        yield "the compute device is the CPU: GPU figures are null, and roofline_pct is informative only"
+def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequence[str]) -> Iterator[str]:
+    """What makes the figures doubtful; ``missing`` is of the provenance."""
+    chosen, named = got.rounds[got.chosen], msgspec.structs.asdict(phases)
+    yield from plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
+    yield from beaten_floors(named)
+    if llm.inputs.device.type == "cuda":
+        yield from prediction_warnings(named)
+    yield from drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done))
+    yield from steadiness_warnings([timed.e2e_ms for timed in got.rounds])
+    yield from got.watch.warnings
+    yield from missing
+    yield from unmeasured(llm.inputs.device, got.ceilings, phases.decode)
 
 
-def _fixed(
-    options: RunOptions, llm: LLaMA, prompts: list[list[int]], chosen: Round, stats: Sequence[PhaseStats]
-) -> dict[str, Any]:
-    """The keys that stay as they always were."""
-    return {
-        "batch_size": options.batch_size,
-        "max_new_tokens": options.max_new_tokens,
-        "prompt_lens": [len(prompt) for prompt in prompts],
-        **round_metrics(chosen),
-        "io_bw_MBps": io_part(stats),
-        "gpu_mem_GB": _gpu_mem(llm.inputs.device),
-        "mode": llm.settings.mode,
-        "device": str(llm.inputs.device),
-        "wsm": {
-            "enabled": llm.manager is not None,
-            "ssd_enabled": bool(llm.plan.placement.residency.ssd),
-            "gpu_max_groups": llm.settings.gpu_max_groups,
-        },
-    }
+def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak:
+    """In GiB."""
+    return GpuPeak(
+        allocated_GB=None if allocated_bytes is None else allocated_bytes / 2**30,
+        reserved_GB=None if reserved_bytes is None else reserved_bytes / 2**30,
+    )
 
 
-def _gpu_mem(device: torch.device) -> dict[str, float | None]:
-    if device.type != "cuda":
-        return {"allocated_GB": None, "reserved_GB": None}
-    return {
-        "allocated_GB": torch.cuda.max_memory_allocated(device) / 2**30,
-        "reserved_GB": torch.cuda.max_memory_reserved(device) / 2**30,
-    }
+def _manager(llm: LLaMA) -> Manager:
+    return Manager(
+        enabled=llm.manager is not None,
+        ssd_enabled=bool(llm.plan.placement.residency.ssd),
+        gpu_max_groups=llm.settings.gpu_max_groups,
+    )
 
 
-def _residency(llm: LLaMA, chosen: Round) -> dict[str, Any]:
-    residency, layer = llm.plan.placement.residency, llm.plan.inputs.slot_bytes()
-    tiers = {"gpu": residency.gpu, "cpu": residency.cpu, "ssd": residency.ssd}
-    return {
-        **{tier: {"layers": len(layers), "bytes": len(layers) * layer} for tier, layers in tiers.items()},
-        "gpu_slots": llm.plan.placement.gpu_slots,
-        "cpu_slots": llm.plan.placement.cpu_slots,
-        "complete_at_start": chosen.complete_at_start,
-    }
+def _residency(llm: LLaMA, chosen: Round) -> Residency:
+    placement, layer = llm.plan.placement, llm.plan.inputs.slot_bytes()
+
+    def tier(layers: Sequence[int]) -> Tier:
+        return Tier(layers=len(layers), bytes=len(layers) * layer)
+
+    return Residency(
+        gpu=tier(placement.residency.gpu),
+        cpu=tier(placement.residency.cpu),
+        ssd=tier(placement.residency.ssd),
+        gpu_slots=placement.gpu_slots,
+        cpu_slots=placement.cpu_slots,
+        complete_at_start=chosen.complete_at_start,
+    )
 
 
-def _kv(llm: LLaMA) -> dict[str, Any]:
-    placed, tiers = llm.plan.kv, llm.kv_tiers
-    fraction = tiers.fraction_fetched if tiers is not None else None
-    units = {"gpu": placed.gpu, "cpu": placed.cpu, "disk": placed.disk}
-    options = llm.inputs.options
-    return {
-        "device": str(llm.inputs.device),
-        "dtype": DTYPE_NAMES[llm.inputs.dtype] if options.kv_dtype == "auto" else options.kv_dtype,
-        "topk_blk": options.topk_blk,
-        "fraction_fetched": 1.0 if fraction is None else fraction,
-        "exact": fraction is None or fraction == 1.0,
-        "stretch_rows": placed.layout.stretch_rows,
-        **{tier: {"parts": len(parts), "bytes": placed.bytes_of(parts)} for tier, parts in units.items()},
-        "throttle_pauses": tiers.pauses if tiers is not None else 0,
-    }
+def _planned(llm: LLaMA) -> Planned:
+    plan = llm.plan
+    return Planned(
+        bytes_per_pass=BytesPerPass(**plan.bytes_per_pass),
+        chunk_tokens=plan.chunk_tokens,
+        wave_rows=plan.wave_rows,
+        stretch_rows=plan.kv.layout.stretch_rows,
+        notes=list(plan.notes),
+        gpu_bytes=plan.gpu_bytes,
+        gpu_budget_bytes=plan.gpu_budget_bytes,
+        cpu_page_locked_bytes=plan.page_locked_bytes,
+        cpu_budget_bytes=plan.cpu_budget_bytes,
+    )
 
 
-def _planned(llm: LLaMA) -> dict[str, Any]:
-    return {
-        "bytes_per_pass": dict(llm.plan.bytes_per_pass),
-        "chunk_tokens": llm.plan.chunk_tokens,
-        "wave_rows": llm.plan.wave_rows,
-        "stretch_rows": llm.plan.kv.layout.stretch_rows,
-        "notes": list(llm.plan.notes),
-        "gpu_bytes": llm.plan.gpu_bytes,
-        "gpu_budget_bytes": llm.plan.gpu_budget_bytes,
-        "cpu_page_locked_bytes": llm.plan.page_locked_bytes,
-        "cpu_budget_bytes": llm.plan.cpu_budget_bytes,
-    }
-
-
-def _memory(llm: LLaMA) -> dict[str, Any]:
+def _memory(llm: LLaMA) -> Memory:
     device = llm.inputs.device
     on_gpu = device.type == "cuda"
-    context = llm.plan.inputs.hardware.gpu_context_bytes
-    return {
-        "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
-        "gpu_context_bytes": context if on_gpu else None,
-        "cpu_page_locked_bytes": llm.page_locked_bytes,
-        "cpu_page_locked_peak_bytes": llm.page_locked_peak_bytes,
-        "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "rss_anon_bytes": _rss_anon(),
-    }
+    return Memory(
+        gpu_peak_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        gpu_peak_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
+        gpu_context_bytes=llm.plan.inputs.hardware.gpu_context_bytes if on_gpu else None,
+        cpu_page_locked_bytes=llm.page_locked_bytes,
+        cpu_page_locked_peak_bytes=llm.page_locked_peak_bytes,
+        rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        rss_anon_bytes=_rss_anon(),
+    )
 
 
 def _rss_anon() -> int | None:
@@ -214,30 +194,56 @@ def _rss_anon() -> int | None:
     return None
 
 
-_LOAD_PARTS = (
-    "kv_s",
-    "open_store_s",
-    "allocate_s",
-    "populate_s",
-    "page_lock_s",
-    "probe_s",
-    "globals_s",
-    "stage_s",
-    "warmup_s",
-)
+def _load_seconds(llm: LLaMA) -> LoadSeconds:
+    parts: dict[str, Any] = {name: llm.load_times.parts.get(name) for name in LoadSeconds.__struct_fields__}
+    if llm.manager is not None:
+        parts["residents_s"] = llm.manager.residents_s
+    return LoadSeconds(**parts)
 
 
-def _load(llm: LLaMA) -> dict[str, float | None]:
-    return {
-        **{name: llm.load_times.parts.get(name) for name in _LOAD_PARTS},
-        "residents_s": llm.manager.residents_s if llm.manager is not None else llm.load_times.parts["residents_s"],
-        "from_process_start_s": llm.load_times.parts["from_process_start_s"],
+def _kv(options: RunOptions, llm: LLaMA) -> KV:
+    placed, tiers = llm.plan.kv, llm.kv_tiers
+    fraction = tiers.fraction_fetched if tiers is not None else None
+    places = {"gpu": placed.gpu, "cpu": placed.cpu, "disk": placed.disk}
+    return KV(
+        device=str(llm.inputs.device),
+        dtype=DTYPE_NAMES[llm.inputs.dtype] if options.kv_dtype == "auto" else options.kv_dtype,
+        topk_blk=options.topk_blk,
+        fraction_fetched=1.0 if fraction is None else fraction,
+        exact=fraction is None or fraction == 1.0,
+        stretch_rows=placed.layout.stretch_rows,
+        **{name: KVTier(parts=len(parts), bytes=placed.bytes_of(parts)) for name, parts in places.items()},
+        throttle_pauses=tiers.pauses if tiers is not None else 0,
+    )
+
+
+def _config(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], llm: LLaMA) -> Config:
+    """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
+    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    found: dict[str, Setting] = {
+        "dtype": DTYPE_NAMES[llm.inputs.dtype],
+        "device": str(llm.inputs.device),
+        "model": llm.config.name,
+        "tp": llm.inputs.world.shard.size,
     }
+    return Config(
+        argv=list(argv),
+        resolved={**options.to_json(), **chosen, **found},
+        environment=environment_echo(os.environ),
+        environment_set_by_user=list(user_set),
+    )
 
 
-def _resolved(options: RunOptions, settings: Settings, llm: LLaMA) -> dict[str, Any]:
-    values = {**dataclasses.asdict(options), **dataclasses.asdict(settings)}
-    values.pop("engine")
-    values["dtype"], values["device"] = DTYPE_NAMES[llm.inputs.dtype], str(llm.inputs.device)
-    values["model"], values["tp"] = llm.config.name, llm.inputs.world.shard.size
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+def _provenance(options: RunOptions, llm: LLaMA) -> tuple[Provenance, list[str]]:
+    """And a warning for each thing that could not be had."""
+    store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
+    found, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
+    drive = Drive(**found["drive"]) if found["drive"] is not None else None
+    return Provenance(**{**found, "drive": drive}), missing
+
+
+def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
+    return Output(
+        sha256=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
+        texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
+    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from wsm.layout.model import WHOLE, Shard
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Collective:

@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT))
 
 from bench.run.measure import Sampling, run_round  # noqa: E402
 from llama.config import PRESETS  # noqa: E402
-from llama.inputs import BuildOptions, open_inputs, plan_run  # noqa: E402
+from llama.inputs import open_inputs, plan_run  # noqa: E402
 from llama.llm import LLaMA  # noqa: E402
 from llama.loading import Reporter  # noqa: E402
+from llama.options import BuildOptions  # noqa: E402
 from wsm.engine.arena import PageLockedArena  # noqa: E402
 from wsm.engine.device import open_device  # noqa: E402
 from wsm.plan.plan import RunShape  # noqa: E402
-from wsm.settings import Settings  # noqa: E402
 
 SHAPE = "Llama-3.1-70B:layers=8"
 FAST = Path("/dev/shm/wsm-proofs")
@@ -60,11 +60,11 @@ def pinning() -> dict[str, Any]:
 
 def telemetry() -> dict[str, Any]:
     """Median decode pass of 30, of streamed layers, with every record and with none; two builds of each, in turn."""
-    settings = Settings(mode="stream", gpu_cached_layers=2, gpu_mem_gb=24)
+    options = BuildOptions(mode="stream", gpu_cached_layers=2, gpu_mem_gb=24, synthetic=SHAPE, device="cuda")
     passes: dict[bool, list[float]] = {True: [], False: []}
     for measured in (True, False, True, False):
-        inputs = open_inputs(BuildOptions(settings=settings, synthetic=SHAPE, device="cuda"))
-        plan = plan_run(inputs, RunShape(1, 128, 32, 128))
+        inputs = open_inputs(options)
+        plan = plan_run(options, inputs, RunShape(1, 128, 32, 128))
         with LLaMA.assemble(inputs, plan, Reporter(), measured=measured) as llm:
             prompt = [list(range(1000, 1128))]
             llm.generate(prompt, max_new_tokens=3, temperature=0.0, ignore_eos=True)

@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from bench.cli.main import main
-from bench.result.schema_doc import read_schema
+from bench.cli.docs import result_schema
+from bench_infer import command_line as main
 from tests.stores import loop_device
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
 from tests.whole.test_cli import interrupted, sentence
@@ -97,7 +97,7 @@ def test_a_run_with_kv_below_the_device_says_where_it_lay_and_what_moved(
     code, _, err = run(*budgets(home, full_cpu=tier == "disk"), *where, "--trace", trace)
     assert (code, err) == (0, "")
     result, whole = read(tmp_path / "r.json"), read(home / "whole.json")
-    jsonschema.validate(result, read_schema())
+    jsonschema.validate(result, result_schema())
     assert result["output"]["sha256"] == whole["output"]["sha256"]
     assert result["kv"]["exact"]
     assert result["kv"][tier]["parts"] > 0

@@ -9,20 +9,24 @@ from dataclasses import fields
 import pytest
 
 from wsm.errors import UnusableInput
+from wsm.option import options_of
 from wsm.settings import (
-    KINDS_OF_VALUE,
     PRESETS,
     WSM_PRESETS,
     Ranks,
     Settings,
     environment_echo,
-    field_of,
     preset_environment,
     read_ranks,
-    read_settings,
+    read_variables,
     set_by_user,
     spelled,
+    unknown_variables,
 )
+
+
+def field_of(variable: str) -> str:
+    return variable.removeprefix("WSM_").lower()
 
 
 def test_settings_come_without_torch() -> None:
@@ -32,15 +36,21 @@ def test_settings_come_without_torch() -> None:
 
 
 def test_no_flag_and_no_variable_give_the_guides_configuration() -> None:
-    settings, warnings = read_settings({}, {})
-    assert settings == Settings()
-    assert warnings == []
+    assert Settings(**read_variables({})) == Settings(**read_variables(PRESETS)) == Settings()
+    assert unknown_variables(PRESETS) == []
 
 
-def test_every_setting_has_a_rule_and_every_variable_a_setting() -> None:
-    names = [field.name for field in fields(Settings)]
-    assert sorted(KINDS_OF_VALUE) == sorted(names)
-    assert {field_of(variable) for variable in WSM_PRESETS} <= set(names)
+def test_every_setting_is_declared_and_every_variable_sets_one() -> None:
+    declared = options_of(Settings)
+    assert list(declared) == [field.name for field in fields(Settings)]
+    assert list(WSM_PRESETS) == [option.spelled for option in declared.values() if option.by_variable]
+    assert {spelled(field_of(variable)) for variable in WSM_PRESETS} == set(WSM_PRESETS)
+
+
+def test_every_default_is_allowed_and_every_declaration_says_what_it_does() -> None:
+    for option in options_of(Settings).values():
+        option.check(option.default)
+        assert option.help
 
 
 def test_presets_leave_alone_what_the_user_has_set() -> None:
@@ -88,7 +98,7 @@ OTHER_VALUES = {
 @pytest.mark.parametrize("variable", WSM_PRESETS)
 def test_each_variable_is_read(variable: str) -> None:
     text, value = OTHER_VALUES[variable]
-    settings, _ = read_settings({}, {variable: text})
+    settings = Settings(**read_variables({variable: text}))
     assert getattr(settings, field_of(variable)) == value != getattr(Settings(), field_of(variable))
 
 
@@ -111,7 +121,7 @@ def test_each_variable_is_read(variable: str) -> None:
 )
 def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(variable: str, text: str, allowed: str) -> None:
     with pytest.raises(UnusableInput) as raised:
-        read_settings({}, {variable: text})
+        read_variables({variable: text})
     assert str(raised.value) == f"{variable}={text} cannot be used: it must be {allowed}"
 
 
@@ -122,6 +132,11 @@ def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(variable: st
         ("gpu_cached_layers", -1, "--gpu-cached-layers"),
         ("cpu_cache_layers", 1.5, "--cpu-cache-layers"),
         ("prefetch_distance", True, "--prefetch-distance"),
+        ("prefetch_distance", 0, "--prefetch-distance"),
+        ("prefetch_distance", 1 << 63, "--prefetch-distance"),
+        ("cpu_mem_gb", 1e7, "--cpu-mem-gb"),
+        ("embedding", "disk", "--embedding"),
+        ("mode", None, "--mode"),
         ("staging_mb", 0, "--staging-mb"),
         ("gpu_mem_gb", 0, "--gpu-mem-gb"),
         ("cpu_mem_gb", float("nan"), "--cpu-mem-gb"),
@@ -130,19 +145,11 @@ def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(variable: st
 )
 def test_a_bad_flag_is_named_with_its_value(field: str, value: object, flag: str) -> None:
     with pytest.raises(UnusableInput, match=f"^{flag} must be .*, not {value!r}$"):
-        read_settings({field: value}, {})
-
-
-def test_a_flag_beats_its_variable_and_an_absent_flag_does_not() -> None:
-    environ = {"WSM_GPU_MAX_GROUPS": "6", "WSM_PAIR_AHEAD": "3"}
-    settings, _ = read_settings({"gpu_max_groups": 4, "pair_ahead": None, "out_json": "x"}, environ)
-    assert settings.gpu_max_groups == 4
-    assert settings.pair_ahead == 3
+        Settings(**{field: value})  # type: ignore[arg-type]
 
 
 def test_an_unknown_variable_warns_with_the_name_that_was_meant() -> None:
-    _, warnings = read_settings({}, {"WSM_GPU_MAX_GROUP": "4", "WSM_QQQQ": "1", "OTHER": "2"})
-    assert warnings == [
+    assert unknown_variables({"WSM_GPU_MAX_GROUP": "4", "WSM_QQQQ": "1", "OTHER": "2"}) == [
         "the variable WSM_GPU_MAX_GROUP is not known and has no effect; did you mean WSM_GPU_MAX_GROUPS?",
         "the variable WSM_QQQQ is not known and has no effect",
     ]

@@ -112,14 +112,8 @@ def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) 
         return tuple(rest), 0, 0
     cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)
     ahead = settings.prefetch_distance
-    if cached < 1:
-        notes.append("--cpu-cache-layers 0 raised to 1: what comes from the SSD passes through CPU memory")
-        cached = 1
     if settings.cpu_evict == "belady" and cached >= len(rest):
         return tuple(rest), 0, 0
-    if ahead < 1:
-        notes.append("--prefetch-distance 0 raised to 1: what comes from the SSD needs a slot")
-        ahead = 1
     if ahead > cached:
         notes.append(f"--prefetch-distance {ahead} clipped to {cached}, the layers of CPU memory")
         ahead = cached

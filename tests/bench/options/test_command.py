@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 from bench.options.command import kept_command
-from bench.options.flags import RunOptions, parse
+from bench.options.flags import parse
+from bench.options.run_flags import RunOptions
 
 CHOSEN = ["--gpu-cached-layers 7", "--cpu-cache-layers 9"]
 
@@ -34,4 +35,4 @@ def test_the_command_asks_for_what_was_chosen() -> None:
     assert verb == "run"
     assert isinstance(options, RunOptions)
     assert (options.auto, options.prompt, options.batch_size) == (False, "it's; rm -rf /", 2)
-    assert (options.engine["gpu_cached_layers"], options.engine["cpu_cache_layers"]) == (7, 9)
+    assert (options.gpu_cached_layers, options.cpu_cache_layers) == (7, 9)

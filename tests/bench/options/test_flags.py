@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.options.flags import (
     VERBS,
     PackOptions,
@@ -18,7 +18,8 @@ from bench.options.flags import (
     parse,
 )
 from bench.options.verb_flags import CompareOptions, ReportOptions
-from bench.run.run import build_options
+from bench_infer import command_line as main
+from llama.options import BuildOptions
 from wsm.errors import UnusableInput
 from wsm.settings import Settings
 
@@ -45,6 +46,7 @@ GUIDE = """
   --verbose
 """
 """The quick-start guide's one-line configuration, word for word."""
+BUILT = [field.name for field in dataclasses.fields(BuildOptions)]
 PLACES = {"checkpoints", "raw_device", "manifest", "prompts", "out_json", "verbose"}
 """What the guide's command says of one user's machine; the rest are the defaults."""
 
@@ -57,8 +59,7 @@ def options_of(*argv: str) -> RunOptions:
 
 
 def values_of(options: RunOptions) -> dict[str, Any]:
-    values = {name: getattr(options, name) for name in RunOptions.__slots__}
-    return {**values, **values.pop("engine")}
+    return dataclasses.asdict(options)
 
 
 def refusal(*argv: str) -> str:
@@ -87,12 +88,33 @@ def test_the_defaults_are_the_guides_configuration() -> None:
 
 
 def test_flags_and_settings_have_the_same_defaults() -> None:
-    settings = Settings()
-    assert options_of().engine == {name: getattr(settings, name) for name in options_of().engine}
+    settings = dataclasses.asdict(Settings())
+    assert values_of(options_of()).items() >= settings.items()
 
 
 def test_the_result_goes_to_bench_results_json_unless_told_otherwise() -> None:
     assert options_of().out_json == Path("bench_results.json")
+
+
+def test_a_flag_beats_its_variable_and_an_absent_flag_does_not() -> None:
+    variables = {"WSM_GPU_MAX_GROUPS": "6", "WSM_PAIR_AHEAD": "3"}
+    _, options = parse(["--gpu-cached-layers", "3"], variables)
+    assert isinstance(options, RunOptions)
+    assert (options.gpu_max_groups, options.pair_ahead, options.gpu_cached_layers) == (6, 3, 3)
+    assert dataclasses.replace(options, gpu_max_groups=4).gpu_max_groups == 4
+
+
+def test_a_variable_that_cannot_be_used_is_refused_by_run_and_plan_alone() -> None:
+    variables = {"WSM_PAIR_AHEAD": "x"}
+    for verb in ("run", "plan"):
+        with pytest.raises(UnusableInput, match=r"^WSM_PAIR_AHEAD=x cannot be used"):
+            parse([verb], variables)
+    assert parse(["compare", "a"], variables)[0] == "compare"
+
+
+def test_one_object_goes_from_the_command_line_to_the_engine() -> None:
+    assert isinstance(options_of(), BuildOptions)
+    assert isinstance(options_of(), Settings)
 
 
 # -- spellings
@@ -112,7 +134,7 @@ def test_load_model_true_goes_with_the_modes_that_load_it() -> None:
 def test_temperature_zero_topk_zero_and_no_warm_up_are_allowed() -> None:
     options = options_of("--temperature", "0", "--topk-blk", "0", "--warmup-rounds", "0", "--gpu-cached-layers", "0")
     assert (options.temperature, options.topk_blk, options.warmup_rounds) == (0, 0, 0)
-    assert options.engine["gpu_cached_layers"] == 0
+    assert options.gpu_cached_layers == 0
 
 
 # -- refusals
@@ -280,7 +302,7 @@ def test_pack_refuses_a_target_without_a_name(targets: str) -> None:
 def test_verify_takes_its_store() -> None:
     verb, options = parse(["verify", "--manifest", "m", "--raw-device", "/dev/a", "--staging-mb", "8"])
     assert verb == "verify"
-    expected = VerifyOptions(Path("m"), raw_device="/dev/a", checkpoints=None, staging_mb=8, verbose=False)
+    expected = VerifyOptions(manifest=Path("m"), raw_device="/dev/a", checkpoints=None, staging_mb=8, verbose=False)
     assert options == expected
     assert "--manifest" in refusal("verify")
 
@@ -298,7 +320,7 @@ def test_prompts_come_512_of_2048_tokens_as_in_the_guides_file() -> None:
 def test_compare_takes_results_a_threshold_and_a_form() -> None:
     verb, options = parse(["compare", "a.json", "b", "--threshold", "3", "-o", "csv"])
     assert verb == "compare"
-    assert options == CompareOptions((Path("a.json"), Path("b")), threshold=3.0, output="csv", verbose=False)
+    assert options == CompareOptions(paths=(Path("a.json"), Path("b")), threshold=3.0, output="csv", verbose=False)
     assert "RESULT" in refusal("compare")
     assert "--threshold" in refusal("compare", "a", "b", "--threshold", "-1")
 
@@ -306,7 +328,7 @@ def test_compare_takes_results_a_threshold_and_a_form() -> None:
 def test_report_takes_results_and_where_to_write() -> None:
     verb, options = parse(["report", "a.json", "--png", "plots"])
     assert verb == "report"
-    assert options == ReportOptions((Path("a.json"),), Path("report.html"), Path("plots"), verbose=False)
+    assert options == ReportOptions(paths=(Path("a.json"),), out=Path("report.html"), png=Path("plots"), verbose=False)
     assert "RESULT" in refusal("report")
 
 
@@ -322,9 +344,8 @@ def test_a_verb_that_is_not_known_is_named() -> None:
 def test_another_seed_is_of_the_same_synthetic_weights() -> None:
     """So another draw of tokens packs nothing anew."""
     built = [
-        build_options(options)[0]
+        {name: getattr(options_of("--synthetic", "Llama-3.2-1B:layers=1", "--seed", seed), name) for name in BUILT}
         for seed in ("1", "2")
-        if isinstance(options := parse(["--synthetic", "Llama-3.2-1B:layers=1", "--seed", seed])[1], RunOptions)
     ]
     assert built[0] == built[1]
     assert "--seed" in refusal("pack", "--to", "t", "--manifest", "m", "--seed", "1")

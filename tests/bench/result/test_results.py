@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -15,30 +16,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.cli.main import main
-from bench.options.flags import RunOptions
-from bench.result.results import FIXED_KEYS, METRICS, SCHEMA_VERSION, dump, read_result, significant
-from bench.result.schema_doc import read_schema
+from bench.cli.docs import result_schema
+from bench.options.run_flags import RunOptions
+from bench.result.fields import ByPhase
+from bench.result.results import checked, dump, plain, read_result, significant
 from bench.result.summary import ConsoleReporter, row, summary, table
-from bench.run.measure import Round
-from bench.run.phases import (
-    drive_warnings,
+from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION, LinkRates, Tpot
+from bench.result.types_machine import BytesPerPass, LoadRate
+from bench.result.types_phases import Idle
+from bench.run.measure import (
+    Round,
     floor_of,
-    io_part,
-    load_part,
+    link_rates,
+    load_rate,
     median_round,
-    phase_part,
-    plan_warnings,
-    prediction_warnings,
-    repeats_part,
-    round_metrics,
-    tpot_part,
+    metrics_of,
+    phase_of,
+    repeats_of,
+    tpot_of,
 )
+from bench.run.warnings import drive_warnings, plan_warnings, prediction_warnings
+from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
+from tests.results import stored, typed, varied
 from wsm.engine.telemetry import PhaseStats, Transfer
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
+from wsm.option import options_of
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.floor import decode_work, predicted_floor, prefill_work
 from wsm.plan.plan import make_plan
@@ -85,8 +90,8 @@ def stats_of(
     passes: int = 2,
     wall_ms: float = 100.0,
 ) -> PhaseStats:
-    nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h"), 0)
-    unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h"))
+    nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h", "kv_read", "kv_write"), 0)
+    unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h", "kv_read", "kv_write"))
     return PhaseStats(
         name=name,
         passes=passes,
@@ -94,7 +99,7 @@ def stats_of(
         bytes={**nothing, **(used or {})},
         bytes_moved={**nothing, **(moved or {})},
         busy_ms={**unmeasured, **(busy or {})},
-        stall_ms={"ssd": None, "h2d": None},
+        stall_ms={"ssd": None, "h2d": None, "kv": None},
         idle_ms={"ssd": None, "h2d": None, "compute": None},
         flops=flops,
         hbm_bytes=hbm_bytes,
@@ -124,31 +129,31 @@ def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
 def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
     residents = [Transfer(GroupId(n, "attn"), None, 500_000_000, n, n + 0.5) for n in range(4)]
     streamed = [Transfer(GroupId(n, "ffn"), 2 * n + 1, 500_000_000, n + 0.5, n + 1.0) for n in range(9)]
-    loaded = load_part([*residents, *streamed], ceilings_of(ssd=1250.0))
-    assert loaded == {"read_bytes": 2_000_000_000, "read_MBps": 1000.0, "ssd_pct": 80.0}
-    assert load_part([*residents], {})["ssd_pct"] is None
-    assert load_part([], {})["read_bytes"] == 0
-    assert load_part(None, {})["read_bytes"] is None
+    loaded = load_rate([*residents, *streamed], ceilings_of(ssd=1250.0))
+    assert loaded == LoadRate(read_bytes=2_000_000_000, read_MBps=1000.0, ssd_pct=80.0)
+    assert load_rate([*residents], {}).ssd_pct is None
+    assert load_rate([], {}).read_bytes == 0
+    assert load_rate(None, {}).read_bytes is None
 
 
 # -- figures of a round
 
 
 def test_ttft_is_prefill_and_first_token_and_e2e_is_prefill_and_decode() -> None:
-    metrics = round_metrics(a_round(prefill_s=2, first_s=0.5, decode_s=4))
-    assert metrics["prefill_ms"] == pytest.approx(2000)
-    assert metrics["first_token_decode_ms"] == pytest.approx(500)
-    assert metrics["ttft_ms"] == pytest.approx(2500)
-    assert metrics["decode_ms"] == pytest.approx(4000)
-    assert metrics["e2e_ms"] == pytest.approx(6000)
+    metrics = metrics_of(a_round(prefill_s=2, first_s=0.5, decode_s=4))
+    assert metrics.prefill_ms == pytest.approx(2000)
+    assert metrics.first_token_decode_ms == pytest.approx(500)
+    assert metrics.ttft_ms == pytest.approx(2500)
+    assert metrics.decode_ms == pytest.approx(4000)
+    assert metrics.e2e_ms == pytest.approx(6000)
 
 
 def test_throughput_counts_new_tokens_over_the_time_of_the_decode() -> None:
-    metrics = round_metrics(a_round(prefill_s=2, decode_s=4, rows=3, new=8))
-    assert metrics["decode_tokens_total"] == 24
-    assert metrics["throughput_tok_s"] == pytest.approx(24 / 4)
-    assert metrics["end_to_end_tok_s"] == pytest.approx(24 / 6)
-    assert metrics["total_tok_s"] == pytest.approx((24 + 3 * 24) / 6)
+    timed = a_round(prefill_s=2, decode_s=4, rows=3, new=8)
+    assert timed.generation.decode_tokens == 24
+    assert metrics_of(timed).throughput_tok_s == pytest.approx(24 / 4)
+    assert metrics_of(timed).end_to_end_tok_s == pytest.approx(24 / 6)
+    assert timed.total_tok_s == pytest.approx((24 + 3 * 24) / 6)
 
 
 def test_a_passs_time_runs_from_token_to_token() -> None:
@@ -178,43 +183,38 @@ def test_the_median_round_is_that_of_e2e_not_of_the_decode() -> None:
 
 
 def test_repeats_keep_every_round_in_order_and_its_spread() -> None:
-    part = repeats_part([a_round(decode_s=s) for s in (4, 2, 6, 3)])
-    decode = part["statistics"]["decode_ms"]
-    assert part["n"] == decode["n"] == 4
-    assert [raw["decode_ms"] for raw in part["raw"]] == pytest.approx([4000, 2000, 6000, 3000])
-    assert (decode["median"], decode["mean"]) == pytest.approx((3500, 3750))
-    assert (decode["min"], decode["max"]) == pytest.approx((2000, 6000))
-    assert decode["stdev"] == pytest.approx(math.sqrt((250**2 + 1750**2 + 2250**2 + 750**2) / 3))
-    assert set(part["statistics"]) == set(METRICS)
+    part = repeats_of([a_round(decode_s=s) for s in (4, 2, 6, 3)])
+    decode = part.statistics.decode_ms
+    assert part.n == decode.n == 4
+    assert [raw.decode_ms for raw in part.raw] == pytest.approx([4000, 2000, 6000, 3000])
+    assert (decode.median, decode.mean) == pytest.approx((3500, 3750))
+    assert (decode.min, decode.max) == pytest.approx((2000, 6000))
+    assert decode.stdev == pytest.approx(math.sqrt((250**2 + 1750**2 + 2250**2 + 750**2) / 3))
+    assert set(part.statistics.__struct_fields__) == set(METRICS)
 
 
 def test_one_round_has_no_deviation() -> None:
-    assert repeats_part([a_round()])["statistics"]["ttft_ms"]["stdev"] is None
+    assert repeats_of([a_round()]).statistics.ttft_ms.stdev is None
 
 
 def test_tpot_percentiles_are_passes_that_took_place() -> None:
-    assert tpot_part([float(n) for n in range(100, 0, -1)]) == {
-        "mean": 50.5,
-        "p50": 50.0,
-        "p90": 90.0,
-        "max": 100.0,
-        "n": 100,
-    }
-    assert tpot_part([7.0]) == {"mean": 7.0, "p50": 7.0, "p90": 7.0, "max": 7.0, "n": 1}
+    passes = tpot_of([float(n) for n in range(100, 0, -1)])
+    assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, max=100.0, n=100)
+    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, max=7.0, n=1)
 
 
 def test_without_decode_passes_there_is_no_tpot() -> None:
-    assert tpot_part([]) is None
+    assert tpot_of([]) is None
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1))
 def test_at_least_nine_tenths_of_the_passes_took_no_longer_than_p90(pass_ms: list[float]) -> None:
-    part = tpot_part(pass_ms)
+    part = tpot_of(pass_ms)
     assert part is not None
-    for name, share in (("p50", 0.5), ("p90", 0.9)):
-        assert part[name] in pass_ms
-        assert sum(ms <= part[name] for ms in pass_ms) >= share * len(pass_ms)
-    assert part["p50"] <= part["p90"] <= part["max"]
+    for found, share in ((part.p50, 0.5), (part.p90, 0.9)):
+        assert found in pass_ms
+        assert sum(ms <= found for ms in pass_ms) >= share * len(pass_ms)
+    assert part.p50 <= part.p90 <= part.max
 
 
 # -- floor
@@ -271,8 +271,8 @@ def test_without_a_ceiling_that_is_needed_the_floor_is_not_known(missing: str) -
     moved = {"ssd_read": 1, "weight_h2d": 1, "kv_d2h": 1}
     stats = stats_of(moved=moved, flops=1, hbm_bytes=1)
     assert floor_of(stats, ceilings) == (None, None)
-    part = phase_part(stats, ceilings)
-    assert (part["floor_ms"], part["bound_by"], part["roofline_pct"]) == (None, None, None)
+    part = phase_of(stats, ceilings)
+    assert (part.floor_ms, part.bound_by, part.roofline_pct) == (None, None, None)
 
 
 def test_a_ceiling_that_is_not_needed_may_be_missing() -> None:
@@ -284,14 +284,14 @@ def test_a_phase_without_work_has_no_floor() -> None:
 
 
 def test_roofline_is_the_floors_share_of_the_measured_time() -> None:
-    part = phase_part(stats_of(hbm_bytes=10**9, wall_ms=4000), ceilings_of(hbm=1000))
-    assert part["roofline_pct"] == pytest.approx(25)
+    part = phase_of(stats_of(hbm_bytes=10**9, wall_ms=4000), ceilings_of(hbm=1000))
+    assert part.roofline_pct == pytest.approx(25)
 
 
 @pytest.mark.parametrize(("spread", "told"), [(4.9, None), (5.1, 5.1)])
 def test_a_ceiling_that_varied_by_more_than_5_percent_is_told(spread: float, told: float | None) -> None:
     ceilings = {"matmul": Ceiling(1.0, 1.0, "TFLOPs", spread, "")}
-    assert phase_part(stats_of(flops=10**12), ceilings)["ceiling_spread_pct"] == told
+    assert phase_of(stats_of(flops=10**12), ceilings).ceiling_spread_pct == told
 
 
 def test_the_spread_told_is_that_of_the_rate_the_floor_was_made_with() -> None:
@@ -300,9 +300,15 @@ def test_the_spread_told_is_that_of_the_rate_the_floor_was_made_with() -> None:
         "h2d": Ceiling(1000.0, 1000.0, "MBps", 30.0, ""),
         "h2d_with_ssd": Ceiling(1000.0, 1000.0, "MBps", 7.0, ""),
     }
-    part = phase_part(stats_of(moved={"ssd_read": 1000, "weight_h2d": 10**9}), ceilings)
-    assert part["bound_by"] == "h2d"
-    assert part["ceiling_spread_pct"] == 30.0
+    part = phase_of(stats_of(moved={"ssd_read": 1000, "weight_h2d": 10**9}), ceilings)
+    assert part.bound_by == "h2d"
+    assert part.ceiling_spread_pct == 30.0
+
+
+def test_differences_of_sums_are_no_negative_times() -> None:
+    """A link that is busy the whole phase may come to a little more than the phase."""
+    stats = dataclasses.replace(stats_of(), idle_ms={"ssd": None, "h2d": -1e-13, "compute": 3.0})
+    assert phase_of(stats, {}).idle_ms == Idle(ssd=None, h2d=0.0, compute=3.0)
 
 
 # -- rates and warnings
@@ -311,30 +317,35 @@ def test_the_spread_told_is_that_of_the_rate_the_floor_was_made_with() -> None:
 def test_io_rates_are_bytes_over_busy_time_of_both_phases() -> None:
     first = stats_of(moved={"weight_h2d": 10**9}, busy={"h2d": 100.0})
     second = stats_of(moved={"weight_h2d": 2 * 10**9}, busy={"h2d": 200.0})
-    assert io_part([first, second])["weight_h2d_MBps"] == pytest.approx(10_000)
+    assert rates_of(first, second).weight_h2d_MBps == pytest.approx(10_000)
+
+
+def rates_of(prefill: PhaseStats, decode: PhaseStats) -> LinkRates:
+    return link_rates(ByPhase(prefill=phase_of(prefill, {}), decode=phase_of(decode, {})))
 
 
 @pytest.mark.parametrize("busy", [None, 0.0])
 def test_where_nothing_moved_there_is_no_rate(busy: float | None) -> None:
-    rates = io_part([stats_of(busy={"h2d": busy})] * 2)
-    assert rates == {"weight_h2d_MBps": None, "kv_h2d_MBps": None, "kv_d2h_MBps": None}
+    rates = rates_of(*[stats_of(busy={"h2d": busy})] * 2)
+    assert rates == LinkRates(weight_h2d_MBps=None, kv_h2d_MBps=None, kv_d2h_MBps=None)
 
 
 def test_bytes_whose_time_was_not_measured_give_no_rate() -> None:
-    assert io_part([stats_of(moved={"weight_h2d": 10**9})])["weight_h2d_MBps"] is None
+    assert rates_of(stats_of(moved={"weight_h2d": 10**9}), stats_of()).weight_h2d_MBps is None
 
 
 @pytest.mark.parametrize(("used", "warned"), [(2000, 0), (2020, 0), (1980, 0), (2021, 1), (1979, 1), (0, 1)])
 def test_a_phase_that_used_other_bytes_than_planned_by_over_1_percent_is_warned_of(used: int, warned: int) -> None:
     stats = stats_of(used={"weight_h2d": used, "ssd_read": 1000}, passes=2)
-    lines = plan_warnings({"decode": stats}, {"weight_h2d": 1000, "ssd_read": 500})
+    planned = BytesPerPass(weight_h2d=1000, ssd_read=500, hbm_read=0)
+    lines = list(plan_warnings({"decode": phase_of(stats, {})}, planned))
     assert len(lines) == warned
     assert all("decode" in line and "weight_h2d" in line for line in lines)
 
 
 def test_reads_that_nobody_planned_are_warned_of() -> None:
     stats = stats_of(used={"ssd_read": 5}, passes=2)
-    [line] = plan_warnings({"prefill": stats}, {"weight_h2d": 0, "ssd_read": 0})
+    [line] = plan_warnings({"prefill": phase_of(stats, {})}, BytesPerPass(weight_h2d=0, ssd_read=0, hbm_read=0))
     assert "ssd_read" in line
 
 
@@ -342,19 +353,22 @@ def test_reads_that_nobody_planned_are_warned_of() -> None:
 
 
 def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
-    phases = {
-        "prefill": stats_of("prefill", passes=1, wall_ms=104),
-        "decode": stats_of("decode", passes=2, wall_ms=212),
-    }
-    (line,) = prediction_warnings(phases, {"prefill": 100.0, "decode": 100.0})
+    def warned(prefill_ms: float, decode_ms: float | None) -> list[str]:
+        phases = {
+            "prefill": phase_of(stats_of("prefill", passes=1, wall_ms=104), {}, prefill_ms),
+            "decode": phase_of(stats_of("decode", passes=2, wall_ms=212), {}, decode_ms),
+        }
+        return list(prediction_warnings(phases))
+
+    (line,) = warned(100.0, 100.0)
     assert line.startswith("decode: took 212 ms, 200 were predicted")
-    assert prediction_warnings(phases, {"prefill": 100.0, "decode": None}) == []
-    assert len(prediction_warnings(phases, {"prefill": 110.0, "decode": 112.0})) == 2
+    assert warned(100.0, None) == []
+    assert len(warned(110.0, 112.0)) == 2
 
 
 def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
     stats = stats_of("prefill", passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
-    assert prediction_warnings({"prefill": stats}, {"prefill": 100.0}) == []
+    assert list(prediction_warnings({"prefill": phase_of(stats, {}, 100.0)})) == []
 
 
 def test_numbers_keep_six_significant_digits() -> None:
@@ -375,30 +389,31 @@ def test_rounding_loses_less_than_the_sixth_digit(value: float) -> None:
         assert significant(kept) == kept
 
 
+EARLIER = Path(__file__).with_name("schema_1.json")
+"""A result of the built-in model as commit 064e7e0 wrote it, before results had a type."""
+
+
+def earlier(**changes: Any) -> dict[str, Any]:
+    return varied(json.loads(EARLIER.read_text(encoding="utf-8")), **changes)
+
+
 def test_the_fixed_keys_are_the_guides_and_stand_first_in_its_order() -> None:
     assert list(FIXED_KEYS) == list(GUIDE)
-    shuffled = {"schema_version": 1, **dict.fromkeys(reversed(GUIDE), 0), "warnings": []}
-    written = list(json.loads(dump(shuffled)))
-    assert written == [*GUIDE, "schema_version", "warnings"]
+    backwards = dict(reversed(earlier().items()))
+    assert list(json.loads(dump(typed(backwards))))[: len(GUIDE)] == list(GUIDE)
 
 
 def test_text_stays_readable_in_the_file() -> None:
-    result = {**dict.fromkeys(FIXED_KEYS, 0), "texts": ["你好"]}
-    assert "你好" in dump(result)
+    assert "你好" in dump(typed(earlier(output__texts=["你好"])))
 
 
 def test_an_argument_that_is_no_text_costs_no_result() -> None:
     """Python hands such bytes on as halves of surrogate pairs, which no file can be written with."""
-    result = {**dict.fromkeys(FIXED_KEYS, 0), "argv": ["caf\udce9"]}
-    assert json.loads(dump(result).encode("utf-8"))["argv"] == ["caf\udce9"]
+    result = typed(earlier(config__argv=["caf\udce9"]))
+    assert json.loads(dump(result).encode("utf-8"))["config"]["argv"] == ["caf\udce9"]
 
 
 # -- reading back
-
-
-def stored(path: Path, **changes: Any) -> Path:
-    path.write_text(json.dumps({**dict.fromkeys(FIXED_KEYS, 0), "schema_version": SCHEMA_VERSION, **changes}))
-    return path
 
 
 def refusal(path: Path) -> str:
@@ -411,7 +426,73 @@ def refusal(path: Path) -> str:
 
 
 def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    assert read_result(stored(tmp_path / "r.json"))["batch_size"] == 0
+    """Every key of it, in its order, though an earlier program wrote it."""
+    text = json.dumps(plain(read_result(EARLIER)))
+    assert text == json.dumps(earlier())
+    (tmp_path / "r.json").write_text(dump(read_result(EARLIER)), encoding="utf-8")
+    assert read_result(tmp_path / "r.json") == read_result(EARLIER)
+
+
+LATER = [
+    "load",
+    "kv",
+    "conditions",
+    "parallel",
+    "ceilings.ssd.median",
+    "plan.bytes_per_pass.kv_h2d",
+    "plan.stretch_rows",
+    "load_s.stage_s",
+    "provenance.numa_node",
+    "provenance.drive.filesystem",
+    "config.resolved.embedding",
+    "config.environment.CUDA_VISIBLE_DEVICES",
+    "repeats.statistics.e2e_ms.median_ci95",
+    "phases.decode.predicted_ms",
+    "phases.decode.stall_ms.kv",
+    "phases.decode.busy_ms.kv_read",
+    "phases.decode.busy_ms.kv_write",
+    "phases.decode.bytes.kv_read",
+    "phases.decode.bytes_moved.kv_read",
+    "phases.decode.bytes_moved.kv_write",
+    "kv.dtype",
+    "kv.stretch_rows",
+    "kv.gpu",
+    "kv.throttle_pauses",
+]
+"""Keys that were added since the first program that wrote this schema version."""
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_result_of_before_a_key_was_added_is_read(key: str) -> None:
+    older = earlier()
+    *way, last = key.split(".")
+    place = older
+    for name in way:
+        place = place[name]
+    del place[last]
+    assert typed(older).e2e_ms == earlier()["e2e_ms"]
+
+
+def test_keys_of_a_newer_program_are_passed_over() -> None:
+    newer = earlier(of_tomorrow=1, phases__decode__of_tomorrow={"a": 1}, config__resolved__of_tomorrow=3)
+    assert typed(newer).config.resolved["of_tomorrow"] == 3
+    assert plain(typed(newer))["phases"] == earlier()["phases"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"phases__decode__bound_by": "moon"}, "phases.decode.bound_by: invalid enum value 'moon'"),
+        ({"repeats__raw": [{}]}, "repeats.raw[0].prefill_ms is missing"),
+        ({"config__resolved": {"seed": 1}}, "config: resolved.model is missing"),
+        ({"kv__fraction_fetched": 1.5}, "kv.fraction_fetched: expected `float` <= 1.0"),
+    ],
+)
+def test_a_key_that_is_wrong_is_named_with_its_whole_way(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnusableInput) as caught:
+        checked(earlier(**changes), "r.json")
+    assert str(caught.value).startswith("r.json")
+    assert said in str(caught.value)
 
 
 def test_a_missing_result_is_named(tmp_path: Path) -> None:
@@ -444,19 +525,19 @@ def test_json_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("version", ["1", None, 1.0, True])
 def test_a_version_that_is_no_whole_number_is_of_no_result(tmp_path: Path, version: object) -> None:
-    assert "no result" in refusal(stored(tmp_path / "r.json", schema_version=version))
+    assert "no result" in refusal(stored(tmp_path / "r.json", earlier(schema_version=version)))
 
 
 @pytest.mark.parametrize(("version", "age"), [(SCHEMA_VERSION + 1, "newer"), (SCHEMA_VERSION - 1, "older")])
 def test_a_result_of_another_schema_is_told_to_be_newer_or_older(tmp_path: Path, version: int, age: str) -> None:
-    assert age in refusal(stored(tmp_path / "r.json", schema_version=version))
+    assert age in refusal(stored(tmp_path / "r.json", earlier(schema_version=version)))
 
 
 # -- the schema, and real runs held to it
 
 
 VALIDATOR = jsonschema.Draft202012Validator(
-    read_schema(), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    result_schema(), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
 )
 
 
@@ -469,6 +550,8 @@ def subschemas(schema: Any, path: str = "$") -> Iterator[tuple[str, dict[str, An
     yield path, schema
     for key, inner in schema.get("properties", {}).items():
         yield from subschemas(inner, f"{path}.{key}")
+    for inner in schema.get("anyOf", ()):
+        yield from (found for found in subschemas(inner, path) if found[0] != path)
     if "items" in schema:
         yield from subschemas(schema["items"], f"{path}[]")
     for name, inner in schema.get("$defs", {}).items():
@@ -476,24 +559,24 @@ def subschemas(schema: Any, path: str = "$") -> Iterator[tuple[str, dict[str, An
 
 
 def test_the_schema_is_one() -> None:
-    jsonschema.Draft202012Validator.check_schema(read_schema())
-    assert read_schema()["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+    jsonschema.Draft202012Validator.check_schema(result_schema())
+    assert result_schema()["properties"]["schema_version"]["enum"] == [SCHEMA_VERSION]
 
 
 def test_every_key_is_described_and_every_object_closed() -> None:
-    for path, part in subschemas(read_schema()):
+    for path, part in subschemas(result_schema()):
         assert "description" in part or "#" in path.rpartition(".")[2], f"{path} is not described"
         if "properties" in part:
             assert part["additionalProperties"] is False, f"{path} takes any key"
 
 
 def test_the_schema_begins_with_the_guides_keys() -> None:
-    assert list(read_schema()["properties"])[: len(FIXED_KEYS)] == list(FIXED_KEYS)
+    assert list(result_schema()["properties"])[: len(FIXED_KEYS)] == list(FIXED_KEYS)
 
 
 def test_the_schema_knows_every_flag_setting_and_variable() -> None:
-    config = read_schema()["properties"]["config"]["properties"]
-    flags = set(RunOptions.__slots__) - {"engine"} | set(Settings.__slots__) | {"model"}
+    config = result_schema()["$defs"]["Config"]["properties"]
+    flags = set(options_of(RunOptions)) | {"model"}
     assert set(config["resolved"]["properties"]) == flags
     assert set(config["environment"]["properties"]) == {*PRESETS, *ECHOED_ONLY}
 
@@ -511,6 +594,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         assert main(argv) == 0
         results[mode] = json.loads(out.read_text(encoding="utf-8"))
     return results
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_writes_values_that_its_options_allow(runs: Mapping[str, Any], mode: str) -> None:
+    resolved = runs[mode]["config"]["resolved"]
+    for name, declared in options_of(RunOptions).items():
+        declared.check(resolved[name] if name not in ("dtype", "device", "tp") else declared.default)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -606,21 +696,21 @@ def test_a_terminal_without_chinese_letters_ends_no_run(encoding: str, monkeypat
 @pytest.mark.parametrize("part", ["phases", "memory", "output", "gpu_mem_GB"])
 def test_a_result_that_was_changed_by_hand_is_refused_in_a_sentence(runs: Mapping[str, Any], part: str) -> None:
     with pytest.raises(UnusableInput, match="changed by hand"):
-        table([runs["stream"], {**runs["mixed"], part: None}])
+        typed({**runs["mixed"], part: None})
 
 
 def test_the_summary_shows_the_guides_figures_and_the_floor(runs: Mapping[str, Any]) -> None:
-    text = summary(runs["mixed"])
+    text = summary(typed(runs["mixed"]))
     assert "=== Benchmark Summary ===" in text
     for name in METRICS:
         assert f"{name}: {runs['mixed'][name]:.3f}" in text
     assert "decode floor: " in text
     assert "bound by" in text
-    assert "decode floor: not known" in summary(runs["full"])
+    assert "decode floor: not known" in summary(typed(runs["full"]))
 
 
 def test_a_table_has_a_line_for_each_result(runs: Mapping[str, Any]) -> None:
-    lines = table(list(runs.values())).splitlines()
+    lines = table([typed(result) for result in runs.values()]).splitlines()
     assert len(lines) == 2 + len(MODES)
     assert len({len(line) for line in lines}) == 1
     assert [line.split()[3] for line in lines[2:]] == list(MODES)
@@ -628,8 +718,9 @@ def test_a_table_has_a_line_for_each_result(runs: Mapping[str, Any]) -> None:
 
 
 def test_a_row_is_one_line_of_json_or_two_of_csv(runs: Mapping[str, Any]) -> None:
-    assert json.loads(row(runs["mixed"], "json")) == runs["mixed"]
-    assert "\n" not in row(runs["mixed"], "json")
-    head, line = row(runs["mixed"], "csv").splitlines()
+    result = typed(runs["mixed"])
+    assert json.loads(row(result, "json")) == runs["mixed"]
+    assert "\n" not in row(result, "json")
+    head, line = row(result, "csv").splitlines()
     assert dict(zip(head.split(","), line.split(","), strict=True))["mode"] == "mixed"
-    assert row(runs["mixed"], "md") == table([runs["mixed"]])
+    assert row(result, "md") == table([result])

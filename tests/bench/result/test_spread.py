@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.result.spread import median_interval, statistic, steadiness_warnings
+from bench.result.spread import median_interval, statistic
+from bench.run.warnings import steadiness_warnings
 
 times = st.lists(st.floats(1.0, 1e5), min_size=3, max_size=30)
 
@@ -24,12 +25,12 @@ def test_the_interval_holds_the_median_and_lies_within_the_samples(samples: list
 def test_the_same_samples_always_give_the_same_interval() -> None:
     samples = [10.0, 11.0, 9.0, 14.0, 10.5]
     assert statistic(samples) == statistic(samples)
-    assert statistic(samples)["median_ci95"] == [9.0, 14.0]
+    assert statistic(samples).median_ci95 == (9.0, 14.0)
 
 
 @pytest.mark.parametrize("samples", [[5.0], [5.0, 6.0]])
 def test_too_few_samples_have_no_interval(samples: list[float]) -> None:
-    assert statistic(samples)["median_ci95"] is None
+    assert statistic(samples).median_ci95 is None
 
 
 def test_the_interval_of_95_percent_holds_the_true_median_about_that_often() -> None:

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cli.main import main
 from bench.result.summary import summary
-from bench.run import run as run_module
+from bench.run import measure
 from bench.run.ceilings import recall_for, recall_near, remember
-from llama.inputs import BuildOptions, Inputs, open_inputs
-from tests.results import varied
+from bench_infer import command_line as main
+from llama.inputs import Inputs, open_inputs
+from llama.options import BuildOptions
+from tests.results import typed, varied
 from tests.tiny import hf_directory, hf_model
 from wsm.plan.ceilings import Ceiling
-from wsm.settings import Settings
 
 FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--no-probe", "--device", "cpu"]
 
@@ -87,7 +87,7 @@ def test_json_for_pipes_is_one_line_with_its_warnings_inside(run: Callable[..., 
 
 def test_paging_that_did_not_go_as_planned_stands_in_the_summary(measured: Mapping[str, Any]) -> None:
     line = "decode: 1.0 MB of ssd_read were used, 2.0 MB were planned: paging did not go as planned"
-    assert f"[WARNING] {line}" in summary(varied(measured, warnings=[line])).splitlines()
+    assert f"[WARNING] {line}" in summary(typed(varied(measured, warnings=[line]))).splitlines()
 
 
 def test_the_summary_says_what_its_figures_are_the_middle_of(measured: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ def test_the_summary_says_what_its_figures_are_the_middle_of(measured: Mapping[s
         "stdev": 2.5,
         "median_ci95": [99.0, 104.0],
     }
-    text = summary(varied(measured, repeats__n=5, repeats__statistics__e2e_ms=spread))
+    text = summary(typed(varied(measured, repeats__n=5, repeats__statistics__e2e_ms=spread)))
     assert "median 101.000 ms of 5 rounds, sample stdev 2.500, 95 % interval of the median 99.000 to 104.000" in text
 
 
@@ -138,15 +138,16 @@ def test_plan_shows_what_a_flag_would_buy_in_bytes_and_once_rates_are_known_in_t
     assert line.split()[2:4] == ["-", "-"]
     assert float(line.split()[4]) < 0
     rates = {name: Ceiling(1000.0, 900.0, "MBps", 1.0, "") for name in ("ssd", "h2d", "h2d_with_ssd")}
-    remember(inputs_of(tmp_path / "c", model), rates)
+    remember(*opened(tmp_path / "c", model), rates)
     _, known, _ = run("plan", *flags)
     assert "what each flag would buy: a decode pass " in known
     [line] = [line for line in known.splitlines() if "--gpu-cached-layers 2" in line]
     assert float(line.split()[2]) < 0
 
 
-def inputs_of(tmp_path: Path, model: Path, **settings: Any) -> Inputs:
-    return open_inputs(BuildOptions(settings=Settings(**settings), checkpoints=model, cache_dir=tmp_path, device="cpu"))
+def opened(tmp_path: Path, model: Path, **settings: Any) -> tuple[BuildOptions, Inputs]:
+    options = BuildOptions(**settings, checkpoints=model, cache_dir=tmp_path, device="cpu")
+    return options, open_inputs(options)
 
 
 def test_rates_are_known_to_plans_of_other_budgets_and_modes_but_no_run_is_measured_against_them(
@@ -157,14 +158,14 @@ def test_rates_are_known_to_plans_of_other_budgets_and_modes_but_no_run_is_measu
         "h2d": Ceiling(20000.0, 19000.0, "MBps", 1.0, "copied"),
     }
     stream = {"h2d": Ceiling(25000.0, 24000.0, "MBps", 1.0, "copied")}
-    remember(inputs_of(tmp_path, model, mode="mixed"), mixed)
-    remember(inputs_of(tmp_path, model, mode="stream"), stream)
-    other = inputs_of(tmp_path, model, mode="mixed", gpu_mem_gb=1.0)
-    assert recall_for(other) == {}
-    near = recall_near(other)
+    remember(*opened(tmp_path, model, mode="mixed"), mixed)
+    remember(*opened(tmp_path, model, mode="stream"), stream)
+    other = opened(tmp_path, model, mode="mixed", gpu_mem_gb=1.0)
+    assert recall_for(*other) == {}
+    near = recall_near(*other)
     assert {name: ceiling.value for name, ceiling in near.items()} == {"ssd": 7000.0, "h2d": 25000.0}
     assert near["ssd"].how == "read (of an earlier run)"
-    assert recall_near(inputs_of(tmp_path, model, mode="mixed"))["h2d"].value == 20000.0
+    assert recall_near(*opened(tmp_path, model, mode="mixed"))["h2d"].value == 20000.0
 
 
 def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(
@@ -173,7 +174,7 @@ def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(
     def runs_out(*ignored: Any, **also: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(run_module, "run_round", runs_out)
+    monkeypatch.setattr(measure, "run_round", runs_out)
     code, _, err = run("--mode", "stream", "--warmup-rounds", "0", "--gpu-cached-layers", "2")
     first, cost, *budget = err.splitlines()
     assert code == 3

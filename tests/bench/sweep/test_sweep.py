@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.compare.sides import read_sides
 from bench.result.sweep_folder import Outcome, Point
 from bench.sweep import process as sweep_process
 from bench.sweep import sweep as sweep_module
+from bench_infer import command_line as main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -181,7 +181,7 @@ def started(script: Path, tmp_path: Path) -> Callable[[], tuple[subprocess.Popen
     def start() -> tuple[subprocess.Popen[str], int]:
         code = (
             "import sys; from pathlib import Path; from bench.sweep import process as sweep_process; "
-            "from bench.cli.main import main; "
+            "from bench_infer import command_line as main; "
             f"sweep_process.SCRIPT = Path({str(script)!r}); "
             f"sys.exit(main(['sweep', '--seed', '1,9,2', '--out-dir', {str(tmp_path / 's')!r}]))"
         )
@@ -252,8 +252,8 @@ def test_a_sweep_of_real_runs_keeps_results_and_the_reason_of_one_that_does_not_
     argv = [*fixed, "--mode", "stream", "--cache-dir", cache, "--gpu-mem-gb", "1,0.001"]
     assert sweep(tmp_path / "s", *argv) == 0
     good, bad = read_sides([tmp_path / "s"])
-    assert good.results[0]["config"]["resolved"]["gpu_mem_gb"] == 1
-    assert good.results[0]["config"]["environment_set_by_user"] == []
+    assert good.results[0].config.resolved["gpu_mem_gb"] == 1
+    assert good.results[0].config.environment_set_by_user == []
     assert bad.failures[0].exit_code == 3
     assert bad.failures[0].reason.startswith("the run does not fit: it takes")
     capsys.readouterr()

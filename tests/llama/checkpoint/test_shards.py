@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.checkpoint.base import all_tensors
 from llama.checkpoint.synthetic import BLOCK_VALUES, SyntheticCheckpoint

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bench.run import ceilings
 from bench.run.ceilings import recall_for, remember
-from llama.inputs import BuildOptions, open_inputs
+from llama.inputs import open_inputs
+from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
 from wsm.engine.device import CpuDevice
 from wsm.engine.probe import ON_CPU, probe_compute, probe_link, probe_ssd
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
 from wsm.plan.ceilings import Ceiling
-from wsm.settings import Settings
 
 GROUPS = [GroupId(layer, "attn") for layer in range(4)]
 
@@ -93,13 +93,14 @@ def test_a_drive_that_fails_while_it_is_probed_ends_the_probe_with_its_error() -
 
 
 def test_ceilings_are_remembered_for_this_hardware_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = open_inputs(BuildOptions(Settings(), synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu"))
+    options = BuildOptions(synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu")
+    inputs = open_inputs(options)
     probed = Ceiling(10.0, 9.0, "MBps", 12.0, "read")
-    assert recall_for(inputs) == {}
-    remember(inputs, {"ssd": probed})
-    assert recall_for(inputs) == {"ssd": replace(probed, how="read (of an earlier run)")}
+    assert recall_for(options, inputs) == {}
+    remember(options, inputs, {"ssd": probed})
+    assert recall_for(options, inputs) == {"ssd": replace(probed, how="read (of an earlier run)")}
     for name, other in (("cpu_model", lambda: "another processor"), ("drive_of", lambda path: {"model": "another"})):
         with monkeypatch.context() as machine:
             machine.setattr(ceilings, name, other)
-            assert recall_for(inputs) == {}
-    assert recall_for(replace(inputs, options=replace(inputs.options, settings=Settings(staging_mb=32)))) == {}
+            assert recall_for(options, inputs) == {}
+    assert recall_for(replace(options, staging_mb=32), inputs) == {}

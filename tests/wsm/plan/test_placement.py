@@ -86,8 +86,3 @@ def test_what_is_clipped_is_said() -> None:
     )
     notes = place(8, Settings(gpu_cached_layers=1, cpu_cache_layers=3, warmup_layers=1)).notes
     assert notes == ("--prefetch-distance 6 clipped to 3, the layers of CPU memory",)
-    notes = place(8, Settings(cpu_cache_layers=0, prefetch_distance=0, warmup_layers=1)).notes
-    assert [note.split(":")[0] for note in notes] == [
-        "--cpu-cache-layers 0 raised to 1",
-        "--prefetch-distance 0 raised to 1",
-    ]

@@ -1,0 +1,71 @@
+"""What ``run`` and ``plan`` take: how and what is built, the work of the run, and where its result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llama.options import BuildOptions
+from wsm.errors import UnusableInput
+from wsm.option import PATH, SWITCH, TEXT, number, one_of, option, options_of, whole
+
+_work, _output = partial(option, group="work"), partial(option, group="output", swept=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions(BuildOptions):
+    """Everything that a run follows from, in one object from the command line to the plan."""
+
+    prompts: Path | None = _work(
+        None, PATH, "a prompt per line, `===== PROMPT … =====` blocks, or `.jsonl`", shown="the file in prompts/"
+    )
+    prompt: str | None = _work(None, TEXT, "one prompt")
+    prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed")
+    batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it")
+    max_new_tokens: int = _work(32, whole(1), "tokens to make per row")
+    max_seq_len: int = _work(
+        2048, whole(2), "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, BOS counted in"
+    )
+    temperature: float = _work(0.6, number(0), "nucleus sampling; 0 is greedy")
+    top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens of this probability")
+    seed: int = _work(0, whole(0), "of random ids and sampling, not of synthetic weights: another packs nothing anew")
+    ignore_eos: bool = _work(False, SWITCH, "go on after a stop token")
+    warmup_rounds: int = _work(1, whole(0), "untimed rounds")
+    repeats: int = _work(1, whole(1), "timed rounds")
+    no_probe: bool = _work(False, SWITCH, "take the ceilings from the cache instead of measuring them")
+    print_text: bool = _work(False, SWITCH, "print the generated texts, and keep them in the JSON")
+    out_json: Path = _output(Path("bench_results.json"), PATH, "the result")
+    trace: Path | None = _output(None, PATH, "timeline of reads, copies, computing, for chrome://tracing or Perfetto")
+    output: str | None = _output(
+        None, one_of("md", "csv", "json"), "print a row instead of the summary; warnings go to stderr", flags=("-o",)
+    )
+    verbose: bool = _output(False, SWITCH, "tell more, and give tracebacks")
+
+    def check_together(self) -> None:
+        given = [flag for flag in ("prompts", "prompt", "prompt_len") if getattr(self, flag) is not None]
+        if len(given) > 1:
+            names = (options_of(RunOptions)[name].spelled for name in given)
+            raise UnusableInput(f"{' and '.join(names)} exclude each other: give one")
+        if self.max_new_tokens >= self.max_seq_len:
+            raise UnusableInput(
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-seq-len "
+                f"{self.max_seq_len}: lower the first or raise the second"
+            )
+        BuildOptions.check_together(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option by name, paths as text, in the order in which results have always had them."""
+        names = dict.fromkeys([*_JSON_FIRST.split(), *options_of(RunOptions)])
+        values: Mapping[str, Any] = {name: getattr(self, name) for name in names}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+_JSON_FIRST = """
+checkpoints synthetic raw_device manifest prompts prompt prompt_len batch_size max_new_tokens max_seq_len temperature
+top_p seed warmup_rounds repeats topk_blk kv_dtype kv_device prefill_chunk_tokens micro_batch device dtype tp load_model
+no_probe auto trace cache_dir out_json output print_text ignore_eos verbose
+"""
+"""Before all others in ``config.resolved``."""

@@ -1,0 +1,129 @@
+"""What makes the figures of a run doubtful, a sentence each."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from bench.result.types_machine import BytesPerPass
+from bench.result.types_phases import Phase
+from wsm.engine.telemetry import Interval, Transfer, merged
+from wsm.plan.ceilings import Ceiling
+
+FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
+OUTLIER_DEVIATIONS, OUTLIER_SHARE = 5.0, 0.05
+TREND_SHARE, TREND_DEVIATIONS = 0.02, 1.96
+_MAD_TO_STDEV = 1.4826
+"""Of a normal distribution: its standard deviation over its median absolute deviation."""
+
+
+def beaten_floors(phases: Mapping[str, Phase]) -> Iterator[str]:
+    """A line for each phase that was faster than its floor by over 5 %: no floor may be, so its ceiling was wrong."""
+    for name, phase in phases.items():
+        if phase.floor_ms is not None and phase.floor_ms > 1.05 * phase.wall_ms:
+            yield (
+                f"{name}: faster than the floor, so the ceiling of {phase.bound_by} was measured too low "
+                "(other work on the machine, or a device that varies): roofline_pct says little"
+            )
+
+
+def plan_warnings(phases: Mapping[str, Phase], planned: BytesPerPass) -> Iterator[str]:
+    """A line for each phase whose passes used other bytes than planned, by more than 1 %."""
+    for name, phase in phases.items():
+        for tier, used, of_pass in (
+            ("ssd_read", phase.bytes.ssd_read, planned.ssd_read),
+            ("weight_h2d", phase.bytes.weight_h2d, planned.weight_h2d),
+        ):
+            if abs(used - of_pass * phase.passes) > 0.01 * max(of_pass * phase.passes, 1):
+                yield (
+                    f"{name}: {used / 1e6:.1f} MB of {tier} were used, {of_pass * phase.passes / 1e6:.1f} MB were "
+                    "planned: paging did not go as planned"
+                )
+
+
+def prediction_warnings(phases: Mapping[str, Phase]) -> Iterator[str]:
+    """A line for each phase that took over 5 % more or less than was predicted from the medians of the probe.
+
+    The prediction is a steady pass's; what was staged before a phase or for the next one is counted as it moved.
+    """
+    for name, phase in phases.items():
+        moved, used = phase.bytes_moved.weight_h2d, phase.bytes.weight_h2d
+        expected_ms = (phase.predicted_ms or 0.0) * (moved / used if used else 1.0)
+        if expected_ms and abs(phase.wall_ms - expected_ms) > 0.05 * expected_ms:
+            yield (
+                f"{name}: took {phase.wall_ms:.0f} ms, {expected_ms:.0f} were predicted: either the pass waited for "
+                "more than bytes (see stall_ms), or the machine was not as fast as while it was probed (see the "
+                "ceilings' spread), and roofline_pct is as doubtful"
+            )
+
+
+def drive_warnings(reads: Sequence[Transfer], window: Interval) -> list[str]:
+    """A line where the drive's rate in the last third of the phase fell below four fifths of that in the first."""
+    inside = sorted((t for t in reads if window[0] <= t.start and t.end <= window[1]), key=lambda t: t.end)
+    third = len(inside) // 3
+    if third < 3:
+        return []
+    first, last = _read_MBps(inside[:third]), _read_MBps(inside[-third:])
+    if last >= 0.8 * first:
+        return []
+    return [
+        f"the drive slowed down in the run, from {first:.0f} to {last:.0f} MB/s: the ssd figures, and the floor where "
+        "the SSD bounds it, are a mean of both; let it cool, or fill its cache less (trim it, leave room)"
+    ]
+
+
+def _read_MBps(reads: Sequence[Transfer]) -> float:
+    """Rate while any of ``reads`` was under way."""
+    busy_s = sum(end - start for start, end in merged((t.start, t.end) for t in reads))
+    return sum(t.nbytes for t in reads) / busy_s / 1e6 if busy_s else float("inf")
+
+
+def steadiness_warnings(e2e_ms: Sequence[float]) -> list[str]:
+    """A line for a first round that stands out, and one for rounds that grow or shrink one after the other."""
+    return [*_outlier_first(e2e_ms), *_trend(e2e_ms)]
+
+
+def _outlier_first(e2e_ms: Sequence[float]) -> list[str]:
+    """The first round against the others: off by over 5 % and by over 5 of their robust standard deviations."""
+    if len(e2e_ms) < FEWEST_FOR_OUTLIER:
+        return []
+    first, rest = e2e_ms[0], e2e_ms[1:]
+    middle = statistics.median(rest)
+    deviation = _MAD_TO_STDEV * statistics.median(abs(sample - middle) for sample in rest)
+    if abs(first - middle) <= max(OUTLIER_DEVIATIONS * deviation, OUTLIER_SHARE * middle):
+        return []
+    return [
+        f"the first round took {first:.1f} ms, the median of the others is {middle:.1f} ms: "
+        "the machine was not warm; raise --warmup-rounds"
+    ]
+
+
+def _trend(e2e_ms: Sequence[float]) -> list[str]:
+    """Mann and Kendall's test at 5 %, and a change over all rounds (Theil and Sen's slope) above 2 %."""
+    n = len(e2e_ms)
+    if n < FEWEST_FOR_TREND:
+        return []
+    pairs = [(j - i, e2e_ms[j] - e2e_ms[i]) for i in range(n) for j in range(i + 1, n)]
+    balance = sum((change > 0) - (change < 0) for _, change in pairs)
+    deviations = (abs(balance) - 1) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    change = statistics.median(change / distance for distance, change in pairs) * (n - 1)
+    share = change / statistics.median(e2e_ms)
+    if deviations < TREND_DEVIATIONS or abs(share) < TREND_SHARE:
+        return []
+    return [
+        f"e2e_ms {'rises' if share > 0 else 'falls'} by {100 * abs(share):.1f} % from the first to the last of {n} "
+        "rounds: no steady state was reached; raise --warmup-rounds, and see whether the drive or the chip gets hot"
+    ]
+
+
+def unmeasured(device: torch.device, ceilings: Mapping[str, Ceiling], decode: Phase) -> Iterator[str]:
+    """Why figures are null or mean little."""
+    if not ceilings:
+        yield "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
+    elif "ssd" not in ceilings and decode.bytes_moved.ssd_read:
+        yield "the SSD could not be probed in so little CPU memory: floor and roofline are not known"
+    if device.type != "cuda":
+        yield "the compute device is the CPU: GPU figures are null, and roofline_pct is informative only"

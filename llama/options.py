@@ -1,0 +1,83 @@
+"""What is built: the flags that name a model, its place and its KV, on top of how it is paged. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llama.kv import KV_DTYPES
+from llama.loading import DEFAULT_CACHE
+from wsm.errors import UnusableInput
+from wsm.option import NAME, PATH, SWITCH, TEXT, TRUTH, Kind, one_of, option, options_of, whole
+from wsm.settings import Settings
+
+_BLOCKS = Kind("0 (all blocks) or at least 2", lambda value: type(value) is int and value >= 0 and value != 1, int, "K")
+_ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
+"""Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
+_model, _paging = partial(option, group="model"), partial(option, group="paging")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions(Settings):
+    """Which model, from where, onto what, and how it is paged."""
+
+    checkpoints: Path | None = _model(
+        None, PATH, "Meta or Hugging Face directory", metavar="DIR", shown="built-in model"
+    )
+    synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
+    dtype: str | None = _model(
+        None, NAME, "bfloat16, float16 or float32: converted when loaded or packed", metavar="TYPE", shown="as stored"
+    )
+    tp: int | None = _model(
+        None, whole(1), "ranks that share the model (docs/PARALLEL.md)", shown="torchrun's number", swept=False
+    )
+    cache_dir: Path = _model(DEFAULT_CACHE, PATH, "packed files, the built-in model, ceilings", metavar="DIR")
+    device: str | None = _model(None, NAME, "compute device: cpu, cuda or cuda:N", metavar="DEV", shown="auto")
+    load_model: bool | None = _model(
+        None, TRUTH, "whole model on the device, as old scripts say it", shown="by mode", flags=("--load_model",)
+    )
+    raw_device: str | None = _paging(None, TEXT, "instead of the devices that the manifest names", metavar="DEV[,DEV]")
+    manifest: Path | None = _paging(None, PATH, "of the packed store", shown="a packed file in the cache")
+    auto: bool = _paging(False, SWITCH, "choose layers and pools for the memory budgets")
+    topk_blk: int = _paging(
+        8, _BLOCKS, "KV blocks from below the GPU per decode step, row, layer and KV head; 0: all (docs/KV.md)"
+    )
+    kv_dtype: str = _paging("auto", one_of(*KV_DTYPES), "how KV is stored, auto: as computed (docs/KV.md)")
+    kv_device: str | None = _paging(
+        None, TEXT, "file or block device for KV that CPU memory has no room for, never the store's", metavar="PATH"
+    )
+    prefill_chunk_tokens: int | None = _paging(
+        None, whole(1), "tokens per chunk, inside one load of a layer", shown="auto"
+    )
+    micro_batch: int | None = _paging(
+        None, whole(1), "rows whose KV is moved and attended together (docs/KV.md)", metavar="ROWS", shown="auto"
+    )
+
+    def check_together(self) -> None:
+        """Raises UnusableInput for flags that contradict each other."""
+        if self.checkpoints is not None and self.synthetic is not None:
+            raise UnusableInput("--checkpoints and --synthetic exclude each other: give one")
+        if self.raw_device and not self.manifest:
+            raise UnusableInput("--raw-device needs --manifest, which says what lies where on it")
+        if self.load_model and self.mode in ("mixed", "stream"):
+            raise UnusableInput(
+                f"--load-model=True contradicts --mode {self.mode}, which never loads the whole model on the device: "
+                "leave it out, or use --mode full"
+            )
+
+
+def build_options(mode_config: Mapping[str, Any], **given: Any) -> BuildOptions:
+    """Options from ``mode_config`` of ``LLaMA.build`` and from its arguments.
+
+    Raises:
+        UnusableInput: for a name that is not known, or a value that is not allowed.
+    """
+    known = options_of(BuildOptions)
+    if unknown := sorted(name for name in mode_config if name not in known or name in _ARGUMENTS):
+        raise UnusableInput(f"mode_config has unknown entries: {', '.join(unknown)}")
+    values = {**given, **mode_config}
+    paths = {name: Path(text) for name, text in values.items() if text is not None and known[name].kind is PATH}
+    return BuildOptions(**{**values, **paths})

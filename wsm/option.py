@@ -1,0 +1,159 @@
+"""How a flag or a variable is declared: once, as a field of a dataclass. Imports no torch.
+
+The command line, the reading of the environment, the checks and docs/FLAGS.md all follow from the declaration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wsm.errors import UnusableInput
+
+_TOO_LARGE = 1 << 63
+_TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class Kind(NamedTuple):
+    """What a value may be: in words, as a test, and read from text (ValueError or KeyError where it cannot be)."""
+
+    says: str
+    allows: Callable[[Any], bool]
+    read: Callable[[str], Any]
+    metavar: str
+
+    def parse(self, text: str, say: Callable[[], Exception]) -> Any:
+        """The value that ``text`` says; raises what ``say`` makes for one that is not allowed."""
+        try:
+            if self.allows(value := self.read(text)):
+                return value
+        except (ValueError, KeyError):
+            pass
+        raise say()
+
+    def instead_of(self, text: str) -> str:
+        """The end of the sentence that refuses ``text``."""
+        digits = text.strip().lstrip("+")
+        large = digits.isdecimal() and int(digits) >= _TOO_LARGE
+        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}"
+
+
+def whole(least: int) -> Kind:
+    """A whole number of at least ``least``, and below 2^63."""
+    return Kind(
+        f"a whole number of at least {least}",
+        lambda value: type(value) is int and least <= value < _TOO_LARGE,
+        int,
+        "N",
+    )
+
+
+def number(least: float, most: float = math.inf, *, above: bool = False, says: str = "", metavar: str = "X") -> Kind:
+    """A finite number of at least ``least`` (with ``above``: above it) and at most ``most``."""
+
+    def allows(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number and least <= value <= most and not (above and value == least)
+
+    words = f"a number {'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" * (most < math.inf))
+    return Kind(says or words, allows, float, metavar)
+
+
+def one_of(*words: str) -> Kind:
+    """One of the words."""
+    return Kind(f"{', '.join(words[:-1])} or {words[-1]}", words.__contains__, str, f"{{{','.join(words)}}}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | Path)
+
+
+SWITCH = Kind("0 or 1", lambda value: isinstance(value, bool), {"0": False, "1": True}.__getitem__, "")
+TRUTH = Kind("True or False", lambda value: isinstance(value, bool), lambda text: _TRUTHS[text.lower()], "BOOL")
+NAME = Kind("a name", _is_text, str, "NAME")
+TEXT = Kind("a text", _is_text, str, "TEXT")
+"""Which may hold commas, as a NAME does not."""
+PATH = Kind("a path", _is_text, lambda text: Path(text).expanduser(), "FILE")
+NAMES = Kind("names with commas between them", all, lambda text: tuple(text.split(",")), "NAME[,NAME]")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """What is declared of a field.
+
+    Attributes:
+        help: what it does, for ``--help`` and for docs/FLAGS.md, where ``code`` and docs/PAGE.md are marked up.
+        shown: the default in words, where the value does not say it.
+        flags: other spellings than ``--the-name``. positional: not a flag, but the arguments themselves.
+        by_variable: set by ``WSM_THE_NAME`` and by no flag.
+        swept: whether ``sweep`` takes it as a list.
+    """
+
+    kind: Kind
+    help: str
+    group: str = ""
+    metavar: str = ""
+    shown: str = ""
+    flags: tuple[str, ...] = ()
+    positional: bool = False
+    by_variable: bool = False
+    swept: bool = True
+    name: str = ""
+    default: Any = None
+
+    @property
+    def spelled(self) -> str:
+        """How the user gives it: the flag, or the variable."""
+        return f"WSM_{self.name.upper()}" if self.by_variable else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def default_text(self) -> str:
+        """The default as the user would give it; empty where there is none."""
+        value = self.default
+        if self.shown or value is None or self.required:
+            return self.shown
+        if isinstance(value, bool):
+            return str(int(value)) if self.by_variable else "off"
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def check(self, value: Any) -> None:
+        """Raises UnusableInput for a value that is not allowed; None is where it is the default."""
+        if not (self.kind.allows(value) if value is not None else self.default is None):
+            raise UnusableInput(f"{self.spelled} {self.kind.instead_of(repr(value))}")
+
+
+def option(default: Any, kind: Kind, help: str, **more: Any) -> Any:
+    """A dataclass's field; with ``dataclasses.MISSING`` it has to be given. ``more``: the rest of :class:`Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(kind, help, **more)})
+
+
+def same(cls: type, name: str, default: Any = None, **changes: Any) -> Any:
+    """A field declared as ``name`` is in ``cls``, but for ``changes``."""
+    found = dataclasses.replace(options_of(cls)[name], **changes)
+    return dataclasses.field(default=found.default if default is None else default, metadata={"option": found})
+
+
+def _options_of(cls: type) -> Mapping[str, Option]:
+    return {
+        field.name: dataclasses.replace(field.metadata["option"], name=field.name, default=field.default)
+        for field in dataclasses.fields(cls)
+        if "option" in field.metadata
+    }
+
+
+options_of: Callable[[type], Mapping[str, Option]] = functools.cache(_options_of)
+"""The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
+
+
+def check_all(values: Any) -> None:
+    """Raises UnusableInput for the first field with a value that is not allowed."""
+    for name, declared in options_of(type(values)).items():
+        declared.check(getattr(values, name))

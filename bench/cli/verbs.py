@@ -31,7 +31,7 @@ from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits
-from wsm.plan.auto import auto_flags
+from wsm.plan.levers import auto_flags
 from wsm.plan.text import describe
 from wsm.settings import Settings
 from wsm.store.extents import plan_store

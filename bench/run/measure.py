@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats
-from wsm.plan.floor import decode_work, prefill_work
+from wsm.plan.time import decode_work, prefill_work
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from bench.result.results import METRICS
 from bench.result.spread import statistic
 from bench.run.measure import Round
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, merged, moved_bytes
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.floor import Bound, Work, ceiling_of, parts_ms
+from wsm.plan.time import Bound, Ceiling, Work, ceiling_of, parts_ms
 
 
 def round_metrics(timed: Round) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bench.run.measure import Round, phases_of
 from bench.run.phases import floor_of, median_round
 from llama.llm import LLaMA
 from llama.parallel.watch import RankFailed
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 
 Report = dict[str, Any]
 PHASES = ("prefill", "decode")

@@ -33,8 +33,7 @@ from bench.run.phases import (
 from bench.run.provenance import collect
 from llama.llm import LLaMA
 from wsm.engine.telemetry import PhaseStats
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.prediction import predicted_pass_ms
+from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings, environment_echo
 from wsm.store.description import DTYPE_NAMES
 

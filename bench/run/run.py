@@ -37,9 +37,11 @@ from llama.parallel.world import ALONE, World
 from wsm.disk.atomic import write_atomically
 from wsm.errors import KVDeviceError, StoreError, UnusableInput
 from wsm.plan.advice import check_fits, ran_out
-from wsm.plan.auto import auto_flags
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.plan import Plan, RunShape
+from wsm.plan.inputs import RunShape
+from wsm.plan.levers import auto_flags
+from wsm.plan.plan import Plan
+from wsm.plan.text import budget_text
+from wsm.plan.time import Ceiling
 from wsm.settings import read_settings
 
 MOST_RANDOM_PROMPTS = 512
@@ -204,7 +206,7 @@ def _announce(reporter: ConsoleReporter, built: BuildOptions, inputs: Inputs, pl
     for note in plan.notes:
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
-        reporter.say(plan.budget_text())
+        reporter.say(budget_text(plan))
 
 
 def _measure(

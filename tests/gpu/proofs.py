@@ -32,7 +32,7 @@ from llama.llm import LLaMA  # noqa: E402
 from llama.loading import Reporter  # noqa: E402
 from wsm.engine.arena import PageLockedArena  # noqa: E402
 from wsm.engine.device import open_device  # noqa: E402
-from wsm.plan.plan import RunShape  # noqa: E402
+from wsm.plan.inputs import RunShape  # noqa: E402
 from wsm.settings import Settings  # noqa: E402
 
 SHAPE = "Llama-3.1-70B:layers=8"

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from llama.llm import LLaMA
 from tests.tiny import hf_directory, hf_model
 from wsm.layout.kv import WINDOWS
+from wsm.plan.hardware import GIB
 from wsm.plan.kv import DISK_SLOTS, fresh_bytes, tail_bytes
-from wsm.plan.memory import GIB
 
 LENGTHS = (300, 5, 256, 1, 77, 40, 511, 130)
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]

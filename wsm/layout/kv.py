@@ -9,6 +9,7 @@ from itertools import product
 from typing import NamedTuple
 
 KV_BLOCK_TOKENS = 256
+"""Room for KV is taken, and KV is chosen, in blocks of so many tokens."""
 WINDOWS = 3
 """Units on the device at once: one is computed with, one drains or waits, one is filled."""
 
@@ -66,6 +67,11 @@ class KVLayout:
         return len(units) * self.stretch_rows - missing * sum(unit.stretch == last for unit in units)
 
     @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return self.tokens // KV_BLOCK_TOKENS
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one head and token."""
         return 2 * self.record_bytes
@@ -94,6 +100,10 @@ class KVLayout:
 
     def shape(self, rows: int, tokens: int | None = None) -> tuple[int, int, int, int, int]:
         return rows, self.n_kv_heads, tokens or self.tokens, 2, self.record_bytes
+
+    def bounds_shape(self, rows: int, head_dim: int) -> tuple[int, int, int, int, int]:
+        """Of what the choice of blocks keeps of some rows: each block's smallest key and its largest."""
+        return 2, rows, self.n_kv_heads, self.blocks, head_dim
 
     def runs(self, lengths: Sequence[int], worth: float = 0.8) -> list[Run]:
         """The bytes of a unit that hold its rows' first ``lengths`` tokens, as few runs.

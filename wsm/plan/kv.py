@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 
 from wsm.layout.groups import BLOCK, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVLayout, KVPlacement, Unit
-from wsm.plan.memory import MIB, MemoryLine, allocator_bytes
+from wsm.plan.hardware import MIB
+from wsm.plan.inputs import PlanInputs
+from wsm.plan.memory import MemoryKind, MemoryLine, allocator_bytes
 from wsm.plan.placement import spread
 
 DISK_SLOTS = 3
@@ -27,8 +29,19 @@ class KVCosts:
     on_gpu: bool
     kv_device: str | None
 
-    def bounds(self, layout: KVLayout, units: Sequence[Unit]) -> int:
-        return layout.rows_in(units) * self.bounds_row_bytes
+    @classmethod
+    def of(cls, inputs: PlanInputs) -> KVCosts:
+        layout = inputs.kv_layout(1)
+        bounds = math.prod(layout.bounds_shape(1, inputs.config.head_dim)) * inputs.dtype.itemsize
+        return cls(bounds if 0 < inputs.topk_blk < layout.blocks else 0, inputs.hardware.has_gpu, inputs.kv_device)
+
+    def on_device(self, nbytes: int) -> int:
+        """What a tensor of so many bytes takes of the device."""
+        return allocator_bytes(nbytes) if self.on_gpu else nbytes
+
+    def windows(self, layout: KVLayout) -> int:
+        """The windows; and small tensors of the choice of blocks and of what is written back."""
+        return WINDOWS * self.on_device(layout.window_bytes) + (16 * MIB if self.on_gpu else 0)
 
 
 def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCosts) -> KVPlacement:
@@ -42,37 +55,25 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
         cpu_room: likewise of the CPU's.
     """
     everywhere = KVPlacement(layout)
-    if gpu_room is None or _on_device(everywhere, costs) <= gpu_room:
+    if gpu_room is None or costs.on_device(everywhere.gpu_bytes) <= gpu_room:
         return everywhere
-    most = layout.window_bytes
+    unit, fresh, tail = layout.window_bytes, fresh_bytes(layout), tail_bytes(layout, layout.stretch_rows)
     bounds = min(layout.batch, layout.stretch_rows) * costs.bounds_row_bytes
     rounding = 2 * MIB if costs.on_gpu else 0  # the parts that stay are one tensor
-    beside = _windows(layout, costs) + _slack(costs) + rounding + layout.n_units * bounds
-    stay = max(0, min(layout.n_units - 1, (gpu_room - beside) // max(1, most - bounds)))
-    _, below = _split(layout.units(), stay)
-    if costs.kv_device is None:
+    beside = costs.windows(layout) + rounding + layout.n_units * bounds
+    _, below = _split(layout.units(), min(layout.n_units - 1, (gpu_room - beside) // max(1, unit - bounds)))
+    if costs.kv_device is None or fresh + len(below) * unit <= cpu_room:
         return KVPlacement(layout, cpu=below)
-    return _with_disk(layout, below, cpu_room)
+    room = cpu_room - fresh - DISK_SLOTS * unit - len(below) * tail
+    cpu, disk = _split(below, min(len(below), room // max(1, unit - tail)))
+    return KVPlacement(layout, cpu=cpu, disk=disk)
 
 
 def _split(units: Sequence[Unit], stay: int) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """``stay`` of the units, spread evenly over them, and the others."""
-    if not stay:
-        return (), tuple(units)
-    chosen = bytearray(len(units))
-    for place in spread(range(len(units)), stay):
-        chosen[place] = 1
-    return tuple(compress(units, chosen)), tuple(unit for unit, here in zip(units, chosen, strict=True) if not here)
-
-
-def _with_disk(layout: KVLayout, below: tuple[Unit, ...], cpu_room: int) -> KVPlacement:
-    fresh, unit, tail = fresh_bytes(layout), layout.window_bytes, tail_bytes(layout, layout.stretch_rows)
-    if fresh + len(below) * unit <= cpu_room:
-        return KVPlacement(layout, cpu=below)
-    room = cpu_room - fresh - DISK_SLOTS * unit - len(below) * tail
-    stay = max(0, min(len(below), room // max(1, unit - tail)))
-    cpu, disk = _split(below, stay)
-    return KVPlacement(layout, cpu=cpu, disk=disk)
+    """``stay`` of the units (none if it is negative), spread evenly over them, and the others; both in order."""
+    kept = frozenset(spread(range(len(units)), stay)) if stay > 0 else frozenset()
+    here = tuple(unit for place, unit in enumerate(units) if place in kept)
+    return here, tuple(unit for place, unit in enumerate(units) if place not in kept)
 
 
 def fresh_bytes(layout: KVLayout) -> int:
@@ -85,41 +86,28 @@ def tail_bytes(layout: KVLayout, rows: int) -> int:
     return rows * layout.n_kv_heads * layout.block_bytes
 
 
-def _windows(layout: KVLayout, costs: KVCosts) -> int:
-    window = layout.window_bytes
-    return WINDOWS * (allocator_bytes(window) if costs.on_gpu else window)
-
-
-def _slack(costs: KVCosts) -> int:
-    """Small tensors of the choice of blocks and of what is written back."""
-    return 16 * MIB if costs.on_gpu else 0
-
-
-def _on_device(kv: KVPlacement, costs: KVCosts) -> int:
-    nbytes = kv.gpu_bytes
-    return allocator_bytes(nbytes) if costs.on_gpu else nbytes
-
-
 def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[MemoryLine]]:
     """What KV takes of the device's memory, and of the CPU's."""
-    layout, below = kv.layout, (*kv.cpu, *kv.disk)
+    layout, below, on_device = kv.layout, (*kv.cpu, *kv.disk), costs.on_device(kv.gpu_bytes)
     if not below:
-        return [MemoryLine(f"KV, {layout.batch} x {layout.tokens} tokens", _on_device(kv, costs))], []
+        return [MemoryLine(MemoryKind.KV, f"KV, {layout.batch} x {layout.tokens} tokens", on_device)], []
     whole, rows = layout.n_units, min(layout.batch, layout.stretch_rows)
+    parts = f"KV, {kv.on_gpu} of {whole} parts (a layer, {rows} rows)"
     gpu = [
-        MemoryLine(f"KV, {kv.on_gpu} of {whole} parts (a layer, {rows} rows)", _on_device(kv, costs)),
-        MemoryLine(f"KV windows, {WINDOWS} parts", _windows(layout, costs) + _slack(costs)),
+        MemoryLine(MemoryKind.KV, parts, on_device),
+        MemoryLine(MemoryKind.KV_WINDOWS, f"KV windows, {WINDOWS} parts", costs.windows(layout)),
     ]
-    if bounds := costs.bounds(layout, below):
-        gpu.append(MemoryLine("KV block bounds", bounds))
-    cpu = [MemoryLine(f"KV, {len(kv.cpu)} of {whole} parts", _homes(kv) + fresh_bytes(layout))]
+    if bounds := layout.rows_in(below) * costs.bounds_row_bytes:
+        gpu.append(MemoryLine(MemoryKind.KV_BOUNDS, "KV block bounds", bounds))
+    cpu = [MemoryLine(MemoryKind.KV, f"KV, {len(kv.cpu)} of {whole} parts", _homes(kv) + fresh_bytes(layout))]
     if kv.disk:
-        cpu.append(MemoryLine(f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots", _beside_disk(kv)))
+        beside = f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots"
+        cpu.append(MemoryLine(MemoryKind.KV_DISK, beside, _beside_disk(kv)))
     return gpu, cpu
 
 
 def page_locked_bytes(kv: KVPlacement) -> int:
-    """Page-locked CPU memory of all that lies below the device."""
+    """Page-locked CPU memory of all that is below the device."""
     return _homes(kv) + fresh_bytes(kv.layout) + _beside_disk(kv)
 
 

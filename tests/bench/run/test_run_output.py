@@ -20,7 +20,7 @@ from bench.run.ceilings import recall_for, recall_near, remember
 from llama.inputs import BuildOptions, Inputs, open_inputs
 from tests.results import varied
 from tests.tiny import hf_directory, hf_model
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 from wsm.settings import Settings
 
 FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--no-probe", "--device", "cpu"]

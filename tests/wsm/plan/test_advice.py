@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from llama.config import ModelConfig
 from tests.plans import TINY, inputs_for, placements
 from wsm.errors import DoesNotFit
-from wsm.plan.advice import changed_flags, check_fits, least_memory, smallest_change
-from wsm.plan.memory import GIB, Hardware
-from wsm.plan.plan import Plan, PlanInputs, RunShape, make_plan
+from wsm.plan.advice import check_fits
+from wsm.plan.hardware import GIB, Hardware
+from wsm.plan.inputs import PlanInputs, RunShape
+from wsm.plan.levers import changed_flags, least_memory, smallest_change
+from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 
 machines = st.builds(
@@ -103,7 +105,7 @@ def test_the_advice_for_a_large_batch_is_found_in_few_plans(monkeypatch: pytest.
         made.append(inputs.shape.batch)
         return make_plan(inputs)
 
-    monkeypatch.setattr("wsm.plan.advice.make_plan", counted)
+    monkeypatch.setattr("wsm.plan.levers.make_plan", counted)
     inputs = inputs_for(settings=Settings(gpu_mem_gb=16), shape=RunShape(20_000, 2016, 32, 20_000 * 2016))
     assert smallest_change(inputs) is not None
     assert len(made) < 300

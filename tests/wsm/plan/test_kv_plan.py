@@ -7,8 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from wsm.layout.kv import KVLayout
+from wsm.plan.hardware import MIB
 from wsm.plan.kv import KVCosts, kv_lines, place_kv
-from wsm.plan.memory import MIB
 
 layouts = st.builds(
     KVLayout,

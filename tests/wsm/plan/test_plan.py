@@ -14,11 +14,11 @@ from llama.checkpoint import synthetic_checkpoint
 from llama.config import PRESETS
 from llama.kv.cache import KVCache
 from tests.plans import TINY, inputs_for
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.floor import predicted_floor
-from wsm.plan.memory import GIB, Hardware
-from wsm.plan.plan import RunShape, make_plan
+from wsm.plan.hardware import GIB, Hardware
+from wsm.plan.inputs import RunShape
+from wsm.plan.plan import make_plan
 from wsm.plan.text import describe
+from wsm.plan.time import Ceiling, predicted_floor
 from wsm.settings import Settings
 
 # -- the 70B model at the guide's flags

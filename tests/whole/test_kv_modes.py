@@ -83,7 +83,7 @@ def test_every_tier_gives_the_tokens_of_transformers(
     """Prompts of 1 to 511 tokens, in chunks of 64; 3 does not divide the batch; again in the same memory."""
     config = {**PLACES, "micro_batch": micro_batch}
     with build(directory, mode, len(PROMPTS), ROOM, **config) as whole:
-        assert whole.plan.kv.below == 0
+        assert not whole.plan.kv.below
         assert tokens(whole) == expected
         logits = whole.logits([PROMPTS[0]])
     for kv_device in (None, tmp_path / "kv"):

@@ -19,7 +19,8 @@ from wsm.engine.telemetry import Telemetry
 from wsm.kv.disk import KVDisk
 from wsm.kv.schedule import Fetch, KVSchedule, Window, Write
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
-from wsm.plan.kv import fresh_bytes, page_locked_bytes
+from wsm.plan.kv import fresh_bytes, kv_cpu_lines
+from wsm.plan.memory import total
 from wsm.settings import Settings
 
 
@@ -51,7 +52,7 @@ class KVTiers:
         self._settings, self._link, self._wanted_groups = settings, link, wanted
         self.pauses = 0
         self._below = frozenset((*placement.cpu, *placement.disk))
-        self._arena = PageLockedArena(page_locked_bytes(placement), device)
+        self._arena = PageLockedArena(total(kv_cpu_lines(placement)), device)
         self._disk: KVDisk | None = None
         try:
             self._homes = {unit: self._arena.take(self.layout.unit_bytes(unit)) for unit in placement.cpu}

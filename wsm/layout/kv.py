@@ -1,4 +1,4 @@
-"""Where KV lies: the bytes of its units, and which of them are in which tier."""
+"""Where KV is: the bytes of its units, and which of them are in which tier."""
 
 from __future__ import annotations
 
@@ -55,10 +55,6 @@ class KVLayout:
     def units(self) -> tuple[Unit, ...]:
         """All of them, in the order of a pass."""
         return _units(self.n_layers, self.stretches)
-
-    @property
-    def n_units(self) -> int:
-        return self.n_layers * self.stretches
 
     def rows_in(self, units: Sequence[Unit]) -> int:
         """Rows of all these units together; only a layer's last stretch may be a short one."""
@@ -134,23 +130,18 @@ class KVPlacement:
     disk: tuple[Unit, ...] = ()
 
     @property
-    def below(self) -> int:
+    def below(self) -> tuple[Unit, ...]:
         """Units that are not on the device."""
-        return len(self.cpu) + len(self.disk)
+        return *self.cpu, *self.disk
 
     @property
     def gpu(self) -> tuple[Unit, ...]:
-        elsewhere = {*self.cpu, *self.disk}
+        elsewhere = frozenset(self.below)
         return tuple(unit for unit in self.layout.units() if unit not in elsewhere)
 
     @property
-    def on_gpu(self) -> int:
-        """Units on the device."""
-        return self.layout.n_units - self.below
-
-    @property
     def gpu_bytes(self) -> int:
-        return self.layout.n_layers * self.layout.batch * self.layout.row_bytes - self.bytes_of((*self.cpu, *self.disk))
+        return self.layout.n_layers * self.layout.batch * self.layout.row_bytes - self.bytes_of(self.below)
 
     def bytes_of(self, units: Sequence[Unit]) -> int:
         return self.layout.rows_in(units) * self.layout.row_bytes

@@ -26,11 +26,12 @@ def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> Non
             change costs, then both budgets.
     """
     if not plan.fits:
-        short = []
-        if plan.gpu_short_bytes and plan.gpu_budget_bytes is not None:
-            short.append(_of("GPU", plan.gpu_bytes, plan.gpu_budget_bytes))
-        if plan.cpu_short_bytes:
-            short.append(_of("CPU", plan.cpu_bytes, plan.cpu_budget_bytes))
+        tiers = (("GPU", plan.gpu_bytes, plan.gpu_budget_bytes), ("CPU", plan.cpu_bytes, plan.cpu_budget_bytes))
+        short = [
+            f"it takes {_gib(needed)} of {tier} memory and the budget is {_gib(budget)}"
+            for tier, needed, budget in tiers
+            if budget is not None and needed > budget
+        ]
         sentence = f"the run does not fit: {', and '.join(short)}"
         raise DoesNotFit(_explained(sentence, plan, smallest_change(plan.inputs), ceilings or {}))
 
@@ -64,10 +65,6 @@ def _gib(nbytes: int) -> str:
     """Rounded up: what is printed is to suffice."""
     digits = 2 if nbytes >= GIB else 4
     return f"{math.ceil(10**digits * nbytes / GIB) / 10**digits:.{digits}f} GiB"
-
-
-def _of(tier: str, needed: int, budget: int) -> str:
-    return f"it takes {_gib(needed)} of {tier} memory and the budget is {_gib(budget)}"
 
 
 def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from wsm.layout.groups import BLOCK, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVLayout, KVPlacement, Unit
@@ -60,8 +61,8 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
     unit, fresh, tail = layout.window_bytes, fresh_bytes(layout), tail_bytes(layout, layout.stretch_rows)
     bounds = min(layout.batch, layout.stretch_rows) * costs.bounds_row_bytes
     rounding = 2 * MIB if costs.on_gpu else 0  # the parts that stay are one tensor
-    beside = costs.windows(layout) + rounding + layout.n_units * bounds
-    _, below = _split(layout.units(), min(layout.n_units - 1, (gpu_room - beside) // max(1, unit - bounds)))
+    beside = costs.windows(layout) + rounding + len(layout.units()) * bounds
+    _, below = _split(layout.units(), min(len(layout.units()) - 1, (gpu_room - beside) // max(1, unit - bounds)))
     if costs.kv_device is None or fresh + len(below) * unit <= cpu_room:
         return KVPlacement(layout, cpu=below)
     room = cpu_room - fresh - DISK_SLOTS * unit - len(below) * tail
@@ -71,9 +72,10 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
 
 def _split(units: Sequence[Unit], stay: int) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
     """``stay`` of the units (none if it is negative), spread evenly over them, and the others; both in order."""
-    kept = frozenset(spread(range(len(units)), stay)) if stay > 0 else frozenset()
-    here = tuple(unit for place, unit in enumerate(units) if place in kept)
-    return here, tuple(unit for place, unit in enumerate(units) if place not in kept)
+    kept = bytearray(len(units))
+    for place in spread(range(len(units)), max(0, stay)):
+        kept[place] = True
+    return tuple(compress(units, kept)), tuple(unit for unit, here in zip(units, kept, strict=True) if not here)
 
 
 def fresh_bytes(layout: KVLayout) -> int:
@@ -86,46 +88,42 @@ def tail_bytes(layout: KVLayout, rows: int) -> int:
     return rows * layout.n_kv_heads * layout.block_bytes
 
 
-def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[MemoryLine]]:
-    """What KV takes of the device's memory, and of the CPU's."""
-    layout, below, on_device = kv.layout, (*kv.cpu, *kv.disk), costs.on_device(kv.gpu_bytes)
-    if not below:
-        return [MemoryLine(MemoryKind.KV, f"KV, {layout.batch} x {layout.tokens} tokens", on_device)], []
-    whole, rows = layout.n_units, min(layout.batch, layout.stretch_rows)
-    parts = f"KV, {kv.on_gpu} of {whole} parts (a layer, {rows} rows)"
-    gpu = [
+def kv_gpu_lines(kv: KVPlacement, costs: KVCosts) -> list[MemoryLine]:
+    """What KV takes of the device's memory."""
+    layout, on_device = kv.layout, costs.on_device(kv.gpu_bytes)
+    if not kv.below:
+        return [MemoryLine(MemoryKind.KV, f"KV, {layout.batch} x {layout.tokens} tokens", on_device)]
+    whole, rows = len(layout.units()), min(layout.batch, layout.stretch_rows)
+    parts = f"KV, {whole - len(kv.below)} of {whole} parts (a layer, {rows} rows)"
+    lines = [
         MemoryLine(MemoryKind.KV, parts, on_device),
         MemoryLine(MemoryKind.KV_WINDOWS, f"KV windows, {WINDOWS} parts", costs.windows(layout)),
     ]
-    if bounds := layout.rows_in(below) * costs.bounds_row_bytes:
-        gpu.append(MemoryLine(MemoryKind.KV_BOUNDS, "KV block bounds", bounds))
-    cpu = [MemoryLine(MemoryKind.KV, f"KV, {len(kv.cpu)} of {whole} parts", _homes(kv) + fresh_bytes(layout))]
+    if bounds := layout.rows_in(kv.below) * costs.bounds_row_bytes:
+        lines.append(MemoryLine(MemoryKind.KV_BOUNDS, "KV block bounds", bounds))
+    return lines
+
+
+def kv_cpu_lines(kv: KVPlacement) -> list[MemoryLine]:
+    """What KV takes of the CPU's memory, all of it page-locked."""
+    layout = kv.layout
+    if not kv.below:
+        return []
+    # Each part begins on a page; of some head sizes it does not end on one.
+    homes = sum(round_up(layout.unit_bytes(unit), BLOCK) for unit in kv.cpu)
+    parts = f"KV, {len(kv.cpu)} of {len(layout.units())} parts"
+    lines = [MemoryLine(MemoryKind.KV, parts, homes + fresh_bytes(layout))]
     if kv.disk:
-        beside = f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots"
-        cpu.append(MemoryLine(MemoryKind.KV_DISK, beside, _beside_disk(kv)))
-    return gpu, cpu
-
-
-def page_locked_bytes(kv: KVPlacement) -> int:
-    """Page-locked CPU memory of all that is below the device."""
-    return _homes(kv) + fresh_bytes(kv.layout) + _beside_disk(kv)
-
-
-def _homes(kv: KVPlacement) -> int:
-    """Each part begins on a page; of some head sizes it does not end on one."""
-    return sum(round_up(kv.layout.unit_bytes(unit), BLOCK) for unit in kv.cpu)
-
-
-def _beside_disk(kv: KVPlacement) -> int:
-    if not kv.disk:
-        return 0
-    return DISK_SLOTS * kv.layout.window_bytes + tail_bytes(kv.layout, kv.layout.rows_in(kv.disk))
+        parts = f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots"
+        beside = DISK_SLOTS * layout.window_bytes + tail_bytes(layout, layout.rows_in(kv.disk))
+        lines.append(MemoryLine(MemoryKind.KV_DISK, parts, beside))
+    return lines
 
 
 def kv_bytes_per_pass(kv: KVPlacement, length: int, topk: int) -> int:
     """Bytes that a decode pass brings to the device where every row has ``length`` tokens."""
     layout = kv.layout
-    rows = layout.rows_in((*kv.cpu, *kv.disk))
+    rows = layout.rows_in(kv.below)
     if 0 < topk < -(-(length + 1) // KV_BLOCK_TOKENS):
         return rows * layout.n_kv_heads * topk * layout.block_bytes
     return rows * sum(run.nbytes for run in layout.runs([length]))

@@ -18,39 +18,42 @@ from wsm.settings import CHOSEN, MODES, spelled
 
 # -- the table
 
+_PAGED = ("mixed", "stream")
+
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """A flag and what can be done with it.
+    """A flag, the modes in which it changes anything, and what can be done with it.
 
-    ``step`` is the next value that buys time or memory, None where there is none. Less memory is taken the smaller the
-    value; ``most`` and ``least`` are those beyond which nothing changes. ``many`` values are searched by halves, which
-    finds one that fits where the next larger one does not.
+    ``step`` gives, from inputs and a value, the next value that buys time or memory; the same one where there is none.
+    Less memory is taken the smaller the value; ``most`` and ``least`` are those beyond which nothing changes. ``many``
+    values are searched by halves, which finds one that fits where the next larger one does not.
     """
 
     field: str
     modes: Sequence[str]
-    step: Callable[[Plan], Any]
+    step: Callable[[PlanInputs, Any], Any]
     most: Callable[[PlanInputs], int] | None = None
     least: Callable[[PlanInputs], int] = lambda inputs: 0
     many: bool = False
 
+    def asked(self, inputs: PlanInputs) -> Any:
+        """The value as it was asked for."""
+        return inputs.shape.batch if self is BATCH else getattr(inputs.settings, self.field)
+
     def value(self, inputs: PlanInputs) -> Any:
         """As far as it changes anything."""
-        if self.field == "batch_size":
-            return inputs.shape.batch
-        value = getattr(inputs.settings, self.field)
-        return value if self.most is None else min(value, self.most(inputs))
+        return self.asked(inputs) if self.most is None else min(self.asked(inputs), self.most(inputs))
 
-    def at(self, inputs: PlanInputs, value: Any, asked: PlanInputs | None = None) -> PlanInputs:
-        """The inputs with this flag at ``value``; where it was ``asked`` for, as it was asked for.
+    def at(self, inputs: PlanInputs, value: Any, original: PlanInputs | None = None) -> PlanInputs:
+        """The inputs with this flag at ``value``; where that is the ``original`` one, as it was asked for.
 
-        The rows' lengths are known for the batch that was asked for alone, so every batch is cut from that one.
+        The rows' lengths are known for the original batch alone, so every batch is cut from that one.
         """
-        if self.field == "batch_size":
-            return replace(inputs, shape=(asked or inputs).shape.with_batch(value))
-        if asked is not None and value == self.value(asked):
-            value = getattr(asked.settings, self.field)
+        if self is BATCH:
+            return replace(inputs, shape=(original or inputs).shape.with_batch(value))
+        if original is not None and value == self.value(original):
+            value = self.asked(original)
         return _with(inputs, {self.field: value})
 
     def spelled(self, value: Any) -> str:
@@ -71,48 +74,22 @@ def _least_depth(inputs: PlanInputs) -> int:
     return max(1, inputs.settings.aggressive_gpu_prefetch)
 
 
-def _one_more_resident(plan: Plan) -> int | None:
-    cached = plan.inputs.settings.gpu_cached_layers
-    return cached + 1 if cached < plan.inputs.config.n_layers else None
+def _most_depth(inputs: PlanInputs) -> int:
+    """Nor would one that WSM_GPU_MAX_GROUPS caps anyway."""
+    return max(inputs.settings.gpu_max_groups, _least_depth(inputs))
 
 
-def _smallest_depth(plan: Plan) -> int | None:
-    least = _least_depth(plan.inputs)
-    return least if plan.inputs.settings.group_prefetch_depth > least else None
-
-
-def _one_read_ahead_less(plan: Plan) -> int | None:
-    distance = plan.inputs.settings.prefetch_distance
-    return distance - 1 if plan.placement.residency.ssd and distance > 1 else None
-
-
-def _embedding_to_cpu(plan: Plan) -> str | None:
-    return "cpu" if plan.inputs.settings.embedding == "gpu" and not plan.inputs.config.tied_embeddings else None
-
-
-_PAGED = ("mixed", "stream")
-RESIDENTS = Lever("gpu_cached_layers", _PAGED, _one_more_resident, _layers)
+RESIDENTS = Lever("gpu_cached_layers", _PAGED, lambda inputs, now: min(now + 1, _layers(inputs)), _layers)
 DEPTH = Lever(
-    "group_prefetch_depth",
-    _PAGED,
-    _smallest_depth,
-    # A depth that WSM_GPU_MAX_GROUPS caps anyway would free nothing either.
-    lambda inputs: max(inputs.settings.gpu_max_groups, _least_depth(inputs)),
-    _least_depth,
+    "group_prefetch_depth", _PAGED, lambda inputs, now: min(now, _least_depth(inputs)), _most_depth, _least_depth
 )
-CPU_LAYERS = Lever(
-    "cpu_cache_layers",
-    ("mixed",),
-    lambda plan: plan.inputs.settings.cpu_cache_layers + 1 if plan.placement.residency.ssd else None,
-    _layers,
-    lambda inputs: 1,
-)
+CPU_LAYERS = Lever("cpu_cache_layers", ("mixed",), lambda inputs, now: now + 1, _layers, lambda inputs: 1)
 # The pools are part of --cpu-cache-layers, so a smaller --prefetch-distance only turns slots into residents: it frees
 # nothing, and is never advised.
-DISTANCE = Lever("prefetch_distance", ("mixed",), _one_read_ahead_less)
-MODE = Lever("mode", ("mixed",), lambda plan: "stream" if plan.placement.residency.ssd else None)
-EMBEDDING = Lever("embedding", (*_PAGED, "preload"), _embedding_to_cpu)
-BATCH = Lever("batch_size", MODES, lambda plan: 2 * plan.shape.batch, least=lambda inputs: 1, many=True)
+DISTANCE = Lever("prefetch_distance", ("mixed",), lambda inputs, now: max(now - 1, 1))
+MODE = Lever("mode", ("mixed",), lambda inputs, now: "stream")
+EMBEDDING = Lever("embedding", (*_PAGED, "preload"), lambda inputs, now: "cpu")
+BATCH = Lever("batch_size", MODES, lambda inputs, now: 2 * now, least=lambda inputs: 1, many=True)
 
 LEVERS = (RESIDENTS, DEPTH, CPU_LAYERS, DISTANCE, MODE, EMBEDDING, BATCH)
 """In the order in which their steps are shown, and the choice of ``--auto``."""
@@ -137,12 +114,11 @@ def steps(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[Step]:
     """A step for every flag that moves other bytes or takes other memory in this plan's mode."""
     found = []
     for lever in LEVERS:
-        value = lever.step(plan) if plan.inputs.settings.mode in lever.modes else None
-        if value is None:
-            continue
-        after = make_plan(lever.at(plan.inputs, value))
-        if any(more_bytes(plan, after).values()):
-            found.append(Step(lever.spelled(value), plan, after, pass_times(plan, after, ceilings)))
+        if plan.inputs.settings.mode in lever.modes:
+            value = lever.step(plan.inputs, lever.asked(plan.inputs))
+            after = make_plan(lever.at(plan.inputs, value))
+            if any(more_bytes(plan, after).values()):
+                found.append(Step(lever.spelled(value), plan, after, pass_times(plan, after, ceilings)))
     return found
 
 
@@ -167,31 +143,19 @@ def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
 Good = Callable[[Plan], bool]
 
 
-def _fits(plan: Plan) -> bool:
-    return plan.fits
-
-
-def _fits_gpu(plan: Plan) -> bool:
-    return plan.gpu_short_bytes == 0
-
-
-def _fits_cpu(plan: Plan) -> bool:
-    return plan.cpu_short_bytes == 0
-
-
 def largest(
-    lever: Lever, inputs: PlanInputs, values: range, good: Good, asked: PlanInputs | None = None
+    lever: Lever, inputs: PlanInputs, values: range, good: Good, original: PlanInputs | None = None
 ) -> Plan | None:
     """The plan at the largest of the ascending ``values`` that is good; None where none is."""
 
     def plan_at(value: int) -> Plan:
-        return make_plan(lever.at(inputs, value, asked))
+        return make_plan(lever.at(inputs, value, original))
 
     if not lever.many:
         return next(filter(good, map(plan_at, reversed(values))), None)
-    if good(found := plan_at(values[-1])):
-        return found
     low, high = values[0], values[-1]
+    if good(found := plan_at(high)):
+        return found
     if not good(found := plan_at(low)):
         return None
     while high - low > 1:
@@ -218,45 +182,45 @@ def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> Pl
     """
 
     def on_gpu(plan: Plan) -> bool:
-        return _fits_gpu(plan) and (most_gpu_bytes is None or plan.gpu_bytes <= most_gpu_bytes)
+        return plan.fits_gpu and (most_gpu_bytes is None or plan.gpu_bytes <= most_gpu_bytes)
 
     def good(plan: Plan) -> bool:
-        return plan.fits and on_gpu(plan)
+        return plan.fits_cpu and on_gpu(plan)
 
     candidates = [inputs, *(MODE.at(inputs, mode) for mode in _OTHER_MODES[inputs.settings.mode])]
     alone = (candidate for candidate in candidates if good(make_plan(candidate)))
-    reduced = (found for asked in candidates if (found := _reduced(asked, on_gpu, good)) is not None)
+    reduced = (found for original in candidates if (found := _reduced(original, on_gpu, good)) is not None)
     return next(alone, None) or next(reduced, None)
 
 
-def _reduced(asked: PlanInputs, on_gpu: Good, good: Good) -> PlanInputs | None:
+def _reduced(original: PlanInputs, on_gpu: Good, good: Good) -> PlanInputs | None:
     """The flags turned down until all fits, then up again as far as they can be: the last one turned down first."""
-    for_gpu, for_cpu = ([lever for lever in tier if asked.settings.mode in lever.modes] for tier in (FOR_GPU, FOR_CPU))
-    for_cpu += [BATCH] if asked.hardware.has_gpu else for_gpu
-    inputs = asked
+    mode, inputs = original.settings.mode, original
+    for_gpu, for_cpu = ([lever for lever in tier if mode in lever.modes] for tier in (FOR_GPU, FOR_CPU))
+    for_cpu += [BATCH] if original.hardware.has_gpu else for_gpu
     for lever in for_gpu:
-        inputs = _turned_down(lever, inputs, asked, lambda plan: plan.gpu_bytes, on_gpu)
+        inputs = _turned_down(lever, inputs, original, lambda plan: plan.gpu_bytes, on_gpu)
     for lever in for_cpu:
-        inputs = _turned_down(lever, inputs, asked, lambda plan: plan.cpu_bytes, _fits_cpu)
+        inputs = _turned_down(lever, inputs, original, lambda plan: plan.cpu_bytes, lambda plan: plan.fits_cpu)
     if not good(make_plan(inputs)):
         return None
     for lever in reversed((*for_gpu, *for_cpu)):
-        values = range(lever.value(inputs), lever.value(asked) + 1)
-        if (found := largest(lever, inputs, values, good, asked)) is not None:
+        values = range(lever.value(inputs), lever.value(original) + 1)
+        if (found := largest(lever, inputs, values, good, original)) is not None:
             inputs = found.inputs
     return inputs
 
 
 def _turned_down(
-    lever: Lever, inputs: PlanInputs, asked: PlanInputs, size: Callable[[Plan], int], good: Good
+    lever: Lever, inputs: PlanInputs, original: PlanInputs, size: Callable[[Plan], int], good: Good
 ) -> PlanInputs:
     """The flag at the largest value that is good, or else at the one that takes least."""
     most = lever.value(inputs)
     values = range(min(most, lever.least(inputs)), most + 1)
-    found = largest(lever, inputs, values, good, asked)
+    found = largest(lever, inputs, values, good, original)
     if found is None:
         tried = (values[-1], values[0]) if lever.many else reversed(values)
-        found = min((make_plan(lever.at(inputs, value, asked)) for value in tried), key=size)
+        found = min((make_plan(lever.at(inputs, value, original)) for value in tried), key=size)
     return found.inputs
 
 
@@ -267,21 +231,13 @@ def least_memory(inputs: PlanInputs) -> Plan:
         inputs = lever.at(inputs, min(lever.value(inputs), lever.least(inputs)))
     plan = make_plan(inputs)
     while not plan.fits:  # a larger budget may make larger chunks: until both agree
-        plan = make_plan(_with_memory(plan))
+        gpu, cpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0), max(plan.cpu_bytes, plan.cpu_budget_bytes)
+        budget = None if plan.gpu_budget_bytes is None else gpu / GIB
+        there = replace(
+            inputs.hardware, gpu_available_bytes=gpu if inputs.hardware.has_gpu else None, cpu_available_bytes=cpu
+        )
+        plan = make_plan(replace(_with(inputs, {"gpu_mem_gb": budget, "cpu_mem_gb": None}), hardware=there))
     return plan
-
-
-def _with_memory(plan: Plan) -> PlanInputs:
-    """The same run on a machine, and with budgets, of what the plan takes."""
-    hardware, has_budget = plan.inputs.hardware, plan.gpu_budget_bytes is not None
-    gpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0)
-    there = replace(
-        hardware,
-        gpu_available_bytes=gpu if hardware.has_gpu else None,
-        cpu_available_bytes=max(plan.cpu_bytes, plan.cpu_budget_bytes),
-    )
-    budgets = {"gpu_mem_gb": gpu / GIB if has_budget else None, "cpu_mem_gb": None}
-    return replace(_with(plan.inputs, budgets), hardware=there)
 
 
 # -- --auto
@@ -301,14 +257,11 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     """
     if inputs.settings.mode not in _PAGED:
         return inputs
-    candidates = [_most_layers(inputs)]
-    if (embedding := EMBEDDING.step(make_plan(inputs))) is not None:
-        candidates.append(_most_layers(EMBEDDING.at(inputs, embedding)))
 
     def cost(plan: Plan) -> tuple[bool, int, int]:
         return not plan.fits, plan.bytes_per_pass["ssd_read"], plan.bytes_per_pass["weight_h2d"]
 
-    return min(candidates, key=cost).inputs
+    return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=cost).inputs
 
 
 def _most_layers(inputs: PlanInputs) -> Plan:
@@ -320,7 +273,10 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in (1, as_large)]
     best = make_plan(RESIDENTS.at(starts[-1], 0))
     # So do residents of the GPU: where all layers lie there, fewer may fit where all do not.
-    for good in (_fits, _fits_gpu) if inputs.hardware.has_gpu else (_fits,):
+    goods: list[Good] = [lambda plan: plan.fits]
+    if inputs.hardware.has_gpu:
+        goods.append(lambda plan: plan.fits_gpu)
+    for good in goods:
         found = [largest(RESIDENTS, start, range(layers + 1), good) for start in starts]
         if fitting := [plan for plan in found if plan is not None]:
             best = max(fitting, key=lambda plan: plan.inputs.settings.gpu_cached_layers)
@@ -328,14 +284,14 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     if inputs.settings.mode == "stream":
         return best
     in_cpu = range(1, max(1, layers - best.inputs.settings.gpu_cached_layers) + 1)
-    return largest(CPU_LAYERS, best.inputs, in_cpu, _fits) or best
+    return largest(CPU_LAYERS, best.inputs, in_cpu, lambda plan: plan.fits) or best
 
 
 def auto_flags(plan: Plan) -> list[str]:
     """The choice of ``--auto`` as flags to keep."""
     settings = plan.inputs.settings
     return [
-        lever.spelled(getattr(settings, lever.field))
+        lever.spelled(lever.asked(plan.inputs))
         for lever in LEVERS
         if lever.field in CHOSEN and settings.mode in lever.modes and settings.mode in _PAGED
         if lever is not EMBEDDING or settings.embedding != "gpu"

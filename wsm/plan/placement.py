@@ -72,17 +72,12 @@ def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(layers[(2 * i + 1) * n // (2 * count)] for i in range(count))
 
 
-def gpu_slots_for(settings: Settings, streamed_layers: int) -> int:
-    """GPU slots a kind: from the look-ahead in groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all."""
-    depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
-    return min(depth // 2 + 1, settings.gpu_max_groups // 2, streamed_layers)
-
-
 def place(n_layers: int, settings: Settings) -> Placement:
     """Residency and pools for a model of ``n_layers``.
 
     With L layers, G on the GPU, C layers of CPU memory and P read ahead: `belady` keeps C - P residents and P slots,
-    `fifo` one window of C slots; neither needs the SSD where C >= L - G.
+    `fifo` one window of C slots; neither needs the SSD where C >= L - G. GPU slots follow from the look-ahead in
+    groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all.
     """
     notes: list[str] = []
     mode = settings.mode
@@ -95,7 +90,8 @@ def place(n_layers: int, settings: Settings) -> Placement:
     cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
     on_cpu = set(cpu)
     residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu))
-    gpu_slots = gpu_slots_for(settings, len(rest))
+    depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
+    gpu_slots = min(depth // 2 + 1, settings.gpu_max_groups // 2, len(rest))
     staged = _staged(n_layers, residency, gpu_slots, settings, ahead, notes)
     return Placement(mode, residency, gpu_slots, slots, ahead, staged, tuple(notes))
 

@@ -9,7 +9,7 @@ from wsm.layout.groups import KINDS, GroupId
 from wsm.layout.kv import KVPlacement
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs, RunShape
-from wsm.plan.kv import KVCosts, kv_bytes_per_pass, kv_lines, place_kv
+from wsm.plan.kv import KVCosts, kv_bytes_per_pass, kv_cpu_lines, kv_gpu_lines, place_kv
 from wsm.plan.memory import MemoryKind, MemoryLine, cpu_lines, gpu_lines, portions_for, total
 from wsm.plan.placement import Placement, place
 
@@ -64,17 +64,16 @@ class Plan:
         return on_cpu if self.inputs.hardware.has_gpu else on_cpu + self.gpu_bytes
 
     @property
-    def gpu_short_bytes(self) -> int:
-        """By how much the GPU tier is over its budget."""
-        return 0 if self.gpu_budget_bytes is None else max(0, self.gpu_bytes - self.gpu_budget_bytes)
+    def fits_gpu(self) -> bool:
+        return self.gpu_budget_bytes is None or self.gpu_bytes <= self.gpu_budget_bytes
 
     @property
-    def cpu_short_bytes(self) -> int:
-        return max(0, self.cpu_bytes - self.cpu_budget_bytes)
+    def fits_cpu(self) -> bool:
+        return self.cpu_bytes <= self.cpu_budget_bytes
 
     @property
     def fits(self) -> bool:
-        return self.gpu_short_bytes == 0 and self.cpu_short_bytes == 0
+        return self.fits_gpu and self.fits_cpu
 
 
 def make_plan(inputs: PlanInputs) -> Plan:
@@ -96,7 +95,6 @@ def make_plan(inputs: PlanInputs) -> Plan:
     kv = place_kv(inputs.kv_layout(portions.stretch_rows), gpu_room, cpu_budget - shared - total(on_cpu), costs)
     if inputs.kv_device is not None and not kv.disk:
         notes.append("--kv-device is not used: there is room for all KV above it")
-    kv_on_gpu, kv_on_cpu = kv_lines(kv, costs)
     half_way = inputs.shape.prefill_tokens // inputs.shape.batch + inputs.shape.new_tokens // 2
     kv_bytes = kv_bytes_per_pass(kv, half_way, inputs.topk_blk)
     return Plan(
@@ -105,8 +103,8 @@ def make_plan(inputs: PlanInputs) -> Plan:
         kv=kv,
         chunk_tokens=portions.chunk_tokens,
         wave_rows=portions.wave_rows,
-        gpu_lines=_in_order(on_gpu + kv_on_gpu),
-        cpu_lines=_in_order(on_cpu + kv_on_cpu),
+        gpu_lines=_in_order(on_gpu + kv_gpu_lines(kv, costs)),
+        cpu_lines=_in_order(on_cpu + kv_cpu_lines(kv)),
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
         bytes_per_pass={**_bytes_per_pass(inputs, placement), "kv_h2d": kv_bytes},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from wsm.plan.hardware import GIB
 from wsm.plan.levers import Step, more_bytes, steps
@@ -53,12 +54,7 @@ def _layers_text(layers: tuple[int, ...], layer_bytes: int) -> str:
     """How many, their size, and which: neighbours drawn together, ``0-2, 5``."""
     if not layers:
         return "0 layers"
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     ranges = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"{len(layers)} layers, {len(layers) * layer_bytes / GIB:.3f} GiB: {ranges}"
 

@@ -60,7 +60,8 @@ def test_on_the_cpu_both_tiers_share_one_budget() -> None:
     assert plan.cpu_bytes == sum(line.nbytes for line in (*plan.gpu_lines, *plan.cpu_lines))
     assert not any("CUDA" in line.name for line in plan.gpu_lines)
     short = make_plan(replace(plan.inputs, hardware=Hardware("cpu", None, None, 0, plan.cpu_bytes - 1)))
-    assert short.cpu_short_bytes == 1
+    assert not short.fits_cpu
+    assert short.cpu_bytes - short.cpu_budget_bytes == 1
 
 
 def test_budgets_are_what_the_flags_say_but_never_more_than_is_free() -> None:

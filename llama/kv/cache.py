@@ -21,7 +21,7 @@ from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout
 def attended_tokens(length: int, room: int) -> int:
     """Positions that a decode step attends over where the longest row has ``length``: whole blocks, at most ``room``.
 
-    Beyond 2 048 tokens the steps grow with the length, so that they stay few: at most an eighth is attended in vain.
+    Beyond 2 048 tokens the steps grow with the length, and stay few: at most an eighth of the positions is masked.
     """
     step = max(KV_BLOCK_TOKENS, 1 << max(0, length.bit_length() - 4))
     return min(-(-length // step) * step, room)
@@ -39,7 +39,7 @@ class KVWindow(NamedTuple):
 
 
 class Wrote(NamedTuple):
-    """One new token a row, as :meth:`KVCache.wrote_tokens` is told of it.
+    """One new token per row, for :meth:`KVCache.wrote_tokens`.
 
     ``positions`` are the tokens' own, ``places_in_row`` where they stand in the window, both int64 ``[n]``; ``keys``
     are ``[n, n_kv_heads, head_dim]``, ``queries`` ``[n, n_heads, head_dim]``.
@@ -70,7 +70,7 @@ class KVCache:
         record: how keys and values are stored; as the model computes them unless given.
         stretch_rows: rows whose KV is moved and attended together; all of them unless given.
         tier: has the stretches that are not on the device; None: all are.
-        topk: blocks a row that a decode step may bring from below the device; 0 for all.
+        topk: blocks per row that a decode step may bring from below the device; 0 for all.
 
     ``lengths`` are the tokens that each row holds in every layer, kept on the host; ``passes`` counts those begun.
     """
@@ -195,7 +195,7 @@ class KVCache:
             new.queries[row], new.positions[row] = query.clone(), position
 
     def wrote_tokens(self, layer: int, stretch: int, first: int, places: Tensor, wrote: Wrote) -> None:
-        """One new token a row is in the window of a stretch, in its rows ``first`` on.
+        """One new token per row is in the window of a stretch, in its rows ``first`` on.
 
         Args:
             places: those rows, int64 ``[n]`` on the device.
@@ -209,7 +209,7 @@ class KVCache:
         if bounds is not None:
             bounds.add_tokens(places, wrote.positions, wrote.keys)
             queries = wrote.queries.clone()
-            for place in range(len(queries)):  # a row each: a later chunk may go on with the last of them
+            for place in range(len(queries)):  # row by row: a later chunk may go on with the last of them
                 new.queries[first + place] = queries[place : place + 1]
                 new.positions[first + place] = wrote.positions[place : place + 1]
 

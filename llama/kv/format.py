@@ -72,7 +72,7 @@ class Int8Format(KVFormat):
 
     def _packed(self, new: Tensor) -> Tensor:
         wide = new.float()
-        # Never 0, so that a head of zeros is divided as any other.
+        # Never 0: a head of zeros is divided as any other.
         scales = (wide.abs().amax(dim=-1, keepdim=True) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
         whole = (wide / scales).round().to(torch.int8)
         padding = scales.new_zeros((*scales.shape[:-1], _PADDING_BYTES), dtype=torch.uint8)

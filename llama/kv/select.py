@@ -98,10 +98,10 @@ def select_blocks(queries: Tensor, bounds: BlockBounds, rows: Tensor, newest: Te
     if k < 2:
         raise ValueError(f"a step needs the first and the newest block, not {k} blocks")
     scores = block_scores(queries, bounds, rows)
-    none = scores.shape[-1]  # stands for no block: above all of them, so that it sorts behind them
+    none = scores.shape[-1]  # stands for no block: above all of them: it sorts behind them
     block = torch.arange(none, device=scores.device)
     candidates = (block > 0) & (block < newest.unsqueeze(1))  # [n, blocks]
-    # Finite, so that a candidate stands before the others whatever its score.
+    # Finite: a candidate stands before the others whatever its score.
     scores = scores.nan_to_num().masked_fill(~candidates.unsqueeze(1), -math.inf)
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : k - 2]
     exists = block[: k - 2] < newest.unsqueeze(1) - 1  # [n, <= k - 2]

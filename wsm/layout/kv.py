@@ -123,7 +123,7 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVPlacement:
-    """Which units lie below the device, and in which tier: ``cpu`` (page-locked) or ``disk`` (``--kv-device``)."""
+    """Which units are below the device, and in which tier: ``cpu`` (page-locked) or ``disk`` (``--kv-device``)."""
 
     layout: KVLayout
     cpu: tuple[Unit, ...] = ()

@@ -102,7 +102,7 @@ def measure_hardware(device: torch.device, ranks_here: int = 1, most_context_byt
 
     On CUDA this creates the context and takes its size from what it leaves free.
 
-    To be called before the first computation, so that no kernel is loaded yet.
+    To be called before the first computation: no kernel is loaded then.
     """
     memory = psutil.virtual_memory()
     cpu = cpu_available(memory.available, memory.total, cgroup_memory()) // ranks_here
@@ -130,7 +130,7 @@ def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
 
 
 def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
-    """Make torch fail beyond ``allowed_bytes``, so that a large GPU stands in for a small one."""
+    """Make torch fail beyond ``allowed_bytes``: a large GPU stands in for a small one."""
     if device.type != "cuda" or allowed_bytes is None:
         return
     import torch

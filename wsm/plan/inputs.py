@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
-    """How many tokens a run has: rows, the longest prompt, new tokens a row, and prompt tokens of all rows."""
+    """How many tokens a run has: rows, the longest prompt, new tokens per row, and prompt tokens of all rows."""
 
     batch: int
     prompt_tokens: int
@@ -81,7 +81,7 @@ class PlanInputs:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV a row, in whole blocks."""
+        """Tokens of KV per row, in whole blocks."""
         return round_up(self.shape.prompt_tokens + self.shape.new_tokens, KV_BLOCK_TOKENS)
 
     @property

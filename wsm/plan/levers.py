@@ -272,7 +272,7 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     as_large = min(layers, -(-inputs.layouts[None].nbytes // inputs.slot_bytes()))
     starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in (1, as_large)]
     best = make_plan(RESIDENTS.at(starts[-1], 0))
-    # So do residents of the GPU: where all layers lie there, fewer may fit where all do not.
+    # So do residents of the GPU: where all layers are there, fewer may fit where all do not.
     goods: list[Good] = [lambda plan: plan.fits]
     if inputs.hardware.has_gpu:
         goods.append(lambda plan: plan.fits_gpu)

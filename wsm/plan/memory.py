@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import IntEnum, auto
 from typing import NamedTuple
 
-from wsm.layout.groups import BLOCK, KINDS, lie_apart, round_up
+from wsm.layout.groups import BLOCK, KINDS, bytes_apart, round_up
 from wsm.layout.kv import WINDOWS
 from wsm.layout.model import ModelShape
 from wsm.plan.hardware import MIB
@@ -19,7 +19,7 @@ WORKSPACE_BYTES = 64 * MIB
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
 SORTED_BYTES = 56
-"""Bytes a logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
+"""Bytes per logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
 
 
 class MemoryKind(IntEnum):
@@ -59,7 +59,7 @@ def total(lines: Iterable[MemoryLine]) -> int:
 
 
 class Portions(NamedTuple):
-    """Tokens a chunk, rows whose KV is moved together, and rows a wave, in whole stretches."""
+    """Tokens per chunk, rows whose KV is moved together, and rows per wave, in whole stretches."""
 
     chunk_tokens: int
     stretch_rows: int
@@ -171,11 +171,11 @@ def _converted_kv(inputs: PlanInputs, portions: Portions) -> int:
 
 
 def _copied_matrices(inputs: PlanInputs) -> int:
-    """The model takes queries, keys and values in one product: where their matrices lie apart, it copies them first."""
+    """The model takes queries, keys and values in one product: where their matrices are apart, it copies them first."""
     if inputs.settings.mode == "full":
         return 0
     attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
-    return max(lie_apart(layout, inputs.config.fused) for layout in attn)
+    return max(bytes_apart(layout, inputs.config.fused) for layout in attn)
 
 
 def _gathered_bytes(inputs: PlanInputs) -> int:

@@ -1,7 +1,7 @@
 """Which layer lives in which tier, and how many slots the rest passes through.
 
 Keeping a fixed set and streaming the rest is what Belady's rule gives for a cyclic scan; residents are spread evenly
-over the pass so that the SSD and the link are asked for bytes at a steady rate.
+over the pass, which asks the SSD and the link for bytes at a steady rate.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
-"""Ways in a kind for GPU residents where there is no CPU pool, so that one is read while another is copied.
+"""Staging slots per kind where there is no CPU pool, used only while GPU residents load: one fills, another is copied.
 
 CPU residents' homes serve as such until they are read; what is missing then is memory for loading alone.
 """
@@ -38,7 +38,7 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Residency and pools of a run. Slots are counted a kind; ``notes`` say what was clipped."""
+    """Residency and pools of a run. Slots are counted per kind; ``notes`` say what was clipped."""
 
     mode: str
     residency: Residency
@@ -61,7 +61,7 @@ class Placement:
 
     @property
     def loading_slots(self) -> int:
-        """Slots a kind of page-locked memory that only loading needs."""
+        """Slots per kind of page-locked memory that only loading needs."""
         missing = max(0, LOADING_SLOTS - len(self.residency.cpu))
         return missing if self.residency.gpu and not self.cpu_slots else 0
 
@@ -103,7 +103,7 @@ def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
 
 
 def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) -> tuple[tuple[int, ...], int, int]:
-    """CPU residents, CPU slots a kind, and layers read ahead."""
+    """CPU residents, CPU slots per kind, and layers read ahead."""
     if mode == "stream" or not rest:
         return tuple(rest), 0, 0
     cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)

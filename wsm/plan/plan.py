@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV a row, in whole blocks."""
+        """Tokens of KV per row, in whole blocks."""
         return self.inputs.kv_tokens
 
     @property

@@ -21,7 +21,7 @@ _RESOURCE = {
 
 
 def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
-    """The plan for people: tiers, pools, budgets, bytes a pass, the floor, and what one step of each flag would buy."""
+    """The plan for people: tiers, pools, budgets, bytes per pass, the floor, and what a step of each flag would buy."""
     config, residency, placement = plan.inputs.config, plan.placement.residency, plan.placement
     layer = plan.inputs.slot_bytes()
     tiers = (("GPU", residency.gpu), ("CPU", residency.cpu), ("SSD", residency.ssd))

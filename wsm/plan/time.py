@@ -69,7 +69,7 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
     B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten.
 
     Args:
-        ceilings: ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes a second), ``matmul`` in TFLOPs.
+        ceilings: ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
     """
     return {
         bound: 1e3 * amount / (ceilings[name] * unit) if ceilings.get(name) else None
@@ -82,7 +82,7 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
 
 
 def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
-    """Operations, and the fewest bytes of device memory: each weight once a pass.
+    """Operations, and the fewest bytes of device memory: each weight once per pass.
 
     Args:
         rows: how many there are, by the tokens of their prompt.
@@ -95,7 +95,7 @@ def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, ite
 def decode_work(
     config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int, kv_token_bytes: float
 ) -> Work:
-    """As for the prefill; a decode pass also reads all KV so far, ``kv_token_bytes`` a token of all layers."""
+    """As for the prefill; a decode pass also reads all KV so far, ``kv_token_bytes`` per token of all layers."""
     tokens = sum(rows.values()) * passes
     pairs = sum(count * (n * passes + passes * (passes + 1) / 2) for n, count in rows.items())
     work = _work(config, passes * itemsize, tokens, tokens, pairs)
@@ -103,7 +103,7 @@ def decode_work(
 
 
 def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pairs: float) -> Work:
-    """A matrix takes 2 operations a weight and token, attention 4 a query head's dimension and earlier position.
+    """A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
 
     Args:
         weight_bytes: moved for each weight.

@@ -56,6 +56,7 @@ class _Entered:
     """A window in use that the tier wants back, and what the pass has put into it; by row, what its last token asks."""
 
     window: KVWindow
+    bounds: BlockBounds | None
     fresh: list[Tensor] = field(default_factory=list)
     queries: dict[int, Tensor] = field(default_factory=dict)
     positions: dict[int, Tensor] = field(default_factory=dict)
@@ -151,14 +152,13 @@ class KVCache:
 
     def enter(self, layer: int, stretch: int) -> KVWindow:
         """The KV of a layer and a stretch of rows, to be read and appended to until it is left."""
-        window = self._windows.get((layer, stretch))
-        if window is not None:
-            return window
-        entered = self._entered.get((layer, stretch))
-        if entered is None:
+        unit = layer, stretch
+        if unit in self._windows:
+            return self._windows[unit]
+        if unit not in self._entered:
             assert self.tier is not None
-            entered = self._entered[layer, stretch] = _Entered(KVWindow(*self.tier.enter(layer, stretch)))
-        return entered.window
+            self._entered[unit] = _Entered(KVWindow(*self.tier.enter(layer, stretch)), self._bounds.get(unit))
+        return self._entered[unit].window
 
     def leave(self, layer: int, stretch: int) -> None:
         """All that this pass computes with a layer's stretch is queued."""
@@ -166,17 +166,16 @@ class KVCache:
         if new is None or self.tier is None:
             return
         fresh = torch.cat(new.fresh) if self._decoding else None
-        self.tier.leave(layer, stretch, fresh, self._chosen(layer, stretch, new))
+        self.tier.leave(layer, stretch, fresh, self._chosen(new))
 
-    def _chosen(self, layer: int, stretch: int, new: _Entered) -> Tensor | None:
+    def _chosen(self, new: _Entered) -> Tensor | None:
         """Blocks to bring at the next step, int64 ``[n, n_kv_heads, k]``; None where none are chosen."""
-        bounds = self._bounds.get((layer, stretch))
-        if bounds is None:
+        if new.bounds is None:
             return None
         queries, positions = torch.cat(list(new.queries.values())), torch.cat(list(new.positions.values()))
         rows = torch.arange(min(new.queries), min(new.queries) + len(queries), device=self._device)
         newest = ((positions + 1) // KV_BLOCK_TOKENS).clamp(max=self.layout.blocks - 1)  # a full row ends here
-        return select_blocks(queries, bounds, rows, newest, self.topk)
+        return select_blocks(queries, new.bounds, rows, newest, self.topk)
 
     def wrote_span(
         self, layer: int, stretch: int, segment: Segment, key: Tensor, query: Tensor, position: Tensor
@@ -188,10 +187,10 @@ class KVCache:
             query: of its last token, ``[1, n_heads, head_dim]``.
             position: of its last token, int64 ``[1]`` on the device.
         """
-        bounds, new = self._bounds.get((layer, stretch)), self._entered.get((layer, stretch))
-        if bounds is not None and new is not None:
+        new = self._entered.get((layer, stretch))
+        if new is not None and new.bounds is not None:
             row = segment.row - self.layout.rows_of(stretch).start
-            bounds.add_span(row, segment.start_pos, key)
+            new.bounds.add_span(row, segment.start_pos, key)
             new.queries[row], new.positions[row] = query.clone(), position
 
     def wrote_tokens(self, layer: int, stretch: int, first: int, places: Tensor, wrote: Wrote) -> None:
@@ -205,9 +204,8 @@ class KVCache:
             return
         words = new.window.data.view(word_of(self.record.record_bytes))
         new.fresh.append(words[places, :, wrote.places_in_row].view(torch.uint8))
-        bounds = self._bounds.get((layer, stretch))
-        if bounds is not None:
-            bounds.add_tokens(places, wrote.positions, wrote.keys)
+        if new.bounds is not None:
+            new.bounds.add_tokens(places, wrote.positions, wrote.keys)
             queries = wrote.queries.clone()
             for place in range(len(queries)):  # row by row: a later chunk may go on with the last of them
                 new.queries[first + place] = queries[place : place + 1]

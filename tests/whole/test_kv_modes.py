@@ -15,6 +15,7 @@ from tests.tiny import hf_directory, hf_model
 from wsm.layout.kv import WINDOWS
 from wsm.plan.hardware import GIB
 from wsm.plan.kv import DISK_SLOTS, fresh_bytes, tail_bytes
+from wsm.plan.memory import MemoryKind
 
 LENGTHS = (300, 5, 256, 1, 77, 40, 511, 130)
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
@@ -110,7 +111,7 @@ def test_kv_takes_the_page_locked_memory_of_the_plan_to_the_byte(
         assert llm.kv_tiers is not None
         locked = llm.manager.page_locked_peak_bytes if llm.manager is not None else 0
         assert llm.kv_tiers.page_locked_bytes + locked == llm.plan.page_locked_bytes
-        on_device = next(line.nbytes for line in llm.plan.gpu_lines if " parts (a layer" in line.name)
+        on_device = next(line.nbytes for line in llm.plan.gpu_lines if line.kind == MemoryKind.KV)
         assert llm.kv.nbytes == on_device
 
 

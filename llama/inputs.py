@@ -24,9 +24,10 @@ from llama.stores import read_manifest, stored_config
 from llama.tokenizer import Tokenizer, load_tokenizer
 from wsm.errors import UnusableInput
 from wsm.option import options_of
-from wsm.plan.auto import choose_settings
-from wsm.plan.memory import GIB, Hardware, measure_hardware, tightest
-from wsm.plan.plan import Plan, PlanInputs, RunShape, make_plan
+from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
+from wsm.plan.inputs import PlanInputs, RunShape
+from wsm.plan.levers import choose_settings
+from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 from wsm.store.description import DTYPES, StoreDescription
 from wsm.store.extents import plan_store

@@ -29,8 +29,9 @@ from wsm.engine.telemetry import CollectiveTimes, Telemetry
 from wsm.errors import UnusableInput
 from wsm.kv.tiers import DiskOptions, KVTiers
 from wsm.plan.advice import check_fits
-from wsm.plan.memory import limit_device_memory
-from wsm.plan.plan import Plan, RunShape
+from wsm.plan.hardware import limit_device_memory
+from wsm.plan.inputs import RunShape
+from wsm.plan.plan import Plan
 from wsm.settings import Settings
 from wsm.store.cache import cached_store
 from wsm.store.match import compare_heads

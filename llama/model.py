@@ -15,11 +15,11 @@ from torch import Tensor
 from llama.batch import Segment, TokenBatch, cut
 from llama.config import ModelConfig, RopeScaling
 from llama.kv.cache import KVCache, Wrote, attended_tokens
-from llama.kv.select import BLOCK_TOKENS
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
 from llama.weights import WeightSource, side_by_side
 from wsm.layout.groups import GroupId
+from wsm.layout.kv import KV_BLOCK_TOKENS
 
 Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
 
@@ -228,16 +228,16 @@ class Transformer:
     def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv: KVCache) -> list[Chunk]:
         freqs_cis = self._freqs_cis[batch.positions].unsqueeze(1)
         attended = attended_tokens(max(segment.end_pos for segment in batch.segments), kv.tokens)
-        ends = {segment.row // kv.stretch_rows: segment for segment in batch.segments}
+        ends = {segment.row // kv.layout.stretch_rows: segment for segment in batch.segments}
         chunks = []
         for segments in cut(batch.segments, chunk_tokens):
             part = slice(segments[0].offset, segments[-1].offset + segments[-1].length)
             positions, parts = batch.positions[part], []
-            for stretch, group in groupby(segments, lambda segment: segment.row // kv.stretch_rows):
+            for stretch, group in groupby(segments, lambda segment: segment.row // kv.layout.stretch_rows):
                 inside = tuple(group)
                 tokens = slice(inside[0].offset - part.start, inside[-1].offset + inside[-1].length - part.start)
                 last = (inside[-1].row, inside[-1].end_pos) == (ends[stretch].row, ends[stretch].end_pos)
-                rows = self._rows(inside, positions[tokens], attended, kv.rows_of(stretch).start)
+                rows = self._rows(inside, positions[tokens], attended, kv.layout.rows_of(stretch).start)
                 compact = self._compact(rows, kv.topk) if rows is not None and kv.compact(stretch) else None
                 parts.append(Part(stretch, tokens, inside, last, rows, compact))
             chunks.append(Chunk(part, positions, freqs_cis[part], tuple(parts)))
@@ -253,12 +253,12 @@ class Transformer:
 
     def _compact(self, rows: Rows, k: int) -> Rows:
         """The same rows where their windows hold ``k`` chosen blocks, the newest one last."""
-        begin = (k - 1) * BLOCK_TOKENS
-        positions, newest = begin + rows.positions % BLOCK_TOKENS, rows.positions // BLOCK_TOKENS
-        place = torch.arange(k * BLOCK_TOKENS, device=self.device)
-        older = place < (newest.clamp(max=k - 1) * BLOCK_TOKENS).unsqueeze(1)
+        begin = (k - 1) * KV_BLOCK_TOKENS
+        positions, newest = begin + rows.positions % KV_BLOCK_TOKENS, rows.positions // KV_BLOCK_TOKENS
+        place = torch.arange(k * KV_BLOCK_TOKENS, device=self.device)
+        older = place < (newest.clamp(max=k - 1) * KV_BLOCK_TOKENS).unsqueeze(1)
         shown = older | ((place >= begin) & (place <= positions.unsqueeze(1)))
-        return Rows(rows.first, rows.places, positions, k * BLOCK_TOKENS, self._mask(shown))
+        return Rows(rows.first, rows.places, positions, k * KV_BLOCK_TOKENS, self._mask(shown))
 
     def _mask(self, shown: Tensor) -> Tensor:
         mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device)
@@ -294,7 +294,7 @@ class Transformer:
         self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int, window: Tensor
     ) -> Tensor:
         """Each segment over its own row so far; ``[n, n_heads * head_dim]``, in the memory of ``q``."""
-        first_row = kv.rows_of(part.stretch).start
+        first_row = kv.layout.rows_of(part.stretch).start
         for segment in part.segments:
             begin = segment.offset - chunk.part.start
             tokens = slice(begin, begin + segment.length)

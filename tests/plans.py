@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llama.config import PRESETS, ModelConfig
 from wsm.layout.groups import GroupId, GroupLayout, image_layout, pass_order
-from wsm.plan.memory import GIB, Hardware
-from wsm.plan.plan import PlanInputs, RunShape
+from wsm.plan.hardware import GIB, Hardware
+from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.settings import Settings
 
 H70B = PRESETS["Llama-3.1-70B"]

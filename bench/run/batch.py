@@ -12,7 +12,7 @@ from bench.run.prompts import DEFAULT_FILE, read_prompts
 from llama.config import ModelConfig
 from llama.inputs import Inputs
 from llama.tokenizer import Tokenizer
-from wsm.plan.plan import RunShape
+from wsm.plan.inputs import RunShape
 
 MOST_RANDOM_PROMPTS = 512
 """As many as the guide's prompt file has; a larger batch repeats them."""

@@ -19,7 +19,7 @@ from llama.options import BuildOptions
 from wsm.disk.atomic import write_atomically
 from wsm.engine.probe import probe_compute, probe_link, probe_ssd
 from wsm.layout.groups import GroupId
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 from wsm.store.packed_store import PackedStore
 
 MOST_BUFFERS = 9

@@ -17,8 +17,7 @@ from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traff
 from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.floor import Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
 
 
 @dataclass(frozen=True, slots=True)

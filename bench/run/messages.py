@@ -15,9 +15,10 @@ from bench.result.types import Result
 from llama.inputs import Inputs
 from wsm.errors import KVDeviceError, StoreError
 from wsm.plan.advice import ran_out
-from wsm.plan.auto import auto_flags
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
+from wsm.plan.text import budget_text
+from wsm.plan.time import Ceiling
 
 
 def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, plan: Plan, argv: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
     for note in plan.notes:
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
-        reporter.say(plan.budget_text())
+        reporter.say(budget_text(plan))
 
 
 def say_streaming(reporter: ConsoleReporter, plan: Plan) -> None:

@@ -44,8 +44,7 @@ from bench.run.warnings import (
 )
 from llama.llm import LLaMA
 from wsm.option import options_of
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.prediction import predicted_pass_ms
+from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings, environment_echo
 from wsm.store.description import DTYPE_NAMES
 

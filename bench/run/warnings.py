@@ -11,7 +11,7 @@ import torch
 from bench.result.types_machine import BytesPerPass
 from bench.result.types_phases import Phase
 from wsm.engine.telemetry import Interval, Transfer, merged
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 
 FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
 OUTLIER_DEVIATIONS, OUTLIER_SHARE = 5.0, 0.05

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,20 +12,18 @@ from torch import Tensor
 from llama.batch import Segment
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
-from llama.kv.select import BLOCK_TOKENS, BlockBounds, select_blocks
-
-
-def padded_tokens(tokens: int) -> int:
-    """``tokens`` rounded up to whole blocks."""
-    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+from llama.kv.select import BlockBounds, select_blocks
+from wsm.kv.tiers import KVTiers, word_of
+from wsm.layout.groups import round_up
+from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout
 
 
 def attended_tokens(length: int, room: int) -> int:
     """Positions that a decode step attends over where the longest row has ``length``: whole blocks, at most ``room``.
 
-    Beyond 2 048 tokens the steps grow with the length, so that they stay few: at most an eighth is attended in vain.
+    Beyond 2 048 tokens the steps grow with the length, and stay few: at most an eighth of the positions is masked.
     """
-    step = max(BLOCK_TOKENS, 1 << max(0, length.bit_length() - 4))
+    step = max(KV_BLOCK_TOKENS, 1 << max(0, length.bit_length() - 4))
     return min(-(-length // step) * step, room)
 
 
@@ -41,7 +39,7 @@ class KVWindow(NamedTuple):
 
 
 class Wrote(NamedTuple):
-    """One new token a row, as :meth:`KVCache.wrote_tokens` is told of it.
+    """One new token per row, for :meth:`KVCache.wrote_tokens`.
 
     ``positions`` are the tokens' own, ``places_in_row`` where they stand in the window, both int64 ``[n]``; ``keys``
     are ``[n, n_kv_heads, head_dim]``, ``queries`` ``[n, n_heads, head_dim]``.
@@ -58,42 +56,10 @@ class _Entered:
     """A window in use that the tier wants back, and what the pass has put into it; by row, what its last token asks."""
 
     window: KVWindow
+    bounds: BlockBounds | None
     fresh: list[Tensor] = field(default_factory=list)
     queries: dict[int, Tensor] = field(default_factory=dict)
     positions: dict[int, Tensor] = field(default_factory=dict)
-
-
-class KVTier(Protocol):
-    """Keeps the KV of some layers and stretches below the device, and brings it there in the order of use."""
-
-    def holds(self, layer: int, stretch: int) -> bool:
-        """Whether this KV lies below the device."""
-
-    def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
-        """A pass begins that uses these stretches of every layer, in order.
-
-        Args:
-            before, after: tokens of every row of the cache before and after the pass.
-            k: blocks a row that are brought where a row has more; 0 for all.
-        """
-
-    def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
-        """The KV of the pass's next layer and stretch, as :class:`KVWindow` has it; the compute stream waits for it."""
-
-    def leave(self, layer: int, stretch: int, fresh: Tensor | None, wanted: Tensor | None) -> None:
-        """All that this pass computes with the entered window is queued.
-
-        Args:
-            fresh: one new token a row, ``uint8 [rows, n_kv_heads, 2, record]``; None where the window itself holds
-                what is new.
-            wanted: blocks to bring next time, int64 ``[rows, n_kv_heads, k]``, if they are chosen.
-        """
-
-    def end_row(self, row: int) -> None:
-        """A row's KV will not be asked for again."""
-
-    def reset(self) -> None:
-        """Every row is empty."""
 
 
 class KVCache:
@@ -105,7 +71,7 @@ class KVCache:
         record: how keys and values are stored; as the model computes them unless given.
         stretch_rows: rows whose KV is moved and attended together; all of them unless given.
         tier: has the stretches that are not on the device; None: all are.
-        topk: blocks a row that a decode step may bring from below the device; 0 for all.
+        topk: blocks per row that a decode step may bring from below the device; 0 for all.
 
     ``lengths`` are the tokens that each row holds in every layer, kept on the host; ``passes`` counts those begun.
     """
@@ -120,46 +86,31 @@ class KVCache:
         *,
         record: KVFormat | None = None,
         stretch_rows: int | None = None,
-        tier: KVTier | None = None,
+        tier: KVTiers | None = None,
         topk: int = 0,
     ) -> None:
-        self.config, self.batch, self.tokens, self.tier = config, batch, padded_tokens(tokens), tier
-        self.record = record or kv_format("auto", dtype, config.head_dim)
-        self.stretch_rows = min(batch, stretch_rows or batch)
-        self.topk = topk if 0 < topk * BLOCK_TOKENS < self.tokens and tier is not None else 0
+        self.record, self.tier = record or kv_format("auto", dtype, config.head_dim), tier
+        self.batch, self.tokens = batch, round_up(tokens, KV_BLOCK_TOKENS)
+        stretch_rows = min(batch, stretch_rows or batch)
+        self.layout = layout = KVLayout(
+            config.n_layers, batch, stretch_rows, config.n_kv_heads, self.tokens, self.record.record_bytes
+        )
+        self.topk = topk if 0 < topk < layout.blocks and tier is not None else 0
         self.lengths = [0] * batch
         self.passes = 0
         self._decoding = False
         self._entered: dict[tuple[int, int], _Entered] = {}
-        self._device, self._dtype = device, dtype
-        shape = (config.n_kv_heads, self.tokens, 2, self.record.record_bytes)
-        here = [unit for unit in self.units() if tier is None or not tier.holds(*unit)]
+        self._device = device
+        here = [unit for unit in layout.units() if tier is None or not tier.holds(*unit)]
         # Zeros, not whatever was there: a masked place counts nothing times its value, and nothing times NaN is NaN.
-        rows = sum(len(self.rows_of(stretch)) for _, stretch in here)
-        self._data = torch.zeros(rows, *shape, dtype=torch.uint8, device=device)
-        parts = self._data.split([len(self.rows_of(stretch)) for _, stretch in here])
-        self._windows = dict(zip(here, map(KVWindow, parts), strict=True))
-        self._bounds = {
-            unit: self._new_bounds(unit[1]) for unit in self.units() if self.topk and unit not in self._windows
+        self._data = torch.zeros(layout.shape(layout.rows_in(here)), dtype=torch.uint8, device=device)
+        parts = self._data.split([len(layout.rows_of(stretch)) for _, stretch in here])
+        self._windows: dict[tuple[int, int], KVWindow] = dict(zip(here, map(KVWindow, parts), strict=True))
+        self._bounds: dict[tuple[int, int], BlockBounds] = {
+            unit: BlockBounds(layout.bounds_shape(len(layout.rows_of(unit.stretch)), config.head_dim), dtype, device)
+            for unit in layout.units()
+            if self.topk and unit not in self._windows
         }
-
-    def _new_bounds(self, stretch: int) -> BlockBounds:
-        rows, blocks = len(self.rows_of(stretch)), self.tokens // BLOCK_TOKENS
-        return BlockBounds(rows, self.config.n_kv_heads, blocks, self.config.head_dim, self._dtype, self._device)
-
-    # -- what lies where
-
-    @property
-    def stretches(self) -> int:
-        return -(-self.batch // self.stretch_rows)
-
-    def rows_of(self, stretch: int) -> range:
-        first = stretch * self.stretch_rows
-        return range(first, min(first + self.stretch_rows, self.batch))
-
-    def units(self) -> list[tuple[int, int]]:
-        """Layer and stretch, in the order of a pass."""
-        return [(layer, stretch) for layer in range(self.config.n_layers) for stretch in range(self.stretches)]
 
     @property
     def resident(self) -> bool:
@@ -169,7 +120,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes on the device, without the tier's windows."""
-        return self._data.nbytes + sum(bounds.nbytes for bounds in self._bounds.values())
+        return self._data.nbytes + sum(bounds.data.nbytes for bounds in self._bounds.values())
 
     # -- a pass
 
@@ -190,25 +141,24 @@ class KVCache:
             after = list(self.lengths)
             for segment in segments:
                 after[segment.row] = segment.end_pos
-            used = dict.fromkeys(segment.row // self.stretch_rows for segment in segments)
+            used = dict.fromkeys(segment.row // self.layout.stretch_rows for segment in segments)
             self._decoding = all(segment.length == 1 for segment in segments)
             self.tier.begin(list(used), self.lengths, after, self.topk if self._decoding else 0)
 
     def compact(self, stretch: int) -> bool:
         """Whether the coming decode step of a stretch brings chosen blocks alone from below the device."""
-        longest = max(self.lengths[row] for row in self.rows_of(stretch))
-        return self.topk > 0 and padded_tokens(longest + 1) > self.topk * BLOCK_TOKENS
+        longest = max(self.lengths[row] for row in self.layout.rows_of(stretch))
+        return self.topk > 0 and longest // KV_BLOCK_TOKENS >= self.topk
 
     def enter(self, layer: int, stretch: int) -> KVWindow:
         """The KV of a layer and a stretch of rows, to be read and appended to until it is left."""
-        window = self._windows.get((layer, stretch))
-        if window is not None:
-            return window
-        entered = self._entered.get((layer, stretch))
-        if entered is None:
+        unit = layer, stretch
+        if unit in self._windows:
+            return self._windows[unit]
+        if unit not in self._entered:
             assert self.tier is not None
-            entered = self._entered[layer, stretch] = _Entered(KVWindow(*self.tier.enter(layer, stretch)))
-        return entered.window
+            self._entered[unit] = _Entered(KVWindow(*self.tier.enter(layer, stretch)), self._bounds.get(unit))
+        return self._entered[unit].window
 
     def leave(self, layer: int, stretch: int) -> None:
         """All that this pass computes with a layer's stretch is queued."""
@@ -216,17 +166,16 @@ class KVCache:
         if new is None or self.tier is None:
             return
         fresh = torch.cat(new.fresh) if self._decoding else None
-        self.tier.leave(layer, stretch, fresh, self._chosen(layer, stretch, new))
+        self.tier.leave(layer, stretch, fresh, self._chosen(new))
 
-    def _chosen(self, layer: int, stretch: int, new: _Entered) -> Tensor | None:
+    def _chosen(self, new: _Entered) -> Tensor | None:
         """Blocks to bring at the next step, int64 ``[n, n_kv_heads, k]``; None where none are chosen."""
-        bounds = self._bounds.get((layer, stretch))
-        if bounds is None:
+        if new.bounds is None:
             return None
         queries, positions = torch.cat(list(new.queries.values())), torch.cat(list(new.positions.values()))
         rows = torch.arange(min(new.queries), min(new.queries) + len(queries), device=self._device)
-        newest = ((positions + 1) // BLOCK_TOKENS).clamp(max=self.tokens // BLOCK_TOKENS - 1)  # a full row ends here
-        return select_blocks(queries, bounds, rows, newest, self.topk)
+        newest = ((positions + 1) // KV_BLOCK_TOKENS).clamp(max=self.layout.blocks - 1)  # a full row ends here
+        return select_blocks(queries, new.bounds, rows, newest, self.topk)
 
     def wrote_span(
         self, layer: int, stretch: int, segment: Segment, key: Tensor, query: Tensor, position: Tensor
@@ -238,14 +187,14 @@ class KVCache:
             query: of its last token, ``[1, n_heads, head_dim]``.
             position: of its last token, int64 ``[1]`` on the device.
         """
-        bounds, new = self._bounds.get((layer, stretch)), self._entered.get((layer, stretch))
-        if bounds is not None and new is not None:
-            row = segment.row - self.rows_of(stretch).start
-            bounds.add_span(row, segment.start_pos, key)
+        new = self._entered.get((layer, stretch))
+        if new is not None and new.bounds is not None:
+            row = segment.row - self.layout.rows_of(stretch).start
+            new.bounds.add_span(row, segment.start_pos, key)
             new.queries[row], new.positions[row] = query.clone(), position
 
     def wrote_tokens(self, layer: int, stretch: int, first: int, places: Tensor, wrote: Wrote) -> None:
-        """One new token a row is in the window of a stretch, in its rows ``first`` on.
+        """One new token per row is in the window of a stretch, in its rows ``first`` on.
 
         Args:
             places: those rows, int64 ``[n]`` on the device.
@@ -253,13 +202,12 @@ class KVCache:
         new = self._entered.get((layer, stretch))
         if new is None:
             return
-        word = torch.int64 if self.record.record_bytes % 8 == 0 else torch.uint8
-        new.fresh.append(new.window.data.view(word)[places, :, wrote.places_in_row].view(torch.uint8))
-        bounds = self._bounds.get((layer, stretch))
-        if bounds is not None:
-            bounds.add_tokens(places, wrote.positions, wrote.keys)
+        words = new.window.data.view(word_of(self.record.record_bytes))
+        new.fresh.append(words[places, :, wrote.places_in_row].view(torch.uint8))
+        if new.bounds is not None:
+            new.bounds.add_tokens(places, wrote.positions, wrote.keys)
             queries = wrote.queries.clone()
-            for place in range(len(queries)):  # a row each: a later chunk may go on with the last of them
+            for place in range(len(queries)):  # row by row: a later chunk may go on with the last of them
                 new.queries[first + place] = queries[place : place + 1]
                 new.positions[first + place] = wrote.positions[place : place + 1]
 

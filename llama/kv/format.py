@@ -1,12 +1,10 @@
-"""How the keys or values of one head and token lie in the bytes of the KV cache: as they are, or in 8 bits.
+"""How the keys or values of one head and token are stored in the bytes of the KV cache: as they are, or in 8 bits.
 
 Every tier holds KV as uint8 ``[rows, n_kv_heads, tokens, 2, record]``, the 2 being keys and values. Nothing here makes
 the host wait for the device, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,20 +16,26 @@ _SCALE_BYTES, _PADDING_BYTES = 4, 4
 _LARGEST = 127
 
 
-class KVFormat(Protocol):
-    """Writes and reads records; ``record_bytes`` is the size of one."""
+class KVFormat:
+    """Writes and reads records of ``record_bytes``; here in the model dtype: what is read is what was written."""
 
-    @property
-    def record_bytes(self) -> int: ...
+    def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
+        self.record_bytes = head_dim * dtype.itemsize
+        self._word = self._dtype = dtype
+
+    def _packed(self, new: Tensor) -> Tensor:
+        """Records of ``new`` ``[..., head_dim]``, in words ``[..., words of a record]``."""
+        return new
 
     def write_(self, window: Tensor, rows: Tensor, positions: Tensor, new: Tensor) -> None:
-        """Put one token a row into ``window``.
+        """Put one token of each row into ``window``.
 
         Args:
             window: uint8 ``[R, n_kv_heads, tokens, 2, record]``.
             rows, positions: int64 ``[n]``, on the window's device; no pair twice.
             new: model dtype ``[n, 2, n_kv_heads, head_dim]``, keys before values.
         """
+        window.view(self._word)[rows, :, positions] = self._packed(new).transpose(1, 2)
 
     def write_span_(self, row: Tensor, begin: int, new: Tensor) -> None:
         """Put neighbouring tokens into one row.
@@ -40,6 +44,7 @@ class KVFormat(Protocol):
             row: uint8 ``[n_kv_heads, tokens, 2, record]``.
             new: model dtype ``[n, 2, n_kv_heads, head_dim]``, for the positions from ``begin`` on.
         """
+        row.view(self._word)[:, begin : begin + new.shape[0]] = self._packed(new).permute(2, 0, 1, 3)
 
     def read(self, window: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first ``tokens`` positions, in the model dtype: views where nothing is converted.
@@ -50,28 +55,12 @@ class KVFormat(Protocol):
         Returns:
             Two tensors ``[..., n_kv_heads, tokens, head_dim]``.
         """
-
-
-class PlainFormat:
-    """Records in the model dtype: what is read is what was written, bit by bit."""
-
-    def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
-        self.record_bytes = head_dim * dtype.itemsize
-        self._dtype = dtype
-
-    def write_(self, window: Tensor, rows: Tensor, positions: Tensor, new: Tensor) -> None:
-        _put_tokens_(window.view(self._dtype), rows, positions, new)
-
-    def write_span_(self, row: Tensor, begin: int, new: Tensor) -> None:
-        _put_span_(row.view(self._dtype), begin, new)
-
-    def read(self, window: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         keys, values = window.view(self._dtype).narrow(-3, 0, tokens).unbind(-2)
         return keys, values
 
 
-class Int8Format:
-    """Records of ``head_dim`` int8 values, a float32 scale and 4 zero bytes; symmetric, a scale a head and token.
+class Int8Format(KVFormat):
+    """Records of ``head_dim`` int8 values, a float32 scale and 4 zero bytes; symmetric, one scale per head and token.
 
     The scale is the largest magnitude / 127; so a value is off by at most half a scale, before the model dtype rounds
     it. The zero bytes keep every 256-token block a multiple of 4096 bytes.
@@ -79,13 +68,15 @@ class Int8Format:
 
     def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
         self.record_bytes = head_dim + _SCALE_BYTES + _PADDING_BYTES
-        self._dtype, self._head_dim = dtype, head_dim
+        self._dtype, self._head_dim, self._word = dtype, head_dim, torch.int64
 
-    def write_(self, window: Tensor, rows: Tensor, positions: Tensor, new: Tensor) -> None:
-        _put_tokens_(window.view(torch.int64), rows, positions, _packed(new))
-
-    def write_span_(self, row: Tensor, begin: int, new: Tensor) -> None:
-        _put_span_(row.view(torch.int64), begin, _packed(new))
+    def _packed(self, new: Tensor) -> Tensor:
+        wide = new.float()
+        # Never 0: a head of zeros is divided as any other.
+        scales = (wide.abs().amax(dim=-1, keepdim=True) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        whole = (wide / scales).round().to(torch.int8)
+        padding = scales.new_zeros((*scales.shape[:-1], _PADDING_BYTES), dtype=torch.uint8)
+        return torch.cat((whole.view(torch.uint8), scales.view(torch.uint8), padding), dim=-1).view(torch.int64)
 
     def read(self, window: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         records = window.narrow(-3, 0, tokens)
@@ -98,24 +89,6 @@ class Int8Format:
         return keys, values
 
 
-def _packed(new: Tensor) -> Tensor:
-    """Records of ``new`` ``[..., head_dim]`` in words of 8 bytes, int64 ``[..., head_dim / 8 + 1]``."""
-    wide = new.float()
-    # Never 0, so that a head of zeros is divided as any other.
-    scales = (wide.abs().amax(dim=-1, keepdim=True) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-    whole = (wide / scales).round().to(torch.int8)
-    padding = scales.new_zeros((*scales.shape[:-1], _PADDING_BYTES), dtype=torch.uint8)
-    return torch.cat((whole.view(torch.uint8), scales.view(torch.uint8), padding), dim=-1).view(torch.int64)
-
-
-def _put_tokens_(window: Tensor, rows: Tensor, positions: Tensor, records: Tensor) -> None:
-    window[rows, :, positions] = records.transpose(1, 2)
-
-
-def _put_span_(row: Tensor, begin: int, records: Tensor) -> None:
-    row[:, begin : begin + records.shape[0]] = records.permute(2, 0, 1, 3)
-
-
 def kv_format(name: str, dtype: torch.dtype, head_dim: int) -> KVFormat:
     """The format that ``--kv-dtype`` names: ``auto``, the model's ``dtype``, or ``int8``.
 
@@ -123,7 +96,7 @@ def kv_format(name: str, dtype: torch.dtype, head_dim: int) -> KVFormat:
         UnusableInput: for another name, or for int8 where ``head_dim`` is no multiple of 8.
     """
     if name == "auto":
-        return PlainFormat(dtype, head_dim)
+        return KVFormat(dtype, head_dim)
     if name != "int8":
         raise UnusableInput(f"--kv-dtype must be {' or '.join(KV_DTYPES)}, not {name!r}")
     if head_dim % 8:

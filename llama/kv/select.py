@@ -8,31 +8,25 @@ host wait for the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_TOKENS = 256
-"""Room for KV is taken, and KV is chosen, in blocks of so many tokens."""
+from wsm.layout.kv import KV_BLOCK_TOKENS
 
 
 class BlockBounds:
     """The elementwise smallest and largest key of every block of one unit (one layer, some rows).
 
-    ``data`` is ``[2, rows, n_kv_heads, blocks, head_dim]`` in the model dtype, smallest before largest; a block without
-    keys has +inf and -inf there.
+    ``data`` is of the layout's ``bounds_shape``, ``[2, rows, n_kv_heads, blocks, head_dim]``, in the model dtype,
+    smallest before largest; a block without keys has +inf and -inf there.
     """
 
-    def __init__(
-        self, rows: int, n_kv_heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.data = torch.empty(2, rows, n_kv_heads, blocks, head_dim, dtype=dtype, device=device)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.empty(*shape, dtype=dtype, device=device)
         self.reset()
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
 
     def reset(self) -> None:
         """Forget every key."""
@@ -46,9 +40,9 @@ class BlockBounds:
         """
         done, end = 0, keys.shape[0]
         while done < end:
-            first, inside = divmod(begin + done, BLOCK_TOKENS)
-            blocks = 1 if inside else max(1, (end - done) // BLOCK_TOKENS)
-            take = min(blocks * BLOCK_TOKENS - inside, end - done)
+            first, inside = divmod(begin + done, KV_BLOCK_TOKENS)
+            blocks = 1 if inside else max(1, (end - done) // KV_BLOCK_TOKENS)
+            take = min(blocks * KV_BLOCK_TOKENS - inside, end - done)
             part = keys[done : done + take].unflatten(0, (blocks, -1))  # [blocks, tokens, n_kv_heads, head_dim]
             low, high = self.data[:, row, :, first : first + blocks].unbind(0)
             torch.minimum(low, part.amin(dim=1).transpose(0, 1), out=low)
@@ -62,7 +56,7 @@ class BlockBounds:
             rows, positions: int64 ``[n]``; no row twice.
             keys: ``[n, n_kv_heads, head_dim]``.
         """
-        blocks = positions // BLOCK_TOKENS
+        blocks = positions // KV_BLOCK_TOKENS
         low, high = self.data.unbind(0)
         low[rows, :, blocks] = torch.minimum(low[rows, :, blocks], keys)
         high[rows, :, blocks] = torch.maximum(high[rows, :, blocks], keys)
@@ -104,10 +98,10 @@ def select_blocks(queries: Tensor, bounds: BlockBounds, rows: Tensor, newest: Te
     if k < 2:
         raise ValueError(f"a step needs the first and the newest block, not {k} blocks")
     scores = block_scores(queries, bounds, rows)
-    none = scores.shape[-1]  # stands for no block: above all of them, so that it sorts behind them
+    none = scores.shape[-1]  # stands for no block: above all of them: it sorts behind them
     block = torch.arange(none, device=scores.device)
     candidates = (block > 0) & (block < newest.unsqueeze(1))  # [n, blocks]
-    # Finite, so that a candidate stands before the others whatever its score.
+    # Finite: a candidate stands before the others whatever its score.
     scores = scores.nan_to_num().masked_fill(~candidates.unsqueeze(1), -math.inf)
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : k - 2]
     exists = block[: k - 2] < newest.unsqueeze(1) - 1  # [n, <= k - 2]

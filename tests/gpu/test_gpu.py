@@ -104,7 +104,7 @@ def test_kv_below_the_gpu_changes_no_bit(mode: str, kv_dtype: str, cache: Path) 
         with build(mode, cache, rows=16, tokens=2048, gpu_mem_gb=budget, **same) as llm:
             tokens = llm.generate(prompts, max_new_tokens=12, temperature=0.0, ignore_eos=True).tokens
             answers.append((tokens, llm.logits([prompts[0]]).cpu()))
-            below = llm.plan.kv.below
+            below = len(llm.plan.kv.below)
             kv_bytes = llm.plan.kv.layout.batch * llm.plan.kv.layout.row_bytes * llm.config.n_layers
             budget = (llm.plan.gpu_bytes - 0.35 * kv_bytes) / 2**30  # the context may have grown
     assert 8 < below < 48

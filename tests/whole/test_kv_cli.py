@@ -24,8 +24,8 @@ from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
 from wsm.kv.device import KVDevice
 from wsm.layout.kv import WINDOWS
+from wsm.plan.hardware import GIB
 from wsm.plan.kv import DISK_SLOTS
-from wsm.plan.memory import GIB
 
 Run = Callable[..., tuple[int, str, str]]
 ROWS, LAYERS = 4, 8

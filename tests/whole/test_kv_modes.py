@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 from llama.llm import LLaMA
 from tests.tiny import hf_directory, hf_model
 from wsm.layout.kv import WINDOWS
+from wsm.plan.hardware import GIB
 from wsm.plan.kv import DISK_SLOTS, fresh_bytes, tail_bytes
-from wsm.plan.memory import GIB
+from wsm.plan.memory import MemoryKind
 
 LENGTHS = (300, 5, 256, 1, 77, 40, 511, 130)
 PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
@@ -83,7 +84,7 @@ def test_every_tier_gives_the_tokens_of_transformers(
     """Prompts of 1 to 511 tokens, in chunks of 64; 3 does not divide the batch; again in the same memory."""
     config = {**PLACES, "micro_batch": micro_batch}
     with build(directory, mode, len(PROMPTS), ROOM, **config) as whole:
-        assert whole.plan.kv.below == 0
+        assert not whole.plan.kv.below
         assert tokens(whole) == expected
         logits = whole.logits([PROMPTS[0]])
     for kv_device in (None, tmp_path / "kv"):
@@ -110,7 +111,7 @@ def test_kv_takes_the_page_locked_memory_of_the_plan_to_the_byte(
         assert llm.kv_tiers is not None
         locked = llm.manager.memory.page_locked_peak_bytes if llm.manager is not None else 0
         assert llm.kv_tiers.page_locked_bytes + locked == llm.plan.page_locked_bytes
-        on_device = next(line.nbytes for line in llm.plan.gpu_lines if " parts (a layer" in line.name)
+        on_device = next(line.nbytes for line in llm.plan.gpu_lines if line.kind == MemoryKind.KV)
         assert llm.kv.nbytes == on_device
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama.checkpoint.hf import HFCheckpoint
 from llama.llm import LLaMA
 from tests.tiny import hf_directory, hf_model
+from wsm.plan.memory import MemoryKind
 from wsm.settings import WSM_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def test_no_switch_changes_a_bit(
 def test_an_embedding_in_cpu_memory_leaves_the_gpu_and_is_planned_to_the_byte(directory: Path, cache: Path) -> None:
     config = {"cache_dir": cache, **PLACES}
     with LLaMA.build(directory, mode="stream", mode_config={**config, "embedding": "cpu"}, device="cpu") as llm:
-        moved = next(line.nbytes for line in llm.plan.cpu_lines if line.name == "embedding")
+        moved = next(line.nbytes for line in llm.plan.cpu_lines if line.kind == MemoryKind.GLOBALS)
         assert moved >= llm.plan.inputs.embedding_bytes > 0
         assert llm.manager is not None
         assert llm.manager.memory.page_locked_peak_bytes == llm.plan.page_locked_bytes

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wsm.engine.device import Device
 from wsm.layout.groups import GroupId
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 from wsm.store.source import ChunkRead, GroupRead, GroupSource
 
 SAMPLES = 5

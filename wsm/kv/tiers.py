@@ -18,12 +18,13 @@ from wsm.engine.threads import Threaded
 from wsm.kv.disk import KVDisk
 from wsm.kv.schedule import Fetch, KVSchedule, Write
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
-from wsm.plan.kv import fresh_bytes, page_locked_bytes
+from wsm.plan.kv import fresh_bytes, kv_cpu_lines
+from wsm.plan.memory import total
 from wsm.settings import Settings
 
 
 class KVTiers(Threaded):
-    """Keeps KV in page-locked CPU memory and on a disk, as the placement says; a ``KVTier`` for the model's cache.
+    """Keeps KV in page-locked CPU memory and on a disk, as the placement says, and brings it in the order of use.
 
     Construction takes all the memory; the threads start with it. Close it, also after a failure.
 
@@ -50,7 +51,7 @@ class KVTiers(Threaded):
         self._settings, self._link, self._wanted_groups = settings, link, wanted
         self.pauses = 0
         self._below = frozenset((*placement.cpu, *placement.disk))
-        self._arena = PageLockedArena(page_locked_bytes(placement), device)
+        self._arena = PageLockedArena(total(kv_cpu_lines(placement)), device)
         self._disk: KVDisk | None = None
         self._windows: list[Slot] = []
         try:
@@ -104,13 +105,22 @@ class KVTiers(Threaded):
     # -- the model's side
 
     def holds(self, layer: int, stretch: int) -> bool:
+        """Whether this KV is below the device."""
         return Unit(layer, stretch) in self._below
 
     def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
+        """A pass begins that uses these stretches of every layer, in order.
+
+        Args:
+            before, after: tokens of every row of the cache before and after the pass.
+            k: blocks a row that are brought where a row has more; 0 for all.
+        """
         self._schedule.begin(stretches, before, after, k)
 
     def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
-        """Waits on the host until the fetch is queued, then makes the compute stream wait for it.
+        """The pass's next KV, ``uint8 [rows, n_kv_heads, tokens, 2, record]``, and whether it is chosen blocks alone.
+
+        Waits on the host until the fetch is queued, then makes the compute stream wait for it.
 
         Raises:
             ValueError: if another unit comes next.
@@ -130,13 +140,22 @@ class KVTiers(Threaded):
         return fetch.room.buffer[: torch.Size(shape).numel()].view(shape)
 
     def leave(self, layer: int, stretch: int, fresh: Tensor | None, wanted: Tensor | None) -> None:
+        """All that this pass computes with the entered window is queued.
+
+        Args:
+            fresh: one new token a row, ``uint8 [rows, n_kv_heads, 2, record]``; None where the window itself holds
+                what is new.
+            wanted: blocks to bring next time, int64 ``[rows, n_kv_heads, k]``, if they are chosen.
+        """
         done = self.device.record(self.device.compute_stream())
         self._schedule.leave(Unit(layer, stretch), done, fresh, wanted)
 
     def end_row(self, row: int) -> None:
+        """A row's KV will not be asked for again."""
         self._schedule.end_row(row)
 
     def reset(self) -> None:
+        """Every row is empty."""
         self._schedule.reset()
 
     # -- the threads

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BLOCK = 4096
 """Extents and slots are aligned to this: what O_DIRECT asks for on every common drive."""
 TENSOR_ALIGNMENT = 512
-"""As torch's own CUDA allocations, so that every mode runs the same kernels."""
+"""As torch's own CUDA allocations: every mode runs the same kernels."""
 
 
 Kind = Literal["attn", "ffn"]
@@ -83,8 +83,8 @@ def without(layout: GroupLayout, name: str) -> GroupLayout:
     return image_layout([TensorSpec(tensor.name, tensor.shape) for tensor in kept], kept[0].dtype)
 
 
-def lie_apart(layout: GroupLayout, names: Sequence[str]) -> int:
-    """Bytes of the named tensors where they do not lie one right behind the other, in this order; else 0."""
+def bytes_apart(layout: GroupLayout, names: Sequence[str]) -> int:
+    """Bytes of the named tensors where they are not one right behind the other, in this order; else 0."""
     parts = [tensor for name in names for tensor in layout.tensors if tensor.name == name]
     ends = [part.offset + part.nbytes for part in parts]
     adjacent = all(end == part.offset for end, part in zip(ends, parts[1:], strict=False))

@@ -1,4 +1,4 @@
-"""Where KV lies: the bytes of its units, and which of them are in which tier."""
+"""Where KV is: the bytes of its units, and which of them are in which tier."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import product
 from typing import NamedTuple
 
 KV_BLOCK_TOKENS = 256
+"""Room for KV is taken, and KV is chosen, in blocks of so many tokens."""
 WINDOWS = 3
 """Units on the device at once: one is computed with, one drains or waits, one is filled."""
 
@@ -55,15 +56,16 @@ class KVLayout:
         """All of them, in the order of a pass."""
         return _units(self.n_layers, self.stretches)
 
-    @property
-    def n_units(self) -> int:
-        return self.n_layers * self.stretches
-
     def rows_in(self, units: Sequence[Unit]) -> int:
         """Rows of all these units together; only a layer's last stretch may be a short one."""
         last = self.stretches - 1
         missing = self.stretches * self.stretch_rows - self.batch
         return len(units) * self.stretch_rows - missing * sum(unit.stretch == last for unit in units)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return self.tokens // KV_BLOCK_TOKENS
 
     @property
     def token_bytes(self) -> int:
@@ -95,6 +97,10 @@ class KVLayout:
     def shape(self, rows: int, tokens: int | None = None) -> tuple[int, int, int, int, int]:
         return rows, self.n_kv_heads, tokens or self.tokens, 2, self.record_bytes
 
+    def bounds_shape(self, rows: int, head_dim: int) -> tuple[int, int, int, int, int]:
+        """Of what the choice of blocks keeps of some rows: each block's smallest key and its largest."""
+        return 2, rows, self.n_kv_heads, self.blocks, head_dim
+
     def runs(self, lengths: Sequence[int], worth: float = 0.8) -> list[Run]:
         """The bytes of a unit that hold its rows' first ``lengths`` tokens, as few runs.
 
@@ -117,30 +123,25 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVPlacement:
-    """Which units lie below the device, and in which tier: ``cpu`` (page-locked) or ``disk`` (``--kv-device``)."""
+    """Which units are below the device, and in which tier: ``cpu`` (page-locked) or ``disk`` (``--kv-device``)."""
 
     layout: KVLayout
     cpu: tuple[Unit, ...] = ()
     disk: tuple[Unit, ...] = ()
 
     @property
-    def below(self) -> int:
+    def below(self) -> tuple[Unit, ...]:
         """Units that are not on the device."""
-        return len(self.cpu) + len(self.disk)
+        return *self.cpu, *self.disk
 
     @property
     def gpu(self) -> tuple[Unit, ...]:
-        elsewhere = {*self.cpu, *self.disk}
+        elsewhere = frozenset(self.below)
         return tuple(unit for unit in self.layout.units() if unit not in elsewhere)
 
     @property
-    def on_gpu(self) -> int:
-        """Units on the device."""
-        return self.layout.n_units - self.below
-
-    @property
     def gpu_bytes(self) -> int:
-        return self.layout.n_layers * self.layout.batch * self.layout.row_bytes - self.bytes_of((*self.cpu, *self.disk))
+        return self.layout.n_layers * self.layout.batch * self.layout.row_bytes - self.bytes_of(self.below)
 
     def bytes_of(self, units: Sequence[Unit]) -> int:
         return self.layout.rows_in(units) * self.layout.row_bytes

@@ -37,7 +37,7 @@ class ModelShape(Protocol):
     embedding: ClassVar[str]
     """The name of the token embedding among the globals."""
     fused: ClassVar[tuple[str, ...]]
-    """Matrices of an attn group that are one product, so that they have to be one behind the other."""
+    """Matrices of an attn group that are one product, and so have to be one behind the other."""
 
     @property
     def name(self) -> str: ...

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 
 from wsm.layout.groups import BLOCK, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVLayout, KVPlacement, Unit
-from wsm.plan.memory import MIB, MemoryLine, allocator_bytes
+from wsm.plan.hardware import MIB
+from wsm.plan.inputs import PlanInputs
+from wsm.plan.memory import MemoryKind, MemoryLine, allocator_bytes
 from wsm.plan.placement import spread
 
 DISK_SLOTS = 3
@@ -27,8 +30,19 @@ class KVCosts:
     on_gpu: bool
     kv_device: str | None
 
-    def bounds(self, layout: KVLayout, units: Sequence[Unit]) -> int:
-        return layout.rows_in(units) * self.bounds_row_bytes
+    @classmethod
+    def of(cls, inputs: PlanInputs) -> KVCosts:
+        layout = inputs.kv_layout(1)
+        bounds = math.prod(layout.bounds_shape(1, inputs.config.head_dim)) * inputs.dtype.itemsize
+        return cls(bounds if 0 < inputs.topk_blk < layout.blocks else 0, inputs.hardware.has_gpu, inputs.kv_device)
+
+    def on_device(self, nbytes: int) -> int:
+        """What a tensor of so many bytes takes of the device."""
+        return allocator_bytes(nbytes) if self.on_gpu else nbytes
+
+    def windows(self, layout: KVLayout) -> int:
+        """The windows; and small tensors of the choice of blocks and of what is written back."""
+        return WINDOWS * self.on_device(layout.window_bytes) + (16 * MIB if self.on_gpu else 0)
 
 
 def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCosts) -> KVPlacement:
@@ -42,37 +56,26 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
         cpu_room: likewise of the CPU's.
     """
     everywhere = KVPlacement(layout)
-    if gpu_room is None or _on_device(everywhere, costs) <= gpu_room:
+    if gpu_room is None or costs.on_device(everywhere.gpu_bytes) <= gpu_room:
         return everywhere
-    most = layout.window_bytes
+    unit, fresh, tail = layout.window_bytes, fresh_bytes(layout), tail_bytes(layout, layout.stretch_rows)
     bounds = min(layout.batch, layout.stretch_rows) * costs.bounds_row_bytes
     rounding = 2 * MIB if costs.on_gpu else 0  # the parts that stay are one tensor
-    beside = _windows(layout, costs) + _slack(costs) + rounding + layout.n_units * bounds
-    stay = max(0, min(layout.n_units - 1, (gpu_room - beside) // max(1, most - bounds)))
-    _, below = _split(layout.units(), stay)
-    if costs.kv_device is None:
+    beside = costs.windows(layout) + rounding + len(layout.units()) * bounds
+    _, below = _split(layout.units(), min(len(layout.units()) - 1, (gpu_room - beside) // max(1, unit - bounds)))
+    if costs.kv_device is None or fresh + len(below) * unit <= cpu_room:
         return KVPlacement(layout, cpu=below)
-    return _with_disk(layout, below, cpu_room)
+    room = cpu_room - fresh - DISK_SLOTS * unit - len(below) * tail
+    cpu, disk = _split(below, min(len(below), room // max(1, unit - tail)))
+    return KVPlacement(layout, cpu=cpu, disk=disk)
 
 
 def _split(units: Sequence[Unit], stay: int) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """``stay`` of the units, spread evenly over them, and the others."""
-    if not stay:
-        return (), tuple(units)
-    chosen = bytearray(len(units))
-    for place in spread(range(len(units)), stay):
-        chosen[place] = 1
-    return tuple(compress(units, chosen)), tuple(unit for unit, here in zip(units, chosen, strict=True) if not here)
-
-
-def _with_disk(layout: KVLayout, below: tuple[Unit, ...], cpu_room: int) -> KVPlacement:
-    fresh, unit, tail = fresh_bytes(layout), layout.window_bytes, tail_bytes(layout, layout.stretch_rows)
-    if fresh + len(below) * unit <= cpu_room:
-        return KVPlacement(layout, cpu=below)
-    room = cpu_room - fresh - DISK_SLOTS * unit - len(below) * tail
-    stay = max(0, min(len(below), room // max(1, unit - tail)))
-    cpu, disk = _split(below, stay)
-    return KVPlacement(layout, cpu=cpu, disk=disk)
+    """``stay`` of the units (none if it is negative), spread evenly over them, and the others; both in order."""
+    kept = bytearray(len(units))
+    for place in spread(range(len(units)), max(0, stay)):
+        kept[place] = True
+    return tuple(compress(units, kept)), tuple(unit for unit, here in zip(units, kept, strict=True) if not here)
 
 
 def fresh_bytes(layout: KVLayout) -> int:
@@ -85,59 +88,42 @@ def tail_bytes(layout: KVLayout, rows: int) -> int:
     return rows * layout.n_kv_heads * layout.block_bytes
 
 
-def _windows(layout: KVLayout, costs: KVCosts) -> int:
-    window = layout.window_bytes
-    return WINDOWS * (allocator_bytes(window) if costs.on_gpu else window)
-
-
-def _slack(costs: KVCosts) -> int:
-    """Small tensors of the choice of blocks and of what is written back."""
-    return 16 * MIB if costs.on_gpu else 0
-
-
-def _on_device(kv: KVPlacement, costs: KVCosts) -> int:
-    nbytes = kv.gpu_bytes
-    return allocator_bytes(nbytes) if costs.on_gpu else nbytes
-
-
-def kv_lines(kv: KVPlacement, costs: KVCosts) -> tuple[list[MemoryLine], list[MemoryLine]]:
-    """What KV takes of the device's memory, and of the CPU's."""
-    layout, below = kv.layout, (*kv.cpu, *kv.disk)
-    if not below:
-        return [MemoryLine(f"KV, {layout.batch} x {layout.tokens} tokens", _on_device(kv, costs))], []
-    whole, rows = layout.n_units, min(layout.batch, layout.stretch_rows)
-    gpu = [
-        MemoryLine(f"KV, {kv.on_gpu} of {whole} parts (a layer, {rows} rows)", _on_device(kv, costs)),
-        MemoryLine(f"KV windows, {WINDOWS} parts", _windows(layout, costs) + _slack(costs)),
+def kv_gpu_lines(kv: KVPlacement, costs: KVCosts) -> list[MemoryLine]:
+    """What KV takes of the device's memory."""
+    layout, on_device = kv.layout, costs.on_device(kv.gpu_bytes)
+    if not kv.below:
+        return [MemoryLine(MemoryKind.KV, f"KV, {layout.batch} x {layout.tokens} tokens", on_device)]
+    whole, rows = len(layout.units()), min(layout.batch, layout.stretch_rows)
+    parts = f"KV, {whole - len(kv.below)} of {whole} parts (a layer, {rows} rows)"
+    lines = [
+        MemoryLine(MemoryKind.KV, parts, on_device),
+        MemoryLine(MemoryKind.KV_WINDOWS, f"KV windows, {WINDOWS} parts", costs.windows(layout)),
     ]
-    if bounds := costs.bounds(layout, below):
-        gpu.append(MemoryLine("KV block bounds", bounds))
-    cpu = [MemoryLine(f"KV, {len(kv.cpu)} of {whole} parts", _homes(kv) + fresh_bytes(layout))]
+    if bounds := layout.rows_in(kv.below) * costs.bounds_row_bytes:
+        lines.append(MemoryLine(MemoryKind.KV_BOUNDS, "KV block bounds", bounds))
+    return lines
+
+
+def kv_cpu_lines(kv: KVPlacement) -> list[MemoryLine]:
+    """What KV takes of the CPU's memory, all of it page-locked."""
+    layout = kv.layout
+    if not kv.below:
+        return []
+    # Each part begins on a page; of some head sizes it does not end on one.
+    homes = sum(round_up(layout.unit_bytes(unit), BLOCK) for unit in kv.cpu)
+    parts = f"KV, {len(kv.cpu)} of {len(layout.units())} parts"
+    lines = [MemoryLine(MemoryKind.KV, parts, homes + fresh_bytes(layout))]
     if kv.disk:
-        cpu.append(MemoryLine(f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots", _beside_disk(kv)))
-    return gpu, cpu
-
-
-def page_locked_bytes(kv: KVPlacement) -> int:
-    """Page-locked CPU memory of all that lies below the device."""
-    return _homes(kv) + fresh_bytes(kv.layout) + _beside_disk(kv)
-
-
-def _homes(kv: KVPlacement) -> int:
-    """Each part begins on a page; of some head sizes it does not end on one."""
-    return sum(round_up(kv.layout.unit_bytes(unit), BLOCK) for unit in kv.cpu)
-
-
-def _beside_disk(kv: KVPlacement) -> int:
-    if not kv.disk:
-        return 0
-    return DISK_SLOTS * kv.layout.window_bytes + tail_bytes(kv.layout, kv.layout.rows_in(kv.disk))
+        parts = f"KV on --kv-device, {len(kv.disk)} parts: newest blocks, slots"
+        beside = DISK_SLOTS * layout.window_bytes + tail_bytes(layout, layout.rows_in(kv.disk))
+        lines.append(MemoryLine(MemoryKind.KV_DISK, parts, beside))
+    return lines
 
 
 def kv_bytes_per_pass(kv: KVPlacement, length: int, topk: int) -> int:
     """Bytes that a decode pass brings to the device where every row has ``length`` tokens."""
     layout = kv.layout
-    rows = layout.rows_in((*kv.cpu, *kv.disk))
+    rows = layout.rows_in(kv.below)
     if 0 < topk < -(-(length + 1) // KV_BLOCK_TOKENS):
         return rows * layout.n_kv_heads * topk * layout.block_bytes
     return rows * sum(run.nbytes for run in layout.runs([length]))

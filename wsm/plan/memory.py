@@ -1,186 +1,92 @@
-"""What memory there is, and what a run takes of it besides weights and KV."""
+"""What a run takes of memory, line by line, besides KV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from enum import IntEnum, auto
+from typing import NamedTuple
 
-import psutil
-
+from wsm.layout.groups import BLOCK, KINDS, bytes_apart, round_up
+from wsm.layout.kv import WINDOWS
 from wsm.layout.model import ModelShape
+from wsm.plan.hardware import MIB
+from wsm.plan.inputs import PlanInputs
+from wsm.plan.placement import Placement
 
-if TYPE_CHECKING:
-    import torch
-
-MIB, GIB = 1 << 20, 1 << 30
-WORKSPACE_BYTES = 64 << 20
+MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
+WORKSPACE_BYTES = 64 * MIB
 """What cuBLAS and the attention kernels keep for themselves in torch's allocator."""
-MODULES_BYTES = 192 << 20
-"""Kernels that CUDA loads when they are first used, outside torch's allocator; measured on one H200: 180 MB."""
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
 SORTED_BYTES = 56
-"""Bytes a logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
+"""Bytes per logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
+
+
+class MemoryKind(IntEnum):
+    """What takes memory, in the order in which it is shown."""
+
+    WEIGHTS = auto()
+    POOLS = auto()
+    GLOBALS = auto()
+    LOADING_TENSOR = auto()
+    """Ordinary memory, unlike all else of the CPU's."""
+    LOADING = auto()
+    KV = auto()
+    KV_WINDOWS = auto()
+    KV_BOUNDS = auto()
+    KV_DISK = auto()
+    ACTIVATIONS = auto()
+    GRAPHS = auto()
+    CONTEXT = auto()
+    WORKSPACE = auto()
+    SLACK = auto()
 
 
 class MemoryLine(NamedTuple):
-    """One thing that takes memory."""
+    """One thing that takes memory; ``name`` says so to people."""
 
+    kind: MemoryKind
     name: str
     nbytes: int
 
 
-def table(title: str, lines: Sequence[MemoryLine], budget_bytes: int | None) -> str:
-    """A budget, a line each, in GiB (2^30) and MB (10^6), with its sum."""
-    sums = [MemoryLine("sum", sum(line.nbytes for line in lines))]
-    if budget_bytes is not None:
-        sums.append(MemoryLine("budget", budget_bytes))
-    width = max(len(text) for text in (title, *(line.name for line in (*lines, *sums))))
-    rows = [f"{title:<{width + 2}} {'GiB':>10} {'MB':>12}"]
-    rows += [f"  {line.name:<{width}} {line.nbytes / GIB:10.3f} {line.nbytes / 1e6:12.1f}" for line in (*lines, *sums)]
-    return "\n".join(rows)
+def total(lines: Iterable[MemoryLine]) -> int:
+    """Bytes of all lines together."""
+    return sum(line.nbytes for line in lines)
 
 
-# -- what there is
+# -- what is computed at once
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Memory of this machine, in bytes; the GPU's is None where the compute device is the CPU.
-
-    ``gpu_available_bytes`` is what this process may take in all, its CUDA context included; ``gpu_context_bytes`` is
-    what the context takes of it once all kernels are loaded.
-    """
-
-    device: str
-    gpu_total_bytes: int | None
-    gpu_available_bytes: int | None
-    gpu_context_bytes: int
-    cpu_available_bytes: int
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether the GPU tier is memory of its own; otherwise both tiers share the CPU's."""
-        return self.gpu_total_bytes is not None
-
-
-class CgroupMemory(NamedTuple):
-    """A container's memory limit and what is left under it, in bytes."""
-
-    limit: int
-    free: int
-
-
-_UNLIMITED = 1 << 60
-_CACHED = ("inactive_file", "active_file", "total_inactive_file", "total_active_file")
-
-
-def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> CgroupMemory | None:
-    """The tightest memory limit of this process's cgroup and its parents, of version 2 or 1; None without a limit.
-
-    The page cache is not counted as used: the kernel gives it back before it refuses memory.
-    """
-    found = [memory for directory in _cgroup_directories(root, own) if (memory := _read_cgroup(directory))]
-    return min(found, key=lambda memory: memory.free, default=None)
-
-
-def _cgroup_directories(root: Path, own: Path) -> Iterator[Path]:
-    lines = own.read_text().splitlines() if own.exists() else []
-    lines += ["0::/", "0:memory:/"]  # inside a container the path may be the host's, and the root its own
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        relative = PurePosixPath(path.lstrip("/"))
-        yield from (base / part for part in (relative, *relative.parents))
-
-
-def _read_cgroup(directory: Path) -> CgroupMemory | None:
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = int((directory / limit_file).read_text()), int((directory / used_file).read_text())
-            cached = _cached_bytes(directory / "memory.stat")
-        except (OSError, ValueError):  # no such file, or the limit is "max"
-            continue
-        if limit < _UNLIMITED:
-            return CgroupMemory(limit, max(0, limit - max(0, used - cached)))
-    return None
-
-
-def _cached_bytes(file: Path) -> int:
-    counters = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
-    own = sum(int(counters.get(name, 0)) for name in _CACHED[:2])
-    return max(own, sum(int(counters.get(name, 0)) for name in _CACHED[2:]))
-
-
-def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory | None) -> int:
-    """The smaller of free memory and what the container has left, less max(4 GiB, 5 %) for everything else."""
-    if cgroup is not None:
-        available_bytes, total_bytes = min(available_bytes, cgroup.free), min(total_bytes, cgroup.limit)
-    return max(0, available_bytes - max(4 * GIB, total_bytes // 20))
-
-
-def measure_hardware(device: torch.device, ranks_here: int = 1, most_context_bytes: int = GIB) -> Hardware:
-    """The memory of this machine now, the CPU's divided among the ranks that run on it.
-
-    On CUDA this creates the context and takes its size from what it leaves free.
-
-    To be called before the first computation, so that no kernel is loaded yet.
-    """
-    memory = psutil.virtual_memory()
-    cpu = cpu_available(memory.available, memory.total, cgroup_memory()) // ranks_here
-    if device.type != "cuda":
-        return Hardware(str(device), None, None, 0, cpu)
-    import torch
-
-    torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
-    # What others hold of this GPU looks like context; no context is larger than 1 GiB, NCCL's buffers aside.
-    context = min(max(0, total - free - held), most_context_bytes)
-    return Hardware(str(device), total, free + held + context, context + MODULES_BYTES, cpu)
-
-
-def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
-    """This rank's hardware with the least memory that any rank has: all of them have to come to the same plan."""
-    gpus = [rank.gpu_available_bytes for rank in all_ranks if rank.gpu_available_bytes is not None]
-    return replace(
-        mine,
-        gpu_available_bytes=min(gpus) if gpus else None,
-        gpu_context_bytes=max(rank.gpu_context_bytes for rank in all_ranks),
-        cpu_available_bytes=min(rank.cpu_available_bytes for rank in all_ranks),
-    )
-
-
-def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
-    """Make torch fail beyond ``allowed_bytes``, so that a large GPU stands in for a small one."""
-    if device.type != "cuda" or allowed_bytes is None:
-        return
-    import torch
-
-    _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)
-
-
-# -- what the computation takes
-
-
-class Work(NamedTuple):
-    """What is computed at once: tokens of a chunk and of a wave, rows, the longest prompt, tokens of KV a row."""
+class Portions(NamedTuple):
+    """Tokens per chunk, rows whose KV is moved together, and rows per wave, in whole stretches."""
 
     chunk_tokens: int
-    wave_tokens: int
-    batch: int
-    prompt_tokens: int
-    kv_tokens: int
-    itemsize: int
-    on_gpu: bool
+    stretch_rows: int
+    wave_rows: int
+
+    def wave_tokens(self, inputs: PlanInputs) -> int:
+        """The most prompt tokens of a wave."""
+        return min(inputs.shape.prefill_tokens, self.wave_rows * inputs.shape.prompt_tokens)
+
+
+def portions_for(inputs: PlanInputs, budget: int) -> Portions:
+    """What is computed at once. It never depends on the mode, since the modes are to be bit-equal.
+
+    The chunk is the largest power of two up to 2048 whose activations take at most 1/8 of the budget, a wave has as
+    many rows as keep its residual within 1/16, a stretch as many as keep its windows within 1/8. The budget is rounded
+    down to a power of two first: what is free differs a little from run to run, and two runs are to choose the same.
+    """
+    config, itemsize, shape = inputs.config, inputs.dtype.itemsize, inputs.shape
+    steady = 1 << max(0, budget.bit_length() - 1)
+    chunk = inputs.chunk_tokens or MOST_CHUNK_TOKENS
+    if inputs.chunk_tokens is None:
+        while chunk > FEWEST_CHUNK_TOKENS and chunk_bytes(config, chunk, itemsize) > steady // 8:
+            chunk //= 2
+    rows = max(1, min(shape.batch, steady // 16 // (max(1, shape.prompt_tokens) * config.dim * itemsize)))
+    stretch = inputs.micro_batch or min(rows, steady // 8 // (WINDOWS * inputs.kv_layout(1).row_bytes))
+    stretch = max(1, min(shape.batch, stretch))
+    return Portions(chunk, stretch, max(stretch, rows - rows % stretch) if rows < shape.batch else shape.batch)
 
 
 def chunk_bytes(config: ModelShape, tokens: int, itemsize: int) -> int:
@@ -198,34 +104,123 @@ def chunk_bytes(config: ModelShape, tokens: int, itemsize: int) -> int:
     return tokens * max(norm, attention, feed_forward)
 
 
-def activation_bytes(config: ModelShape, work: Work) -> int:
+def activation_bytes(inputs: PlanInputs, portions: Portions) -> int:
     """An upper bound of the activations: what a whole wave keeps, and the largest of a chunk, the head and sampling."""
-    rows, tokens = work.batch, max(work.wave_tokens, work.batch)
-    chunk = min(work.chunk_tokens, tokens)
+    config, itemsize, rows = inputs.config, inputs.dtype.itemsize, inputs.shape.batch
+    tokens = max(portions.wave_tokens(inputs), rows)
+    chunk = min(portions.chunk_tokens, tokens)
     logits = rows * config.vocab_size * 4
     # The residual, the rotations of its positions (complex64), token ids and positions; and the rotary table.
-    kept = tokens * (config.dim * work.itemsize + 4 * config.head_dim + 16) + 4 * config.head_dim * work.kv_tokens
-    head = 2 * logits + min(chunk, rows) * (config.vocab_size * work.itemsize + 8 * config.dim)
+    kept = tokens * (config.dim * itemsize + 4 * config.head_dim + 16) + 4 * config.head_dim * inputs.kv_tokens
+    head = 2 * logits + min(chunk, rows) * (config.vocab_size * itemsize + 8 * config.dim)
     # On the CPU a sort needs no scratch.
-    sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * (SORTED_BYTES if work.on_gpu else 40)
-    computing = chunk_bytes(config, chunk, work.itemsize) + _attention_extra(config, work, chunk) + logits
+    each = SORTED_BYTES if inputs.hardware.has_gpu else 40
+    sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * each
+    computing = chunk_bytes(config, chunk, itemsize) + _attention_extra(inputs, portions, chunk) + logits
     return kept + max(computing, head, sampling)
 
 
-def _attention_extra(config: ModelShape, work: Work, chunk: int) -> int:
+def _attention_extra(inputs: PlanInputs, portions: Portions, chunk: int) -> int:
     """What attention needs besides its inputs and output, where the kernel is not flash attention alone."""
-    q_dim = config.n_heads * config.head_dim
-    padding = (
-        work.batch * work.kv_tokens * (1 + 2 * work.itemsize)
-    )  # the mask of a decode pass, and the comparison it is made from
-    if work.on_gpu:
-        repeated = 2 * q_dim * work.prompt_tokens * work.itemsize if work.itemsize == 4 else 0
+    itemsize, longest = inputs.dtype.itemsize, inputs.shape.prompt_tokens
+    # The mask of a decode pass, and the comparison that it is made from.
+    padding = inputs.shape.batch * inputs.kv_tokens * (1 + 2 * itemsize)
+    if inputs.hardware.has_gpu:
+        repeated = 2 * inputs.config.n_heads * inputs.config.head_dim * longest * itemsize if itemsize == 4 else 0
         return max(padding, repeated)
-    goes_on = work.wave_tokens > chunk  # a row may be cut: its later part needs a mask of its own
-    mask = 12 * min(chunk, work.prompt_tokens) * work.prompt_tokens if goes_on else 0
-    return max(padding, mask)
+    goes_on = portions.wave_tokens(inputs) > chunk  # a row may be cut: its later part needs a mask of its own
+    return max(padding, 12 * min(chunk, longest) * longest if goes_on else 0)
+
+
+# -- the GPU's
+
+
+def gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> list[MemoryLine]:
+    """All but KV."""
+    residents, layer, chunk = len(placement.residency.gpu), inputs.slot_bytes(), portions.chunk_tokens
+    converted = _converted_kv(inputs, portions)
+    activations = activation_bytes(inputs, portions) + _copied_matrices(inputs) + _gathered_bytes(inputs) + converted
+    embedding = "" if inputs.embedding_on_cpu else "embedding, "
+    computing = f"activations, {portions.wave_tokens(inputs)} tokens in chunks of {chunk}"
+    lines = [
+        MemoryLine(MemoryKind.WEIGHTS, f"weights resident, {residents} layers", residents * layer),
+        MemoryLine(MemoryKind.POOLS, f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
+        MemoryLine(MemoryKind.GLOBALS, f"{embedding}final norm and head", inputs.gpu_globals_bytes),
+        MemoryLine(MemoryKind.ACTIVATIONS, computing, activations),
+    ]
+    if not inputs.hardware.has_gpu:
+        return lines
+    if inputs.settings.mode in ("full", "preload") and inputs.ranks == 1:
+        graphs = chunk_bytes(inputs.config, inputs.shape.batch, inputs.dtype.itemsize) + converted
+        lines.append(MemoryLine(MemoryKind.GRAPHS, "decode graphs", graphs))
+    slack = _rounding(inputs, placement) + activations // 8 + 32 * MIB
+    return [
+        *lines,
+        MemoryLine(MemoryKind.CONTEXT, "CUDA context and kernels", inputs.hardware.gpu_context_bytes),
+        MemoryLine(MemoryKind.WORKSPACE, "library workspaces", WORKSPACE_BYTES),
+        MemoryLine(MemoryKind.SLACK, "allocator slack", slack),
+    ]
+
+
+def _converted_kv(inputs: PlanInputs, portions: Portions) -> int:
+    """Keys and values in the model's dtype, where they are stored in another."""
+    if inputs.kv_record_bytes in (None, inputs.plain_record_bytes):
+        return 0
+    values = 2 * inputs.config.n_kv_heads * inputs.kv_tokens * inputs.config.head_dim
+    return portions.stretch_rows * values * (inputs.dtype.itemsize if inputs.hardware.has_gpu else 8)
+
+
+def _copied_matrices(inputs: PlanInputs) -> int:
+    """The model takes queries, keys and values in one product: where their matrices are apart, it copies them first."""
+    if inputs.settings.mode == "full":
+        return 0
+    attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
+    return max(bytes_apart(layout, inputs.config.fused) for layout in attn)
+
+
+def _gathered_bytes(inputs: PlanInputs) -> int:
+    """Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both."""
+    rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
+    return 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
 
 
 def allocator_bytes(nbytes: int) -> int:
     """What torch's CUDA allocator takes for a tensor: from 10 MiB on whole 2 MiB."""
-    return nbytes if nbytes < 10 * MIB else -(-nbytes // (2 * MIB)) * 2 * MIB
+    return nbytes if nbytes < 10 * MIB else round_up(nbytes, 2 * MIB)
+
+
+def _rounding(inputs: PlanInputs, placement: Placement) -> int:
+    """What torch's allocator adds to weights and slots."""
+
+    def added(nbytes: int) -> int:
+        return allocator_bytes(nbytes) - nbytes
+
+    if placement.mode == "full":
+        return sum(added(tensor.nbytes) for layout in inputs.layouts.values() for tensor in layout.tensors)
+    layers = len(placement.residency.gpu) + placement.gpu_slots
+    return layers * sum(added(inputs.kind_bytes(kind)) for kind in KINDS) + added(inputs.gpu_globals_bytes)
+
+
+# -- the CPU's
+
+
+def cpu_lines(inputs: PlanInputs, placement: Placement) -> list[MemoryLine]:
+    """All but KV."""
+    if placement.mode == "full":
+        largest = max(tensor.nbytes for layout in inputs.layouts.values() for tensor in layout.tensors)
+        line = MemoryLine(MemoryKind.LOADING_TENSOR, "loading, one tensor at a time", largest)
+        return [line] if inputs.hardware.has_gpu else []
+    layer, residents = inputs.slot_bytes(), len(placement.residency.cpu)
+    lines = [
+        MemoryLine(MemoryKind.WEIGHTS, f"weights resident, {residents} layers", residents * layer),
+        MemoryLine(MemoryKind.POOLS, f"pools, {placement.cpu_slots} slots a kind", placement.cpu_slots * layer),
+    ]
+    if inputs.embedding_on_cpu:
+        lines.append(MemoryLine(MemoryKind.GLOBALS, "embedding", round_up(inputs.embedding_bytes, BLOCK)))
+    # GPU residents come through the CPU layers' memory, or through slots of their own where there is too little; the
+    # globals through any memory that is large enough, or through a buffer of their own.
+    image, loading = inputs.layouts[None].nbytes, placement.loading_slots * layer
+    loading += image if image > max(loading, placement.cpu_layers * layer) else 0
+    if loading:
+        lines.append(MemoryLine(MemoryKind.LOADING, "loading buffers, freed after loading", loading))
+    return lines

@@ -1,7 +1,7 @@
 """Which layer lives in which tier, and how many slots the rest passes through.
 
 Keeping a fixed set and streaming the rest is what Belady's rule gives for a cyclic scan; residents are spread evenly
-over the pass so that the SSD and the link are asked for bytes at a steady rate.
+over the pass, which asks the SSD and the link for bytes at a steady rate.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
-"""Ways in a kind for GPU residents where there is no CPU pool, so that one is read while another is copied.
+"""Staging slots per kind where there is no CPU pool, used only while GPU residents load: one fills, another is copied.
 
 CPU residents' homes serve as such until they are read; what is missing then is memory for loading alone.
 """
@@ -38,7 +38,7 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Residency and pools of a run. Slots are counted a kind; ``notes`` say what was clipped."""
+    """Residency and pools of a run. Slots are counted per kind; ``notes`` say what was clipped."""
 
     mode: str
     residency: Residency
@@ -61,7 +61,7 @@ class Placement:
 
     @property
     def loading_slots(self) -> int:
-        """Slots a kind of page-locked memory that only loading needs."""
+        """Slots per kind of page-locked memory that only loading needs."""
         missing = max(0, LOADING_SLOTS - len(self.residency.cpu))
         return missing if self.residency.gpu and not self.cpu_slots else 0
 
@@ -72,17 +72,12 @@ def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(layers[(2 * i + 1) * n // (2 * count)] for i in range(count))
 
 
-def gpu_slots_for(settings: Settings, streamed_layers: int) -> int:
-    """GPU slots a kind: from the look-ahead in groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all."""
-    depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
-    return min(depth // 2 + 1, settings.gpu_max_groups // 2, streamed_layers)
-
-
 def place(n_layers: int, settings: Settings) -> Placement:
     """Residency and pools for a model of ``n_layers``.
 
     With L layers, G on the GPU, C layers of CPU memory and P read ahead: `belady` keeps C - P residents and P slots,
-    `fifo` one window of C slots; neither needs the SSD where C >= L - G.
+    `fifo` one window of C slots; neither needs the SSD where C >= L - G. GPU slots follow from the look-ahead in
+    groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all.
     """
     notes: list[str] = []
     mode = settings.mode
@@ -95,7 +90,8 @@ def place(n_layers: int, settings: Settings) -> Placement:
     cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
     on_cpu = set(cpu)
     residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu))
-    gpu_slots = gpu_slots_for(settings, len(rest))
+    depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
+    gpu_slots = min(depth // 2 + 1, settings.gpu_max_groups // 2, len(rest))
     staged = _staged(n_layers, residency, gpu_slots, settings, ahead, notes)
     return Placement(mode, residency, gpu_slots, slots, ahead, staged, tuple(notes))
 
@@ -107,7 +103,7 @@ def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
 
 
 def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) -> tuple[tuple[int, ...], int, int]:
-    """CPU residents, CPU slots a kind, and layers read ahead."""
+    """CPU residents, CPU slots per kind, and layers read ahead."""
     if mode == "stream" or not rest:
         return tuple(rest), 0, 0
     cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)

@@ -44,9 +44,8 @@ from wsm.engine.telemetry import PhaseStats, Transfer
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.floor import decode_work, predicted_floor, prefill_work
 from wsm.plan.plan import make_plan
+from wsm.plan.time import Ceiling, decode_work, predicted_floor, prefill_work
 from wsm.settings import ECHOED_ONLY, PRESETS, Settings
 
 GUIDE = json.loads("""{

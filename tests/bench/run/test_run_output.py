@@ -21,7 +21,7 @@ from llama.inputs import Inputs, open_inputs
 from llama.options import BuildOptions
 from tests.results import typed, varied
 from tests.tiny import hf_directory, hf_model
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 
 FAST = ["--max-new-tokens", "4", "--prompt-len", "16", "--ignore-eos", "--no-probe", "--device", "cpu"]
 

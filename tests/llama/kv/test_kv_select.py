@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.kv.select import BLOCK_TOKENS, BlockBounds, block_scores, select_blocks
+from llama.kv.select import BlockBounds, block_scores, select_blocks
+from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout
 
 CPU = torch.device("cpu")
 N_KV, HEAD_DIM = 2, 4
@@ -21,9 +22,16 @@ def whole_numbers(*shape: int, seed: int, most: int = 8) -> Tensor:
     return torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
+def empty_bounds(
+    rows: int, n_kv_heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> BlockBounds:
+    layout = KVLayout(1, rows, rows, n_kv_heads, blocks * KV_BLOCK_TOKENS, head_dim * dtype.itemsize)
+    return BlockBounds(layout.bounds_shape(rows, head_dim), dtype, device)
+
+
 def filled(lengths: list[int], blocks: int, seed: int = 0, most: int = 8) -> tuple[BlockBounds, list[Tensor]]:
     """Bounds of rows of these lengths, and their keys ``[length, n_kv, head_dim]``."""
-    bounds = BlockBounds(len(lengths), N_KV, blocks, HEAD_DIM, torch.float32, CPU)
+    bounds = empty_bounds(len(lengths), N_KV, blocks, HEAD_DIM, torch.float32, CPU)
     keys = [whole_numbers(length, N_KV, HEAD_DIM, seed=seed + row, most=most) for row, length in enumerate(lengths)]
     for row, part in enumerate(keys):
         bounds.add_span(row, 0, part)
@@ -36,7 +44,7 @@ def filled(lengths: list[int], blocks: int, seed: int = 0, most: int = 8) -> tup
 def blocks_of(keys: Tensor) -> list[list[list[float]]]:
     """Of one row and KV head's keys ``[length, head_dim]``."""
     listed = keys.tolist()
-    return [listed[at : at + BLOCK_TOKENS] for at in range(0, len(listed), BLOCK_TOKENS)]
+    return [listed[at : at + KV_BLOCK_TOKENS] for at in range(0, len(listed), KV_BLOCK_TOKENS)]
 
 
 def most_possible(query: list[float], block: list[list[float]]) -> float:
@@ -64,13 +72,13 @@ def chosen(queries: list[list[float]], blocks: list[list[list[float]]], newest: 
 def test_bounds_are_those_of_the_keys_however_they_came_in(cuts: list[int], dtype: torch.dtype) -> None:
     """Spans of any length and alignment into row 1; the others stay empty."""
     total, begin = sum(cuts), 0
-    blocks = -(-total // BLOCK_TOKENS) + 1
-    bounds = BlockBounds(3, N_KV, blocks, HEAD_DIM, dtype, CPU)
+    blocks = -(-total // KV_BLOCK_TOKENS) + 1
+    bounds = empty_bounds(3, N_KV, blocks, HEAD_DIM, dtype, CPU)
     keys = torch.randn(total, N_KV, HEAD_DIM, generator=torch.Generator().manual_seed(total)).to(dtype)
     for length in cuts:
         bounds.add_span(1, begin, keys[begin : begin + length])
         begin += length
-    for block, part in enumerate(keys.split(BLOCK_TOKENS)):
+    for block, part in enumerate(keys.split(KV_BLOCK_TOKENS)):
         assert torch.equal(bounds.data[0, 1, :, block], part.amin(dim=0))
         assert torch.equal(bounds.data[1, 1, :, block], part.amax(dim=0))
     for empty in (bounds.data[:, 0], bounds.data[:, 2], bounds.data[:, 1, :, -1:]):
@@ -78,7 +86,7 @@ def test_bounds_are_those_of_the_keys_however_they_came_in(cuts: list[int], dtyp
 
 
 def test_a_span_takes_at_most_three_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds = BlockBounds(1, N_KV, 40, HEAD_DIM, torch.float32, CPU)
+    bounds = empty_bounds(1, N_KV, 40, HEAD_DIM, torch.float32, CPU)
     steps: list[None] = []
     real = torch.minimum
 
@@ -105,7 +113,7 @@ def test_tokens_one_by_one_give_the_bounds_of_a_span(lengths: list[int], data: s
             torch.tensor([lengths[row] + step for row in rows]),
             torch.stack([more[row][step] for row in rows]),
         )
-    wanted = BlockBounds(len(lengths), N_KV, 4, HEAD_DIM, torch.float32, CPU)
+    wanted = empty_bounds(len(lengths), N_KV, 4, HEAD_DIM, torch.float32, CPU)
     for row, part in enumerate(keys):
         wanted.add_span(row, 0, torch.cat((part, more[row])) if row in rows else part)
     assert torch.equal(bounds.data, wanted.data)
@@ -113,12 +121,12 @@ def test_tokens_one_by_one_give_the_bounds_of_a_span(lengths: list[int], data: s
 
 def test_reset_forgets_and_the_bytes_are_as_planned() -> None:
     bounds, _ = filled([300, 20], 2)
-    fresh = BlockBounds(2, N_KV, 2, HEAD_DIM, torch.float32, CPU)
+    fresh = empty_bounds(2, N_KV, 2, HEAD_DIM, torch.float32, CPU)
     assert not torch.equal(bounds.data, fresh.data)
     bounds.reset()
     assert torch.equal(bounds.data, fresh.data)
-    assert bounds.nbytes == 2 * 2 * N_KV * 2 * HEAD_DIM * 4
-    assert BlockBounds(2, 3, 5, 8, torch.bfloat16, CPU).nbytes == 2 * 2 * 3 * 5 * 8 * 2
+    assert bounds.data.nbytes == 2 * 2 * N_KV * 2 * HEAD_DIM * 4
+    assert empty_bounds(2, 3, 5, 8, torch.bfloat16, CPU).data.nbytes == 2 * 2 * 3 * 5 * 8 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,10 +135,10 @@ def test_no_key_of_a_block_scores_above_its_bound(dtype: torch.dtype, seed: int)
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(1024, N_KV, 64, generator=generator).to(dtype)
     queries = torch.randn(1, N_KV, 64, generator=generator).to(dtype)
-    bounds = BlockBounds(1, N_KV, 4, 64, dtype, CPU)
+    bounds = empty_bounds(1, N_KV, 4, 64, dtype, CPU)
     bounds.add_span(0, 0, keys)
     scores = block_scores(queries, bounds, torch.tensor([0]))[0]  # [n_kv, blocks]
-    products = torch.einsum("hd,thd->ht", queries[0].double(), keys.double()).unflatten(1, (4, BLOCK_TOKENS))
+    products = torch.einsum("hd,thd->ht", queries[0].double(), keys.double()).unflatten(1, (4, KV_BLOCK_TOKENS))
     assert scores.dtype == torch.float32
     assert bool((scores >= products.amax(dim=-1)).all())
     assert bool((scores <= 64 * 4.5**2).all()), "a bound that holds because it is endless"
@@ -151,7 +159,7 @@ def test_a_bound_only_grows_as_keys_come_in(seed: int, length: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 8 * BLOCK_TOKENS - 1), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 8 * KV_BLOCK_TOKENS - 1), min_size=1, max_size=4),
     n_rep=st.integers(1, 3),
     k=st.integers(2, 11),
     most=st.sampled_from([1, 8]),
@@ -162,7 +170,7 @@ def test_the_choice_is_plain_python_s(lengths: list[int], n_rep: int, k: int, mo
     bounds, keys = filled(lengths, 8, seed, most)
     rows = list(reversed(range(len(lengths))))
     queries = whole_numbers(len(rows), n_rep * N_KV, HEAD_DIM, seed=seed + 99, most=most)
-    newest = [lengths[row] // BLOCK_TOKENS for row in rows]
+    newest = [lengths[row] // KV_BLOCK_TOKENS for row in rows]
     found = select_blocks(queries, bounds, torch.tensor(rows), torch.tensor(newest), k)
     assert (found.dtype, found.shape) == (torch.int64, (len(rows), N_KV, k))
     for place, row in enumerate(rows):
@@ -179,18 +187,18 @@ def test_two_blocks_are_the_first_and_the_newest() -> None:
 
 
 def test_a_newest_block_that_has_no_keys_yet_is_chosen_and_makes_no_nan() -> None:
-    bounds, _ = filled([5 * BLOCK_TOKENS], 6)
+    bounds, _ = filled([5 * KV_BLOCK_TOKENS], 6)
     queries = torch.zeros(1, N_KV, HEAD_DIM)  # 0 * inf
     found = select_blocks(queries, bounds, torch.tensor([0]), torch.tensor([5]), 4)
     assert found.tolist() == [[[0, 1, 2, 5]] * N_KV]
 
 
 def test_each_kv_head_chooses_for_itself_and_the_loudest_key_wins() -> None:
-    bounds = BlockBounds(1, N_KV, 8, HEAD_DIM, torch.bfloat16, CPU)
-    keys = torch.zeros(8 * BLOCK_TOKENS - 1, N_KV, HEAD_DIM, dtype=torch.bfloat16)
-    keys[3 * BLOCK_TOKENS + 17, 0, 2] = -9
-    keys[6 * BLOCK_TOKENS, 1, 0] = 5
-    keys[2 * BLOCK_TOKENS, :, 0] = -50  # against the query: no reason to fetch it
+    bounds = empty_bounds(1, N_KV, 8, HEAD_DIM, torch.bfloat16, CPU)
+    keys = torch.zeros(8 * KV_BLOCK_TOKENS - 1, N_KV, HEAD_DIM, dtype=torch.bfloat16)
+    keys[3 * KV_BLOCK_TOKENS + 17, 0, 2] = -9
+    keys[6 * KV_BLOCK_TOKENS, 1, 0] = 5
+    keys[2 * KV_BLOCK_TOKENS, :, 0] = -50  # against the query: no reason to fetch it
     bounds.add_span(0, 0, keys)
     queries = torch.tensor([[[0, 0, -1, 0], [1, 0, 0, 0]]], dtype=torch.bfloat16)
     found = select_blocks(queries, bounds, torch.tensor([0]), torch.tensor([7]), 3)
@@ -198,15 +206,15 @@ def test_each_kv_head_chooses_for_itself_and_the_loudest_key_wins() -> None:
 
 
 def test_equal_scores_take_the_lower_block() -> None:
-    bounds = BlockBounds(1, 1, 64, HEAD_DIM, torch.float32, CPU)
-    bounds.add_span(0, 0, torch.ones(63 * BLOCK_TOKENS, 1, HEAD_DIM))
+    bounds = empty_bounds(1, 1, 64, HEAD_DIM, torch.float32, CPU)
+    bounds.add_span(0, 0, torch.ones(63 * KV_BLOCK_TOKENS, 1, HEAD_DIM))
     found = select_blocks(torch.ones(1, 1, HEAD_DIM), bounds, torch.tensor([0]), torch.tensor([63]), 8)
     assert found.tolist() == [[[0, 1, 2, 3, 4, 5, 6, 63]]]
 
 
 def test_scores_that_overflow_still_give_blocks_that_the_row_has() -> None:
-    bounds = BlockBounds(1, 1, 8, HEAD_DIM, torch.float32, CPU)
-    bounds.add_span(0, 0, torch.full((6 * BLOCK_TOKENS, 1, HEAD_DIM), 3e38))
+    bounds = empty_bounds(1, 1, 8, HEAD_DIM, torch.float32, CPU)
+    bounds.add_span(0, 0, torch.full((6 * KV_BLOCK_TOKENS, 1, HEAD_DIM), 3e38))
     queries = torch.tensor([[[-3e38, -3e38, -3e38, -3e38]], [[3e38, -3e38, 3e38, -3e38]]])
     found = select_blocks(queries, bounds, torch.tensor([0, 0]), torch.tensor([6, 6]), 4)
     assert found.tolist() == [[[0, 1, 2, 6]]] * 2
@@ -220,7 +228,7 @@ def test_fewer_than_two_blocks_are_refused() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     """Tensors without data raise whenever the host asks for a value."""
-    bounds = BlockBounds(3, N_KV, 8, HEAD_DIM, torch.bfloat16, torch.device("meta"))
+    bounds = empty_bounds(3, N_KV, 8, HEAD_DIM, torch.bfloat16, torch.device("meta"))
     with torch.device("meta"):
         keys, queries = torch.empty(600, N_KV, HEAD_DIM), torch.empty(2, 2 * N_KV, HEAD_DIM)
         rows, newest = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.int64)

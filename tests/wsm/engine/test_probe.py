@@ -20,7 +20,7 @@ from wsm.engine.device import CpuDevice
 from wsm.engine.probe import ON_CPU, probe_compute, probe_link, probe_ssd
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
-from wsm.plan.ceilings import Ceiling
+from wsm.plan.time import Ceiling
 
 GROUPS = [GroupId(layer, "attn") for layer in range(4)]
 

@@ -43,7 +43,8 @@ from wsm.kv import schedule as kv_schedule
 from wsm.kv.target import kv_superblock
 from wsm.kv.tiers import DiskOptions, KVTiers
 from wsm.layout.kv import KVLayout, KVPlacement, Unit
-from wsm.plan.kv import page_locked_bytes
+from wsm.plan.kv import kv_cpu_lines
+from wsm.plan.memory import total
 from wsm.settings import Settings
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -571,4 +572,4 @@ def test_parts_that_do_not_end_on_a_page_have_room() -> None:
     device, placement = CpuDevice(), KVPlacement(layout, cpu=tuple(layout.units()))
     assert layout.unit_bytes(Unit(0, 0)) % ALIGNMENT
     with KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0) as tiers:
-        assert tiers.page_locked_bytes == page_locked_bytes(placement)
+        assert tiers.page_locked_bytes == total(kv_cpu_lines(placement))

@@ -6,16 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llama.config import ModelConfig
 from tests.plans import TINY, inputs_for, placements
 from wsm.errors import DoesNotFit
-from wsm.plan.advice import changed_flags, check_fits, least_memory, smallest_change
-from wsm.plan.memory import GIB, Hardware
-from wsm.plan.plan import Plan, PlanInputs, RunShape, make_plan
+from wsm.plan.advice import check_fits
+from wsm.plan.hardware import GIB, Hardware
+from wsm.plan.inputs import PlanInputs, RunShape
+from wsm.plan.levers import changed_flags, least_memory, smallest_change
+from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 
 machines = st.builds(
@@ -28,6 +30,12 @@ shapes = st.builds(lambda b, p, n: RunShape(b, p, n, b * p), st.integers(1, 24),
 
 
 @given(config=small_models, chosen=placements, shape=shapes, hardware=machines)
+@example(  # more layers are asked for than there are, given up, and found to fit after all
+    config=replace(TINY, n_layers=2, dim=128, ffn_dim=2048),
+    chosen={"gpu_cached_layers": 3, "cpu_cache_layers": 0, "prefetch_distance": 0, "gpu_max_groups": 2},
+    shape=RunShape(2, 160, 1, 320),
+    hardware=Hardware("cuda:0", 80 * GIB, 105747238, 0, 3260416),
+)
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_following_the_advice_fits_and_nothing_in_it_is_more_than_needed(
     config: ModelConfig, chosen: dict[str, Any], shape: RunShape, hardware: Hardware
@@ -103,7 +111,7 @@ def test_the_advice_for_a_large_batch_is_found_in_few_plans(monkeypatch: pytest.
         made.append(inputs.shape.batch)
         return make_plan(inputs)
 
-    monkeypatch.setattr("wsm.plan.advice.make_plan", counted)
+    monkeypatch.setattr("wsm.plan.levers.make_plan", counted)
     inputs = inputs_for(settings=Settings(gpu_mem_gb=16), shape=RunShape(20_000, 2016, 32, 20_000 * 2016))
     assert smallest_change(inputs) is not None
     assert len(made) < 300

@@ -11,11 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.plans import H70B, inputs_for
-from wsm.plan.auto import auto_flags, choose_settings
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.memory import GIB, Hardware
-from wsm.plan.plan import Plan, PlanInputs, make_plan
-from wsm.plan.prediction import predicted_pass_ms
+from wsm.plan.hardware import GIB, Hardware
+from wsm.plan.inputs import PlanInputs
+from wsm.plan.levers import auto_flags, choose_settings
+from wsm.plan.plan import Plan, make_plan
+from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import CHOSEN, Settings
 
 EIGHT_LAYERS = replace(H70B, n_layers=8)

@@ -14,7 +14,10 @@ from llama.generation import GenerationOptions, generate
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.weights import TensorWeights
-from wsm.plan.memory import GIB, CgroupMemory, Work, activation_bytes, cgroup_memory, cpu_available
+from tests.plans import inputs_for
+from wsm.plan.hardware import GIB, CgroupMemory, Hardware, cgroup_memory, cpu_available
+from wsm.plan.inputs import RunShape
+from wsm.plan.memory import Portions, activation_bytes
 
 
 def peak_bytes(config: ModelConfig, prompts: list[list[int]], chunk_tokens: int) -> int:
@@ -61,8 +64,9 @@ def test_activations_are_bounded_and_not_by_far(lengths: list[int], chunk_tokens
     config = ModelConfig("m", 512, 2, 8, 2, 64, 1536, vocab)
     prompts = [[1 + i % 400 for i in range(length)] for length in lengths]
     peak = peak_bytes(config, prompts, chunk_tokens)
-    work = Work(chunk_tokens, sum(lengths), len(lengths), max(lengths), 1024, 2, False)
-    bound = activation_bytes(config, work)
+    shape = RunShape(len(lengths), max(lengths), 2, sum(lengths))
+    inputs = inputs_for(config, shape=shape, hardware=Hardware("cpu", None, None, 0, GIB))
+    bound = activation_bytes(inputs, Portions(chunk_tokens, len(lengths), len(lengths)))
     assert peak <= bound <= 1.5 * peak + (1 << 20), (peak, bound)
 
 

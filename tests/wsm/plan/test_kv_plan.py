@@ -7,8 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from wsm.layout.kv import KVLayout
-from wsm.plan.kv import KVCosts, kv_lines, place_kv
-from wsm.plan.memory import MIB
+from wsm.plan.hardware import MIB
+from wsm.plan.kv import KVCosts, kv_gpu_lines, place_kv
 
 layouts = st.builds(
     KVLayout,
@@ -30,8 +30,8 @@ def test_what_stays_on_the_device_fits_the_room_that_it_was_given(
     whole = layout.batch * layout.n_layers * layout.row_bytes
     room = int(share * whole) + 64 * MIB
     placed = place_kv(layout, room, 1 << 50, costs)
-    gpu, _ = kv_lines(placed, costs)
-    least, _ = kv_lines(place_kv(layout, 0, 1 << 50, costs), costs)
+    gpu = kv_gpu_lines(placed, costs)
+    least = kv_gpu_lines(place_kv(layout, 0, 1 << 50, costs), costs)
     taken = sum(line.nbytes for line in gpu)
     assert taken <= max(room, sum(line.nbytes for line in least))
     assert sorted((*placed.gpu, *placed.cpu)) == sorted(layout.units())

@@ -14,11 +14,12 @@ from llama.checkpoint import synthetic_checkpoint
 from llama.config import PRESETS
 from llama.kv.cache import KVCache
 from tests.plans import TINY, inputs_for
-from wsm.plan.ceilings import Ceiling
-from wsm.plan.floor import predicted_floor
-from wsm.plan.memory import GIB, Hardware
-from wsm.plan.plan import RunShape, make_plan
+from wsm.plan.hardware import GIB, Hardware
+from wsm.plan.inputs import RunShape
+from wsm.plan.memory import MemoryKind
+from wsm.plan.plan import make_plan
 from wsm.plan.text import describe
+from wsm.plan.time import Ceiling, predicted_floor
 from wsm.settings import Settings
 
 # -- the 70B model at the guide's flags
@@ -50,7 +51,7 @@ def test_a_layer_of_70b_has_the_bytes_of_the_design() -> None:
 @given(batch=st.integers(1, 9), prompt=st.integers(1, 600), new=st.integers(1, 300))
 def test_kv_is_what_the_cache_takes(batch: int, prompt: int, new: int) -> None:
     plan = make_plan(inputs_for(TINY, shape=RunShape(batch, prompt, new, batch * prompt)))
-    line = next(line for line in plan.gpu_lines if line.name.startswith("KV"))
+    line = next(line for line in plan.gpu_lines if line.kind == MemoryKind.KV)
     assert line.nbytes == KVCache(TINY, batch, prompt + new, torch.device("meta"), torch.bfloat16).nbytes
 
 
@@ -58,9 +59,10 @@ def test_on_the_cpu_both_tiers_share_one_budget() -> None:
     plan = make_plan(inputs_for(TINY, hardware=Hardware("cpu", None, None, 0, GIB), chunk_tokens=256))
     assert plan.gpu_budget_bytes is None
     assert plan.cpu_bytes == sum(line.nbytes for line in (*plan.gpu_lines, *plan.cpu_lines))
-    assert not any("CUDA" in line.name for line in plan.gpu_lines)
+    assert not any(line.kind == MemoryKind.CONTEXT for line in plan.gpu_lines)
     short = make_plan(replace(plan.inputs, hardware=Hardware("cpu", None, None, 0, plan.cpu_bytes - 1)))
-    assert short.cpu_short_bytes == 1
+    assert not short.fits_cpu
+    assert short.cpu_bytes - short.cpu_budget_bytes == 1
 
 
 def test_budgets_are_what_the_flags_say_but_never_more_than_is_free() -> None:

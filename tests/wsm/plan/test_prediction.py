@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.plans import H70B, inputs_for
-from wsm.plan.ceilings import Ceiling
 from wsm.plan.plan import make_plan
-from wsm.plan.prediction import predicted_pass_ms
+from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings
 
 LAYER_BYTES = 1_711_308_800  # of 70B in bfloat16, each image padded to 4 096 bytes

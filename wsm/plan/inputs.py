@@ -1,0 +1,102 @@
+"""What a plan follows from: the model, the run's shape, the settings and the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, round_up, without
+from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout
+from wsm.layout.model import ModelShape
+from wsm.plan.hardware import Hardware
+from wsm.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class RunShape:
+    """How many tokens a run has: rows, the longest prompt, new tokens per row, and prompt tokens of all rows."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens: int
+
+    def with_batch(self, batch: int) -> RunShape:
+        """The same with other rows; which ones is not known: of fewer the longest are assumed, more repeat these."""
+        tokens = min(self.prefill_tokens * -(-batch // self.batch), batch * self.prompt_tokens)
+        return RunShape(batch, self.prompt_tokens, self.new_tokens, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """Everything that a plan follows from; to plan again with other flags, replace ``settings`` or ``shape``.
+
+    ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
+    whose KV is moved and attended together) are chosen where they are None. ``kv_record_bytes`` are those of one head's
+    keys or values of a token; None: as the model computes them. With several ``ranks``, ``config``, ``layouts`` and
+    ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host.
+    """
+
+    config: ModelShape
+    dtype: torch.dtype
+    layouts: Mapping[GroupId | None, GroupLayout]
+    settings: Settings
+    shape: RunShape
+    hardware: Hardware
+    chunk_tokens: int | None = None
+    micro_batch: int | None = None
+    kv_record_bytes: int | None = None
+    topk_blk: int = 0
+    kv_device: str | None = None
+    ranks: int = 1
+    ranks_here: int = 1
+
+    def slot_bytes(self) -> int:
+        """Bytes of a slot of each kind together: a layer."""
+        return sum(self.kind_bytes(kind) for kind in KINDS)
+
+    def kind_bytes(self, kind: Kind) -> int:
+        """Bytes of a slot of ``kind``: its largest image."""
+        return max(layout.nbytes for group, layout in self.layouts.items() if group and group.kind == kind)
+
+    @property
+    def embedding_on_cpu(self) -> bool:
+        """Whether the token embedding stays in page-locked CPU memory, from where the GPU reads its tokens' rows."""
+        possible = self.settings.mode != "full" and not self.config.tied_embeddings
+        return possible and self.settings.embedding == "cpu"
+
+    @property
+    def embedding_bytes(self) -> int:
+        return next(tensor.nbytes for tensor in self.layouts[None].tensors if tensor.name == self.config.embedding)
+
+    @property
+    def gpu_globals_bytes(self) -> int:
+        """Bytes of the globals' image on the GPU."""
+        layout = self.layouts[None]
+        return without(layout, self.config.embedding).nbytes if self.embedding_on_cpu else layout.nbytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV per row, in whole blocks."""
+        return round_up(self.shape.prompt_tokens + self.shape.new_tokens, KV_BLOCK_TOKENS)
+
+    @property
+    def plain_record_bytes(self) -> int:
+        """Bytes of one head's keys or values of one token in the model's dtype."""
+        return self.config.head_dim * self.dtype.itemsize
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        return self.kv_layout(1).token_bytes * self.config.n_layers * self.config.n_kv_heads
+
+    def kv_layout(self, stretch_rows: int) -> KVLayout:
+        """The KV of all rows, moved so many rows at a time."""
+        record_bytes = self.kv_record_bytes or self.plain_record_bytes
+        return KVLayout(
+            self.config.n_layers, self.shape.batch, stretch_rows, self.config.n_kv_heads, self.kv_tokens, record_bytes
+        )

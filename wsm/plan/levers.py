@@ -1,0 +1,298 @@
+"""The flags that trade memory for time, in one table, and the one search over their values.
+
+``plan`` shows what one step of each would buy, ``--auto`` sets them, and where a run does not fit the smallest change
+of them that fits is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from wsm.plan.hardware import GIB
+from wsm.plan.inputs import PlanInputs
+from wsm.plan.plan import Plan, make_plan
+from wsm.plan.time import Ceiling, PassTimes, pass_times
+from wsm.settings import CHOSEN, MODES, spelled
+
+# -- the table
+
+_PAGED = ("mixed", "stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A flag, the modes in which it changes anything, and what can be done with it.
+
+    ``step`` gives, from inputs and a value, the next value that buys time or memory; the same one where there is none.
+    Less memory is taken the smaller the value; ``most`` and ``least`` are those beyond which nothing changes. ``many``
+    values are searched by halves, which finds one that fits where the next larger one does not.
+    """
+
+    field: str
+    modes: Sequence[str]
+    step: Callable[[PlanInputs, Any], Any]
+    most: Callable[[PlanInputs], int] | None = None
+    least: Callable[[PlanInputs], int] = lambda inputs: 0
+    many: bool = False
+
+    def asked(self, inputs: PlanInputs) -> Any:
+        """The value as it was asked for."""
+        return inputs.shape.batch if self is BATCH else getattr(inputs.settings, self.field)
+
+    def value(self, inputs: PlanInputs) -> Any:
+        """As far as it changes anything."""
+        return self.asked(inputs) if self.most is None else min(self.asked(inputs), self.most(inputs))
+
+    def at(self, inputs: PlanInputs, value: Any, original: PlanInputs | None = None) -> PlanInputs:
+        """The inputs with this flag at ``value``; where that is the ``original`` one, as it was asked for.
+
+        The rows' lengths are known for the original batch alone, so every batch is cut from that one.
+        """
+        if self is BATCH:
+            return replace(inputs, shape=(original or inputs).shape.with_batch(value))
+        if original is not None and value == self.value(original):
+            value = self.asked(original)
+        return _with(inputs, {self.field: value})
+
+    def spelled(self, value: Any) -> str:
+        """As it is typed."""
+        return f"{spelled(self.field)} {value}"
+
+
+def _with(inputs: PlanInputs, changes: dict[str, Any]) -> PlanInputs:
+    return replace(inputs, settings=replace(inputs.settings, **changes))
+
+
+def _layers(inputs: PlanInputs) -> int:
+    return inputs.config.n_layers
+
+
+def _least_depth(inputs: PlanInputs) -> int:
+    """WSM_AGGRESSIVE_GPU_PREFETCH is a floor under the depth: a smaller depth would free nothing."""
+    return max(1, inputs.settings.aggressive_gpu_prefetch)
+
+
+def _most_depth(inputs: PlanInputs) -> int:
+    """Nor would one that WSM_GPU_MAX_GROUPS caps anyway."""
+    return max(inputs.settings.gpu_max_groups, _least_depth(inputs))
+
+
+RESIDENTS = Lever("gpu_cached_layers", _PAGED, lambda inputs, now: min(now + 1, _layers(inputs)), _layers)
+DEPTH = Lever(
+    "group_prefetch_depth", _PAGED, lambda inputs, now: min(now, _least_depth(inputs)), _most_depth, _least_depth
+)
+CPU_LAYERS = Lever("cpu_cache_layers", ("mixed",), lambda inputs, now: now + 1, _layers, lambda inputs: 1)
+# The pools are part of --cpu-cache-layers, so a smaller --prefetch-distance only turns slots into residents: it frees
+# nothing, and is never advised.
+DISTANCE = Lever("prefetch_distance", ("mixed",), lambda inputs, now: max(now - 1, 1))
+MODE = Lever("mode", ("mixed",), lambda inputs, now: "stream")
+EMBEDDING = Lever("embedding", (*_PAGED, "preload"), lambda inputs, now: "cpu")
+BATCH = Lever("batch_size", MODES, lambda inputs, now: 2 * now, least=lambda inputs: 1, many=True)
+
+LEVERS = (RESIDENTS, DEPTH, CPU_LAYERS, DISTANCE, MODE, EMBEDDING, BATCH)
+"""In the order in which their steps are shown, and the choice of ``--auto``."""
+FOR_GPU, FOR_CPU = (RESIDENTS, DEPTH, BATCH), (CPU_LAYERS,)
+"""What frees memory of each tier, in the order in which it is given up."""
+_OTHER_MODES = {"full": ("stream", "mixed"), "preload": ("stream", "mixed"), "stream": ("mixed",), "mixed": ()}
+
+
+# -- what one step buys
+
+
+class Step(NamedTuple):
+    """One flag's next value and the plan that it gives; ``times`` is None where no rates are known."""
+
+    flag: str
+    before: Plan
+    after: Plan
+    times: PassTimes | None
+
+
+def steps(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[Step]:
+    """A step for every flag that moves other bytes or takes other memory in this plan's mode."""
+    found = []
+    for lever in LEVERS:
+        if plan.inputs.settings.mode in lever.modes:
+            value = lever.step(plan.inputs, lever.asked(plan.inputs))
+            after = make_plan(lever.at(plan.inputs, value))
+            if any(more_bytes(plan, after).values()):
+                found.append(Step(lever.spelled(value), plan, after, pass_times(plan, after, ceilings)))
+    return found
+
+
+def more_bytes(before: Plan, after: Plan) -> dict[str, int]:
+    """How many bytes more a pass of ``after`` moves, by way, and how many more each tier holds (``gpu``, ``cpu``)."""
+    moved = {way: after.bytes_per_pass[way] - nbytes for way, nbytes in before.bytes_per_pass.items()}
+    return {**moved, "gpu": after.gpu_bytes - before.gpu_bytes, "cpu": after.cpu_bytes - before.cpu_bytes}
+
+
+def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
+    """The flags that lead from one set of inputs to the other, as they are typed."""
+    return [
+        lever.spelled(lever.value(after))
+        for lever in (MODE, *FOR_GPU, *FOR_CPU)
+        if lever.value(before) != lever.value(after)
+    ]
+
+
+# -- the search
+
+
+Good = Callable[[Plan], bool]
+
+
+def largest(
+    lever: Lever, inputs: PlanInputs, values: range, good: Good, original: PlanInputs | None = None
+) -> Plan | None:
+    """The plan at the largest of the ascending ``values`` that is good; None where none is."""
+
+    def plan_at(value: int) -> Plan:
+        return make_plan(lever.at(inputs, value, original))
+
+    if not lever.many:
+        return next(filter(good, map(plan_at, reversed(values))), None)
+    low, high = values[0], values[-1]
+    if good(found := plan_at(high)):
+        return found
+    if not good(found := plan_at(low)):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if good(plan := plan_at(middle)):
+            low, found = middle, plan
+        else:
+            high = middle
+    return found
+
+
+# -- the smallest change that fits
+
+
+def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> PlanInputs | None:
+    """The inputs that fit and give up least; None if nothing does.
+
+    Another mode alone is tried first, where the mode's own rule (everything on the GPU; all the rest in CPU memory)
+    may be what does not fit. Then flags, each as large as fits, and each only once those before it are used up: for the
+    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory.
+
+    Args:
+        most_gpu_bytes: what is to be planned at most, besides fitting the budget.
+    """
+
+    def on_gpu(plan: Plan) -> bool:
+        return plan.fits_gpu and (most_gpu_bytes is None or plan.gpu_bytes <= most_gpu_bytes)
+
+    def good(plan: Plan) -> bool:
+        return plan.fits_cpu and on_gpu(plan)
+
+    candidates = [inputs, *(MODE.at(inputs, mode) for mode in _OTHER_MODES[inputs.settings.mode])]
+    alone = (candidate for candidate in candidates if good(make_plan(candidate)))
+    reduced = (found for original in candidates if (found := _reduced(original, on_gpu, good)) is not None)
+    return next(alone, None) or next(reduced, None)
+
+
+def _reduced(original: PlanInputs, on_gpu: Good, good: Good) -> PlanInputs | None:
+    """The flags turned down until all fits, then up again as far as they can be: the last one turned down first."""
+    mode, inputs = original.settings.mode, original
+    for_gpu, for_cpu = ([lever for lever in tier if mode in lever.modes] for tier in (FOR_GPU, FOR_CPU))
+    for_cpu += [BATCH] if original.hardware.has_gpu else for_gpu
+    for lever in for_gpu:
+        inputs = _turned_down(lever, inputs, original, lambda plan: plan.gpu_bytes, on_gpu)
+    for lever in for_cpu:
+        inputs = _turned_down(lever, inputs, original, lambda plan: plan.cpu_bytes, lambda plan: plan.fits_cpu)
+    if not good(make_plan(inputs)):
+        return None
+    for lever in reversed((*for_gpu, *for_cpu)):
+        values = range(lever.value(inputs), lever.value(original) + 1)
+        if (found := largest(lever, inputs, values, good, original)) is not None:
+            inputs = found.inputs
+    return inputs
+
+
+def _turned_down(
+    lever: Lever, inputs: PlanInputs, original: PlanInputs, size: Callable[[Plan], int], good: Good
+) -> PlanInputs:
+    """The flag at the largest value that is good, or else at the one that takes least."""
+    most = lever.value(inputs)
+    values = range(min(most, lever.least(inputs)), most + 1)
+    found = largest(lever, inputs, values, good, original)
+    if found is None:
+        tried = (values[-1], values[0]) if lever.many else reversed(values)
+        found = min((make_plan(lever.at(inputs, value, original)) for value in tried), key=size)
+    return found.inputs
+
+
+def least_memory(inputs: PlanInputs) -> Plan:
+    """The plan with every flag turned down, for budgets of just what it takes."""
+    inputs = MODE.at(inputs, "mixed")
+    for lever in (*FOR_GPU, *FOR_CPU):
+        inputs = lever.at(inputs, min(lever.value(inputs), lever.least(inputs)))
+    plan = make_plan(inputs)
+    while not plan.fits:  # a larger budget may make larger chunks: until both agree
+        gpu, cpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0), max(plan.cpu_bytes, plan.cpu_budget_bytes)
+        budget = None if plan.gpu_budget_bytes is None else gpu / GIB
+        there = replace(
+            inputs.hardware, gpu_available_bytes=gpu if inputs.hardware.has_gpu else None, cpu_available_bytes=cpu
+        )
+        plan = make_plan(replace(_with(inputs, {"gpu_mem_gb": budget, "cpu_mem_gb": None}), hardware=there))
+    return plan
+
+
+# -- --auto
+
+
+LOOK_AHEAD_GROUPS, READ_AHEAD_LAYERS = 2, 2
+"""Two slots of each kind keep the link busy (docs/LOG.md), so the pools are that small and residents take the rest."""
+
+
+def choose_settings(inputs: PlanInputs) -> PlanInputs:
+    """``--auto``: the inputs with the residency and pools that make a pass shortest within the budgets.
+
+    A pass is bound by the SSD or by the link, and both carry fewer bytes the more layers are resident, on the GPU above
+    all. The embedding moves to CPU memory where that lets a pass move fewer bytes: first from the SSD, then over the
+    link. The mode stays as it is: ``full`` and ``preload`` have nothing to choose. Where nothing fits, it is the
+    smallest choice, for the advice to explain.
+    """
+    if inputs.settings.mode not in _PAGED:
+        return inputs
+
+    def cost(plan: Plan) -> tuple[bool, int, int]:
+        return not plan.fits, plan.bytes_per_pass["ssd_read"], plan.bytes_per_pass["weight_h2d"]
+
+    return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=cost).inputs
+
+
+def _most_layers(inputs: PlanInputs) -> Plan:
+    """As many layers on the GPU as fit, then as many in CPU memory."""
+    layers = _layers(inputs)
+    small = _with(inputs, {"group_prefetch_depth": LOOK_AHEAD_GROUPS, "prefetch_distance": READ_AHEAD_LAYERS})
+    # The globals are loaded through CPU layers where these are as large, and else through a buffer of their own.
+    as_large = min(layers, -(-inputs.layouts[None].nbytes // inputs.slot_bytes()))
+    starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in (1, as_large)]
+    best = make_plan(RESIDENTS.at(starts[-1], 0))
+    # So do residents of the GPU: where all layers are there, fewer may fit where all do not.
+    goods: list[Good] = [lambda plan: plan.fits]
+    if inputs.hardware.has_gpu:
+        goods.append(lambda plan: plan.fits_gpu)
+    for good in goods:
+        found = [largest(RESIDENTS, start, range(layers + 1), good) for start in starts]
+        if fitting := [plan for plan in found if plan is not None]:
+            best = max(fitting, key=lambda plan: plan.inputs.settings.gpu_cached_layers)
+            break
+    if inputs.settings.mode == "stream":
+        return best
+    in_cpu = range(1, max(1, layers - best.inputs.settings.gpu_cached_layers) + 1)
+    return largest(CPU_LAYERS, best.inputs, in_cpu, lambda plan: plan.fits) or best
+
+
+def auto_flags(plan: Plan) -> list[str]:
+    """The choice of ``--auto`` as flags to keep."""
+    settings = plan.inputs.settings
+    return [
+        lever.spelled(lever.asked(plan.inputs))
+        for lever in LEVERS
+        if lever.field in CHOSEN and settings.mode in lever.modes and settings.mode in _PAGED
+        if lever is not EMBEDDING or settings.embedding != "gpu"
+    ]

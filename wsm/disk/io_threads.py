@@ -1,14 +1,51 @@
-"""Threads that work on jobs cut into pieces: in the order asked, all of them on one job where it has pieces enough."""
+"""Threads that work on jobs cut into pieces: in the order asked, all of them on one job where it has pieces enough.
+
+And what such a piece is of a drive: a transfer past the page cache, whole though the system may move less at a time.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from wsm.layout.groups import BLOCK
+
 Piece = Callable[[], None]
+Transfer = Callable[[int, Sequence[memoryview], int], int]
+"""``os.preadv`` or ``os.pwritev``, or a test's fake drive."""
+
+
+def move_whole(
+    transfer: Transfer,
+    file: int,
+    memory: memoryview,
+    offset: int,
+    error: Callable[[int, str | None], Exception],
+    *,
+    enough: int | None = None,
+) -> None:
+    """Move ``memory`` from or to ``offset`` of a file, going on after a short transfer from a whole block.
+
+    Args:
+        error: what to raise, from the offset and the system's reason; that is None where the file ends.
+        enough: bytes after which nothing is missing, where the file may end inside the last block.
+    """
+    done, tried = 0, False
+    while done < len(memory):
+        try:
+            moved = transfer(file, [memory[done:]], offset + done)
+        except OSError as failure:
+            raise error(offset + done, failure.strerror) from failure
+        if moved > 0 and done + moved >= (enough or len(memory)):
+            return
+        whole = moved - moved % BLOCK
+        if moved <= 0 or (whole == 0 and tried):
+            raise error(offset + done, None)
+        # Part of a block is moved again from its beginning, as O_DIRECT asks; once, for the file may end there.
+        done, tried = done + whole, whole == 0
 
 
 class _Job:
@@ -38,8 +75,8 @@ class _Job:
 class IOThreads:
     """A job's pieces are dealt out in order, the next job's while the last of this one's are under way.
 
-    Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order; ``_open_jobs`` those
-    that have not ended; a job leaves it exactly once, by whoever brings ``left`` to 0.
+    Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order. A job is ended once,
+    by whoever brings ``left`` to 0.
 
     Args:
         threads: how many; at least 1.
@@ -48,7 +85,6 @@ class IOThreads:
 
     def __init__(self, threads: int, name: str) -> None:
         self._jobs: deque[_Job] = deque()
-        self._open_jobs: set[_Job] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._workers: list[threading.Thread] = []
@@ -86,7 +122,6 @@ class IOThreads:
             if self._closing:
                 raise RuntimeError("closed: nothing more is read or written")
             self._jobs.append(job)
-            self._open_jobs.add(job)
             self._changed.notify_all()
 
     def _queue_after(self, job: _Job, ended: Future[None]) -> None:
@@ -99,16 +134,13 @@ class IOThreads:
 
     def close(self, failure: BaseException) -> None:
         """Join every thread; jobs with pieces left to deal end with ``failure``. A second call does nothing."""
-        untouched = []
         with self._changed:
             self._closing = True
+            waiting = [job for job in self._jobs if job.pieces]
             self._jobs.clear()
-            for job in list(self._open_jobs):
-                if job.pieces:
-                    job.give_up(failure)
-                    if job.left == 0:
-                        self._open_jobs.discard(job)
-                        untouched.append(job)
+            for job in waiting:
+                job.give_up(failure)
+            untouched = [job for job in waiting if job.left == 0]
             self._changed.notify_all()
         for job in untouched:
             job.end()
@@ -143,5 +175,4 @@ class IOThreads:
                 job.give_up(failure)
             if job.left > 0:
                 return
-            self._open_jobs.discard(job)
         job.end()

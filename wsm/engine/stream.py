@@ -72,7 +72,7 @@ class WeightStreamingManager(Threaded):
         self.order = pass_order(self.n_layers)
         self.memory = WeightMemory(plan, source, device, settings, kept_on_cpu)
         self._tiers = Tiers(
-            plan, settings, self.order, self.memory.slots, on_loaded=on_loaded, on_starved=telemetry.link_starved
+            plan, settings, self.order, self.memory, on_loaded=on_loaded, on_starved=telemetry.link_starved
         )
         super().__init__(self._tiers, device)
         self._link = link or Link()
@@ -95,7 +95,7 @@ class WeightStreamingManager(Threaded):
             read.checked.add_done_callback(partial(self._tell_read, job, read.chunks))
 
     def _tell_read(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
-        self.telemetry.read(job.group, job.step, chunks)
+        self.telemetry.read_done(job.group, job.step, chunks)
         failure = checked.exception()
         if failure is None:
             self._guard(partial(self._tiers.read_done, job))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from wsm.disk.io_threads import IOThreads, Piece
+from wsm.disk.io_threads import IOThreads, Piece, Transfer, move_whole
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.store.packed_store import CHUNK_UNIT, LARGEST_CHUNK, SMALLEST_CHUNK
 
-Transfer = Callable[[int, Sequence[memoryview], int], int]
 Move = tuple[int, Tensor]
 """An offset on the device, and CPU memory."""
 
@@ -113,19 +112,8 @@ class KVDevice:
         )
 
     def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
-        """Move one chunk, going on after a short transfer: from a whole block, as O_DIRECT asks."""
-        transfer, what = (self._pwrite, "write") if writing else (self._pread, "read")
-        done, tried = 0, False
-        while done < len(image):
-            try:
-                moved = transfer(self._target.file, [image[done:]], offset + done)
-            except OSError as error:
-                raise self._error(offset + done, f"{what} error: {error.strerror}") from error
-            whole = moved - moved % BLOCK
-            # Part of a block is moved again from its beginning; once, for it may be where the target ends.
-            if moved <= 0 or (whole == 0 and tried):
-                raise self._error(offset + done, f"short {what}: the file or device ends here")
-            done, tried = done + whole, whole == 0
+        transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")
+        move_whole(transfer, self._target.file, image, offset, partial(self._error, verb))
         if self._target.buffered:
             self._drop(offset, len(image), writing=writing)
 
@@ -136,9 +124,10 @@ class KVDevice:
                 os.fdatasync(self._target.file)
             os.posix_fadvise(self._target.file, offset, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
-            raise self._error(offset, f"write error: {error.strerror}") from error
+            raise self._error("write", offset, error.strerror) from error
 
-    def _error(self, offset: int, what: str) -> KVDeviceError:
+    def _error(self, verb: str, offset: int, reason: str | None) -> KVDeviceError:
+        what = f"{verb} error: {reason}" if reason else f"short {verb}: the file or device ends here"
         return KVDeviceError(
             f"{self.path} at byte {offset}, in offloaded KV: {what}; check the drive, or name another --kv-device"
         )

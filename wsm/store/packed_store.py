@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Literal, NamedTuple
@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
-from wsm.disk.io_threads import IOThreads
+from wsm.disk.io_threads import IOThreads, Transfer, move_whole
 from wsm.disk.targets import open_for_reading
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
@@ -32,8 +32,6 @@ CHUNK_UNIT = 64 << 10
 MOST_THREADS = 32
 CHECKSUM_THREADS = 8
 """One makes 6 to 13 GB/s of them."""
-
-Pread = Callable[[int, Sequence[memoryview], int], int]
 
 
 class _Chunk(NamedTuple):
@@ -77,7 +75,7 @@ class PackedStore:
         *,
         staging_bytes: int,
         verify: Literal["first", "always"] = "first",
-        pread: Pread = os.preadv,
+        pread: Transfer = os.preadv,
     ) -> None:
         self.description = description
         self.warnings: list[str] = list(description.warnings)
@@ -193,29 +191,19 @@ class PackedStore:
     # -- the I/O threads
 
     def _read(self, stored: StoredGroup, image: memoryview, chunk: _Chunk, came: list[ChunkRead]) -> None:
-        """Read on after a short read; only the end of a target may keep the last block from being whole."""
+        """Only the end of a target may keep the last block from being whole."""
         began = time.perf_counter()
         extent, file = chunk.extent, self._files[chunk.extent.target]
         place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
-        done, tried = 0, False
-        while done < chunk.nbytes:
-            try:
-                got = self._pread(file, [image[place + done : place + chunk.nbytes]], offset + done)
-            except OSError as error:
-                raise self._error(stored, extent, offset + done, f"read error: {error.strerror}") from error
-            if got > 0 and chunk.start + done + got >= extent.needed:
-                break
-            whole = got - got % BLOCK
-            if got <= 0 or (whole == 0 and tried):
-                raise self._error(stored, extent, offset + done, "the store ends here (short read): it was cut short")
-            # Part of a block is read again from its beginning, as O_DIRECT asks; once, for it may be the target's end.
-            done, tried = done + whole, whole == 0
+        memory, enough = image[place : place + chunk.nbytes], min(chunk.nbytes, extent.needed - chunk.start)
+        move_whole(self._pread, file, memory, offset, partial(self._error, stored, extent), enough=enough)
         if file in self._buffered:
             os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
         came.append(ChunkRead(chunk.nbytes, began, time.perf_counter()))
 
-    def _error(self, stored: StoredGroup, extent: Extent, offset: int, what: str) -> StoreError:
+    def _error(self, stored: StoredGroup, extent: Extent, offset: int, reason: str | None) -> StoreError:
         target = self.description.targets[extent.target]
+        what = f"read error: {reason}" if reason else "the store ends here (short read): it was cut short"
         return StoreError(f"{target} at byte {offset}, in {stored.name}: {what}; check the drive, or {AGAIN}")
 
     def _has_to_check(self, stored: StoredGroup) -> bool:

@@ -60,13 +60,8 @@ class Line:
         """Groups begun and not used."""
         return self.started - self.used
 
-    def is_retained(self) -> bool:
-        """Whether the next group is still in a free slot."""
-        slot = self.pool.find(self.group)
-        return slot is not None and self.pool.is_free(slot)
-
     def pin(self) -> None:
-        """Take that slot, without moving a byte."""
+        """Take the free slot that still holds the next group, without moving a byte."""
         self.pool.pin(self.group)
         self.started += 1
         self.fetched += 1

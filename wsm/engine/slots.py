@@ -62,8 +62,9 @@ class Pool:
         """Whether so many free slots hold no group; those are taken before the others."""
         return sum(slot.group is None for slot in self._free) >= slots
 
-    def is_free(self, slot: Slot) -> bool:
-        return slot in self._free
+    def keeps(self, group: GroupId) -> bool:
+        """Whether a free slot still holds ``group``."""
+        return self._by_group.get(group) in self._free
 
     def take(self, group: GroupId) -> Slot:
         """Evict the oldest free slot's group and start loading ``group`` there."""
@@ -80,16 +81,14 @@ class Pool:
 
     def free(self, slot: Slot) -> None:
         """Put a taken slot last in the line of free ones."""
-        if not self._retain:
-            assert slot.group is not None
-            del self._by_group[slot.group]
-            slot.group, slot.state = None, "absent"
-        else:
+        if self._retain:
             slot.state = "ready"
-        self._free.append(slot)
+            self._free.append(slot)
+        else:
+            self.clear(slot)
 
     def clear(self, slot: Slot) -> None:
-        """Put a taken slot behind the other empty ones."""
+        """Empty a taken slot and put it behind the other empty ones."""
         assert slot.group is not None
         del self._by_group[slot.group]
         slot.group, slot.state = None, "absent"

@@ -4,9 +4,9 @@
     pager thread    CPU slot -> GPU slot  _copy_ahead   as far ahead as GPU slots are free
     computation     GPU slot              _use          one group after the other
 
-Each asks :class:`Tiers` for its next job, and waits there until a slot is free for it and its bytes are in the tier
-above; then waits for the slot's last user, has the bytes moved (by the source's threads, or on a stream of the device),
-and tells :class:`Tiers`, which gives the group to the next of the three and the slot it came from to the one before.
+Each asks :class:`Tiers` for its next job, which comes when a slot is free for it and the bytes are in the tier above.
+Then it waits for the slot's last user, has the bytes moved (by threads of the source, or on a stream of the device) and
+tells :class:`Tiers`: the group is ready for the next of the three, and the slot it came from is free for the one before.
 """
 
 from __future__ import annotations

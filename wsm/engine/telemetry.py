@@ -125,7 +125,7 @@ class _Records(Generic[T]):
 
     def add(self, make: Callable[..., T], *events: Event | None) -> None:
         """``make`` takes the times of ``events``, in seconds of the host's clock; None: nothing is kept."""
-        if None not in events:
+        if all(event is not None for event in events):
             self._pending.append((events, make))
 
     def resolved(self, device: Device) -> list[T]:

@@ -252,7 +252,7 @@ class Tiers(SharedState):
     def _pin_retained(self, lines: Iterable[Line]) -> None:
         """Where the next group of a kind is still in a free slot, take it without moving a byte."""
         for line in lines:
-            while line.is_retained():
+            while line.pool.keeps(line.group):
                 line.pin()
                 self._changed.notify_all()
 

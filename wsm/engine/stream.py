@@ -6,7 +6,7 @@
 
 Each asks :class:`Tiers` for its next job, which comes when a slot is free for it and the bytes are in the tier above.
 Then it waits for the slot's last user, has the bytes moved (by threads of the source, or on a stream of the device) and
-tells :class:`Tiers`: the group is ready for the next of the three, and the slot it came from is free for the one before.
+tells :class:`Tiers`: the group is ready for the next of the three, and the slot that it came from is free again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Streams, events, copies and the link: one class of device for CUDA, one for the CPU.
 
 The engine is written once against :class:`Device`. On the CPU a stream is in order because its owner is one
-thread, a copy is a memcpy, and an event is set the moment it is recorded.
+thread, a copy is a memcpy, and an event has happened when it is recorded.
 """
 
 from __future__ import annotations
@@ -34,48 +34,6 @@ class Event(Protocol):
         """Block the calling thread until the work before it is done."""
 
 
-class Device(Protocol):
-    """What the engine needs of a compute device."""
-
-    torch_device: torch.device
-    pinned: bool
-    """Whether copies need page-locked memory."""
-
-    def enter_thread(self) -> None:
-        """To be called first on every thread that uses the device."""
-
-    def stream(self) -> Any:
-        """A new stream for copies."""
-
-    def compute_stream(self) -> Any:
-        """The stream that the calling thread's computations run on."""
-
-    def record(self, stream: Any) -> Event:
-        """A new event behind everything queued on ``stream``."""
-
-    def wait(self, stream: Any, event: Event) -> None:
-        """Make later work on ``stream`` wait for ``event``, which must have been recorded."""
-
-    def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
-        """Queue a copy on ``stream`` (done on return on the CPU)."""
-
-    def run(self, stream: Any, work: Callable[[], object]) -> None:
-        """Queue what ``work`` computes on ``stream`` (done on return on the CPU)."""
-
-    def mapped(self, host: Tensor) -> Tensor:
-        """Page-locked ``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
-
-        Raises:
-            DoesNotFit: where the memory is not page-locked.
-        """
-
-    def seconds(self, event: Event) -> float:
-        """When a finished ``event`` happened, on the host's ``time.perf_counter`` clock."""
-
-    def synchronize(self) -> None:
-        """Block until all streams of the device are idle."""
-
-
 class CpuStream:
     """In order because one thread owns it; there is nothing to queue."""
 
@@ -93,44 +51,66 @@ class CpuEvent:
         """There is nothing to wait for."""
 
 
-class CpuDevice:
-    """The GPU tier in ordinary memory, so that every path of the engine runs on any machine."""
+class Device:
+    """What the engine needs of a compute device. Here all work is done on return; :class:`CudaDevice` queues it.
+
+    Args:
+        device: where tensors of the GPU tier are.
+    """
 
     pinned = False
+    """Whether copies need page-locked memory."""
 
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
 
     def enter_thread(self) -> None:
-        """Nothing to set."""
+        """To be called first on every thread that uses the device."""
 
-    def stream(self) -> CpuStream:
+    def stream(self) -> Any:
+        """A new stream for copies."""
         return CpuStream()
 
-    def compute_stream(self) -> CpuStream:
+    def compute_stream(self) -> Any:
+        """The stream that the calling thread's computations run on."""
         return CpuStream()
 
-    def record(self, stream: CpuStream) -> CpuEvent:
+    def record(self, stream: Any) -> Event:
+        """A new event behind everything queued on ``stream``."""
         return CpuEvent()
 
-    def wait(self, stream: CpuStream, event: Event) -> None:
-        """It has happened."""
+    def wait(self, stream: Any, event: Event) -> None:
+        """Make later work on ``stream`` wait for ``event``, which must have been recorded."""
 
-    def copy(self, destination: Tensor, source: Tensor, stream: CpuStream) -> None:
+    def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+        """Queue a copy on ``stream``."""
         destination.copy_(source)
 
-    def run(self, stream: CpuStream, work: Callable[[], object]) -> None:
+    def run(self, stream: Any, work: Callable[[], object]) -> None:
+        """Queue what ``work`` computes on ``stream``."""
         work()
 
     def mapped(self, host: Tensor) -> Tensor:
+        """Page-locked ``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
+
+        Raises:
+            DoesNotFit: where the memory is not page-locked.
+        """
         return host
 
-    def seconds(self, event: Event) -> float:
-        assert isinstance(event, CpuEvent)
-        return event.time_s
+    def seconds(self, event: Any) -> float:
+        """When a finished ``event`` happened, on the host's ``time.perf_counter`` clock."""
+        return float(event.time_s)
 
     def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
+        """Block until all streams of the device are idle."""
+
+
+class CpuDevice(Device):
+    """The GPU tier in ordinary memory, so that every path of the engine runs on any machine."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
 
 
 class _HostMemory:
@@ -145,15 +125,14 @@ class _HostMemory:
         }
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """One CUDA device; events carry times and put a waiting host thread to sleep."""
 
     pinned = True
 
     def __init__(self, device: torch.device) -> None:
-        self.torch_device = torch.device(
-            "cuda", device.index if device.index is not None else torch.cuda.current_device()
-        )
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        super().__init__(torch.device("cuda", index))
         # CUDA gives elapsed times in float32 milliseconds: a run of an hour is timed to 0.25 ms.
         self.synchronize()
         self._base = torch.cuda.Event(enable_timing=True)

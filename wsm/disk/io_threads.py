@@ -14,32 +14,31 @@ from functools import partial
 from wsm.layout.groups import BLOCK
 
 Piece = Callable[[], None]
-Transfer = Callable[[int, Sequence[memoryview], int], int]
+DriveCall = Callable[[int, Sequence[memoryview], int], int]
 """``os.preadv`` or ``os.pwritev``, or a test's fake drive."""
 
 
 def move_whole(
-    transfer: Transfer,
+    call: DriveCall,
     file: int,
     memory: memoryview,
     offset: int,
+    enough: int,
     error: Callable[[int, str | None], Exception],
-    *,
-    enough: int | None = None,
 ) -> None:
     """Move ``memory`` from or to ``offset`` of a file, going on after a short transfer from a whole block.
 
     Args:
+        enough: bytes after which nothing is missing, fewer than all where the file may end inside the last block.
         error: what to raise, from the offset and the system's reason; that is None where the file ends.
-        enough: bytes after which nothing is missing, where the file may end inside the last block.
     """
     done, tried = 0, False
     while done < len(memory):
         try:
-            moved = transfer(file, [memory[done:]], offset + done)
+            moved = call(file, [memory[done:]], offset + done)
         except OSError as failure:
             raise error(offset + done, failure.strerror) from failure
-        if moved > 0 and done + moved >= (enough or len(memory)):
+        if moved > 0 and done + moved >= enough:
             return
         whole = moved - moved % BLOCK
         if moved <= 0 or (whole == 0 and tried):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wsm.disk.io_threads import IOThreads, Piece, Transfer, move_whole
+from wsm.disk.io_threads import DriveCall, IOThreads, Piece, move_whole
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
@@ -45,8 +45,8 @@ class KVDevice:
         *,
         weights: Sequence[str],
         threads: int = 8,
-        pread: Transfer = os.preadv,
-        pwrite: Transfer = os.pwritev,
+        pread: DriveCall = os.preadv,
+        pwrite: DriveCall = os.pwritev,
     ) -> None:
         self.path, self.nbytes, self.threads = path, round_up(nbytes, BLOCK), threads
         self.warnings: list[str] = []
@@ -112,8 +112,8 @@ class KVDevice:
         )
 
     def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
-        transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")
-        move_whole(transfer, self._target.file, image, offset, partial(self._error, verb))
+        call, verb = (self._pwrite, "write") if writing else (self._pread, "read")
+        move_whole(call, self._target.file, image, offset, len(image), partial(self._error, verb))
         if self._target.buffered:
             self._drop(offset, len(image), writing=writing)
 

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
-from wsm.disk.io_threads import IOThreads, Transfer, move_whole
+from wsm.disk.io_threads import DriveCall, IOThreads, move_whole
 from wsm.disk.targets import open_for_reading
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
@@ -75,7 +75,7 @@ class PackedStore:
         *,
         staging_bytes: int,
         verify: Literal["first", "always"] = "first",
-        pread: Transfer = os.preadv,
+        pread: DriveCall = os.preadv,
     ) -> None:
         self.description = description
         self.warnings: list[str] = list(description.warnings)
@@ -196,7 +196,7 @@ class PackedStore:
         extent, file = chunk.extent, self._files[chunk.extent.target]
         place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
         memory, enough = image[place : place + chunk.nbytes], min(chunk.nbytes, extent.needed - chunk.start)
-        move_whole(self._pread, file, memory, offset, partial(self._error, stored, extent), enough=enough)
+        move_whole(self._pread, file, memory, offset, enough, partial(self._error, stored, extent))
         if file in self._buffered:
             os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
         came.append(ChunkRead(chunk.nbytes, began, time.perf_counter()))

@@ -20,27 +20,19 @@ Transfer = Callable[[int, Sequence[memoryview], int], int]
 """As ``os.preadv`` and ``os.pwritev``."""
 
 
-class TransferFailed(Exception):
-    """A read or write that ended at byte ``offset``: with ``error``, or after ``moved`` bytes where that is None."""
-
-    def __init__(self, offset: int, error: OSError | None = None, moved: int = 0) -> None:
-        super().__init__(offset, error, moved)
-        self.offset, self.error, self.moved = offset, error, moved
-
-    def reason(self, what: str, short: str) -> str:
-        """``what`` error and the system's word for it, or ``short`` where there was no error."""
-        return short if self.error is None else f"{what} error: {self.error.strerror}"
+Failed = Callable[[int, OSError | int], Exception]
+"""Makes the exception to raise, from the offset and the error, or the bytes that the last call moved."""
 
 
-def transfer_fully(transfer: Transfer, file: int, data: memoryview, offset: int, needed: int | None = None) -> None:
+def transfer_fully(
+    transfer: Transfer, file: int, data: memoryview, offset: int, failed: Failed, needed: int | None = None
+) -> None:
     """Move all of ``data``; after a short transfer go on at a whole block, as O_DIRECT asks.
 
     Args:
         data, offset: aligned to the file's blocks.
+        failed: asked for what to raise if the file gives or takes no more.
         needed: bytes that have to be there, where the file may end before the last block does; else all of them.
-
-    Raises:
-        TransferFailed: if the file gives or takes no more.
     """
     done, tried = 0, False
     needed = len(data) if needed is None else needed
@@ -48,12 +40,12 @@ def transfer_fully(transfer: Transfer, file: int, data: memoryview, offset: int,
         try:
             moved = transfer(file, [data[done : done + MOST_BYTES]], offset + done)
         except OSError as error:
-            raise TransferFailed(offset + done, error) from error
+            raise failed(offset + done, error) from error
         if moved > 0 and done + moved >= needed:
             return
         whole = moved - moved % BLOCK
         if moved <= 0 or (whole == 0 and tried):
-            raise TransferFailed(offset + done, moved=moved)
+            raise failed(offset + done, moved)
         # Part of a block is moved again from its beginning; once, for it may be where the file ends.
         done, tried = done + whole, whole == 0
 

@@ -38,8 +38,8 @@ class _Job:
 class IOThreads:
     """A job's pieces are dealt out in order, the next job's while the last of this one's are under way.
 
-    Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order; ``_open_jobs`` those
-    that have not ended; a job leaves it exactly once, by whoever brings ``left`` to 0.
+    Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order. A job is ended once,
+    by whoever brings ``left`` to 0.
 
     Args:
         threads: how many; at least 1.
@@ -48,7 +48,6 @@ class IOThreads:
 
     def __init__(self, threads: int, name: str) -> None:
         self._jobs: deque[_Job] = deque()
-        self._open_jobs: set[_Job] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._workers: list[threading.Thread] = []
@@ -86,7 +85,6 @@ class IOThreads:
             if self._closing:
                 raise RuntimeError("closed: nothing more is read or written")
             self._jobs.append(job)
-            self._open_jobs.add(job)
             self._changed.notify_all()
 
     def _queue_after(self, job: _Job, ended: Future[None]) -> None:
@@ -99,16 +97,13 @@ class IOThreads:
 
     def close(self, failure: BaseException) -> None:
         """Join every thread; jobs with pieces left to deal end with ``failure``. A second call does nothing."""
-        untouched = []
         with self._changed:
             self._closing = True
+            waiting = [job for job in self._jobs if job.pieces]
             self._jobs.clear()
-            for job in list(self._open_jobs):
-                if job.pieces:
-                    job.give_up(failure)
-                    if job.left == 0:
-                        self._open_jobs.discard(job)
-                        untouched.append(job)
+            for job in waiting:
+                job.give_up(failure)
+            untouched = [job for job in waiting if job.left == 0]
             self._changed.notify_all()
         for job in untouched:
             job.end()
@@ -143,5 +138,4 @@ class IOThreads:
                 job.give_up(failure)
             if job.left > 0:
                 return
-            self._open_jobs.discard(job)
         job.end()

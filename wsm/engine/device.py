@@ -1,7 +1,7 @@
 """Streams, events, copies and the link: one class of device for CUDA, one for the CPU.
 
 The engine is written once against :class:`Device`. On the CPU a stream is in order because its owner is one
-thread, a copy is a memcpy, and an event is set the moment it is recorded.
+thread, a copy is a memcpy, and an event has happened when it is recorded.
 """
 
 from __future__ import annotations
@@ -34,33 +34,61 @@ class Event(Protocol):
         """Block the calling thread until the work before it is done."""
 
 
-class Device(Protocol):
-    """What the engine needs of a compute device."""
+class CpuStream:
+    """In order because one thread owns it; there is nothing to queue."""
 
-    torch_device: torch.device
-    pinned: bool
+
+class CpuEvent:
+    """Has happened once it is recorded."""
+
+    def __init__(self) -> None:
+        self.time_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+
+class Device:
+    """What the engine needs of a compute device. Here all work is done on return; :class:`CudaDevice` queues it.
+
+    Args:
+        device: where tensors of the GPU tier are.
+    """
+
+    pinned = False
     """Whether copies need page-locked memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
 
     def enter_thread(self) -> None:
         """To be called first on every thread that uses the device."""
 
     def stream(self) -> Any:
         """A new stream for copies."""
+        return CpuStream()
 
     def compute_stream(self) -> Any:
         """The stream that the calling thread's computations run on."""
+        return CpuStream()
 
     def record(self, stream: Any) -> Event:
         """A new event behind everything queued on ``stream``."""
+        return CpuEvent()
 
     def wait(self, stream: Any, event: Event) -> None:
         """Make later work on ``stream`` wait for ``event``, which must have been recorded."""
 
     def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
-        """Queue a copy on ``stream`` (done on return on the CPU)."""
+        """Queue a copy on ``stream``."""
+        destination.copy_(source)
 
     def run(self, stream: Any, work: Callable[[], object]) -> None:
-        """Queue what ``work`` computes on ``stream`` (done on return on the CPU)."""
+        """Queue what ``work`` computes on ``stream``."""
+        work()
 
     def mapped(self, host: Tensor) -> Tensor:
         """Page-locked ``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
@@ -68,78 +96,21 @@ class Device(Protocol):
         Raises:
             DoesNotFit: where the memory is not page-locked.
         """
+        return host
 
-    def seconds(self, event: Event) -> float:
+    def seconds(self, event: Any) -> float:
         """When a finished ``event`` happened, on the host's ``time.perf_counter`` clock."""
+        return float(event.time_s)
 
     def synchronize(self) -> None:
         """Block until all streams of the device are idle."""
 
 
-class CpuStream:
-    """In order because one thread owns it; there is nothing to queue."""
-
-
-class CpuEvent:
-    """Happens when it is recorded."""
-
-    __slots__ = ("_set", "time_s")
-
-    def __init__(self) -> None:
-        self._set = threading.Event()
-        self.time_s = 0.0
-
-    def mark(self) -> None:
-        self.time_s = time.perf_counter()
-        self._set.set()
-
-    def query(self) -> bool:
-        return self._set.is_set()
-
-    def synchronize(self) -> None:
-        self._set.wait()
-
-
-class CpuDevice:
+class CpuDevice(Device):
     """The GPU tier in ordinary memory, so that every path of the engine runs on any machine."""
 
-    pinned = False
-
     def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
-
-    def enter_thread(self) -> None:
-        """Nothing to set."""
-
-    def stream(self) -> CpuStream:
-        return CpuStream()
-
-    def compute_stream(self) -> CpuStream:
-        return CpuStream()
-
-    def record(self, stream: CpuStream) -> CpuEvent:
-        event = CpuEvent()
-        event.mark()
-        return event
-
-    def wait(self, stream: CpuStream, event: Event) -> None:
-        event.synchronize()
-
-    def copy(self, destination: Tensor, source: Tensor, stream: CpuStream) -> None:
-        destination.copy_(source)
-
-    def run(self, stream: CpuStream, work: Callable[[], object]) -> None:
-        work()
-
-    def mapped(self, host: Tensor) -> Tensor:
-        return host
-
-    def seconds(self, event: Event) -> float:
-        assert isinstance(event, CpuEvent)
-        return event.time_s
-
-    def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
+        super().__init__(torch.device("cpu"))
 
 
 class _HostMemory:
@@ -154,15 +125,14 @@ class _HostMemory:
         }
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """One CUDA device; events carry times and put a waiting host thread to sleep."""
 
     pinned = True
 
     def __init__(self, device: torch.device) -> None:
-        self.torch_device = torch.device(
-            "cuda", device.index if device.index is not None else torch.cuda.current_device()
-        )
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        super().__init__(torch.device("cuda", index))
         # CUDA gives elapsed times in float32 milliseconds: a run of an hour is timed to 0.25 ms.
         self.synchronize()
         self._base = torch.cuda.Event(enable_timing=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wsm.engine.arena import PageLockedArena
 from wsm.engine.device import Device, Event
-from wsm.engine.slots import Pool, Slot, Slots
+from wsm.engine.slots import Homes, Pool, Pools, Slot
 from wsm.layout.groups import KINDS, Kind, pass_order, views, without
 from wsm.plan.placement import Placement
 from wsm.settings import Settings
@@ -25,6 +25,11 @@ class WeightMemory:
 
     Raises:
         DoesNotFit: if the CPU memory is refused (the device's own out-of-memory error passes through).
+
+    Attributes:
+        gpu_homes, cpu_homes: the residents' own buffers.
+        gpu_pools, cpu_pools: the slots that streamed groups pass through.
+        loading_pools: slots that GPU residents come through where there is no other CPU memory.
     """
 
     def __init__(
@@ -35,29 +40,28 @@ class WeightMemory:
         self.page_locked_peak_bytes = 0
         self.populate_s = self.page_lock_s = 0.0
         try:
-            self.slots = self._allocate(plan, settings)
+            self._allocate(plan, settings)
         except BaseException:
             self._free_arenas()
             raise
 
-    def _allocate(self, plan: Placement, settings: Settings) -> Slots:
+    def _allocate(self, plan: Placement, settings: Settings) -> None:
         order, residency = pass_order(plan.residency.n_layers), plan.residency
         layer_bytes = sum(self._source.slot_bytes(kind) for kind in KINDS)
         arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
         self._loading = self._new_arena(plan.loading_slots * layer_bytes)
         self._embedding = self._new_arena(self._embedding_bytes)
-        gpu_homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in order if g.layer in set(residency.gpu)}
-        gpu_pools = {
+        self.gpu_homes: Homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in order if g.layer in set(residency.gpu)}
+        self.gpu_pools: Pools = {
             kind: Pool((self._gpu_buffer(kind) for _ in range(plan.gpu_slots)), retain=not settings.evict_finished)
             for kind in KINDS
             if plan.gpu_slots
         }
-        cpu_pools = self._cpu_pools(arena, plan.cpu_slots, retain=settings.cpu_evict == "fifo")
-        cpu_homes = {
+        self.cpu_pools: Pools = self._pools_in(arena, plan.cpu_slots, retain=settings.cpu_evict == "fifo")
+        self.cpu_homes: Homes = {
             g: Slot(arena.take(self._source.slot_bytes(g.kind)), g) for g in order if g.layer in set(residency.cpu)
         }
-        loading_pools = self._cpu_pools(self._loading, plan.loading_slots, retain=False)
-        return Slots(gpu_homes, cpu_homes, gpu_pools, cpu_pools, loading_pools)
+        self.loading_pools: Pools = self._pools_in(self._loading, plan.loading_slots, retain=False)
 
     @property
     def _embedding_bytes(self) -> int:
@@ -75,7 +79,7 @@ class WeightMemory:
     def _gpu_buffer(self, kind: Kind) -> Tensor:
         return torch.empty(self._source.slot_bytes(kind), dtype=torch.uint8, device=self._device.torch_device)
 
-    def _cpu_pools(self, arena: PageLockedArena, slots: int, *, retain: bool) -> dict[Kind, Pool]:
+    def _pools_in(self, arena: PageLockedArena, slots: int, *, retain: bool) -> dict[Kind, Pool]:
         return {
             kind: Pool([arena.take(self._source.slot_bytes(kind)) for _ in range(slots)], retain=retain)
             for kind in KINDS
@@ -94,7 +98,8 @@ class WeightMemory:
 
     def scratch(self) -> tuple[Tensor, Tensor]:
         """The largest CPU and device memory there is, both ``uint8``, for a probe before anything is loaded."""
-        on_gpu = max((slot.buffer for slot in self.slots.on_gpu()), key=lambda buffer: buffer.nbytes)
+        slots = [*_slots(self.gpu_pools), *self.gpu_homes.values()]
+        on_gpu = max((slot.buffer for slot in slots), key=lambda buffer: buffer.nbytes)
         return max(self._arenas, key=lambda arena: arena.nbytes).whole(), on_gpu
 
     def load_globals(self) -> Mapping[str, Tensor]:
@@ -140,5 +145,10 @@ class WeightMemory:
     def close(self) -> None:
         """Free every page, and let go of the device's memory: nobody may use a slot any more."""
         self._free_arenas()
-        for slot in (*self.slots.on_gpu(), *self.slots.on_cpu()):
+        pooled = (*_slots(self.gpu_pools), *_slots(self.cpu_pools), *_slots(self.loading_pools))
+        for slot in (*pooled, *self.gpu_homes.values(), *self.cpu_homes.values()):
             slot.buffer = torch.empty(0, dtype=torch.uint8)
+
+
+def _slots(pools: Pools) -> list[Slot]:
+    return [slot for pool in pools.values() for slot in pool.slots]

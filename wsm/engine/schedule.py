@@ -1,17 +1,17 @@
 """What to fetch next. Nothing here is thread-safe: the tiers' lock guards it.
 
 Every tier is fed in one cyclic order, one line per kind. Within a kind nothing overtakes; between the two kinds
-a later group may overtake one that is held up, within the bounds of :class:`Balance`. Residents come first, once.
+a later group may overtake one that is held up, within bounds. Residents are read once, in the order of the first pass.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from wsm.engine.slots import CopyJob, Homes, Pool, Pools, ReadJob, Slot
-from wsm.layout.groups import KINDS, GroupId, Kind
+from wsm.layout.groups import GroupId, Kind
 from wsm.plan.placement import LOADING_SLOTS
 from wsm.settings import Settings
 
@@ -21,49 +21,24 @@ gets room to be read soon."""
 _NO_POOL = Pool((), retain=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Cycle:
-    """The endless sequence of those groups of one kind that a tier has to be fed.
-
-    ``ordinal`` n stands for the n-th of them, counted over all passes; its ``step`` counts all groups of all passes.
-
-    Args:
-        groups: the groups in pass order.
-        indices: the place of each in a pass.
-        steps_a_pass: groups in a pass, fed or not.
-    """
-
-    groups: tuple[GroupId, ...]
-    indices: tuple[int, ...]
-    steps_a_pass: int
-
-    def group(self, ordinal: int) -> GroupId:
-        return self.groups[ordinal % len(self.groups)]
-
-    def step(self, ordinal: int) -> int:
-        passes, place = divmod(ordinal, len(self.groups))
-        return passes * self.steps_a_pass + self.indices[place]
-
-
-def cycle_of(order: list[GroupId], kind: Kind, layers: frozenset[int]) -> Cycle:
-    """The cycle of one kind over the given layers of a pass ``order``."""
-    places = [(group, index) for index, group in enumerate(order) if group.kind == kind and group.layer in layers]
-    return Cycle(tuple(group for group, _ in places), tuple(index for _, index in places), len(order))
-
-
 @dataclass(slots=True)
 class Line:
-    """The groups of one kind on their way through a tier's slots.
+    """The groups of one kind that a tier has to be fed, again and again, and the slots that they pass through.
 
-    Ordinals are counted over all passes and never go back: used <= fetched <= started.
+    Counts are of all passes and never go back: used <= fetched <= started.
 
     Attributes:
-        started: fetches begun; that ordinal of the cycle comes next.
+        groups: in pass order.
+        steps: the step of each in the first pass; a step counts the groups of all kinds and passes.
+        steps_per_pass: groups in a pass, fed or not.
+        started: fetches begun.
         fetched: fetches that the next tier may count on.
         used: groups that the next tier is through with.
     """
 
-    cycle: Cycle
+    groups: tuple[GroupId, ...]
+    steps: tuple[int, ...]
+    steps_per_pass: int
     pool: Pool
     started: int = 0
     fetched: int = 0
@@ -72,28 +47,22 @@ class Line:
     @property
     def group(self) -> GroupId:
         """The group that is fetched next."""
-        return self.cycle.group(self.started)
+        return self.groups[self.started % len(self.groups)]
 
     @property
     def step(self) -> int:
         """The step that it is fetched for."""
-        return self.cycle.step(self.started)
+        passes, place = divmod(self.started, len(self.groups))
+        return passes * self.steps_per_pass + self.steps[place]
 
     @property
     def ahead(self) -> int:
         """Groups begun and not used."""
         return self.started - self.used
 
-    def is_retained(self) -> bool:
-        """Whether the next group is still in a free slot."""
-        slot = self.pool.find(self.group)
-        return slot is not None and self.pool.is_free(slot)
-
     def pin(self) -> None:
-        """Take that slot, without moving a byte."""
-        slot = self.pool.find(self.group)
-        assert slot is not None
-        self.pool.pin(slot)
+        """Take the free slot that still holds the next group, without moving a byte."""
+        self.pool.pin(self.group)
         self.started += 1
         self.fetched += 1
 
@@ -104,57 +73,31 @@ class Line:
         return slot
 
 
-def lines_of(order: list[GroupId], layers: Sequence[int], pools: Pools) -> dict[Kind, Line]:
-    """A line of the given layers through each of ``pools``; none without layers."""
-    return {kind: Line(cycle_of(order, kind, frozenset(layers)), pool) for kind, pool in pools.items() if layers}
+def lines_of(order: Sequence[GroupId], layers: Sequence[int], pools: Pools) -> dict[Kind, Line]:
+    """A line of the given layers of a pass through each of ``pools``; none without layers."""
+    lines = {}
+    for kind, pool in pools.items() if layers else ():
+        steps = tuple(step for step, group in enumerate(order) if group.kind == kind and group.layer in layers)
+        lines[kind] = Line(tuple(order[step] for step in steps), steps, len(order), pool)
+    return lines
 
 
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """How far one kind may run ahead of the other (``WSM_BALANCE_*``, ``WSM_PAIR_AHEAD``, ``WSM_KIND_AHEAD_CAP``)."""
-
-    on: bool
-    tolerance: int
-    pair_ahead: int
-    kind_ahead_cap: int
-
-    @classmethod
-    def of(cls, settings: Settings) -> Balance:
-        return cls(settings.balance_prefetch, settings.balance_tol, settings.pair_ahead, settings.kind_ahead_cap)
-
-    def allows(self, step: int, ahead: int, held_step: int, held_ahead: int) -> bool:
-        """Whether the group at ``step`` may overtake the held-up one at ``held_step`` of the other kind.
-
-        ``ahead`` and ``held_ahead`` count the groups of each kind fetched and not yet used.
-        """
-        layers = step // 2 - held_step // 2
-        if self.on:
-            return abs(ahead + 1 - held_ahead) <= self.tolerance and layers <= self.pair_ahead
-        return layers <= self.kind_ahead_cap
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The next group of one kind: its step, whether it can be fetched now, and how many of its kind are ahead."""
-
-    step: int
-    ready: bool
-    ahead: int
-
-
-def choose(heads: Mapping[Kind, Head], balance: Balance) -> Kind | None:
-    """The kind to fetch from next: the earlier step if it is ready, else the other if it may overtake."""
-    line = sorted((heads[kind].step, kind) for kind in KINDS if kind in heads)
-    for place, (_, kind) in enumerate(line):
-        head = heads[kind]
-        if not head.ready:
-            continue
-        if place == 0:
-            return kind
-        held = heads[line[0][1]]
-        if balance.allows(head.step, head.ahead, held.step, held.ahead):
-            return kind
+def choose(lines: Iterable[Line], ready: Callable[[Line], bool], settings: Settings) -> Line | None:
+    """The line to fetch from next: the one with the earlier step if it is ready, else the other if it may overtake."""
+    held: Line | None = None
+    for line in sorted(lines, key=lambda line: line.step):
+        if ready(line) and (held is None or _may_overtake(line, held, settings)):
+            return line
+        held = held or line
     return None
+
+
+def _may_overtake(line: Line, held: Line, settings: Settings) -> bool:
+    """How far one kind may run ahead of the other (``WSM_BALANCE_*``, ``WSM_PAIR_AHEAD``, ``WSM_KIND_AHEAD_CAP``)."""
+    layers = line.step // 2 - held.step // 2
+    if settings.balance_prefetch:
+        return abs(line.ahead + 1 - held.ahead) <= settings.balance_tol and layers <= settings.pair_ahead
+    return layers <= settings.kind_ahead_cap
 
 
 class Residents:

@@ -62,8 +62,9 @@ class Pool:
         """Whether so many free slots hold no group; those are taken before the others."""
         return sum(slot.group is None for slot in self._free) >= slots
 
-    def is_free(self, slot: Slot) -> bool:
-        return slot in self._free
+    def keeps(self, group: GroupId) -> bool:
+        """Whether a free slot still holds ``group``."""
+        return self._by_group.get(group) in self._free
 
     def take(self, group: GroupId) -> Slot:
         """Evict the oldest free slot's group and start loading ``group`` there."""
@@ -74,22 +75,20 @@ class Pool:
         self._by_group[group] = slot
         return slot
 
-    def pin(self, slot: Slot) -> None:
-        """Take a free slot for the group that it still holds."""
-        self._free.remove(slot)
+    def pin(self, group: GroupId) -> None:
+        """Take the free slot that still holds ``group``."""
+        self._free.remove(self._by_group[group])
 
     def free(self, slot: Slot) -> None:
         """Put a taken slot last in the line of free ones."""
-        if not self._retain:
-            assert slot.group is not None
-            del self._by_group[slot.group]
-            slot.group, slot.state = None, "absent"
-        else:
+        if self._retain:
             slot.state = "ready"
-        self._free.append(slot)
+            self._free.append(slot)
+        else:
+            self.clear(slot)
 
     def clear(self, slot: Slot) -> None:
-        """Put a taken slot behind the other empty ones."""
+        """Empty a taken slot and put it behind the other empty ones."""
         assert slot.group is not None
         del self._by_group[slot.group]
         slot.group, slot.state = None, "absent"
@@ -102,31 +101,6 @@ class Pool:
 
 Pools = Mapping[Kind, Pool]
 Homes = Mapping[GroupId, Slot]
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """Every slot of a run.
-
-    Attributes:
-        gpu_homes, cpu_homes: the residents' own buffers.
-        gpu_pools, cpu_pools: the slots that streamed groups pass through.
-        loading_pools: slots that GPU residents come through where there is no other CPU memory.
-    """
-
-    gpu_homes: Homes
-    cpu_homes: Homes
-    gpu_pools: Pools
-    cpu_pools: Pools
-    loading_pools: Pools
-
-    def on_gpu(self) -> list[Slot]:
-        """The slots of the pools first."""
-        return [slot for pool in self.gpu_pools.values() for slot in pool.slots] + list(self.gpu_homes.values())
-
-    def on_cpu(self) -> list[Slot]:
-        pools = (*self.cpu_pools.values(), *self.loading_pools.values())
-        return [slot for pool in pools for slot in pool.slots] + list(self.cpu_homes.values())
 
 
 @dataclass(frozen=True, slots=True)

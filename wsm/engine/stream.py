@@ -4,9 +4,9 @@
     pager thread    CPU slot -> GPU slot  _copy_ahead   as far ahead as GPU slots are free
     computation     GPU slot              _use          one group after the other
 
-Each asks :class:`Tiers` for its next job, and waits there until a slot is free for it and its bytes are in the tier
-above; then waits for the slot's last user, has the bytes moved (by the source's threads, or on a stream of the device),
-and tells :class:`Tiers`, which gives the group to the next of the three and the slot it came from to the one before.
+Each asks :class:`Tiers` for its next job, which comes when a slot is free for it and the bytes are in the tier above.
+Then it waits for the slot's last user, has the bytes moved (by threads of the source, or on a stream of the device) and
+tells :class:`Tiers`: the group is ready for the next of the three, and the slot that it came from is free again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class WeightStreamingManager(Threaded):
         self.order = pass_order(self.n_layers)
         self.memory = WeightMemory(plan, source, device, settings, kept_on_cpu)
         self._tiers = Tiers(
-            plan, settings, self.order, self.memory.slots, on_loaded=on_loaded, on_starved=telemetry.link_starved
+            plan, settings, self.order, self.memory, on_loaded=on_loaded, on_starved=telemetry.link_starved
         )
         super().__init__(self._tiers, device)
         self._link = link or Link()
@@ -95,7 +95,7 @@ class WeightStreamingManager(Threaded):
             read.checked.add_done_callback(partial(self._tell_read, job, read.chunks))
 
     def _tell_read(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
-        self.telemetry.read(job.group, job.step, chunks)
+        self.telemetry.read_done(job.group, job.step, chunks)
         failure = checked.exception()
         if failure is None:
             self._guard(partial(self._tiers.read_done, job))

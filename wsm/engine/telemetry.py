@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from wsm.engine.device import Device, Event
@@ -119,12 +120,13 @@ class _Records(Generic[T]):
     """What is known once its events are resolved; an event is let go then. Any thread may add, one at a time asks."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[Sequence[Event], Callable[..., T]]] = deque()
+        self._pending: deque[tuple[tuple[Any, ...], Callable[..., T]]] = deque()
         self._resolved: list[T] = []
 
-    def add(self, events: Sequence[Event], make: Callable[..., T]) -> None:
-        """``make`` takes the times of ``events``, in seconds of the host's clock."""
-        self._pending.append((events, make))
+    def add(self, make: Callable[..., T], *events: Event | None) -> None:
+        """``make`` takes the times of ``events``, in seconds of the host's clock; None: nothing is kept."""
+        if all(event is not None for event in events):
+            self._pending.append((events, make))
 
     def resolved(self, device: Device) -> list[T]:
         while self._pending:
@@ -132,6 +134,10 @@ class _Records(Generic[T]):
             self._resolved.append(make(*(device.seconds(event) for event in events)))
             self._pending.popleft()
         return list(self._resolved)
+
+
+def _interval(start: float, end: float) -> Interval:
+    return start, end
 
 
 class Telemetry:
@@ -153,7 +159,7 @@ class Telemetry:
 
     # -- recording
 
-    def read(self, group: GroupId, step: int | None, chunks: Sequence[ChunkRead]) -> None:
+    def read_done(self, group: GroupId, step: int | None, chunks: Sequence[ChunkRead]) -> None:
         """A read of ``group`` has ended; ``chunks`` came from a drive."""
         if chunks and self._keep:
             start, end = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
@@ -161,8 +167,7 @@ class Telemetry:
 
     def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event | None) -> None:
         """Pieces of a group were copied to the device without a break; ``start`` is from :meth:`mark`."""
-        if start is not None and end is not None:
-            self._copies.add((start, end), lambda *times: Transfer(group, step, nbytes, *times))
+        self._copies.add(partial(Transfer, group, step, nbytes), start, end)
 
     def link_starved(self, start: float, end: float) -> None:
         """The link had room and no bytes for it."""
@@ -176,13 +181,12 @@ class Telemetry:
     def used(
         self, group: GroupId | None, step: int, asked: Event | None, granted: Event | None, done: Event | None
     ) -> None:
-        if asked is not None and granted is not None and done is not None:
-            self._uses.add((asked, granted, done), lambda *times: Use(group, step, *times))
+        self._uses.add(partial(Use, group, step), asked, granted, done)
 
     def kv_moved(self, tier: str, layer: int, pass_no: int, nbytes: int, start: Event | None, end: Event) -> None:
         """A copy of KV to or from the device, for the ``pass_no``-th pass of the model."""
-        if start is not None and nbytes:
-            self._kv_copies.add((start, end), lambda *times: KVTransfer(tier, layer, pass_no, nbytes, *times))
+        if nbytes:
+            self._kv_copies.add(partial(KVTransfer, tier, layer, pass_no, nbytes), start, end)
 
     def kv_disk(self, tier: str, layer: int, pass_no: int, nbytes: int, start: float, end: float) -> None:
         """KV that was read from or written to its own device, in seconds of the host's clock."""
@@ -191,8 +195,7 @@ class Telemetry:
 
     def kv_waited(self, asked: Event | None, granted: Event | None) -> None:
         """The computation waited for KV, inside the use of an attn group."""
-        if asked is not None and granted is not None:
-            self._kv_waits.add((asked, granted), lambda begun, ended: (begun, ended))
+        self._kv_waits.add(_interval, asked, granted)
 
     # -- answering, when the streams are idle
 
@@ -274,19 +277,17 @@ class CollectiveTimes:
 
     def __init__(self, device: Device, *, keep: bool = True) -> None:
         self._device, self._keep = device, keep
-        self._taken: list[tuple[Event, Event]] = []
+        self._taken = _Records[Interval]()
 
     def mark(self) -> Event | None:
         """A point in the compute stream; None where nothing is kept."""
         return self._device.record(self._device.compute_stream()) if self._keep else None
 
-    def took(self, start: object, end: object) -> None:
+    def took(self, start: Any, end: Any) -> None:
         """A collective ran between two marks."""
-        if start is not None and end is not None:
-            self._taken.append((start, end))  # type: ignore[arg-type]  # marks of this very object
+        self._taken.add(_interval, start, end)
 
     def within(self, window: Interval) -> tuple[float, int]:
         """Milliseconds in ``window`` (host seconds), and how many collectives ended in it."""
-        spans = [(self._device.seconds(start), self._device.seconds(end)) for start, end in self._taken]
-        inside = [span for span in spans if window[0] <= span[1] <= window[1]]
+        inside = [span for span in self._taken.resolved(self._device) if window[0] <= span[1] <= window[1]]
         return 1e3 * overlap_s(merged(inside), window), len(inside)

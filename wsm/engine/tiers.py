@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from wsm.engine.device import Event
-from wsm.engine.schedule import Balance, Head, Line, Residents, choose, lines_of
-from wsm.engine.slots import CopyJob, Homes, Pools, ReadJob, Slot, Slots
+from wsm.engine.memory import WeightMemory
+from wsm.engine.schedule import Line, Residents, choose, lines_of
+from wsm.engine.slots import CopyJob, Homes, Pools, ReadJob, Slot
 from wsm.engine.threads import SharedState
 from wsm.layout.groups import KINDS, GroupId
 from wsm.plan.placement import Placement
@@ -39,19 +40,18 @@ class Tiers(SharedState):
         plan: Placement,
         settings: Settings,
         order: list[GroupId],
-        slots: Slots,
+        memory: WeightMemory,
         *,
         on_loaded: Callable[[GroupId], None] | None = None,
         on_starved: Callable[[float, float], None] = lambda start, end: None,
     ) -> None:
         super().__init__("the weight streaming manager")
         self._plan, self._settings, self._order = plan, settings, order
-        self._balance = Balance.of(settings)
-        self._gpu_homes, self._cpu_homes = slots.gpu_homes, slots.cpu_homes
-        self._gpu_pools, self._cpu_pools = slots.gpu_pools, slots.cpu_pools
-        self._to_gpu = lines_of(order, (*plan.residency.cpu, *plan.residency.ssd), slots.gpu_pools)
-        self._to_cpu = lines_of(order, plan.residency.ssd, slots.cpu_pools)
-        self._residents = Residents(order, slots.gpu_homes, slots.cpu_homes, slots.loading_pools or slots.cpu_pools)
+        self._gpu_homes, self._cpu_homes = memory.gpu_homes, memory.cpu_homes
+        self._gpu_pools, self._cpu_pools = memory.gpu_pools, memory.cpu_pools
+        self._to_gpu = lines_of(order, (*plan.residency.cpu, *plan.residency.ssd), memory.gpu_pools)
+        self._to_cpu = lines_of(order, plan.residency.ssd, memory.cpu_pools)
+        self._residents = Residents(order, memory.gpu_homes, memory.cpu_homes, memory.loading_pools or memory.cpu_pools)
         self._places = {group: place for place, group in enumerate(order)}
         self._to_load = len(self._residents.unread)
         self._gpu_to_load = self._residents.unread_for_gpu
@@ -83,13 +83,11 @@ class Tiers(SharedState):
         """The line whose next group may be read from the SSD now."""
         if not self._residents.unread_for_gpu:  # before that nothing has been kept: see _may_read
             self._pin_retained(self._to_cpu.values())
-        kind = choose({kind: self._read_head(line) for kind, line in self._to_cpu.items()}, self._balance)
-        return None if kind is None else self._to_cpu[kind]
+        return choose(self._to_cpu.values(), self._can_read, self._settings)
 
-    def _read_head(self, line: Line) -> Head:
+    def _can_read(self, line: Line) -> bool:
         room = line.pool.has_empty(2) if self._residents.unread_for_gpu else line.pool.has_room()
-        ready = room and line.ahead < self._plan.read_ahead_layers and self._may_read(line.step)
-        return Head(line.step, ready, line.ahead)
+        return room and line.ahead < self._plan.read_ahead_layers and self._may_read(line.step)
 
     def _may_read(self, step: int) -> bool:
         if self._residents.unread_for_gpu and step >= len(self._order):
@@ -134,7 +132,7 @@ class Tiers(SharedState):
 
     def _starved(self) -> bool:
         """Whether the link could copy if only the bytes were there."""
-        return any(line.pool.has_room() and not self._is_ready(line.group) for line in self._to_gpu.values())
+        return any(line.pool.has_room() and not self._is_there(line.group) for line in self._to_gpu.values())
 
     def _resident_copy(self) -> CopyJob | None:
         if not self._staged:
@@ -145,20 +143,19 @@ class Tiers(SharedState):
 
     def _streamed_copy(self) -> CopyJob | None:
         self._pin_retained(self._to_gpu.values())
-        kind = choose({kind: self._copy_head(line) for kind, line in self._to_gpu.items()}, self._balance)
-        if kind is None:
+        line = choose(self._to_gpu.values(), self._can_copy, self._settings)
+        if line is None:
             return None
-        line = self._to_gpu[kind]
         group, step, source = line.group, line.step, self._cpu_slot(line.group)
         assert source is not None
         assert source.group == group  # a tenant that was ready has been copied before
         source.state = "in_use"
         return CopyJob(group, step, source, line.start())
 
-    def _copy_head(self, line: Line) -> Head:
-        return Head(line.step, self._is_ready(line.group) and line.pool.has_room(), line.ahead)
+    def _can_copy(self, line: Line) -> bool:
+        return self._is_there(line.group) and line.pool.has_room()
 
-    def _is_ready(self, group: GroupId) -> bool:
+    def _is_there(self, group: GroupId) -> bool:
         """Whether a group can be copied from CPU memory."""
         slot = self._cpu_slot(group)
         return slot is not None and slot.state == "ready"
@@ -255,7 +252,7 @@ class Tiers(SharedState):
     def _pin_retained(self, lines: Iterable[Line]) -> None:
         """Where the next group of a kind is still in a free slot, take it without moving a byte."""
         for line in lines:
-            while line.is_retained():
+            while line.pool.keeps(line.group):
                 line.pin()
                 self._changed.notify_all()
 
@@ -287,7 +284,7 @@ class Tiers(SharedState):
         resident = [slot for group, slot in self._gpu_homes.items() if group.layer < layers]
 
         def staged(line: Line) -> bool:
-            wanted = min(sum(group.layer < layers for group in line.cycle.groups), len(line.pool))
+            wanted = min(sum(group.layer < layers for group in line.groups), len(line.pool))
             return line.fetched - line.used >= wanted
 
         with self._changed:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wsm.disk.direct import Transfer, TransferFailed, transfer_fully
+from wsm.disk.direct import Transfer, transfer_fully
 from wsm.disk.io_threads import IOThreads, Piece
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
@@ -113,13 +113,8 @@ class KVDevice:
         )
 
     def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
-        """Move one chunk."""
-        transfer, what = (self._pwrite, "write") if writing else (self._pread, "read")
-        try:
-            transfer_fully(transfer, self._target.file, image, offset)
-        except TransferFailed as failed:
-            reason = failed.reason(what, f"short {what}: the file or device ends here")
-            raise self._error(failed.offset, reason) from failed
+        transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")
+        transfer_fully(transfer, self._target.file, image, offset, partial(self._error, verb))
         if self._target.buffered:
             self._drop(offset, len(image), writing=writing)
 
@@ -130,9 +125,11 @@ class KVDevice:
                 os.fdatasync(self._target.file)
             os.posix_fadvise(self._target.file, offset, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
-            raise self._error(offset, f"write error: {error.strerror}") from error
+            raise self._error("write", offset, error) from error
 
-    def _error(self, offset: int, what: str) -> KVDeviceError:
+    def _error(self, verb: str, offset: int, failed: OSError | int) -> KVDeviceError:
+        ended = f"short {verb}: the file or device ends here"
+        what = ended if isinstance(failed, int) else f"{verb} error: {failed.strerror}"
         return KVDeviceError(
             f"{self.path} at byte {offset}, in offloaded KV: {what}; check the drive, or name another --kv-device"
         )

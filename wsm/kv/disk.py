@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class KVDisk:
     def holds(self, unit: Unit) -> bool:
         return unit in self._offsets
 
+    def _offset(self, unit: Unit, row: int, head: int) -> int:
+        """Where the blocks of a head are on the device."""
+        return self._offsets[unit] + row * self.layout.row_bytes + head * self.layout.head_bytes
+
     # -- up
 
     def read(self, fetch: Fetch) -> None:
@@ -97,7 +101,7 @@ class KVDisk:
             row = first + place
             whole = fetch.lengths[row] // KV_BLOCK_TOKENS
             for head, blocks in enumerate(heads):
-                base = self._offsets[fetch.unit] + row * layout.row_bytes + head * layout.head_bytes
+                base = self._offset(fetch.unit, row, head)
                 target = (row * layout.n_kv_heads + head) * fetch.k
                 for number, block in enumerate(blocks[: min(whole, fetch.k - 1)]):
                     yield base + block * size, compact[target + number]
@@ -145,17 +149,9 @@ class KVDisk:
         """
         layout, tails = self.layout, self._tails[write.unit]
         full = [row for row in rows if write.after[row] % KV_BLOCK_TOKENS == 0]
-        moves = [
-            (
-                self._offsets[write.unit]
-                + row * layout.row_bytes
-                + head * layout.head_bytes
-                + write.before[row] // KV_BLOCK_TOKENS * layout.block_bytes,
-                tails[row, head],
-            )
-            for row in full
-            for head in range(layout.n_kv_heads)
-        ]
+        begin = {row: write.before[row] // KV_BLOCK_TOKENS * layout.block_bytes for row in full}
+        places = product(full, range(layout.n_kv_heads))
+        moves = [(self._offset(write.unit, row, head) + begin[row], tails[row, head]) for row, head in places]
         self._move(moves, write.unit, write.pass_no, writing=True)
 
     def _move(self, moves: Sequence[Move], unit: Unit, pass_no: int, *, writing: bool) -> None:

@@ -171,11 +171,8 @@ class KVSchedule(SharedState):
     def _lengths(self, unit: Unit, pass_no: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of the unit's rows before and after a pass like the one that was begun."""
         now, rows = self._pass, self._layout.rows_of(unit.stretch)
-        later = pass_no - now.origin
-        grown = [later * (now.after[row] - now.before[row]) for row in rows]
-        before = tuple(now.before[row] + more for row, more in zip(rows, grown, strict=True))
-        after = tuple(now.after[row] + more for row, more in zip(rows, grown, strict=True))
-        return before, after
+        grown = [(pass_no - now.origin) * (after - before) for before, after in zip(now.before, now.after, strict=True)]
+        return tuple(now.before[row] + grown[row] for row in rows), tuple(now.after[row] + grown[row] for row in rows)
 
     def active(self, unit: Unit, row: int) -> bool:
         """Whether a row of the unit, counted from its first, may be asked for again."""

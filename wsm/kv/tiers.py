@@ -47,7 +47,7 @@ class KVTiers(Threaded):
         wanted: Callable[[], int],
         disk: DiskOptions | None = None,
     ) -> None:
-        self.placement, self.layout, self.telemetry = placement, placement.layout, telemetry
+        self.layout, self.telemetry = placement.layout, telemetry
         self._settings, self._link, self._wanted_groups = settings, link, wanted
         self.pauses = 0
         self._below = frozenset((*placement.cpu, *placement.disk))

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.atomic import sync_directory, write_atomically
-from wsm.disk.direct import TransferFailed, aligned_block, transfer_fully
+from wsm.disk.direct import aligned_block, transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import GroupId, GroupLayout, views
@@ -217,23 +217,19 @@ def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
-    try:
-        transfer_fully(os.pwritev, file, data, offset)
-    except TransferFailed as failed:
-        if failed.error is not None:
-            raise _write_error(failed.error, failed.offset) from failed
-        taken = f"{failed.moved} bytes at byte {failed.offset}"
-        raise StoreError(f"the target took {taken} and no more; nothing was packed") from failed
+    transfer_fully(os.pwritev, file, data, offset, _write_error)
 
 
 def _sync(file: int) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        raise _write_error(error, 0) from error
+        raise _write_error(0, error) from error
 
 
-def _write_error(error: OSError, offset: int) -> Exception:
+def _write_error(offset: int, error: OSError | int) -> Exception:
+    if isinstance(error, int):
+        return StoreError(f"the target took {error} bytes at byte {offset} and no more; nothing was packed")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DoesNotFit(f"the target is full after {offset / 1e9:.3f} GB; nothing was packed: make room, then again")
     return StoreError(f"write error at byte {offset} of the target: {error.strerror}; nothing was packed")

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
-from wsm.disk.direct import Transfer, TransferFailed, open_for_reading, transfer_fully
+from wsm.disk.direct import Transfer, open_for_reading, transfer_fully
 from wsm.disk.io_threads import IOThreads
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
@@ -195,18 +195,15 @@ class PackedStore:
         began = time.perf_counter()
         extent, file = chunk.extent, self._files[chunk.extent.target]
         place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
-        image = image[place : place + chunk.nbytes]
-        try:
-            transfer_fully(self._pread, file, image, offset, extent.needed - chunk.start)
-        except TransferFailed as failed:
-            reason = failed.reason("read", "the store ends here (short read): it was cut short")
-            raise self._error(stored, extent, failed.offset, reason) from failed
+        memory, needed = image[place : place + chunk.nbytes], extent.needed - chunk.start
+        transfer_fully(self._pread, file, memory, offset, partial(self._error, stored, extent), needed)
         if file in self._buffered:
             os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
         came.append(ChunkRead(chunk.nbytes, began, time.perf_counter()))
 
-    def _error(self, stored: StoredGroup, extent: Extent, offset: int, what: str) -> StoreError:
-        target = self.description.targets[extent.target]
+    def _error(self, stored: StoredGroup, extent: Extent, offset: int, failed: OSError | int) -> StoreError:
+        target, ended = self.description.targets[extent.target], "the store ends here (short read): it was cut short"
+        what = ended if isinstance(failed, int) else f"read error: {failed.strerror}"
         return StoreError(f"{target} at byte {offset}, in {stored.name}: {what}; check the drive, or {AGAIN}")
 
     def _has_to_check(self, stored: StoredGroup) -> bool:

@@ -97,7 +97,7 @@ def _inside(part: Schema, parts: Schema) -> dict[str, Schema]:
     for variant in _variants(part, parts):
         if "properties" in variant:
             return {f".{key}": content for key, content in variant["properties"].items()}
-        if "items" in variant and variant["items"] and _inside(variant["items"], parts):
+        if "items" in variant and _inside(variant["items"], parts):
             return {"[]": variant["items"]}
     return {}
 
@@ -121,7 +121,7 @@ def _type_of(part: Schema, parts: Schema) -> str:
         if "enum" in variant:
             words.append(", ".join(f"`{value}`" for value in variant["enum"]))
         elif variant["type"] == "array":
-            words.append(f"array of {_type_of(variant['items'] or variant['prefixItems'][0], parts)}")
+            words.append(f"array of {_type_of(variant['items'], parts)}")
         else:
             words.append(variant["type"])
     return " or ".join(words)

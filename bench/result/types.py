@@ -22,6 +22,7 @@ DecodeMs = Annotated[Amount, says("ms from the end of the prefill to the last to
 E2eMs = Annotated[Above0, says("ms in all: prefill_ms + decode_ms")]
 Throughput = Annotated[Above0, says("tokens/s of the decode: decode_tokens_total / decode seconds")]
 EndToEnd = Annotated[Above0, says("tokens/s of the whole: decode_tokens_total / e2e seconds")]
+Interval = Annotated[list[Annotated[Amount, says("an end, in the metric's unit")]], Meta(min_length=2, max_length=2)]
 Setting = str | int | float | bool | None
 
 
@@ -106,7 +107,7 @@ class Statistic(Part, frozen=True, kw_only=True):
     n: Annotated[FromOne, says("rounds")]
     median: Annotated[Amount, says("middle value, in the metric's unit")]
     median_ci95: Annotated[
-        tuple[Amount, Amount] | None,
+        Interval | None,
         says(
             "95 % bootstrap interval of the median (percentiles of the medians of 2000 seeded resamples), least and "
             "most; null below three rounds"

@@ -37,7 +37,7 @@ def schema_of_result(resolved: Schema, environment: Schema) -> dict[str, Any]:
         config[name] = _closed({"type": "object", "description": config[name]["description"], "properties": keys})
     for name, part in parts.items():
         del part["title"]
-        part["description"] = " ".join(part["description"].split())
+        part["description"] = " ".join(part.get("description", "").split())
         parts[name] = _closed(part) if name != "Ceilings" else {**_closed(part), "required": []}
     for part in parts.values():
         for inner in part["properties"].values():

@@ -1,4 +1,4 @@
-"""What a report draws, as numbers: the page draws it as SVG, ``--png`` with matplotlib."""
+"""What a report draws, as numbers."""
 
 from __future__ import annotations
 
@@ -6,40 +6,38 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from bench.compare.sides import Side
 from bench.compare.text import letters, shown_cell
 from bench.result.spread import median_interval
 
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of a bar; ``kind`` decides its colour and stands in the legend."""
-
-    kind: str
-    value: float
+Span = tuple[float, float, str]
+"""Start and end in the chart's unit, and the kind, which decides the colour and is in the legend."""
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Segments end to end; ``after`` is written behind them, ``mark`` is where a line is drawn across."""
+    """Spans on one line; ``after`` is written behind them, at ``mark`` a line is drawn across."""
 
     label: str
-    segments: tuple[Segment, ...]
+    spans: tuple[Span, ...]
     after: str = ""
     mark: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Horizontal bars on one scale."""
+    """Bars below each other on one scale, of which ``window`` is shown."""
 
     name: str
     title: str
     note: str
     unit: str
     bars: tuple[Bar, ...]
+    window: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,114 +72,111 @@ MOVED = {
     "kv_write": "KV to its drive",
 }
 """What moves, by the names of a result and of a trace."""
+KV_MOVED = {tier: name for tier, name in MOVED.items() if tier.startswith("kv_")}
 STALLED_KV = "stalled by KV"
-_TIERS = {
-    "ssd": "SSD reads",
-    "h2d": "link",
-    "compute": "compute",
-    **{tier: told for tier, told in MOVED.items() if tier.startswith("kv_")},
-}
+_TIERS = {"ssd": "SSD reads", "h2d": "link", "compute": "compute", **KV_MOVED}
 
 
-def overview_charts(sides: Sequence[Side]) -> Iterator[Chart]:
+def overview_charts(sides: Sequence[Side]) -> Iterator[Bars]:
     """Of all sides together: their times, and how far from the floor they are."""
-    yield _times(sides)
-    yield _rooflines(sides)
+    alone = len(sides) == 1
+    note = "Medians over rounds or processes; in brackets the 95 % bootstrap interval of the median of e2e_ms."
+    times = [_time(side, side.name if alone else f"{letters(n)}: {side.name}") for n, side in enumerate(sides)]
+    yield _from_zero("times", "Time of a run", note, "ms", times)
+    note = (
+        "How much of the measured time the hardware's own rates explain: at 100 % nothing else limits the run. "
+        "Above it, a ceiling was measured too low."
+    )
+    reached = [
+        _roofline(side, phase, phase if alone else f"{letters(n)}, {phase}")
+        for n, side in enumerate(sides)
+        for phase in PHASES
+    ]
+    yield _from_zero("roofline", "Distance from the floor", note, "%", reached)
 
 
-def side_charts(side: Side) -> Iterator[Chart]:
+def side_charts(side: Side) -> Iterator[Bars]:
     """Of one side: time and bytes per phase."""
-    if side.typical is not None:
-        charts = _tier_times(side.name, side.typical), _moved(side.name, side.typical)
-        yield from (chart for chart in charts if chart.bars)  # full pages nothing: there is nothing to draw
+    if side.typical is None:
+        return
+    note = (
+        f"Each tier over the whole phase. Stalled: computing waited for weights, {STALLED_KV}: for KV. "
+        "Idle: nothing to do, or embedding, head and sampling."
+    )
+    if tiers := list(_tier_times(side.typical)):
+        yield _from_zero(f"tiers-{side.name}", "Time per phase", note, "ms", tiers)
+    note = "Bytes that moved between the phase's first and last moment (10^6 bytes)."
+    if moved := list(_moved(side.typical)):  # full pages nothing: there is nothing to draw
+        yield _from_zero(f"bytes-{side.name}", "Bytes per phase", note, "MB", moved)
+
+
+def _from_zero(name: str, title: str, note: str, unit: str, bars: Sequence[Bar]) -> Bars:
+    most = max((span[1] for bar in bars for span in bar.spans), default=0.0)
+    return Bars(name, title, note, unit, tuple(bars), (0.0, most or 1.0))
+
+
+def _stacked(label: str, parts: Mapping[str, float], after: str, mark: float | None = None) -> Bar:
+    """A bar of kinds end to end, from 0."""
+    ends = list(accumulate(parts.values(), initial=0.0))
+    return Bar(label, tuple(zip(ends, ends[1:], parts, strict=False)), after, mark)
 
 
 # -- of all sides
 
 
-def _times(sides: Sequence[Side]) -> Bars:
-    bars = []
-    for place, side in enumerate(sides):
-        label = side.name if len(sides) == 1 else f"{letters(place)}: {side.name}"
-        if not side.results:
-            bars.append(Bar(label, (), "no result"))
-            continue
-        e2e = side.samples("e2e_ms")
-        parts = tuple(Segment(k, statistics.median(side.samples(f"{k}_ms"))) for k in ("prefill", "decode"))
-        interval = median_interval(e2e)
-        spread = f" [{shown_cell(interval[0])}, {shown_cell(interval[1])}]" if interval else ""
-        bars.append(Bar(label, parts, f"{shown_cell(statistics.median(e2e))} ms{spread}"))
-    note = "Medians over rounds or processes; in brackets the 95 % bootstrap interval of the median of e2e_ms."
-    return Bars("times", "Time of a run", note, "ms", tuple(bars))
+def _time(side: Side, label: str) -> Bar:
+    if not side.results:
+        return Bar(label, (), "no result")
+    e2e = side.samples("e2e_ms")
+    interval = median_interval(e2e)
+    spread = f" [{shown_cell(interval[0])}, {shown_cell(interval[1])}]" if interval else ""
+    parts = {phase: statistics.median(side.samples(f"{phase}_ms")) for phase in PHASES}
+    return _stacked(label, parts, f"{shown_cell(statistics.median(e2e))} ms{spread}")
 
 
-def _rooflines(sides: Sequence[Side]) -> Bars:
-    bars = []
-    for place, side in enumerate(sides):
-        for phase in ("prefill", "decode"):
-            label = phase if len(sides) == 1 else f"{letters(place)}, {phase}"
-            found = side.typical["phases"][phase] if side.typical is not None else None
-            if found is None or found["floor_ms"] is None:
-                bars.append(Bar(label, (), "no floor known"))
-                continue
-            percent = found["roofline_pct"]
-            if percent is None:
-                bars.append(Bar(label, (), "no time to measure the floor by"))
-                continue
-            reached = Segment("floor", min(100.0, percent))
-            rest = Segment("above the floor", max(0.0, 100 - percent))
-            after = f"{percent:.1f} %, bound by {found['bound_by']}"
-            if percent > MOST_BELIEVED_PCT:
-                after = f"{percent:.0f} %: ceiling of {found['bound_by']} too low"
-            bars.append(Bar(label, (reached, rest), after, mark=100.0))
-    note = (
-        "How much of the measured time the hardware's own rates explain: at 100 % nothing else limits the run. "
-        "Above it, a ceiling was measured too low."
-    )
-    return Bars("roofline", "Distance from the floor", note, "%", tuple(bars))
+def _roofline(side: Side, phase: str, label: str) -> Bar:
+    found = side.typical["phases"][phase] if side.typical is not None else None
+    if found is None or found["floor_ms"] is None:
+        return Bar(label, (), "no floor known")
+    percent, bound_by = found["roofline_pct"], found["bound_by"]
+    if percent is None:
+        return Bar(label, (), "no time to measure the floor by")
+    after = f"{percent:.1f} %, bound by {bound_by}"
+    if percent > MOST_BELIEVED_PCT:
+        after = f"{percent:.0f} %: ceiling of {bound_by} too low"
+    reached = min(100.0, percent)
+    return _stacked(label, {"floor": reached, "above the floor": 100 - reached}, after, mark=100.0)
 
 
 # -- of one side
 
 
-def _tier_times(name: str, result: Mapping[str, Any]) -> Bars:
-    bars = []
+def _tier_times(result: Mapping[str, Any]) -> Iterator[Bar]:
     for phase, found in result["phases"].items():
-        for tier, told in _TIERS.items():
+        for tier, name in _TIERS.items():
             busy, stall, idle = (number(found[group].get(tier)) for group in ("busy_ms", "stall_ms", "idle_ms"))
             if busy is None:
                 continue
-            parts = [Segment("busy", busy)]
+            parts = {"busy": busy}
             if tier == "compute":
                 # A tier's stall is time that the next tier waited for it: part of neither its busy nor its idle time.
-                parts.append(Segment("stalled", number(found["stall_ms"].get("h2d")) or 0.0))
+                parts["stalled"] = number(found["stall_ms"].get("h2d")) or 0.0
                 if waited := number(found["stall_ms"].get("kv")):
-                    parts.append(Segment(STALLED_KV, waited))
+                    parts[STALLED_KV] = waited
             if idle is not None:
-                parts.append(Segment("idle", idle))
+                parts["idle"] = idle
             after = f"{100 * busy / found['wall_ms']:.0f} % busy" if found["wall_ms"] else ""
             if stall and tier != "compute":
                 after += f", {stall:.4g} ms waited for"
-            bars.append(Bar(f"{phase}, {told}", tuple(parts), after))
-    note = (
-        f"Each tier over the whole phase. Stalled: computing waited for weights, {STALLED_KV}: for KV. "
-        "Idle: nothing to do, or embedding, head and sampling."
-    )
-    return Bars(f"tiers-{name}", "Time per phase", note, "ms", tuple(bars))
+            yield _stacked(f"{phase}, {name}", parts, after)
 
 
-def _moved(name: str, result: Mapping[str, Any]) -> Bars:
-    bars = []
+def _moved(result: Mapping[str, Any]) -> Iterator[Bar]:
     for phase, found in result["phases"].items():
         for key, value in found["bytes_moved"].items():
-            amount = number(value)
-            if not amount:
-                continue
-            passes = number(found["passes"]) or 1
-            after = f"{amount / 1e6:.4g} MB, {amount / passes / 1e6:.4g} MB a pass"
-            bars.append(Bar(f"{phase}, {MOVED.get(key, key)}", (Segment(MOVED.get(key, key), amount / 1e6),), after))
-    note = "Bytes that moved between the phase's first and last moment (10^6 bytes)."
-    return Bars(f"bytes-{name}", "Bytes per phase", note, "MB", tuple(bars))
+            if megabytes := (number(value) or 0.0) / 1e6:
+                after = f"{megabytes:.4g} MB, {megabytes / (number(found['passes']) or 1):.4g} MB a pass"
+                yield _stacked(f"{phase}, {MOVED.get(key, key)}", {MOVED.get(key, key): megabytes}, after)
 
 
 def number(value: Any) -> float | None:
@@ -192,22 +187,22 @@ def number(value: Any) -> float | None:
 # -- a sweep
 
 
-def sweep_charts(sides: Sequence[Side]) -> Iterator[Chart]:
+def sweep_charts(sides: Sequence[Side]) -> Iterator[Curves]:
     """Curves over every swept flag whose values are numbers, two or more."""
     swept = [side for side in sides if side.values and side.results]
     for flag in dict.fromkeys(flag for side in swept for flag in side.values):
-        values = [_as_number(side.values.get(flag)) for side in swept]
-        if None not in values and len(set(values)) > 1:
+        values = {_as_number(side.values.get(flag, "")) for side in swept}
+        if None not in values and len(values) > 1:
             yield _curves(swept, flag, "e2e_ms", "ms", "Time of a run")
             yield _curves(swept, flag, "throughput_tok_s", "tokens/s", "Decode throughput")
 
 
-def _as_number(text: str | None) -> float | None:
+def _as_number(text: str) -> float | None:
     try:
-        value = float(text) if text is not None else None
+        value = float(text)
     except ValueError:
         return None
-    return value if value is not None and math.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def _curves(sides: Sequence[Side], flag: str, metric: str, unit: str, title: str) -> Curves:
@@ -217,6 +212,6 @@ def _curves(sides: Sequence[Side], flag: str, metric: str, unit: str, title: str
         samples = side.samples(metric)
         point = (float(side.values[flag]), statistics.median(samples), median_interval(samples))
         found.setdefault(others or metric, []).append(point)
-    curves = tuple(Curve(name, tuple(sorted(points, key=lambda p: p[0]))) for name, points in found.items())
+    curves = tuple(Curve(name, tuple(sorted(points, key=lambda point: point[0]))) for name, points in found.items())
     note = f"{metric}, median of each point; bars are the 95 % bootstrap interval of the median where n is 3 or more."
     return Curves(f"sweep-{flag.lstrip('-')}-{metric}", f"{title} over {flag}", note, flag, unit, curves)

@@ -4,63 +4,44 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.compare.sides import TRACE_SUFFIX, Side
-from bench.report.charts import MOVED, STALLED_KV, number
+from bench.report.charts import KV_MOVED, PHASES, STALLED_KV, Bar, Bars, Span, number
 from wsm.errors import UnusableInput
 
-Span = tuple[float, float, str]
-"""Start and end in ms, and the kind that decides the colour."""
-_KIND_OF_LANE = {
-    "SSD reads": "SSD",
-    "CPU tier": "in CPU memory",
-    "H2D": "link",
-    "compute waits": "stalled",
-    "compute": "busy",
+_SHOWN = {
+    "phase": ("phase", ""),
+    "ssd_read": ("SSD reads", "SSD"),
+    "cpu_tier": ("CPU tier", "in CPU memory"),
+    "weight_h2d": ("H2D", "link"),
+    "weight_wait": ("compute waits", "stalled"),
+    "kv_wait": ("compute waits", STALLED_KV),
+    "compute": ("compute", "busy"),
+    **{tier: (name, name) for tier, name in KV_MOVED.items()},
 }
+"""The lane and the legend's word of what a trace's events are of; a phase's word is its name."""
 SAME_RUN = 1e-3
 """How far a trace's phases may be from the result's, which are rounded."""
-_KV = "KV"
-"""The lane of all KV that moves: its bars' names end in the tier, and each tier is drawn as a lane of its own."""
-_KV_TIERS = tuple(tier for tier in MOVED if tier.startswith("kv_"))
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    name: str
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """Lanes below each other over ``window`` (ms)."""
-
-    name: str
-    title: str
-    note: str
-    window: tuple[float, float]
-    lanes: tuple[Lane, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """A trace's lanes, and when each pass began: at the computation whose name comes first, again and again (ms)."""
 
-    lanes: tuple[Lane, ...]
+    lanes: tuple[Bar, ...]
     passes: tuple[float, ...]
 
     @property
     def phases(self) -> tuple[Span, ...]:
-        return tuple(span for lane in self.lanes if lane.name == "phase" for span in lane.spans)
+        return self.lanes[0].spans
 
 
-def timelines_of(side: Side) -> Iterator[Timeline]:
-    """The whole run and one decode pass, if its trace lies beside the result; else what the phases' sums tell.
+def timelines_of(side: Side) -> Iterator[Bars]:
+    """The whole run and one decode pass, if its trace is beside the result; else what the phases' sums say.
 
     Raises:
         UnusableInput: if the trace is damaged.
@@ -79,22 +60,15 @@ def timelines_of(side: Side) -> Iterator[Timeline]:
     # What was read ahead for a pass after the last one ends outside the phases.
     end = max((span[1] for span in read.phases), default=0.0)
     note = f"Every read, copy and computation, from {path.name}."
-    yield Timeline(f"timeline-{side.name}", "Timeline of the run", note, (0.0, end), read.lanes)
+    yield Bars(f"timeline-{side.name}", "Timeline of the run", note, "ms", read.lanes, (0.0, end))
     window = _middle_pass(read)
     if window is not None:
         note = "The same, magnified: a pass in the middle of the decode."
-        yield Timeline(f"timeline-pass-{side.name}", "Timeline of one decode pass", note, window, read.lanes)
-
-
-def inside(spans: Sequence[Span], window: tuple[float, float]) -> Iterator[Span]:
-    """What of the spans lies in the window."""
-    for start, end, kind in spans:
-        if end > window[0] and start < window[1]:
-            yield max(start, window[0]), min(end, window[1]), kind
+        yield Bars(f"timeline-pass-{side.name}", "Timeline of one decode pass", note, "ms", read.lanes, window)
 
 
 def _traces_beside(side: Side) -> Iterator[Path]:
-    """``mixed.trace.json`` beside ``mixed.json``, and what ``--trace`` named if it lies there."""
+    """``mixed.trace.json`` beside ``mixed.json``, and what ``--trace`` named if it is there."""
     if side.source.suffix != ".json" or side.typical is None:
         return
     named = side.typical["config"]["resolved"].get("trace")
@@ -107,9 +81,9 @@ def _traces_beside(side: Side) -> Iterator[Path]:
 def _is_of(trace: Trace, result: Mapping[str, Any]) -> bool:
     """Whether the phases took as long in both: a file of the name may have outlived its run."""
     took_ms = {kind: end - start for start, end, kind in trace.phases}
-    told_ms = {name: float(result["phases"][name]["wall_ms"]) for name in ("prefill", "decode")}
-    return set(took_ms) == set(told_ms) and all(
-        math.isclose(took_ms[name], ms, rel_tol=SAME_RUN, abs_tol=1e-3) for name, ms in told_ms.items()
+    return set(took_ms) == set(PHASES) and all(
+        math.isclose(took_ms[phase], result["phases"][phase]["wall_ms"], rel_tol=SAME_RUN, abs_tol=1e-3)
+        for phase in PHASES
     )
 
 
@@ -121,81 +95,73 @@ def read_trace(path: Path) -> Trace:
     """
     try:
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        lane_of = {event["tid"]: _lane(event["args"]["name"]) for event in events if event["name"] == "thread_name"}
-        spans: dict[str, list[Span]] = {lane: [] for lane in lane_of.values()}
+        threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        spans: dict[str, list[Span]] = {lane: [] for lane, _ in _SHOWN.values()}
         computed: list[tuple[float, str]] = []
         for event in events:
             if event["ph"] == "X":
                 start, length = float(event["ts"]) / 1e3, float(event["dur"]) / 1e3
                 if not (math.isfinite(start) and math.isfinite(length) and length >= 0):
                     raise ValueError(f"an event at {start} ms lasts {length} ms")
-                lane, name = lane_of[event["tid"]], str(event["name"])
-                kind = _kind(lane, name)
-                spans.setdefault(kind if lane == _KV else lane, []).append((start, start + length, kind))
+                name = str(event["name"])
+                kind = event["args"].get("kind") or _kind_by_name(threads[event["tid"]], name)
+                lane, word = _SHOWN[kind]
+                spans[lane].append((start, start + length, word or name))
                 if lane == "compute":
                     computed.append((start, name))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnusableInput(f"{path} is no timeline of --trace ({error}): delete it, or trace the run again") from error
     first = min(computed, default=(0.0, ""))[1]
-    lanes = tuple(Lane(lane, tuple(sorted(found))) for lane, found in spans.items() if found or lane != _KV)
-    return Trace(lanes, tuple(sorted(start for start, name in computed if name == first)))
+    return Trace(_lanes(spans), tuple(sorted(start for start, name in computed if name == first)))
 
 
-def _lane(thread: str) -> str:
-    """``H2D 2`` is the second track of ``H2D``, for bars that overlap those of the first."""
-    return re.sub(r" \d+$", "", thread)
+def _kind_by_name(thread: str, name: str) -> str:
+    """What an event is of in a trace of before events said so; ``H2D 2`` is the second track of ``H2D``."""
+    lane = thread.rstrip(" 0123456789")
+    if lane == "KV":
+        return name.rpartition(".")[2]
+    kind_of = {lane: kind for kind, (lane, _) in reversed(_SHOWN.items())}
+    return "kv_wait" if name == "wait KV" else kind_of[lane]
 
 
-def _kind(lane: str, event: str) -> str:
-    if lane == "phase":
-        return event
-    if lane == _KV:
-        tier = event.rpartition(".")[2]
-        return MOVED.get(tier, tier)
-    if lane == "compute waits" and event == f"wait {_KV}":
-        return STALLED_KV
-    return _KIND_OF_LANE.get(lane, "busy")
+def _lanes(spans: Mapping[str, list[Span]]) -> tuple[Bar, ...]:
+    """Those of KV only where some of it moved."""
+    return tuple(Bar(lane, tuple(sorted(s))) for lane, s in spans.items() if s or lane not in KV_MOVED.values())
 
 
 def _middle_pass(trace: Trace) -> tuple[float, float] | None:
     """A pass in the middle of the decode; None where fewer than two begin in it."""
-    decode = next((span for span in trace.phases if span[2] == "decode"), None)
-    if decode is None:
-        return None
-    starts = [start for start in trace.passes if decode[0] <= start <= decode[1]]
-    middle = len(starts) // 2
-    return (starts[middle - 1], starts[middle]) if middle else None
+    for start, end, phase in trace.phases:
+        starts = [begun for begun in trace.passes if phase == "decode" and start <= begun <= end]
+        if middle := len(starts) // 2:
+            return starts[middle - 1], starts[middle]
+    return None
 
 
-def _from_phases(name: str, result: Mapping[str, Any], note: str = "") -> Timeline:
+def _from_phases(name: str, result: Mapping[str, Any], note: str) -> Bars:
     """Each tier's sums, drawn inside their phase: how long, not when."""
-    lanes: dict[str, list[Span]] = {"phase": [], "SSD reads": [], "H2D": [], "compute": []}
-    lanes |= {MOVED[tier]: [] for tier in _KV_TIERS}
+    tiers = {"ssd": "ssd_read", "h2d": "weight_h2d", "compute": "compute", **{tier: tier for tier in KV_MOVED}}
+    spans: dict[str, list[Span]] = {"phase": [], **{_SHOWN[kind][0]: [] for kind in tiers.values()}}
     start = 0.0
-    for phase in ("prefill", "decode"):
+    for phase in PHASES:
         found = result["phases"][phase]
         end = start + float(found["wall_ms"])
-        lanes["phase"].append((start, end, phase))
-        for tier, lane in (("ssd", "SSD reads"), ("h2d", "H2D"), ("compute", "compute")):
-            busy = number(found["busy_ms"].get(tier)) or 0.0
-            lanes[lane].append((start, min(end, start + busy), _KIND_OF_LANE[lane]))
-            if tier == "compute":
-                lanes[lane] += _waits(found["stall_ms"], start + busy, end)
-        for tier in _KV_TIERS:
-            busy = number(found["busy_ms"].get(tier)) or 0.0
-            lanes[MOVED[tier]].append((start, min(end, start + busy), MOVED[tier]))
+        spans["phase"].append((start, end, phase))
+        for tier, kind in tiers.items():
+            lane, word = _SHOWN[kind]
+            parts = [(number(found["busy_ms"].get(tier)), word)]
+            if tier == "compute":  # what it waited for, one after the other
+                parts += [
+                    (number(found["stall_ms"].get(t)), _SHOWN[w][1])
+                    for t, w in (("h2d", "weight_wait"), ("kv", "kv_wait"))
+                ]
+            at = start
+            for took, word in parts:
+                if took and at < end:
+                    spans[lane].append((at, min(end, at + took), word))
+                    at += took
         start = end
     note += "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
-    kept = {lane: tuple(span for span in spans if span[1] > span[0]) for lane, spans in lanes.items()}
-    shown = tuple(Lane(lane, spans) for lane, spans in kept.items() if spans or lane not in MOVED.values())
-    return Timeline(f"timeline-{name}", "Timeline of the run", note, (0.0, start), shown)
-
-
-def _waits(stall_ms: Mapping[str, Any], start: float, end: float) -> Iterator[Span]:
-    """What the computation waited for, one after the other."""
-    for tier, kind in (("h2d", "stalled"), ("kv", STALLED_KV)):
-        waited = number(stall_ms.get(tier)) or 0.0
-        yield min(end, start), min(end, start + waited), kind
-        start += waited
+    return Bars(f"timeline-{name}", "Timeline of the run", note, "ms", _lanes(spans), (0.0, start))

@@ -13,7 +13,7 @@ import pytest
 from bench.cli.main import main
 from bench.compare.sides import Side
 from bench.result.sweep_folder import Failure
-from tests.results import varied
+from tests.results import typed, varied
 
 ROUNDS = [100.0, 104.0, 98.0, 101.0, 99.0]
 
@@ -42,5 +42,5 @@ def swept(measured: Mapping[str, Any], tmp_path: Path) -> list[Side]:
         for distance in (4, 6, 8):
             values = {"--mode": mode, "--prefetch-distance": str(distance)}
             result = varied(measured, [factor * distance * sample for sample in ROUNDS], mode=mode)
-            sides.append(Side(f"{mode} {distance}", (result,), tmp_path, (), values))
+            sides.append(Side(f"{mode} {distance}", (typed(result),), tmp_path, (), values))
     return [*sides[:5], Side("stream 8", (), tmp_path, (Failure(3, "it does not <fit>"),), sides[5].values)]

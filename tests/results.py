@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.result.results import checked
+from bench.result.types import Result
+
 
 def varied(measured: Mapping[str, Any], rounds_ms: Sequence[float] = (), **changes: Any) -> dict[str, Any]:
     """A copy with these rounds; ``config__resolved__mode="stream"`` sets what lies at that path."""
@@ -31,3 +34,8 @@ def stored(path: Path, result: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(result)), encoding="utf-8")
     return path
+
+
+def typed(result: Mapping[str, Any]) -> Result:
+    """``result`` as it is read from a file."""
+    return checked(dict(result), "a test's result")

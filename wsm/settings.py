@@ -12,6 +12,10 @@ from typing import Any, Literal, NamedTuple
 from wsm.errors import UnusableInput
 
 MODES = ("mixed", "stream", "preload", "full")
+CHOSEN_BY_AUTO = frozenset(
+    {"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_layers", "prefetch_distance", "embedding"}
+)
+"""The settings that ``--auto`` decides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from bench.compare.sides import Side, device_of, differing, mixed_devices, mixed_within, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
-from bench.result.results import METRICS
+from bench.result.types import METRICS, LinkRates, Result
+from bench.result.types_phases import Busy, Idle, Stall, Traffic
 from wsm.errors import UnusableInput
 
 Cell = float | str | None
-_TIMES = ("busy_ms", "stall_ms", "idle_ms")
+_TIMES = {
+    "busy_ms": Busy.__struct_fields__,
+    "stall_ms": Stall.__struct_fields__,
+    "idle_ms": Idle.__struct_fields__,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +108,16 @@ def _figures(sides: Sequence[Side]) -> Iterator[Row]:
         yield Row(f"median {metric}", tuple(_of_samples(side, metric, statistics.median) for side in sides))
     yield Row("stdev e2e_ms", tuple(_stdev(side) for side in sides))
     typical = [side.typical for side in sides]
-    yield Row("io weight_h2d_MBps", tuple(_at(result, "io_bw_MBps", "weight_h2d_MBps") for result in typical))
-    for name in ("kv_h2d_MBps", "kv_d2h_MBps"):
-        if any(_at(result, "io_bw_MBps", name) is not None for result in typical):
-            yield Row(f"io {name}", tuple(_at(result, "io_bw_MBps", name) for result in typical))
-    yield Row("gpu allocated_GB", tuple(_at(result, "gpu_mem_GB", "allocated_GB") for result in typical))
-    page_locked = [_at(result, "memory", "cpu_page_locked_bytes") for result in typical]
-    yield Row("page_locked_MB", tuple(value / 1e6 if isinstance(value, int | float) else None for value in page_locked))
+    for link in LinkRates.__struct_fields__:
+        row = _row(f"io {link}", typical, attrgetter(f"io_bw_MBps.{link}"))
+        if link == "weight_h2d_MBps" or any(cell is not None for cell in row.cells):
+            yield row
+    yield _row("gpu allocated_GB", typical, lambda result: result.gpu_mem_GB.allocated_GB)
+    yield _row("page_locked_MB", typical, lambda result: result.memory.cpu_page_locked_bytes / 1e6)
+
+
+def _row(name: str, typical: Sequence[Result | None], read: Callable[[Result], Cell]) -> Row:
+    return Row(name, tuple(None if result is None else read(result) for result in typical))
 
 
 def _of_samples(side: Side, metric: str, of: Callable[[list[float]], float]) -> Cell:
@@ -121,37 +130,22 @@ def _stdev(side: Side) -> Cell:
     return statistics.stdev(samples) if len(samples) > 1 else None
 
 
-def _at(result: Any, *keys: str) -> Cell:
-    for key in keys:
-        result = result.get(key) if isinstance(result, dict) else None
-    return result if isinstance(result, int | float | str) and not isinstance(result, bool) else None
-
-
-def _where(typical: Sequence[Mapping[str, Any] | None]) -> Iterator[Row]:
+def _where(typical: Sequence[Result | None]) -> Iterator[Row]:
     """Each phase of the results of median e2e_ms: its time, its bytes, and what each tier did meanwhile."""
     for phase in ("prefill", "decode"):
         for key in ("wall_ms", "floor_ms", "roofline_pct", "bound_by"):
-            yield Row(f"{phase} {key}", tuple(_at(result, "phases", phase, key) for result in typical))
-        yield Row(f"{phase} tpot_ms" if phase == "decode" else f"{phase} passes", tuple(_paced(typical, phase)))
-        for group in ("bytes_moved", *_TIMES):
-            yield from _tiers(typical, phase, group)
-
-
-def _paced(typical: Sequence[Mapping[str, Any] | None], phase: str) -> Iterator[Cell]:
-    for result in typical:
-        yield _at(result, "tpot_ms", "mean") if phase == "decode" else _at(result, "phases", phase, "passes")
-
-
-def _tiers(typical: Sequence[Mapping[str, Any] | None], phase: str, group: str) -> Iterator[Row]:
-    groups = [result["phases"][phase][group] if result is not None else {} for result in typical]
-    for tier in dict.fromkeys(tier for group_of in groups for tier in group_of):
-        cells = tuple(_at(group_of, tier) for group_of in groups)
-        if any(cells):  # a tier that none of them used tells nothing
-            if group == "bytes_moved":
-                megabytes = tuple(cell / 1e6 if isinstance(cell, int | float) else None for cell in cells)
-                yield Row(f"{phase} {tier} MB", megabytes)
-            else:
-                yield Row(f"{phase} {tier} {group}", cells)
+            yield _row(f"{phase} {key}", typical, attrgetter(f"phases.{phase}.{key}"))
+        if phase == "prefill":
+            yield _row("prefill passes", typical, lambda result: result.phases.prefill.passes)
+        else:
+            yield _row("decode tpot_ms", typical, lambda result: result.tpot_ms.mean if result.tpot_ms else None)
+        for tier in Traffic.__struct_fields__:
+            moved = _row(f"{phase} {tier} MB", typical, attrgetter(f"phases.{phase}.bytes_moved.{tier}"))
+            if any(moved.cells):  # a tier that none of them used says nothing
+                yield Row(moved.name, tuple(cell / 1e6 if isinstance(cell, int) else None for cell in moved.cells))
+        for group, tiers in _TIMES.items():
+            rows = (_row(f"{phase} {t} {group}", typical, attrgetter(f"phases.{phase}.{group}.{t}")) for t in tiers)
+            yield from (row for row in rows if any(row.cells))
 
 
 # -- verdicts
@@ -172,20 +166,20 @@ def _obstacles(base: Side, side: Side) -> Iterator[str]:
             continue
         if devices := mixed_devices(one):
             yield f"{one.name} mixes compute devices: {', '.join(map(_short, devices))}"
-        if len(hashes := {result["output"]["sha256"] for result in one.results}) > 1:
+        if len(hashes := {result.output.sha256 for result in one.results}) > 1:
             yield f"{one.name} gave {len(hashes)} different outputs from the same settings"
     if base.typical is not None and side.typical is not None:
         yield from _unlike(base.typical, side.typical)
 
 
-def _unlike(base: Mapping[str, Any], side: Mapping[str, Any]) -> Iterator[str]:
+def _unlike(base: Result, side: Result) -> Iterator[str]:
     """What has to be equal for a time to mean the same. Unequal outputs are told where nothing else explains them."""
-    looked_at: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        "model": lambda r: r["config"]["resolved"]["model"],
-        "model digest": lambda r: r["provenance"]["model_digest"],
-        "batch_size": lambda r: r["batch_size"],
-        "prompt tokens": lambda r: r["prompt_lens"],
-        "new tokens": lambda r: r["decode_tokens_total"],
+    looked_at: dict[str, Callable[[Result], Any]] = {
+        "model": lambda r: r.config.resolved["model"],
+        "model digest": lambda r: r.provenance.model_digest,
+        "batch_size": lambda r: r.batch_size,
+        "prompt tokens": lambda r: r.prompt_lens,
+        "new tokens": lambda r: r.decode_tokens_total,
         "compute device": device_of,
     }
     found = False
@@ -194,8 +188,8 @@ def _unlike(base: Mapping[str, Any], side: Mapping[str, Any]) -> Iterator[str]:
         if before != now:
             found = found or name != "compute device"
             yield f"{name}: {_short(before)} against {_short(now)}"
-    if not found and base["output"]["sha256"] != side["output"]["sha256"]:
-        first, second = base["output"]["sha256"][:12], side["output"]["sha256"][:12]
+    if not found and base.output.sha256 != side.output.sha256:
+        first, second = base.output.sha256[:12], side.output.sha256[:12]
         yield f"unequal outputs: {first} against {second}"
 
 
@@ -232,7 +226,7 @@ def regressions(comparison: Comparison, threshold_pct: float) -> list[Against]:
 def _warnings(sides: Sequence[Side]) -> Iterator[tuple[str, str]]:
     """Each side's warnings once, with its name, what its results differ in, and its failed processes."""
     for side in sides:
-        for warning in dict.fromkeys(str(line) for result in side.results for line in result["warnings"]):
+        for warning in dict.fromkeys(line for result in side.results for line in result.warnings):
             yield side.name, warning
         for name, values in mixed_within(side).items():
             yield side.name, f"its results differ in {name}: {', '.join(map(_short, values))}"

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench.result.results import checked, read_result
-from bench.result.shape import check_shape
 from bench.result.sweep_folder import DESCRIPTION, Failure, read_failure, read_points
+from bench.result.types import Result
 from wsm.errors import UnusableInput
-from wsm.plan.auto import CHOSEN
+from wsm.settings import CHOSEN_BY_AUTO
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
@@ -34,7 +36,7 @@ class Side:
     """
 
     name: str
-    results: tuple[dict[str, Any], ...]
+    results: tuple[Result, ...]
     source: Path
     failures: tuple[Failure, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
@@ -42,8 +44,8 @@ class Side:
     def samples(self, metric: str) -> list[float]:
         """What a test may take as independent: the rounds of a single result, or each result's own figure."""
         if len(self.results) == 1:
-            return [float(raw[metric]) for raw in self.results[0]["repeats"]["raw"]]
-        return [float(result[metric]) for result in self.results]
+            return [getattr(raw, metric) for raw in self.results[0].repeats.raw]
+        return [getattr(result, metric) for result in self.results]
 
     @property
     def sampled(self) -> str:
@@ -51,9 +53,9 @@ class Side:
         return "rounds" if len(self.results) == 1 else "processes"
 
     @property
-    def typical(self) -> dict[str, Any] | None:
+    def typical(self) -> Result | None:
         """The result of median ``e2e_ms`` (of two, the faster); None if every process failed."""
-        ordered = sorted(self.results, key=lambda result: float(result["e2e_ms"]))
+        ordered = sorted(self.results, key=lambda result: result.e2e_ms)
         return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
@@ -65,8 +67,6 @@ def read_sides(paths: Sequence[Path]) -> list[Side]:
     """
     sides = [side for path in paths for side in _read(path)]
     for side in sides:
-        for result in side.results:
-            check_shape(result, f"a result in {side.source}" if side.source.suffix != ".json" else str(side.source))
         _check_same_settings(side)
     return _named_apart(sides)
 
@@ -126,7 +126,7 @@ def _lines(path: Path) -> list[Side]:
     return _with_any(list(sides.values()), path)
 
 
-_Line = tuple[int, dict[str, str], tuple[dict[str, Any], ...], tuple[Failure, ...]]
+_Line = tuple[int, dict[str, str], tuple[Result, ...], tuple[Failure, ...]]
 
 
 def _of_line(entry: Any, where: str) -> _Line:
@@ -165,9 +165,9 @@ def _check_same_settings(side: Side) -> None:
         )
 
 
-def _not_asked(result: Mapping[str, Any]) -> frozenset[str]:
+def _not_asked(result: Result) -> frozenset[str]:
     """``--auto`` chooses by the memory that is free, which varies from process to process of the same command."""
-    return _PLACES | CHOSEN if result["config"]["resolved"].get("auto") else _PLACES
+    return _PLACES | CHOSEN_BY_AUTO if result.config.resolved.get("auto") else _PLACES
 
 
 def mixed_devices(side: Side) -> list[str]:
@@ -176,8 +176,8 @@ def mixed_devices(side: Side) -> list[str]:
     return found if len(found) > 1 else []
 
 
-def device_of(result: Mapping[str, Any]) -> str:
-    return str(result["provenance"]["gpu"] or result["provenance"]["cpu"])
+def device_of(result: Result) -> str:
+    return str(result.provenance.gpu or result.provenance.cpu)
 
 
 def mixed_within(side: Side) -> dict[str, list[Any]]:
@@ -188,23 +188,22 @@ def mixed_within(side: Side) -> dict[str, list[Any]]:
     }
 
 
-def _explaining(result: Mapping[str, Any]) -> dict[str, Any]:
-    settings = settings_of(result)
-    chosen = {name: settings.get(name) for name in sorted(CHOSEN)} if settings.get("auto") else {}
-    return {**{name: result["provenance"].get(name) for name in _MAY_EXPLAIN}, **chosen}
+def _explaining(result: Result) -> dict[str, Any]:
+    settings = result.config.resolved
+    chosen = {name: settings.get(name) for name in sorted(CHOSEN_BY_AUTO)} if settings.get("auto") else {}
+    return {**{name: getattr(result.provenance, name) for name in _MAY_EXPLAIN}, **chosen}
 
 
-def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(result: Result) -> dict[str, Any]:
     """Resolved flags and variables of a run, less the paths that it writes to."""
-    config = result["config"]
-    named = {name: value for name, value in config["resolved"].items() if name not in ("out_json", "trace")}
-    return {**named, **config["environment"]}
+    named = {name: value for name, value in result.config.resolved.items() if name not in ("out_json", "trace")}
+    return {**named, **result.config.environment}
 
 
-def provenance_of(result: Mapping[str, Any]) -> dict[str, Any]:
+def provenance_of(result: Result) -> dict[str, Any]:
     """Code, libraries and machine, less the moment, which each run has its own of; flat: ``drive.model``."""
     flat: dict[str, Any] = {}
-    for name, value in result["provenance"].items():
+    for name, value in msgspec.to_builtins(result.provenance).items():
         inside = value if isinstance(value, dict) else {"": value}
         flat |= {f"{name}.{key}".rstrip("."): inner for key, inner in inside.items()}
     return {name: value for name, value in flat.items() if name != "utc"}

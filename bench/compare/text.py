@@ -135,7 +135,7 @@ def _bare_ratio_rows(comparison: Comparison) -> Iterator[Row]:
 def _header(comparison: Comparison, quote: str) -> str:
     lines = []
     for place, side in enumerate(comparison.sides):
-        made = side.typical["provenance"]["utc"] if side.typical is not None else "no result"
+        made = side.typical.provenance.utc if side.typical is not None else "no result"
         role = " (base)" if place == 0 else ""
         lines.append(f"{letters(place)} = {quote}{_no_bars(side.name)}{quote}{role}, {made}")
     return "  \n".join(lines) if quote else "\n".join(lines)

@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from bench.compare.sides import Side
 from bench.compare.text import letters, shown_cell
 from bench.result.spread import median_interval
+from bench.result.types import Result
+from bench.result.types_phases import Phase
 
 Span = tuple[float, float, str]
 """Start and end in the chart's unit, and the kind, which decides the colour and is in the legend."""
@@ -135,10 +136,10 @@ def _time(side: Side, label: str) -> Bar:
 
 
 def _roofline(side: Side, phase: str, label: str) -> Bar:
-    found = side.typical["phases"][phase] if side.typical is not None else None
-    if found is None or found["floor_ms"] is None:
+    found: Phase | None = getattr(side.typical.phases, phase) if side.typical is not None else None
+    if found is None or found.floor_ms is None:
         return Bar(label, (), "no floor known")
-    percent, bound_by = found["roofline_pct"], found["bound_by"]
+    percent, bound_by = found.roofline_pct, found.bound_by
     if percent is None:
         return Bar(label, (), "no time to measure the floor by")
     after = f"{percent:.1f} %, bound by {bound_by}"
@@ -151,37 +152,39 @@ def _roofline(side: Side, phase: str, label: str) -> Bar:
 # -- of one side
 
 
-def _tier_times(result: Mapping[str, Any]) -> Iterator[Bar]:
-    for phase, found in result["phases"].items():
+def phases_of(result: Result) -> Iterator[tuple[str, Phase]]:
+    for phase in PHASES:
+        yield phase, getattr(result.phases, phase)
+
+
+def _tier_times(result: Result) -> Iterator[Bar]:
+    for phase, found in phases_of(result):
         for tier, name in _TIERS.items():
-            busy, stall, idle = (number(found[group].get(tier)) for group in ("busy_ms", "stall_ms", "idle_ms"))
+            busy: float | None = getattr(found.busy_ms, tier)
+            stall: float | None = getattr(found.stall_ms, tier, None)
+            idle: float | None = getattr(found.idle_ms, tier, None)
             if busy is None:
                 continue
             parts = {"busy": busy}
             if tier == "compute":
                 # A tier's stall is time that the next tier waited for it: part of neither its busy nor its idle time.
-                parts["stalled"] = number(found["stall_ms"].get("h2d")) or 0.0
-                if waited := number(found["stall_ms"].get("kv")):
-                    parts[STALLED_KV] = waited
+                parts["stalled"] = found.stall_ms.h2d or 0.0
+                if found.stall_ms.kv:
+                    parts[STALLED_KV] = found.stall_ms.kv
             if idle is not None:
                 parts["idle"] = idle
-            after = f"{100 * busy / found['wall_ms']:.0f} % busy" if found["wall_ms"] else ""
-            if stall and tier != "compute":
+            after = f"{100 * busy / found.wall_ms:.0f} % busy" if found.wall_ms else ""
+            if stall:
                 after += f", {stall:.4g} ms waited for"
             yield _stacked(f"{phase}, {name}", parts, after)
 
 
-def _moved(result: Mapping[str, Any]) -> Iterator[Bar]:
-    for phase, found in result["phases"].items():
-        for key, value in found["bytes_moved"].items():
-            if megabytes := (number(value) or 0.0) / 1e6:
-                after = f"{megabytes:.4g} MB, {megabytes / (number(found['passes']) or 1):.4g} MB a pass"
-                yield _stacked(f"{phase}, {MOVED.get(key, key)}", {MOVED.get(key, key): megabytes}, after)
-
-
-def number(value: Any) -> float | None:
-    """A figure of a result, if it is one."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _moved(result: Result) -> Iterator[Bar]:
+    for phase, found in phases_of(result):
+        for key, name in MOVED.items():
+            if megabytes := getattr(found.bytes_moved, key) / 1e6:
+                after = f"{megabytes:.4g} MB, {megabytes / (found.passes or 1):.4g} MB a pass"
+                yield _stacked(f"{phase}, {name}", {name: megabytes}, after)
 
 
 # -- a sweep

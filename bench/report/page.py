@@ -58,7 +58,7 @@ def escaped(value: Any) -> str:
 
 
 def _head(sides: Sequence[Side]) -> str:
-    models = dict.fromkeys(str(s.typical["config"]["resolved"]["model"]) for s in sides if s.typical is not None)
+    models = dict.fromkeys(str(s.typical.config.resolved["model"]) for s in sides if s.typical is not None)
     results = sum(len(side.results) for side in sides)
     failed = sum(len(side.failures) for side in sides)
     counted = f"{results} result{'s' * (results != 1)}" + (f", {failed} failed" if failed else "")
@@ -91,11 +91,11 @@ def _overview_row(side: Side, place: int, comparison: Comparison | None) -> list
     if typical is None:
         cells += ["failed", "0", *("-" for _ in (*_COLUMNS, "roofline", "bound"))]
     else:
-        decode = typical["phases"]["decode"]
-        percent = decode["roofline_pct"]
-        cells += [escaped(typical["mode"]), str(len(side.samples("e2e_ms")))]
+        decode = typical.phases.decode
+        percent = decode.roofline_pct
+        cells += [escaped(typical.mode), str(len(side.samples("e2e_ms")))]
         cells += [escaped(shown_cell(statistics.median(side.samples(metric)))) for metric in _COLUMNS]
-        cells += ["-" if percent is None else f"{percent:.1f} %", escaped(decode["bound_by"])]
+        cells += ["-" if percent is None else f"{percent:.1f} %", escaped(decode.bound_by)]
     if comparison is not None:
         verdict = comparison.against[place - 1].verdict if place else "base"
         cells.append(f'<span class="{escaped(verdict.replace(" ", "-"))}">{escaped(verdict)}</span>')
@@ -111,13 +111,13 @@ def _side(side: Side, place: int) -> Iterator[str]:
         yield f"<p>A process failed with exit {failure.exit_code}: {escaped(failure.reason)}</p>"
     typical = side.typical
     if typical is not None:
-        said = dict.fromkeys(str(line) for result in side.results for line in result["warnings"])
+        said = dict.fromkeys(line for result in side.results for line in result.warnings)
         yield from (_figure(chart) for chart in (*timelines_of(side), *side_charts(side)))
         if said:
             yield f"<h3>Warnings</h3>{_list(said)}"
         yield _details("Settings", settings_of(typical))
-        yield _details("Provenance", {**provenance_of(typical), "utc": typical["provenance"]["utc"]})
-        command = shlex.join(["bench_infer.py", *map(str, typical["config"]["argv"])])
+        yield _details("Provenance", {**provenance_of(typical), "utc": typical.provenance.utc})
+        command = shlex.join(["bench_infer.py", *typical.config.argv])
         yield f"<p class=note>Made by <code>{escaped(command)}</code></p>"
     yield "</section>"
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.compare.sides import TRACE_SUFFIX, Side
-from bench.report.charts import KV_MOVED, PHASES, STALLED_KV, Bar, Bars, Span, number
+from bench.report.charts import KV_MOVED, PHASES, STALLED_KV, Bar, Bars, Span, phases_of
+from bench.result.types import Result
 from wsm.errors import UnusableInput
 
 _SHOWN = {
@@ -71,19 +71,19 @@ def _traces_beside(side: Side) -> Iterator[Path]:
     """``mixed.trace.json`` beside ``mixed.json``, and what ``--trace`` named if it is there."""
     if side.source.suffix != ".json" or side.typical is None:
         return
-    named = side.typical["config"]["resolved"].get("trace")
+    named = side.typical.config.resolved.get("trace")
     places = [side.source.with_suffix(TRACE_SUFFIX)]
     if isinstance(named, str):
         places.append(side.source.parent / Path(named).name)
     yield from (place for place in dict.fromkeys(places) if place.is_file())
 
 
-def _is_of(trace: Trace, result: Mapping[str, Any]) -> bool:
+def _is_of(trace: Trace, result: Result) -> bool:
     """Whether the phases took as long in both: a file of the name may have outlived its run."""
     took_ms = {kind: end - start for start, end, kind in trace.phases}
     return set(took_ms) == set(PHASES) and all(
-        math.isclose(took_ms[phase], result["phases"][phase]["wall_ms"], rel_tol=SAME_RUN, abs_tol=1e-3)
-        for phase in PHASES
+        math.isclose(took_ms[phase], found.wall_ms, rel_tol=SAME_RUN, abs_tol=1e-3)
+        for phase, found in phases_of(result)
     )
 
 
@@ -140,23 +140,19 @@ def _middle_pass(trace: Trace) -> tuple[float, float] | None:
     return None
 
 
-def _from_phases(name: str, result: Mapping[str, Any], note: str) -> Bars:
+def _from_phases(name: str, result: Result, note: str) -> Bars:
     """Each tier's sums, drawn inside their phase: how long, not when."""
     tiers = {"ssd": "ssd_read", "h2d": "weight_h2d", "compute": "compute", **{tier: tier for tier in KV_MOVED}}
     spans: dict[str, list[Span]] = {"phase": [], **{_SHOWN[kind][0]: [] for kind in tiers.values()}}
     start = 0.0
-    for phase in PHASES:
-        found = result["phases"][phase]
-        end = start + float(found["wall_ms"])
+    for phase, found in phases_of(result):
+        end = start + found.wall_ms
         spans["phase"].append((start, end, phase))
         for tier, kind in tiers.items():
             lane, word = _SHOWN[kind]
-            parts = [(number(found["busy_ms"].get(tier)), word)]
+            parts = [(getattr(found.busy_ms, tier), word)]
             if tier == "compute":  # what it waited for, one after the other
-                parts += [
-                    (number(found["stall_ms"].get(t)), _SHOWN[w][1])
-                    for t, w in (("h2d", "weight_wait"), ("kv", "kv_wait"))
-                ]
+                parts += [(found.stall_ms.h2d, "stalled"), (found.stall_ms.kv, STALLED_KV)]
             at = start
             for took, word in parts:
                 if took and at < end:

@@ -1,40 +1,23 @@
-"""The result's file: one JSON, described by schema.json, read back for tables."""
+"""The result's file: written from the type, read back into it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from bench.result.types import SCHEMA_VERSION, Result
 from wsm.errors import UnusableInput
 
-SCHEMA_VERSION = 1
-SCHEMA_FILE = Path(__file__).with_name("schema.json")
-METRICS = (
-    "prefill_ms",
-    "first_token_decode_ms",
-    "ttft_ms",
-    "decode_ms",
-    "e2e_ms",
-    "throughput_tok_s",
-    "end_to_end_tok_s",
-)
-FIXED_KEYS = (
-    "batch_size",
-    "max_new_tokens",
-    "prompt_lens",
-    "prefill_tokens_total",
-    "decode_tokens_total",
-    *METRICS,
-    "io_bw_MBps",
-    "gpu_mem_GB",
-    "mode",
-    "device",
-    "wsm",
-)
 SIGNIFICANT_DIGITS = 6
+BEYOND = 1e24
+"""No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 def significant(value: Any) -> Any:
@@ -50,28 +33,39 @@ def significant(value: Any) -> Any:
     return value
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def plain(result: Result | dict[str, Any]) -> dict[str, Any]:
+    """A result as its JSON has it: fixed keys first, six significant digits."""
+    return dict(significant(msgspec.to_builtins(result)))
+
+
+def dump(result: Result | dict[str, Any]) -> str:
+    """The JSON text of a result."""
+    text = json.dumps(plain(result), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")  # arguments may hold bytes of no text
+
+
+def read_result(path: Path) -> Result:
     """A result from its file.
 
     Raises:
         UnusableInput: if it is missing, damaged, no result, or of another schema.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UnusableInput(f"{path} is no JSON ({error}): was the run broken off?") from error
-    return checked(result, str(path))
+    return checked(found, str(path))
 
 
-def checked(result: Any, where: str) -> dict[str, Any]:
-    """``result``, read from ``where``, if this program wrote it.
+def checked(found: Any, where: str) -> Result:
+    """The result that was ``found`` in ``where``. Keys that only newer programs write are passed over.
 
     Raises:
-        UnusableInput: if it is no result, or one of another schema.
+        UnusableInput: if it is no result, one of another schema, or one that this program did not write, by its key.
     """
-    version = result.get("schema_version") if isinstance(result, dict) else None
+    version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int:
         raise UnusableInput(f"{where} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
@@ -79,13 +73,28 @@ def checked(result: Any, where: str) -> dict[str, Any]:
         raise UnusableInput(
             f"{where} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
         )
-    if missing := [key for key in FIXED_KEYS if key not in result]:
-        raise UnusableInput(f"{where} is no result of bench_infer.py: {missing[0]} is missing")
-    return dict(result)
+    if fault := next(_beyond(found, ""), None):
+        raise UnusableInput(f"{where}: {fault}, which it cannot be: was it changed by hand?")
+    try:
+        return msgspec.convert(found, Result)
+    except msgspec.ValidationError as error:
+        told, _, path = str(error).partition(" - at `$")
+        path = path.strip("`.")
+        if missing := _MISSING.match(told):
+            key = f"{path}.{missing[1]}".lstrip(".")
+            raise UnusableInput(f"{where} is no result of bench_infer.py: {key} is missing") from error
+        told = told[0].lower() + told[1:]
+        raise UnusableInput(f"{where}: {path}: {told}: was it changed by hand?") from error
 
 
-def dump(result: Mapping[str, Any]) -> str:
-    """The JSON text of a result: fixed keys first, six significant digits."""
-    ordered = {key: result[key] for key in (*FIXED_KEYS, *[key for key in result if key not in FIXED_KEYS])}
-    text = json.dumps(significant(ordered), indent=2, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")  # arguments may hold bytes of no text
+def _beyond(value: Any, path: str) -> Iterator[str]:
+    """The numbers that no run gives, wherever they are."""
+    if isinstance(value, int | float) and not abs(value) < BEYOND:  # nor NaN
+        text = json.dumps(value)
+        yield f"{path} is {text if len(text) <= 40 else f'{text[:37]}...'}"
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _beyond(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _beyond(inner, f"{path}[]")

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.result.results import FIXED_KEYS, SCHEMA_FILE
+from bench.result.types import FIXED_KEYS
+
+SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
 DOC_FILE = Path(__file__).resolve().parents[2] / "docs" / "JSON.md"
 _HEAD = """# The JSON of a run
@@ -18,8 +20,8 @@ _HEAD = """# The JSON of a run
 A key `a.b` stands in the object `a`, `a.{{b,c}}.d` in both `a.b` and `a.c`, `a.*.d` in every object of `a`; `a[]` is an
 item of the list `a`; a key with *(may be missing)* is left out where it does not apply. Times are in milliseconds
 (`_ms`) or seconds (`_s`), sizes in bytes (`_bytes`), rates in 10^6 bytes a second (`_MBps`) or tokens a second
-(`_tok_s`), shares in percent (`_pct`). The file is of schema version {version}; `bench/result/schema.json` says the same to
-programs (JSON Schema, draft 2020-12).
+(`_tok_s`), shares in percent (`_pct`). The file is of schema version {version}; `bench/result/schema.json` says the
+same to programs (JSON Schema, draft 2020-12).
 """
 
 

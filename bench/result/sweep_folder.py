@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.result.results import read_result, significant
+from bench.result.results import plain, read_result
+from bench.result.types import Result
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
@@ -71,7 +72,7 @@ class Outcome:
     point: int
     repeat: int
     values: Mapping[str, str]
-    result: dict[str, Any] | None
+    result: Result | None
     failure: Failure | None
 
     def line(self) -> str:
@@ -83,7 +84,7 @@ class Outcome:
                 "values": dict(self.values),
                 "exit_code": self.failure.exit_code if self.failure else 0,
                 "reason": self.failure.reason if self.failure else None,
-                "result": significant(self.result) if self.result is not None else None,
+                "result": plain(self.result) if self.result is not None else None,
             }
         )
 

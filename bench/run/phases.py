@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.result.results import METRICS
 from bench.result.spread import statistic
+from bench.result.types import METRICS
 from bench.run.measure import Round
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, merged, moved_bytes
 from wsm.plan.ceilings import Ceiling

@@ -138,7 +138,7 @@ def collect(
     sources = checkpoint.sources()
     found: dict[str, Any] = {
         **_git(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **_gpu(device),

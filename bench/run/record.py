@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bench.options.flags import RunOptions
-from bench.result.results import SCHEMA_VERSION
 from bench.result.spread import steadiness_warnings
+from bench.result.types import SCHEMA_VERSION
 from bench.run.conditions import Watch
 from bench.run.measure import Round, phases_of
 from bench.run.phases import (

@@ -103,7 +103,7 @@ def _told(outcome: Outcome) -> str:
     if outcome.failure is not None:
         return f"failed, exit {outcome.failure.exit_code}: {outcome.failure.reason}"
     assert outcome.result is not None
-    return f"e2e_ms {outcome.result['e2e_ms']:.1f}"
+    return f"e2e_ms {outcome.result.e2e_ms:.1f}"
 
 
 def _left(jobs: int, seconds: float) -> str:

@@ -11,8 +11,8 @@ import pytest
 
 from bench.cli import main as cli
 from bench.options.flags import build_parser
-from bench.result.results import FIXED_KEYS
 from bench.result.schema_doc import DOC_FILE, document, read_schema
+from bench.result.types import FIXED_KEYS
 from wsm.settings import PRESETS
 
 ROOT = Path(__file__).parents[2]

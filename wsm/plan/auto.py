@@ -11,8 +11,6 @@ from dataclasses import replace
 from wsm.plan.plan import Plan, PlanInputs, make_plan
 from wsm.settings import Settings
 
-CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_layers", "prefetch_distance", "embedding"})
-"""The settings that it decides."""
 LOOK_AHEAD_GROUPS = 2
 READ_AHEAD_LAYERS = 2
 

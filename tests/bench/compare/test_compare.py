@@ -14,9 +14,9 @@ from bench.cli.main import main
 from bench.compare.compare import Comparison, compare, regressions
 from bench.compare.sides import Side, read_sides
 from bench.compare.text import as_csv, as_markdown, as_text, letters
-from bench.result.results import METRICS
 from bench.result.sweep_folder import Failure
-from tests.results import stored, varied
+from bench.result.types import METRICS
+from tests.results import stored, typed, varied
 from wsm.errors import UnusableInput
 
 BASE, SLOWER = [100, 101, 99, 100.5, 99.5], [110, 111, 109, 110.5, 109.5]
@@ -25,7 +25,7 @@ BASE, SLOWER = [100, 101, 99, 100.5, 99.5], [110, 111, 109, 110.5, 109.5]
 @pytest.fixture
 def side(measured: Mapping[str, Any], tmp_path: Path) -> Callable[..., Side]:
     def side(name: str, rounds_ms: list[float], **changes: Any) -> Side:
-        return Side(name, (varied(measured, rounds_ms, **changes),), tmp_path / name)
+        return Side(name, (typed(varied(measured, rounds_ms, **changes)),), tmp_path / name)
 
     return side
 
@@ -79,7 +79,7 @@ def test_other_tokens_explain_another_output(side: Callable[..., Side]) -> None:
 
 
 def test_outputs_that_differ_within_a_side_forbid_comparing(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    two = varied(measured, BASE), varied(measured, BASE, output__sha256="0" * 64)
+    two = typed(varied(measured, BASE)), typed(varied(measured, BASE, output__sha256="0" * 64))
     [against] = compare([Side("a", two, tmp_path), Side("b", two, tmp_path)]).against
     assert "a gave 2 different outputs from the same settings" in against.obstacles
 
@@ -213,8 +213,8 @@ def test_the_verb_prints_each_form(two_files: tuple[str, str], output: str, caps
 def test_a_side_of_several_devices_gets_no_verdict(
     measured: Mapping[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    one = varied(measured, BASE)
-    mixed = Side("b", (one, one, varied(measured, BASE, **changes)), tmp_path)
+    one = typed(varied(measured, BASE))
+    mixed = Side("b", (one, one, typed(varied(measured, BASE, **changes))), tmp_path)
     for sides in ([Side("a", (one,), tmp_path), mixed], [mixed, Side("a", (one,), tmp_path)]):
         [against] = compare(sides).against
         assert against.verdict == "not comparable"
@@ -225,9 +225,8 @@ def test_code_and_libraries_that_differ_within_a_side_are_warned_of(
     measured: Mapping[str, Any], tmp_path: Path
 ) -> None:
     old = varied(measured, BASE, provenance__git_commit="abc", provenance__torch="2.0")
-    lines = as_text(
-        compare([Side("a", (old,), tmp_path), Side("b", (old, varied(old, provenance__torch="2.1")), tmp_path)])
-    )
+    both = typed(old), typed(varied(old, provenance__torch="2.1"))
+    lines = as_text(compare([Side("a", both[:1], tmp_path), Side("b", both, tmp_path)]))
     assert "  B: its results differ in torch: 2.0, 2.1" in lines.splitlines()
     assert "differ in git_commit" not in lines
 

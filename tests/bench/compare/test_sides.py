@@ -12,10 +12,10 @@ import pytest
 
 from bench.cli.main import main
 from bench.compare.sides import Side, differing, mixed_within, read_sides
-from bench.result.results import SCHEMA_VERSION
+from bench.result.types import SCHEMA_VERSION
 from tests.results import stored, varied
 from wsm.errors import UnusableInput
-from wsm.plan.auto import CHOSEN
+from wsm.settings import CHOSEN_BY_AUTO
 
 
 def refusal(*paths: Path) -> str:
@@ -42,7 +42,7 @@ def test_the_samples_of_several_results_are_one_each(measured: Mapping[str, Any]
     [side] = read_sides([tmp_path / "mixed"])
     assert (side.name, side.sampled, side.samples("e2e_ms")) == ("mixed", "processes", [6, 9])
     assert side.typical is not None
-    assert side.typical["e2e_ms"] == 6
+    assert side.typical.e2e_ms == 6
 
 
 def test_a_folder_is_read_in_the_order_of_its_numbers(measured: Mapping[str, Any], tmp_path: Path) -> None:
@@ -125,16 +125,16 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("phases", [], "phases is []"),
-        ("phases__decode__busy_ms", None, "phases.decode.busy_ms is null"),
-        ("phases__decode__wall_ms", "12", 'phases.decode.wall_ms is "12"'),
-        ("e2e_ms", 0, "e2e_ms must be above 0"),
-        ("e2e_ms", -1.0, "e2e_ms is -1.0"),
+        ("phases", [], "phases: expected `object`, got `array`"),
+        ("phases__decode__busy_ms", None, "phases.decode.busy_ms: expected `object`, got `null`"),
+        ("phases__decode__wall_ms", "12", "phases.decode.wall_ms: expected `float`, got `str`"),
+        ("e2e_ms", 0, "e2e_ms: expected `float` > 0.0"),
+        ("e2e_ms", -1.0, "e2e_ms: expected `float` > 0.0"),
         ("e2e_ms", float("inf"), "e2e_ms is Infinity"),
-        ("repeats__raw", [], "repeats.raw has too few items"),
-        ("output__sha256", 5, "output.sha256 is 5"),
-        ("warnings", ["x", 3], "warnings[] is 3"),
-        ("config__resolved", None, "config.resolved is null"),
+        ("repeats__raw", [], "repeats.raw: expected `array` of length >= 1"),
+        ("output__sha256", 5, "output.sha256: expected `str`, got `int`"),
+        ("warnings", ["x", 3], "warnings[1]: expected `str`, got `int`"),
+        ("config__resolved", None, "config.resolved: expected `object`, got `null`"),
     ],
 )
 def test_a_result_changed_by_hand_is_refused_by_the_key(
@@ -197,7 +197,7 @@ def test_a_schema_of_the_future_is_told_though_it_lost_a_key(measured: Mapping[s
 
 def test_what_auto_chose_by_the_free_memory_is_no_other_setting(measured: Mapping[str, Any], tmp_path: Path) -> None:
     auto = varied(measured, config__resolved__auto=True)
-    chosen = {f"config__resolved__{name}": "cpu" if name == "embedding" else 9 for name in CHOSEN}
+    chosen = {f"config__resolved__{name}": "cpu" if name == "embedding" else 9 for name in CHOSEN_BY_AUTO}
     stored(tmp_path / "s" / "r1.json", auto)
     stored(tmp_path / "s" / "r2.json", varied(auto, **chosen))
     [side] = read_sides([tmp_path / "s"])

@@ -19,7 +19,7 @@ from bench.compare.sides import Side, read_sides
 from bench.report.charts import MOVED, STALLED_KV, Bar, Curves, overview_charts, side_charts, sweep_charts
 from bench.report.report import charts_of
 from bench.result.sweep_folder import Failure
-from tests.results import stored, varied
+from tests.results import stored, typed, varied
 from wsm.engine.telemetry import KV_TIERS
 
 draw = pytest.importorskip("bench.report.draw", reason="the plot extra is not installed")
@@ -76,10 +76,10 @@ def test_the_page_shows_every_side_every_setting_and_every_warning(swept: list[S
     result = swept[0].results[0]
     for side in swept:
         assert f": {side.name}</h2>" in text
-    for name, value in result["config"]["resolved"].items():
+    for name, value in result.config.resolved.items():
         if name not in ("out_json", "trace"):
             assert f'<td class="value">{name}</td><td class="value">{"-" if value is None else value}</td>' in text
-    for warning in result["warnings"]:
+    for warning in result.warnings:
         assert f"<li>{warning}</li>" in text
     assert "A process failed with exit 3: it does not <fit>" in text
 
@@ -87,7 +87,7 @@ def test_the_page_shows_every_side_every_setting_and_every_warning(swept: list[S
 HOSTILE = """</title></style></svg><script>alert(1)</script><img src=x onerror=alert(2)>"'&"""
 
 
-WORDS = {"mixed", "ssd", "h2d", "d2h", "hbm", "compute"}
+WORDS = {"mixed", "ssd", "h2d", "d2h", "hbm", "compute", "MBps", "TFLOPs"}
 """What the shape of a result allows in its place and nothing else."""
 
 
@@ -103,12 +103,13 @@ def test_nothing_in_a_file_becomes_markup(measured: Mapping[str, Any], tmp_path:
 
     result = poisoned(json.loads(json.dumps(dict(measured))))
     result["config"]["resolved"][HOSTILE] = HOSTILE
+    result["output"]["sha256"] = measured["output"]["sha256"]
     result["phases"]["decode"]["busy_ms"][HOSTILE] = 5.0
     result["phases"]["decode"]["bytes_moved"][HOSTILE] = 5
     other = varied(result, config__resolved__temperature=HOSTILE)
     sides = [
-        Side(HOSTILE, (result,), tmp_path, (Failure(1, HOSTILE),), {"--seed": "1", HOSTILE: HOSTILE}),
-        Side("b", (other,), tmp_path, (), {"--seed": "2", HOSTILE: "x"}),
+        Side(HOSTILE, (typed(result),), tmp_path, (Failure(1, HOSTILE),), {"--seed": "1", HOSTILE: HOSTILE}),
+        Side("b", (typed(other),), tmp_path, (), {"--seed": "2", HOSTILE: "x"}),
     ]
     text = page(sides)
     reader = read(text)
@@ -120,7 +121,7 @@ def test_nothing_in_a_file_becomes_markup(measured: Mapping[str, Any], tmp_path:
 
 
 def test_a_single_result_needs_no_comparison(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    text = page([Side("alone", (dict(measured),), tmp_path)])
+    text = page([Side("alone", (typed(measured),), tmp_path)])
     assert "Verdicts" not in text
     assert "A: alone" in text
 
@@ -137,21 +138,23 @@ def test_times_and_rooflines_are_the_results_figures(swept: list[Side]) -> None:
     times, rooflines = overview_charts(swept)
     assert times.bars[0].after == "400 ms [392, 416]"
     assert times.bars[5].after == "no result"
-    decode = swept[0].results[0]["phases"]["decode"]
+    decode = swept[0].results[0].phases.decode
     bar = rooflines.bars[1]
-    assert parts(bar)["floor"] == pytest.approx(min(100, decode["roofline_pct"]))
+    assert parts(bar)["floor"] == pytest.approx(min(100, decode.roofline_pct))
     assert sum(parts(bar).values()) == pytest.approx(100)
 
 
 def test_a_floor_that_was_beaten_is_not_drawn_beyond_the_bar(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    side = Side("a", (varied(measured, phases__decode__roofline_pct=250.0, phases__decode__bound_by="ssd"),), tmp_path)
+    side = Side(
+        "a", (typed(varied(measured, phases__decode__roofline_pct=250.0, phases__decode__bound_by="ssd")),), tmp_path
+    )
     bar = list(overview_charts([side]))[1].bars[1]
     assert sum(parts(bar).values()) == 100
     assert bar.after == "250 %: ceiling of ssd too low"
 
 
 def test_a_side_shows_each_tiers_time_and_bytes(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    tiers, moved = side_charts(Side("a", (dict(measured),), tmp_path))
+    tiers, moved = side_charts(Side("a", (typed(measured),), tmp_path))
     decode = measured["phases"]["decode"]
     compute = next(bar for bar in tiers.bars if bar.label == "decode, compute")
     assert sum(parts(compute).values()) == pytest.approx(decode["wall_ms"], rel=0.01)
@@ -184,7 +187,7 @@ def test_a_side_shows_the_wait_for_kv_and_its_ways(measured: Mapping[str, Any], 
         phases__decode__busy_ms__kv_read=2.5,
         phases__decode__bytes_moved__kv_read=3_000_000,
     )
-    tiers, moved = side_charts(Side("a", (waited,), tmp_path))
+    tiers, moved = side_charts(Side("a", (typed(waited),), tmp_path))
     found = {bar.label: parts(bar) for bar in (*tiers.bars, *moved.bars)}
     assert found["decode, compute"][STALLED_KV] == pytest.approx(1.5)
     assert [*found["decode, KV from its drive"].values()] == [3.0]
@@ -199,7 +202,7 @@ def test_what_is_under_the_pointer_says_what_it_is_and_long_labels_are_whole_the
     measured: Mapping[str, Any], tmp_path: Path
 ) -> None:
     name = "a name that is longer than the room beside its bar"
-    text = page([Side(name, (varied(measured, [100.0]),), tmp_path)])
+    text = page([Side(name, (typed(varied(measured, [100.0])),), tmp_path)])
     assert f"<title>{name}</title>" in text
     assert f"<title>{name}: prefill, {measured['repeats']['raw'][0]['prefill_ms']:.4g} ms</title>" in text
 
@@ -287,7 +290,9 @@ def test_plots_that_find_no_folder_are_refused_before_the_page_is_written(
 
 def test_a_floor_without_a_distance_is_told_and_not_drawn(measured: Mapping[str, Any], tmp_path: Path) -> None:
     """Of a phase that took no time: floor_ms is there and roofline_pct null."""
-    side = Side("a", (varied(measured, phases__decode__floor_ms=1.0, phases__decode__roofline_pct=None),), tmp_path)
+    side = Side(
+        "a", (typed(varied(measured, phases__decode__floor_ms=1.0, phases__decode__roofline_pct=None)),), tmp_path
+    )
     bar = list(overview_charts([side]))[1].bars[1]
     assert bar.spans == ()
     assert "<svg" in page([side])
@@ -297,5 +302,5 @@ def test_a_floor_without_a_distance_is_told_and_not_drawn(measured: Mapping[str,
 def test_a_swept_value_that_is_not_finite_is_no_place_on_an_axis(
     measured: Mapping[str, Any], tmp_path: Path, odd: str
 ) -> None:
-    sides = [Side(text, (dict(measured),), tmp_path, (), {"--x": text}) for text in ("1", odd, "2")]
+    sides = [Side(text, (typed(measured),), tmp_path, (), {"--x": text}) for text in ("1", odd, "2")]
     assert list(sweep_charts(sides)) == []

@@ -14,7 +14,7 @@ from bench.compare.sides import Side, read_sides
 from bench.report.charts import MOVED, STALLED_KV, Bar, Bars
 from bench.report.timeline import read_trace, timelines_of
 from bench.run.trace import chrome_trace
-from tests.results import stored, varied
+from tests.results import stored, typed, varied
 from wsm.engine.device import CpuDevice
 from wsm.engine.telemetry import KV_TIERS, Telemetry, Transfer
 from wsm.errors import UnusableInput
@@ -27,16 +27,14 @@ def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tu
     [side] = read_sides([measured_files[0]])
     assert side.typical is not None
     run, one_pass = timelines_of(side)
-    assert run.window[1] == pytest.approx(side.typical["e2e_ms"], rel=0.01)
+    assert run.window[1] == pytest.approx(side.typical.e2e_ms, rel=0.01)
     [computed] = (lane.spans for lane in one_pass.bars if lane.label == "compute")
     start, end = one_pass.window
     assert len([span for span in computed if start <= span[0] < end]) == 2 * 48  # the built-in model's groups
     lanes = {lane.label: lane.spans for lane in run.bars}
     busy_ms = sum(end - start for start, end, _ in lanes["compute"])
-    told = side.typical["phases"]
-    assert busy_ms == pytest.approx(
-        told["prefill"]["busy_ms"]["compute"] + told["decode"]["busy_ms"]["compute"], rel=0.02
-    )
+    told = side.typical.phases
+    assert busy_ms == pytest.approx(told.prefill.busy_ms.compute + told.decode.busy_ms.compute, rel=0.02)
 
 
 def test_bars_side_by_side_are_one_lane_and_each_way_of_kv_is_its_own(tmp_path: Path) -> None:
@@ -76,7 +74,7 @@ def test_a_trace_of_before_events_said_what_they_are_of_is_shown_by_their_names(
 
 def test_the_sums_show_kv_and_the_wait_for_it(measured: Mapping[str, Any], tmp_path: Path) -> None:
     moved = varied(measured, phases__decode__busy_ms__kv_h2d=2.0, phases__decode__stall_ms__kv=1.0)
-    [only] = timelines_of(Side("a", (moved,), stored(tmp_path / "a.json", moved)))
+    [only] = timelines_of(Side("a", (typed(moved),), stored(tmp_path / "a.json", moved)))
     lanes = {lane.label: lane.spans for lane in only.bars}
     [[start, end, kind]] = lanes["KV to GPU"]
     assert (end - start, kind) == (pytest.approx(2.0), "KV to GPU")
@@ -85,7 +83,7 @@ def test_the_sums_show_kv_and_the_wait_for_it(measured: Mapping[str, Any], tmp_p
 
 
 def test_without_a_trace_the_timeline_says_that_it_is_of_sums(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    [only] = timelines_of(Side("a", (dict(measured),), stored(tmp_path / "a.json", measured)))
+    [only] = timelines_of(Side("a", (typed(measured),), stored(tmp_path / "a.json", measured)))
     assert "not when" in only.note
     assert only.window[1] == pytest.approx(measured["e2e_ms"], rel=1e-5)
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from bench.cli.main import main
 from bench.options.flags import RunOptions
-from bench.result.results import FIXED_KEYS, METRICS, SCHEMA_VERSION, dump, read_result, significant
+from bench.result.results import dump, read_result, significant
 from bench.result.schema_doc import read_schema
 from bench.result.summary import ConsoleReporter, row, summary, table
+from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION
 from bench.run.measure import Round
 from bench.run.phases import (
     drive_warnings,

@@ -252,8 +252,8 @@ def test_a_sweep_of_real_runs_keeps_results_and_the_reason_of_one_that_does_not_
     argv = [*fixed, "--mode", "stream", "--cache-dir", cache, "--gpu-mem-gb", "1,0.001"]
     assert sweep(tmp_path / "s", *argv) == 0
     good, bad = read_sides([tmp_path / "s"])
-    assert good.results[0]["config"]["resolved"]["gpu_mem_gb"] == 1
-    assert good.results[0]["config"]["environment_set_by_user"] == []
+    assert good.results[0].config.resolved["gpu_mem_gb"] == 1
+    assert good.results[0].config.environment_set_by_user == []
     assert bad.failures[0].exit_code == 3
     assert bad.failures[0].reason.startswith("the run does not fit: it takes")
     capsys.readouterr()

@@ -11,12 +11,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.plans import H70B, inputs_for
-from wsm.plan.auto import CHOSEN, auto_flags, choose_settings
+from wsm.plan.auto import auto_flags, choose_settings
 from wsm.plan.ceilings import Ceiling
 from wsm.plan.memory import GIB, Hardware
 from wsm.plan.plan import Plan, PlanInputs, make_plan
 from wsm.plan.prediction import predicted_pass_ms
-from wsm.settings import Settings
+from wsm.settings import CHOSEN_BY_AUTO, Settings
 
 EIGHT_LAYERS = replace(H70B, n_layers=8)
 MACHINE = Hardware("cuda:0", 80 * GIB, 80 * GIB, GIB // 2, 64 * GIB)
@@ -106,4 +106,4 @@ def test_what_auto_decides_is_named_in_one_place() -> None:
     """Results of other choices are told apart by these names."""
     inputs = inputs_for(EIGHT_LAYERS, Settings())
     plan = make_plan(replace(inputs, settings=replace(inputs.settings, embedding="cpu")))
-    assert {flag.split()[0].removeprefix("--").replace("-", "_") for flag in auto_flags(plan)} == CHOSEN
+    assert {flag.split()[0].removeprefix("--").replace("-", "_") for flag in auto_flags(plan)} == CHOSEN_BY_AUTO

@@ -1,0 +1,34 @@
+"""Kinds of fields that a result is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Generic, Literal, TypeAlias, TypeVar
+
+from msgspec import Meta, Struct, UnsetType
+
+T = TypeVar("T")
+Later: TypeAlias = T | UnsetType
+"""A part that the first programs of this schema version did not write: missing in their files, always in ours."""
+Amount = Annotated[float, Meta(ge=0)]
+Above0 = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=0)]
+FromOne = Annotated[int, Meta(ge=1)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute"]
+Mode = Literal["mixed", "stream", "preload", "full"]
+
+
+def says(description: str) -> Meta:
+    """What a field means, for the schema and docs/JSON.md."""
+    return Meta(description=description)
+
+
+class Part(Struct, frozen=True):
+    """One object of the JSON; its keys are written in the order of the fields."""
+
+
+class ByPhase(Part, Generic[T], frozen=True, kw_only=True):
+    """the same of each phase"""
+
+    prefill: Annotated[T, says("the passes over the prompts")]
+    decode: Annotated[T, says("the passes after token 1")]

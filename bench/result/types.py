@@ -1,0 +1,204 @@
+"""The result of a run as one type: what is written, read back, compared and shown.
+
+docs/JSON.md and docs/schema.json are made from these types. A key is added as a field; files of schema version 1 that
+lack it are read with its default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta
+
+from bench.result.fields import Above0, Amount, ByPhase, Count, FromOne, Later, Mode, Part, says
+from bench.result.types_machine import KV, Conditions, LoadRate, LoadSeconds, Memory, Planned, Provenance, Residency
+from bench.result.types_phases import Ceilings, Parallel, Phase
+
+SCHEMA_VERSION: Literal[1] = 1
+PrefillMs = Annotated[Amount, says("ms from the start to the last logits of the prompts")]
+FirstTokenMs = Annotated[Amount, says("ms for sampling and reading back token 1, whose logits the prefill made")]
+TtftMs = Annotated[Amount, says("ms to the first token: prefill_ms + first_token_decode_ms")]
+DecodeMs = Annotated[Amount, says("ms from the end of the prefill to the last token; includes first_token_decode_ms")]
+E2eMs = Annotated[Above0, says("ms in all: prefill_ms + decode_ms")]
+Throughput = Annotated[Above0, says("tokens/s of the decode: decode_tokens_total / decode seconds")]
+EndToEnd = Annotated[Above0, says("tokens/s of the whole: decode_tokens_total / e2e seconds")]
+Rate = Above0 | None
+Setting = str | int | float | bool | None
+
+
+class LinkRates(Part, frozen=True, kw_only=True):
+    """bytes over the time that the copies were busy, both phases together"""
+
+    weight_h2d_MBps: Annotated[Rate, says("10^6 bytes/s of weights from CPU to GPU memory; null where none moved")]
+    kv_h2d_MBps: Annotated[Rate, says("10^6 bytes/s of KV from CPU to GPU memory; null where none moved")]
+    kv_d2h_MBps: Annotated[Rate, says("10^6 bytes/s of KV from GPU to CPU memory; null where none moved")]
+
+
+class GpuPeak(Part, frozen=True, kw_only=True):
+    """peak of GPU memory"""
+
+    allocated_GB: Annotated[Amount | None, says("GiB (2^30 bytes), most that torch had allocated; null on the CPU")]
+    reserved_GB: Annotated[Amount | None, says("GiB (2^30 bytes), most that torch had reserved; null on the CPU")]
+
+
+class Manager(Part, frozen=True, kw_only=True):
+    """the weight streaming manager"""
+
+    enabled: Annotated[bool, says("whether the weight streaming manager ran (all modes but full)")]
+    ssd_enabled: Annotated[bool, says("whether some layers live on the SSD")]
+    gpu_max_groups: Annotated[int, Meta(ge=2), says("most groups in the GPU pools, WSM_GPU_MAX_GROUPS")]
+
+
+class Tpot(Part, frozen=True, kw_only=True):
+    """time of a decode pass, from token to token; null without decode passes"""
+
+    mean: Annotated[Amount, says("ms, arithmetic mean")]
+    p50: Annotated[Amount, says("ms, half of the passes took no longer")]
+    p90: Annotated[Amount, says("ms, nine tenths of the passes took no longer")]
+    max: Annotated[Amount, says("ms, the slowest pass")]
+    n: Annotated[FromOne, says("passes")]
+
+
+class Config(Part, frozen=True, kw_only=True):
+    """how the run was asked for"""
+
+    argv: Annotated[list[Annotated[str, says("one argument")]], says("the command line")]
+    resolved: Annotated[dict[str, Setting], says("values in force: flags, then variables, after defaults")]
+    environment: Annotated[dict[str, str | None], says("the variables in force")]
+    environment_set_by_user: Annotated[
+        list[Annotated[str, says("a variable's name")]], "those that were set before the script started"
+    ]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.resolved.get("model"), str):
+            raise ValueError("resolved.model is missing")
+
+
+class Output(Part, frozen=True, kw_only=True):
+    """what was generated, in the median round"""
+
+    sha256: Annotated[
+        str,
+        Meta(pattern="^[0-9a-f]{64}$"),
+        says("SHA-256 of all rows' token ids as JSON: equal outputs have equal digests"),
+    ]
+    texts: Annotated[
+        list[Annotated[str, says("a row's text")]] | None, says("each row's text; null without --print-text")
+    ]
+
+
+class Metrics(Part, frozen=True, kw_only=True):
+    """a round's figures"""
+
+    prefill_ms: PrefillMs
+    first_token_decode_ms: FirstTokenMs
+    ttft_ms: TtftMs
+    decode_ms: DecodeMs
+    e2e_ms: E2eMs
+    throughput_tok_s: Throughput
+    end_to_end_tok_s: EndToEnd
+
+
+class Statistic(Part, frozen=True, kw_only=True):
+    """spread of one figure over the rounds"""
+
+    n: Annotated[FromOne, says("rounds")]
+    median: Annotated[Amount, says("middle value, in the metric's unit")]
+    median_ci95: Annotated[
+        tuple[Amount, Amount] | None,
+        says(
+            "95 % bootstrap interval of the median (percentiles of the medians of 2000 seeded resamples), least and "
+            "most; null below three rounds"
+        ),
+    ] = None
+    mean: Annotated[Amount, says("arithmetic mean, in the metric's unit")]
+    stdev: Annotated[Amount | None, says("sample standard deviation, in the metric's unit; null for one round")]
+    min: Annotated[Amount, says("least, in the metric's unit")]
+    max: Annotated[Amount, says("most, in the metric's unit")]
+
+
+class Statistics(Part, frozen=True, kw_only=True):
+    """spread of each figure over the rounds"""
+
+    prefill_ms: Annotated[Statistic, says("ms from the start to the last logits of the prompts")]
+    first_token_decode_ms: Annotated[
+        Statistic, "ms for sampling and reading back token 1, whose logits the prefill made"
+    ]
+    ttft_ms: Annotated[Statistic, says("ms to the first token")]
+    decode_ms: Annotated[Statistic, says("ms from the end of the prefill to the last token")]
+    e2e_ms: Annotated[Statistic, says("ms in all")]
+    throughput_tok_s: Annotated[Statistic, says("tokens/s of the decode")]
+    end_to_end_tok_s: Annotated[Statistic, says("tokens/s of the whole")]
+
+
+class Repeats(Part, frozen=True, kw_only=True):
+    """every timed round; the figures at the top level come whole from the round of median e2e_ms (of an even number,
+    the faster of the middle two)
+    """
+
+    n: Annotated[FromOne, says("timed rounds finished")]
+    raw: Annotated[list[Metrics], Meta(min_length=1), says("each round's figures, in order")]
+    statistics: Statistics
+
+
+class Result(Part, frozen=True, kw_only=True):
+    """One run of bench_infer.py.
+
+    Numbers keep six significant digits. A figure that was not measured is null, never 0.
+    """
+
+    batch_size: Annotated[FromOne, says("rows")]
+    max_new_tokens: Annotated[FromOne, says("most new tokens per row")]
+    prompt_lens: Annotated[
+        list[Annotated[FromOne, says("tokens of a row's prompt, BOS included")]],
+        Meta(min_length=1),
+        says("tokens of each row's prompt, BOS included"),
+    ]
+    prefill_tokens_total: Annotated[FromOne, says("prompt tokens of all rows")]
+    decode_tokens_total: Annotated[
+        FromOne, "new tokens of all rows, token 1 included; a stop token counts, rows past their end do not"
+    ]
+    prefill_ms: PrefillMs
+    first_token_decode_ms: FirstTokenMs
+    ttft_ms: TtftMs
+    decode_ms: DecodeMs
+    e2e_ms: E2eMs
+    throughput_tok_s: Throughput
+    end_to_end_tok_s: EndToEnd
+    io_bw_MBps: LinkRates
+    gpu_mem_GB: GpuPeak
+    mode: Annotated[Mode, says("where the weights live, see the README")]
+    device: Annotated[str, says("the compute device, such as cuda:0")]
+    wsm: Manager
+    total_tok_s: Annotated[
+        Above0, "tokens/s, prompt and new ones: (prefill_tokens_total + decode_tokens_total) / e2e seconds"
+    ]
+    schema_version: Annotated[Literal[1], says("version of this description")]
+    interrupted: Annotated[bool, says("whether the run was broken off, and only the rounds finished by then are here")]
+    decode_forward_passes: Annotated[Count, says("passes of the decode; token 1 takes none")]
+    tpot_ms: Tpot | None
+    phases: Annotated[
+        ByPhase[Phase],
+        says("what moved in each phase, how long each tier worked and waited, and how far that is from the floor"),
+    ]
+    ceilings: Ceilings
+    residency: Residency
+    plan: Planned
+    memory: Memory
+    load_s: LoadSeconds
+    load: Later[LoadRate] = UNSET
+    kv: Later[KV] = UNSET
+    config: Config
+    provenance: Provenance
+    conditions: Later[Conditions] = UNSET
+    output: Output
+    repeats: Repeats
+    parallel: Parallel | None = None
+    warnings: Annotated[
+        list[Annotated[str, says("one warning")]], says("what could not be had, and what makes figures doubtful")
+    ]
+
+
+METRICS = Metrics.__struct_fields__
+FIXED_KEYS = Result.__struct_fields__[: Result.__struct_fields__.index("wsm") + 1]
+"""The quick-start guide's keys, which stay as they are."""

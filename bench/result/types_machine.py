@@ -1,0 +1,208 @@
+"""The parts of a result about memory and machine: plan, residency, loading, KV, provenance, conditions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import UNSET, Meta
+
+from bench.result.fields import Above0, Amount, Count, FromOne, Later, Part, Percent, says
+
+
+class Tier(Part, frozen=True, kw_only=True):
+    """layers in one tier"""
+
+    layers: Annotated[Count, says("layers that live there")]
+    bytes: Annotated[Count, says("bytes of their weights")]
+
+
+class Residency(Part, frozen=True, kw_only=True):
+    """where the layers live"""
+
+    gpu: Annotated[Tier, says("layers resident on the GPU")]
+    cpu: Annotated[Tier, says("layers resident in CPU memory")]
+    ssd: Annotated[Tier, says("layers read from the SSD every pass")]
+    gpu_slots: Annotated[Count, says("layers that the GPU pools hold besides")]
+    cpu_slots: Annotated[Count, says("layers that the CPU pools hold besides")]
+    complete_at_start: Annotated[bool, says("whether every resident was in its tier when the clock started")]
+
+
+class BytesPerPass(Part, frozen=True, kw_only=True):
+    """bytes that a pass was planned to take"""
+
+    ssd_read: Annotated[Count, says("bytes from the SSD")]
+    weight_h2d: Annotated[Count, says("bytes of weights to the GPU")]
+    hbm_read: Annotated[Count, says("bytes of weights read from the device's memory")]
+    kv_h2d: Annotated[Count, says("bytes of KV to the GPU, of a decode pass half-way")] = 0
+
+
+class Planned(Part, frozen=True, kw_only=True):
+    """what was planned before anything large was allocated"""
+
+    bytes_per_pass: BytesPerPass
+    chunk_tokens: Annotated[FromOne, says("tokens of a prompt computed at a time inside one load of a layer")]
+    wave_rows: Annotated[FromOne, says("rows of the batch computed at a time in the prefill")]
+    stretch_rows: Annotated[Later[FromOne], says("rows whose KV is moved and attended together")] = UNSET
+    notes: Annotated[list[Annotated[str, says("one thing")]], says("what was clipped or chosen otherwise than asked")]
+    gpu_bytes: Annotated[Count, says("bytes of GPU memory planned")]
+    gpu_budget_bytes: Annotated[Count | None, says("bytes of GPU memory allowed; null on the CPU")]
+    cpu_page_locked_bytes: Annotated[Count, says("bytes of page-locked CPU memory planned, those of loading included")]
+    cpu_budget_bytes: Annotated[Count, says("bytes of CPU memory allowed")]
+
+
+class Memory(Part, frozen=True, kw_only=True):
+    """what was taken"""
+
+    gpu_peak_allocated_bytes: Annotated[Count | None, says("bytes, most that torch had allocated; null on the CPU")]
+    gpu_peak_reserved_bytes: Annotated[Count | None, says("bytes, most that torch had reserved; null on the CPU")]
+    gpu_context_bytes: Annotated[Count | None, says("bytes of the CUDA context; null on the CPU")]
+    cpu_page_locked_bytes: Annotated[
+        Count, "bytes of page-locked CPU memory during the rounds (on the CPU device: the same pools, not locked)"
+    ]
+    cpu_page_locked_peak_bytes: Annotated[Count, says("bytes, the most of it at any time, loading included")]
+    rss_peak_bytes: Annotated[Count, says("bytes, most CPU memory of the process, mapped files included")]
+    rss_anon_bytes: Annotated[
+        Count | None, "bytes of CPU memory of the process at the end, mapped files left out; null off Linux"
+    ]
+
+
+class LoadSeconds(Part, frozen=True, kw_only=True):
+    """seconds before the first timed round, and of what"""
+
+    kv_s: Annotated[Amount | None, says("s: allocating the KV cache; null if it did not take place")]
+    open_store_s: Annotated[
+        Amount | None, "s: opening the packed store or the checkpoint; null if it did not take place"
+    ]
+    allocate_s: Annotated[
+        Amount | None, "s: taking pools and residents in CPU and GPU memory; null if it did not take place"
+    ]
+    populate_s: Annotated[Amount | None, says("s: of that, touching the CPU pages; null if it did not take place")]
+    page_lock_s: Annotated[Amount | None, says("s: of that, page-locking them (CUDA); null if it did not take place")]
+    probe_s: Annotated[
+        Amount | None, "s: measuring the ceilings, or reading them from the cache; null if it did not take place"
+    ]
+    globals_s: Annotated[
+        Amount | None, "s: loading embeddings, the last norm and the head; null if it did not take place"
+    ]
+    stage_s: Annotated[
+        Amount | None, "s: waiting for the layers staged before the first pass; null if it did not take place"
+    ] = None
+    warmup_s: Annotated[Amount | None, says("s: warm-up rounds; null if it did not take place")]
+    residents_s: Annotated[
+        Amount | None,
+        says(
+            "s from the first read until every resident layer was in its tier, the warm-up running meanwhile (full: "
+            "the whole model)"
+        ),
+    ]
+    from_process_start_s: Annotated[Amount, says("s from the start of the process to the first timed round")]
+
+
+class LoadRate(Part, frozen=True, kw_only=True):
+    """how fast the residents came in, through the manager"""
+
+    read_bytes: Annotated[
+        Count | None, "bytes of residents read from the packed store or the checkpoint; null without a manager"
+    ]
+    read_MBps: Annotated[
+        Above0 | None,
+        says(
+            "MB/s (10^6 bytes) from the first such read's start to the last one's end, streamed groups read meanwhile "
+            "included"
+        ),
+    ]
+    ssd_pct: Annotated[Above0 | None, says("percent of ceilings.ssd; null where the store was not probed")]
+
+
+class KVTier(Part, frozen=True, kw_only=True):
+    """KV in one tier"""
+
+    parts: Annotated[Count, says("parts, a layer and a stretch of rows each")]
+    bytes: Annotated[Count, says("their bytes, room for new tokens included")]
+
+
+class KV(Part, frozen=True, kw_only=True):
+    """the KV cache"""
+
+    device: Annotated[str, says("the compute device")]
+    dtype: Annotated[Later[str], says("how keys and values are stored: the model's dtype, or int8")] = UNSET
+    topk_blk: Annotated[Count, says("--topk-blk, KV blocks per step from below the GPU; 0: all")]
+    fraction_fetched: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        says("share of the blocks below the GPU that the decode steps fetched; 1 where none are below"),
+    ]
+    exact: Annotated[bool, says("whether every step attended over the whole context")]
+    stretch_rows: Annotated[
+        Later[FromOne],
+        says("rows whose KV is moved and attended together (--micro-batch); a part is a layer's KV of so many rows"),
+    ] = UNSET
+    gpu: Annotated[Later[KVTier], says("KV that stays on the GPU")] = UNSET
+    cpu: Annotated[Later[KVTier], says("KV in page-locked CPU memory")] = UNSET
+    disk: Annotated[Later[KVTier], says("KV on --kv-device")] = UNSET
+    throttle_pauses: Annotated[Count, says("times a write-back let the weights go first (WSM_KV_THROTTLE_*)")] = 0
+
+
+class Drive(Part, frozen=True, kw_only=True):
+    """the drive of the packed store; null without one"""
+
+    device: Annotated[str | None, says("block device; null where none is known behind the filesystem (tmpfs, overlay)")]
+    model: Annotated[str | None, says("its model, if it says so")]
+    rotational: Annotated[bool | None, says("whether it says that it rotates")]
+    filesystem: Annotated[str | None, says("what the packed file is on; null for a device itself")] = None
+
+
+class Provenance(Part, frozen=True, kw_only=True):
+    """code, libraries and machine; what could not be had is null, with a line in warnings"""
+
+    git_commit: Annotated[str | None, says("commit of this program; null outside a git checkout")]
+    git_dirty: Annotated[bool | None, says("whether tracked files had been changed; null outside a git checkout")]
+    torch: Annotated[str, says("torch version")]
+    cuda: Annotated[str | None, says("CUDA version of torch; null for a CPU build")]
+    python: Annotated[str, says("Python version")]
+    gpu: Annotated[str | None, says("GPU's name; null on the CPU")]
+    driver: Annotated[str | None, says("NVIDIA driver version; null on the CPU")]
+    pcie_gen: Annotated[FromOne | None, says("PCIe generation now; null on the CPU")]
+    pcie_gen_max: Annotated[FromOne | None, says("highest PCIe generation; null on the CPU")]
+    pcie_width: Annotated[FromOne | None, says("PCIe lanes now; null on the CPU")]
+    pcie_width_max: Annotated[FromOne | None, says("most PCIe lanes; null on the CPU")]
+    cpu: Annotated[str | None, says("CPU's name")]
+    cpu_cores: Annotated[FromOne, says("cores that the process may use")]
+    ram_bytes: Annotated[FromOne, says("bytes of CPU memory in the machine")]
+    numa_node: Annotated[
+        Count | None, "node of the GPU, from which page-locked memory was taken; null where there was no choice"
+    ] = None
+    drive: Drive | None
+    kernel: Annotated[str, says("Linux kernel")]
+    seed: Annotated[Count, says("of random ids and sampling")]
+    model_digest: Annotated[str | None, says("digest of the checkpoint's files")]
+    utc: Annotated[
+        str, Meta(extra_json_schema={"format": "date-time"}), says("when the result was made, ISO 8601 in UTC")
+    ]
+
+
+class Conditions(Part, frozen=True, kw_only=True):
+    """what else went on while the timed rounds ran; null where it does not apply or, with a line in warnings, could not
+    be had
+    """
+
+    clock_samples: Annotated[FromOne | None, says("how often the GPU's clocks were looked at, every 500 ms")] = None
+    throttled_samples: Annotated[
+        Count | None, "how often they were found throttled; above a tenth of clock_samples there is a warning"
+    ] = None
+    throttle_reasons: Annotated[
+        list[Annotated[str, says("a reason")]] | None,
+        says("why: power cap, hardware slowdown, heat (software), heat (hardware), power brake"),
+    ] = None
+    gpu_other_processes: Annotated[
+        Count | None, "other processes with a context on the GPU before or after the rounds, whichever were more"
+    ] = None
+    drive_other_bytes: Annotated[
+        Count | None,
+        says(
+            "bytes that other processes read and wrote on the store's drives (the drives' counters less this process's "
+            "own); null where no layer is on the SSD"
+        ),
+    ] = None
+    cpu_other_pct: Annotated[
+        Percent | None, "percent of all cores' time that other processes and the hypervisor took"
+    ] = None

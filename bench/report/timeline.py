@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.compare.sides import TRACE_SUFFIX, Side
-from bench.report.charts import KV_MOVED, PHASES, STALLED_KV, Bar, Bars, Span, phases_of
+from bench.report.charts import KV_MOVED, STALLED_KV, Bar, Bars, Span, phases_of, stalls_of
 from bench.result.types import Result
 from wsm.errors import UnusableInput
 
@@ -23,20 +23,20 @@ _SHOWN = {
     "compute": ("compute", "busy"),
     **{tier: (name, name) for tier, name in KV_MOVED.items()},
 }
-"""The lane and the legend's word of what a trace's events are of; a phase's word is its name."""
+"""The lane and the legend's word of each kind of a trace's events; a phase's word is its name."""
+_KIND_OF_TIER = {"ssd": "ssd_read", "h2d": "weight_h2d", "compute": "compute", **{tier: tier for tier in KV_MOVED}}
 SAME_RUN = 1e-3
 """How far a trace's phases may be from the result's, which are rounded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(NamedTuple):
     """A trace's lanes, and when each pass began: at the computation whose name comes first, again and again (ms)."""
 
-    lanes: tuple[Bar, ...]
-    passes: tuple[float, ...]
+    lanes: Sequence[Bar]
+    passes: Sequence[float]
 
     @property
-    def phases(self) -> tuple[Span, ...]:
+    def phases(self) -> Sequence[Span]:
         return self.lanes[0].spans
 
 
@@ -48,42 +48,39 @@ def timelines_of(side: Side) -> Iterator[Bars]:
     """
     if side.typical is None:
         return
-    others = ""
-    for path in _traces_beside(side):
+    note = ""
+    for path in _traces_beside(side.source, side.typical):
         read = read_trace(path)
-        if _is_of(read, side.typical):
-            break
-        others += f"{path.name} is of another run. "
-    else:
-        yield _from_phases(side.name, side.typical, others)
+        if not _is_of(read, side.typical):
+            note += f"{path.name} is of another run. "
+            continue
+        # What was read ahead for a pass after the last one ends outside the phases.
+        window = 0.0, max((span[1] for span in read.phases), default=0.0)
+        note = f"Every read, copy and computation, from {path.name}."
+        yield Bars(f"timeline-{side.name}", "Timeline of the run", note, "ms", read.lanes, window)
+        if one := _middle_pass(read):
+            note = "The same, magnified: a pass in the middle of the decode."
+            yield Bars(f"timeline-pass-{side.name}", "Timeline of one decode pass", note, "ms", read.lanes, one)
         return
-    # What was read ahead for a pass after the last one ends outside the phases.
-    end = max((span[1] for span in read.phases), default=0.0)
-    note = f"Every read, copy and computation, from {path.name}."
-    yield Bars(f"timeline-{side.name}", "Timeline of the run", note, "ms", read.lanes, (0.0, end))
-    window = _middle_pass(read)
-    if window is not None:
-        note = "The same, magnified: a pass in the middle of the decode."
-        yield Bars(f"timeline-pass-{side.name}", "Timeline of one decode pass", note, "ms", read.lanes, window)
+    note += "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
+    yield Bars(f"timeline-{side.name}", "Timeline of the run", note, "ms", _lanes(_sums(side.typical)))
 
 
-def _traces_beside(side: Side) -> Iterator[Path]:
+def _traces_beside(source: Path, result: Result) -> Iterator[Path]:
     """``mixed.trace.json`` beside ``mixed.json``, and what ``--trace`` named if it is there."""
-    if side.source.suffix != ".json" or side.typical is None:
-        return
-    named = side.typical.config.resolved.get("trace")
-    places = [side.source.with_suffix(TRACE_SUFFIX)]
-    if isinstance(named, str):
-        places.append(side.source.parent / Path(named).name)
-    yield from (place for place in dict.fromkeys(places) if place.is_file())
+    if source.suffix == ".json":
+        places = [source.with_suffix(TRACE_SUFFIX)]
+        if named := result.config.resolved.get("trace"):
+            places.append(source.parent / Path(str(named)).name)
+        yield from (place for place in dict.fromkeys(places) if place.is_file())
 
 
 def _is_of(trace: Trace, result: Result) -> bool:
     """Whether the phases took as long in both: a file of the name may have outlived its run."""
-    took_ms = {kind: end - start for start, end, kind in trace.phases}
-    return set(took_ms) == set(PHASES) and all(
-        math.isclose(took_ms[phase], found.wall_ms, rel_tol=SAME_RUN, abs_tol=1e-3)
-        for phase, found in phases_of(result)
+    took_ms = {name: end - start for start, end, name in trace.phases}
+    return set(took_ms) == set(phases_of(result)) and all(
+        math.isclose(took_ms[name], phase.wall_ms, rel_tol=SAME_RUN, abs_tol=1e-3)
+        for name, phase in phases_of(result).items()
     )
 
 
@@ -100,12 +97,10 @@ def read_trace(path: Path) -> Trace:
         computed: list[tuple[float, str]] = []
         for event in events:
             if event["ph"] == "X":
-                start, length = float(event["ts"]) / 1e3, float(event["dur"]) / 1e3
+                start, length, name = float(event["ts"]) / 1e3, float(event["dur"]) / 1e3, str(event["name"])
                 if not (math.isfinite(start) and math.isfinite(length) and length >= 0):
                     raise ValueError(f"an event at {start} ms lasts {length} ms")
-                name = str(event["name"])
-                kind = event["args"].get("kind") or _kind_by_name(threads[event["tid"]], name)
-                lane, word = _SHOWN[kind]
+                lane, word = _SHOWN[event["args"].get("kind") or _kind_by_name(threads[event["tid"]], name)]
                 spans[lane].append((start, start + length, word or name))
                 if lane == "compute":
                     computed.append((start, name))
@@ -114,21 +109,21 @@ def read_trace(path: Path) -> Trace:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnusableInput(f"{path} is no timeline of --trace ({error}): delete it, or trace the run again") from error
     first = min(computed, default=(0.0, ""))[1]
-    return Trace(_lanes(spans), tuple(sorted(start for start, name in computed if name == first)))
+    return Trace(_lanes(spans), sorted(start for start, name in computed if name == first))
 
 
 def _kind_by_name(thread: str, name: str) -> str:
-    """What an event is of in a trace of before events said so; ``H2D 2`` is the second track of ``H2D``."""
+    """The kind of an event in a trace of before events had one; ``H2D 2`` is the second track of ``H2D``."""
     lane = thread.rstrip(" 0123456789")
     if lane == "KV":
         return name.rpartition(".")[2]
-    kind_of = {lane: kind for kind, (lane, _) in reversed(_SHOWN.items())}
+    kind_of = {shown: kind for kind, (shown, _) in reversed(_SHOWN.items())}
     return "kv_wait" if name == "wait KV" else kind_of[lane]
 
 
-def _lanes(spans: Mapping[str, list[Span]]) -> tuple[Bar, ...]:
+def _lanes(spans: Mapping[str, Sequence[Span]]) -> list[Bar]:
     """Those of KV only where some of it moved."""
-    return tuple(Bar(lane, tuple(sorted(s))) for lane, s in spans.items() if s or lane not in KV_MOVED.values())
+    return [Bar(lane, tuple(sorted(s))) for lane, s in spans.items() if s or lane not in KV_MOVED.values()]
 
 
 def _middle_pass(trace: Trace) -> tuple[float, float] | None:
@@ -140,24 +135,22 @@ def _middle_pass(trace: Trace) -> tuple[float, float] | None:
     return None
 
 
-def _from_phases(name: str, result: Result, note: str) -> Bars:
-    """Each tier's sums, drawn inside their phase: how long, not when."""
-    tiers = {"ssd": "ssd_read", "h2d": "weight_h2d", "compute": "compute", **{tier: tier for tier in KV_MOVED}}
-    spans: dict[str, list[Span]] = {"phase": [], **{_SHOWN[kind][0]: [] for kind in tiers.values()}}
+def _sums(result: Result) -> dict[str, list[Span]]:
+    """Each tier's times inside their phase, one after the other: how long, not when."""
+    spans: dict[str, list[Span]] = {"phase": [], **{_SHOWN[kind][0]: [] for kind in _KIND_OF_TIER.values()}}
     start = 0.0
-    for phase, found in phases_of(result):
-        end = start + found.wall_ms
-        spans["phase"].append((start, end, phase))
-        for tier, kind in tiers.items():
+    for name, phase in phases_of(result).items():
+        end = start + phase.wall_ms
+        spans["phase"].append((start, end, name))
+        for tier, kind in _KIND_OF_TIER.items():
             lane, word = _SHOWN[kind]
-            parts = [(getattr(found.busy_ms, tier), word)]
-            if tier == "compute":  # what it waited for, one after the other
-                parts += [(found.stall_ms.h2d, "stalled"), (found.stall_ms.kv, STALLED_KV)]
             at = start
-            for took, word in parts:
-                if took and at < end:
-                    spans[lane].append((at, min(end, at + took), word))
-                    at += took
+            for part, ms in {
+                word: getattr(phase.busy_ms, tier),
+                **(stalls_of(phase) if tier == "compute" else {}),
+            }.items():
+                if ms and at < end:
+                    spans[lane].append((at, min(end, at + ms), part))
+                    at += ms
         start = end
-    note += "From the phases' sums: how long each tier worked in a phase, not when. Run with --trace for the moments."
-    return Bars(f"timeline-{name}", "Timeline of the run", note, "ms", _lanes(spans), (0.0, start))
+    return spans

@@ -167,11 +167,11 @@ def test_a_sweep_gives_a_curve_for_every_combination_of_the_other_flags(swept: l
     assert isinstance(times, Curves)
     assert isinstance(rates, Curves)
     assert (times.x_name, times.unit) == ("--prefetch-distance", "ms")
-    assert {curve.name: [(x, y) for x, y, _ in curve.points] for curve in times.curves} == {
+    assert {name: [(x, y) for x, y, _ in points] for name, points in times.curves.items()} == {
         "mode mixed": [(4, 400), (6, 600), (8, 800)],
         "mode stream": [(4, pytest.approx(320)), (6, pytest.approx(480))],
     }
-    assert times.curves[0].points[0][2] == (392.0, 416.0)
+    assert times.curves["mode mixed"][0][2] == (392.0, 416.0)
 
 
 def test_what_moves_and_what_waits_has_a_colour_of_its_own() -> None:

@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Packed tokens and where each belongs; built on the host, uploaded at most once a pass.
+    """Packed tokens and where each belongs; built on the host, uploaded at most once per pass.
 
     ``tokens`` and ``positions`` are int64 ``[N]`` on the device; ``last``, int64 ``[rows]``, is the place of each
     row's last token in them.
@@ -37,10 +37,6 @@ class TokenBatch:
     positions: Tensor
     last: Tensor
     segments: tuple[Segment, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(segment.length for segment in self.segments)
 
     def followed_by(self, tokens: Tensor) -> TokenBatch:
         """The batch of the next pass: one new token (int64 ``[rows]``, on the device) behind each row's last.

@@ -60,16 +60,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_position"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UnusableInput(f"{self.name}: {field} must be a whole number above 0, not {value!r}")
+            _whole(getattr(self, field), f"{self.name}: {field}")
         if self.n_heads % self.n_kv_heads:
             raise UnusableInput(f"{self.name}: {self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:
             raise UnusableInput(f"{self.name}: head_dim must be even for RoPE, not {self.head_dim}")
         for field in ("norm_eps", "rope_theta"):
-            if not _is_positive(getattr(self, field)):
-                raise UnusableInput(f"{self.name}: {field} must be a number above 0, not {getattr(self, field)!r}")
+            _number(getattr(self, field), f"{self.name}: {field}")
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], name: str, *, vocab_size: int | None = None) -> ModelConfig:
@@ -214,8 +211,19 @@ _BEYOND_ANY_MODEL = 1e15  # so products of two fields stay finite
 
 
 def _is_positive(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < _BEYOND_ANY_MODEL  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _BEYOND_ANY_MODEL
+
+
+def _whole(value: object, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnusableInput(f"{what} must be a whole number above 0, not {value!r}")
+    return value
+
+
+def _number(value: Any, what: str) -> float:
+    if not _is_positive(value):
+        raise UnusableInput(f"{what} must be a number above 0, not {value!r}")
+    return float(value)
 
 
 class _Fields:
@@ -225,21 +233,14 @@ class _Fields:
         self.values, self.file = values, file
 
     def whole(self, field: str, default: int | None = None) -> int:
-        value = self._value(field, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UnusableInput(f"{self.file}: field {field} must be a whole number above 0, not {value!r}")
-        return value
+        return _whole(self._value(field, default), f"{self.file}: field {field}")
 
     def number(self, field: str, default: float | None = None) -> float:
-        value = self._value(field, default)
-        if not _is_positive(value):
-            raise UnusableInput(f"{self.file}: field {field} must be a number above 0, not {value!r}")
-        return float(value)
+        return _number(self._value(field, default), f"{self.file}: field {field}")
 
     def _value(self, field: str, default: float | None) -> Any:
         value = self.values.get(field)
-        if value is None:
-            value = default
+        value = default if value is None else value
         if value is None:
             raise UnusableInput(
                 f"{self.file}: field {field} is missing; take the file from the original checkpoint again"
@@ -301,23 +302,21 @@ def _hf_rope_scaling(rope: _Fields, max_position: int) -> RopeScaling | None:
     )
 
 
-def _llama3(name: str, dim: int, layers: int, heads: int, ffn: int, **more: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "head_dim": dim // heads, **more}
-    return ModelConfig(name=name, dim=dim, n_layers=layers, n_heads=heads, ffn_dim=ffn, **fields)
-
-
 def _llama2(name: str, dim: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelConfig:
     return ModelConfig(
         name, dim, layers, heads, kv_heads, dim // heads, ffn, 32000, rope_theta=10000.0, max_position=4096
     )
 
 
-_SCALED_8: dict[str, Any] = {"rope_scaling": RopeScaling("llama3", 8.0), "max_position": 131072}
-_SCALED_32: dict[str, Any] = {
-    "rope_scaling": RopeScaling("llama3", 32.0),
-    "max_position": 131072,
-    "tied_embeddings": True,
-}
+def _llama3(
+    name: str, dim: int, layers: int, heads: int, ffn: int, factor: float = 0, tied: bool = False
+) -> ModelConfig:
+    """``factor``: of RoPE scaling; 0 for none."""
+    config = ModelConfig(name, dim, layers, heads, 8, dim // heads, ffn, 128256, tied_embeddings=tied)
+    if not factor:
+        return config
+    return dataclasses.replace(config, rope_scaling=RopeScaling("llama3", factor), max_position=131072)
+
 
 PRESETS: dict[str, ModelConfig] = {
     config.name: config
@@ -327,12 +326,12 @@ PRESETS: dict[str, ModelConfig] = {
         _llama2("Llama-2-70B", 8192, 80, 64, 8, 28672),
         _llama3("Llama-3-8B", 4096, 32, 32, 14336),
         _llama3("Llama-3-70B", 8192, 80, 64, 28672),
-        _llama3("Llama-3.1-8B", 4096, 32, 32, 14336, **_SCALED_8),
-        _llama3("Llama-3.1-70B", 8192, 80, 64, 28672, **_SCALED_8),
-        _llama3("Llama-3.1-405B", 16384, 126, 128, 53248, **_SCALED_8),
-        _llama3("Llama-3.2-1B", 2048, 16, 32, 8192, **_SCALED_32),
-        _llama3("Llama-3.2-3B", 3072, 28, 24, 8192, **_SCALED_32),
-        _llama3("Llama-3.3-70B", 8192, 80, 64, 28672, **_SCALED_8),
+        _llama3("Llama-3.1-8B", 4096, 32, 32, 14336, factor=8),
+        _llama3("Llama-3.1-70B", 8192, 80, 64, 28672, factor=8),
+        _llama3("Llama-3.1-405B", 16384, 126, 128, 53248, factor=8),
+        _llama3("Llama-3.2-1B", 2048, 16, 32, 8192, factor=32, tied=True),
+        _llama3("Llama-3.2-3B", 3072, 28, 24, 8192, factor=32, tied=True),
+        _llama3("Llama-3.3-70B", 8192, 80, 64, 28672, factor=8),
     )
 }
 """Shapes of published models, for ``--synthetic``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,18 +42,10 @@ class Generation:
     decode_passes: int
     texts: list[str] | None = None
 
-    def with_texts(self, texts: Sequence[str]) -> Generation:
-        """The same, with each row's tokens as text."""
-        return replace(self, texts=list(texts))
-
     @property
     def decode_tokens(self) -> int:
         """New tokens of all rows; those of rows past their end do not count."""
         return sum(map(len, self.tokens))
-
-
-def _nothing(mark: str) -> None:
-    """The observer of nobody."""
 
 
 @torch.inference_mode()
@@ -62,7 +54,7 @@ def generate(
     kv: KVCache,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
-    observer: Observer = _nothing,
+    observer: Observer = lambda mark: None,
 ) -> Generation:
     """New tokens for every prompt (one row each); ``kv`` is emptied first.
 
@@ -75,11 +67,16 @@ def generate(
     _check(model, kv, prompts, options)
     kv.reset()
     generator = torch.Generator(model.device).manual_seed(options.seed)
-    rows = [_Row(options) for _ in prompts]
-    model.prepare(kv, len(prompts), max(map(len, prompts)), options.max_new_tokens, options.chunk_tokens)
+    stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
+    rows: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    if model.graphs is not None:
+        longest = max(map(len, prompts))
+        model.graphs.prepare(len(prompts), longest + 1, longest + options.max_new_tokens - 1, options.chunk_tokens)
     observer("start")
     logits, waves = _prefill(model, kv, prompts, options, observer)
-    _finish(model.device)
+    if model.device.type == "cuda":
+        torch.cuda.current_stream(model.device).synchronize()
     observer("prefill_done")
     batch: TokenBatch | None = None
     passes = 0
@@ -87,19 +84,21 @@ def generate(
         finite = torch.isfinite(logits).all()
         logits.masked_fill_(~finite, 0.0)  # a draw from anything else would be the device's own failure
         picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
-        for number, (row, token) in enumerate(zip(rows, _read_back(model, picked, finite), strict=True)):
-            row.take(token)
-            if row.ended:
-                kv.end_row(number)
+        for row, token in enumerate(_read_back(model, picked, finite)):
+            if row in going:
+                rows[row].append(token)
+                if token in stop_ids or len(rows[row]) >= options.max_new_tokens:
+                    going.remove(row)
+                    kv.end_row(row)
         observer("token")
-        if all(row.ended for row in rows):
+        if not going:
             break
         observer("pass")
         batch = batch.followed_by(picked) if batch else decode_batch(picked, kv.lengths[: len(rows)], model.device)
         logits = model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last")
         passes += 1
     observer("done")
-    return Generation([row.tokens for row in rows], sum(map(len, prompts)), waves, passes)
+    return Generation(rows, sum(map(len, prompts)), waves, passes)
 
 
 def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
@@ -115,22 +114,6 @@ def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
             "dtype; take the checkpoint again, or another --dtype"
         )
     return tokens
-
-
-class _Row:
-    """The new tokens of one row, up to its end."""
-
-    def __init__(self, options: GenerationOptions) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-        self._most = options.max_new_tokens
-        self._stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
-
-    def take(self, token: int) -> None:
-        """Append a token, unless the row has ended."""
-        if not self.ended:
-            self.tokens.append(token)
-            self.ended = token in self._stop_ids or len(self.tokens) >= self._most
 
 
 def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
@@ -171,8 +154,3 @@ def _prefill(
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))
     return torch.cat(logits), len(logits)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ class DecodeGraphs:
     """Captured decode passes, one for each number of rows and of attended positions.
 
     A replay runs the kernels of :meth:`Transformer.layers` in their order, on the same shapes: its results are
-    bit-equal. Tokens and positions lie where they lay at the capture; everything else follows from them.
+    bit-equal. Tokens and positions stay where they were at the capture; everything else follows from them.
     """
 
     def __init__(self, model: Transformer, kv: KVCache) -> None:
@@ -72,7 +71,7 @@ class DecodeGraphs:
     def replayed(self, batch: TokenBatch) -> Tensor | None:
         """The residual ``[rows, dim]`` of a decode pass, valid until the next one; None where no graph fits it."""
         rows = len(batch.segments)
-        if not _is_decode(batch.segments):
+        if any(segment.length != 1 or segment.row != place for place, segment in enumerate(batch.segments)):
             return None
         tokens = attended_tokens(max(segment.end_pos for segment in batch.segments), self._kv.tokens)
         captured = self._graphs.get((rows, tokens))
@@ -88,7 +87,3 @@ class DecodeGraphs:
         """Free the graphs; the model goes on without them."""
         self._graphs.clear()
         self._model.graphs = None
-
-
-def _is_decode(segments: Sequence[Segment]) -> bool:
-    return all(segment.length == 1 and segment.row == place for place, segment in enumerate(segments))

@@ -14,7 +14,6 @@ from llama.checkpoint import (
     builtin_checkpoint,
     has_weights,
     open_checkpoint,
-    share_of,
     synthetic_checkpoint,
 )
 from llama.kv.format import KVFormat, kv_format
@@ -103,7 +102,7 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     options.check_together()
     device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
-    share = share_of(checkpoint, world.shard)
+    share = checkpoint.share(world.shard)
     wanted = _dtype_named(options.dtype)
     description = None
     if options.manifest is not None and options.mode != "full":

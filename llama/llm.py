@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from llama.loading import LayerProgress, LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
-from llama.stores import cached_store
 from llama.tokenizer import Tokenizer
 from llama.weights import TensorWeights, WeightSource
 from wsm.disk.blockdev import is_block_device
@@ -35,7 +34,8 @@ from wsm.plan.advice import check_fits
 from wsm.plan.memory import limit_device_memory
 from wsm.plan.plan import Plan, RunShape
 from wsm.settings import Settings
-from wsm.store.heads import compare_heads
+from wsm.store.cache import cached_store
+from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore
 from wsm.store.source import CheckpointSource, GroupSource
 
@@ -154,7 +154,7 @@ class LLaMA:
                 self.settings,
                 self.telemetry,
                 self.link,
-                wanted=self._wanted_groups,
+                wanted=lambda: self.manager.wanted_groups() if self.manager is not None else 0,
                 disk=self._kv_disk() if placement.disk else None,
             )
             self.warnings += self.kv_tiers.warnings
@@ -179,9 +179,6 @@ class LLaMA:
                 raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
             path = f"{path}.rank{world.shard.rank}"
         return DiskOptions(path, tuple(description.targets) if description is not None else ())
-
-    def _wanted_groups(self) -> int:
-        return self.manager.wanted_groups() if self.manager is not None else 0
 
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
@@ -277,24 +274,15 @@ class LLaMA:
         observer: Observer | None = None,
     ) -> Generation:
         """New tokens for every prompt (texts, which get a BOS, or lists of token ids); ``.tokens`` and ``.texts``."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else list(p) for p in prompts]
         stop_ids = self.tokenizer.stop_ids if not ignore_eos else frozenset[int]()
-        options = GenerationOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_ids=stop_ids,
-            ignore_eos=ignore_eos,
-            chunk_tokens=self.plan.chunk_tokens,
-            wave_rows=self.plan.wave_rows,
-        )
+        chunk, wave = self.plan.chunk_tokens, self.plan.wave_rows
+        options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave)
         found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None))
-        if texts:
-            kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
-            return found.with_texts([self.tokenizer.decode(row) for row in kept])
-        return found
+        if not any(isinstance(prompt, str) for prompt in prompts):
+            return found
+        kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
+        return dataclasses.replace(found, texts=[self.tokenizer.decode(row) for row in kept])
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -312,10 +300,9 @@ class LLaMA:
 
     def stop(self) -> None:
         """Fetch nothing more: after this the telemetry is complete, and nothing can be generated."""
-        if self.manager is not None:
-            self.manager.stop()
-        if self.kv_tiers is not None:
-            self.kv_tiers.stop()
+        for part in (self.manager, self.kv_tiers):
+            if part is not None:
+                part.stop()
         self.device.synchronize()
 
     def close(self) -> None:
@@ -323,26 +310,20 @@ class LLaMA:
         with contextlib.ExitStack() as parts:
             parts.callback(self._forget)
             parts.callback(self.inputs.close)
-            if self.graphs is not None:
-                parts.callback(self.graphs.close)
-            if self.kv_tiers is not None:
-                parts.callback(self.kv_tiers.close)
-            if self.manager is not None:
-                parts.callback(self.manager.close)
+            for part in (self.graphs, self.kv_tiers, self.manager):
+                if part is not None:
+                    parts.callback(part.close)
 
     def _forget(self) -> None:
         """Let go of the memory on the device, also where somebody still holds this object."""
         self.graphs = None
         for part in ("model", "kv"):
-            if hasattr(self, part):
-                delattr(self, part)
+            vars(self).pop(part, None)
 
     def __enter__(self) -> LLaMA:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
             self.inputs.world.abandon()
         self.close()

@@ -1,4 +1,4 @@
-"""What a model's start-up tells: lines, bars, times; and the device that it is for."""
+"""What a model's start-up reports: lines, progress bars, times; and the choice of its device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_CACHE = Path("~/.cache/wsm-bench")
 
 
 class Reporter:
-    """Told what happens while a model is built; this one keeps silent."""
+    """Reports what happens while a model is built; this one is silent."""
 
     verbose = False
 

@@ -89,7 +89,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _kernel_shares_kv(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a fused kernel reads shared KV heads as they are. On CUDA only flash does (16-bit types); where it cannot
-    run, ``enable_gqa`` would fall back to a plain product of n x end scores a head."""
+    run, ``enable_gqa`` would fall back to a plain product of n x end scores per head."""
     if q.device.type != "cuda":
         return True
     return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True))
@@ -98,7 +98,7 @@ def _kernel_shares_kv(q: Tensor, k: Tensor, v: Tensor) -> bool:
 class Rows(NamedTuple):
     """One new token each of neighbouring rows: attended as one batch over ``tokens`` positions of each.
 
-    They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: so the shapes change seldom, and
+    They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: the shapes change seldom, and
     a captured graph serves many passes.
     """
 
@@ -110,7 +110,7 @@ class Rows(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a chunk lies in one stretch of the KV cache's rows."""
+    """The part of a chunk that belongs to one stretch of the KV cache's rows."""
 
     stretch: int
     tokens: slice  # of the chunk
@@ -121,7 +121,7 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens that are computed at once, and what attention needs to know of them; made once a pass."""
+    """Tokens that are computed at once, and what attention needs to know of them; made once per pass."""
 
     part: slice  # of the packed tokens
     positions: Tensor  # int64 [n]
@@ -171,11 +171,6 @@ class Transformer:
         self.graphs: Replay | None = None
         self._freqs_cis = rotary_table(config, max_tokens, device)
         _causal_at_the_end(1, 2)
-
-    def prepare(self, kv: KVCache, rows: int, prompt_tokens: int, new_tokens: int, chunk_tokens: int) -> None:
-        """Capture the graphs of a generation that is to come, where there are graphs; ``kv`` is empty."""
-        if self.graphs is not None and new_tokens > 1:
-            self.graphs.prepare(rows, prompt_tokens + 1, prompt_tokens + new_tokens - 1, chunk_tokens)
 
     def forward(
         self, batch: TokenBatch, kv: KVCache, *, chunk_tokens: int, logits: Literal["last", "all"] = "last"

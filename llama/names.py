@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import starmap
 from typing import NamedTuple
 
 from wsm.layout.groups import GroupId, Kind, TensorSpec
@@ -9,9 +10,7 @@ from wsm.layout.model import ModelShape
 
 EMBEDDING = "tok_embeddings"
 QKV = ("wq", "wk", "wv")
-"""Stored one behind the other, so that they are one product of one matrix."""
-
-
+"""Stored one behind the other: one matrix, and one product with it."""
 BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 """The matrices that are cut by columns where a model is cut in shards or ranks; all others are cut by rows."""
 
@@ -30,28 +29,21 @@ def tensor_specs(shape: ModelShape, kind: Kind | None) -> tuple[TensorSpec, ...]
     None is for the globals: embedding, final norm and, unless it is tied to the embedding, the head.
     """
     dim, q_dim, kv_dim = shape.dim, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    shapes: dict[str, tuple[int, ...]]
     if kind is None:
-        head = () if shape.tied_embeddings else (TensorSpec("output", (shape.vocab_size, dim)),)
-        return TensorSpec(EMBEDDING, (shape.vocab_size, dim)), TensorSpec("norm", (dim,)), *head
-    if kind == "attn":
-        return (
-            TensorSpec("attention_norm", (dim,)),
-            TensorSpec("wq", (q_dim, dim)),
-            TensorSpec("wk", (kv_dim, dim)),
-            TensorSpec("wv", (kv_dim, dim)),
-            TensorSpec("wo", (dim, q_dim)),
-        )
-    return (
-        TensorSpec("ffn_norm", (dim,)),
-        TensorSpec("w1", (shape.ffn_dim, dim)),
-        TensorSpec("w2", (dim, shape.ffn_dim)),
-        TensorSpec("w3", (shape.ffn_dim, dim)),
-    )
+        shapes = {EMBEDDING: (shape.vocab_size, dim), "norm": (dim,)}
+        if not shape.tied_embeddings:
+            shapes["output"] = (shape.vocab_size, dim)
+    elif kind == "attn":
+        shapes = {"attention_norm": (dim,), "wq": (q_dim, dim), "wk": (kv_dim, dim), "wv": (kv_dim, dim)}
+        shapes["wo"] = (dim, q_dim)
+    else:
+        ffn_dim = shape.ffn_dim
+        shapes = {"ffn_norm": (dim,), "w1": (ffn_dim, dim), "w2": (dim, ffn_dim), "w3": (ffn_dim, dim)}
+    return tuple(starmap(TensorSpec, shapes.items()))
 
 
-_PREFIX = {"wq": "attention.", "wk": "attention.", "wv": "attention.", "wo": "attention."} | dict.fromkeys(
-    ("w1", "w2", "w3"), "feed_forward."
-)
+_PREFIX = dict.fromkeys((*QKV, "wo"), "attention.") | dict.fromkeys(("w1", "w2", "w3"), "feed_forward.")
 
 
 def full_name(group: GroupId | None, short: str) -> str:

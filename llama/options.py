@@ -29,62 +29,31 @@ class BuildOptions(Settings):
     )
     synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
     dtype: str | None = _model(
-        None,
-        NAME,
-        "bfloat16, float16 or float32: weights are converted while they are loaded or packed",
-        metavar="TYPE",
-        shown="as stored",
+        None, NAME, "bfloat16, float16 or float32: converted when loaded or packed", metavar="TYPE", shown="as stored"
     )
     tp: int | None = _model(
-        None,
-        whole(1),
-        "ranks that share the model: `pack` lays a store out for them, `plan` shows the share of one, a run checks "
-        "that there are as many",
-        shown="torchrun's number",
-        swept=False,
+        None, whole(1), "ranks that share the model (docs/PARALLEL.md)", shown="torchrun's number", swept=False
     )
     cache_dir: Path = _model(DEFAULT_CACHE, PATH, "packed files, the built-in model, ceilings", metavar="DIR")
     device: str | None = _model(None, NAME, "compute device: cpu, cuda or cuda:N", metavar="DEV", shown="auto")
     load_model: bool | None = _model(
-        None,
-        TRUTH,
-        "whole model on the device; accepted for the old scripts: `False` for `mixed`",
-        shown="by mode",
-        flags=("--load_model",),
+        None, TRUTH, "whole model on the device, as old scripts say it", shown="by mode", flags=("--load_model",)
     )
-    raw_device: str | None = _paging(
-        None, TEXT, "overrides the devices that the manifest names", metavar="DEV[,DEV]", shown="the manifest's"
-    )
+    raw_device: str | None = _paging(None, TEXT, "instead of the devices that the manifest names", metavar="DEV[,DEV]")
     manifest: Path | None = _paging(None, PATH, "of the packed store", shown="a packed file in the cache")
     auto: bool = _paging(False, SWITCH, "choose layers and pools for the memory budgets")
     topk_blk: int = _paging(
-        8,
-        _BLOCKS,
-        "KV blocks of 256 tokens that a decode step may bring from below the GPU, per row, layer and KV head; 0 for "
-        "all. Exact while a row has no more blocks; KV on the GPU is always attended in full. The JSON says which",
+        8, _BLOCKS, "KV blocks from below the GPU per decode step, row, layer and KV head; 0: all (docs/KV.md)"
     )
-    kv_dtype: str = _paging(
-        "auto",
-        one_of(*KV_DTYPES),
-        "how KV is stored: `int8` takes 8 bits and a scale per head and token, about half the bytes; docs/KV.md has "
-        "the error",
-        shown="auto: as computed",
-    )
+    kv_dtype: str = _paging("auto", one_of(*KV_DTYPES), "how KV is stored, auto: as computed (docs/KV.md)")
     kv_device: str | None = _paging(
-        None,
-        TEXT,
-        "a file or block device of its own for KV that CPU memory has no room for; never the weights' store",
-        metavar="PATH",
+        None, TEXT, "file or block device for KV that CPU memory has no room for, never the store's", metavar="PATH"
     )
     prefill_chunk_tokens: int | None = _paging(
         None, whole(1), "tokens per chunk, inside one load of a layer", shown="auto"
     )
     micro_batch: int | None = _paging(
-        None,
-        whole(1),
-        "rows whose KV is moved and attended together where it is below the GPU",
-        metavar="ROWS",
-        shown="auto",
+        None, whole(1), "rows whose KV is moved and attended together (docs/KV.md)", metavar="ROWS", shown="auto"
     )
 
     def check_together(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from wsm.errors import UnusableInput
 
 ROWS_AT_ONCE = 16
-"""Sorting takes some five times the logits' memory; a batch is sampled so many rows at a time."""
+"""Sorting takes some five times the logits' memory; a batch is sampled this many rows at a time."""
 MASS = 2**40
 """Probability 1 in whole units."""
 
@@ -22,7 +22,7 @@ def check_sampling(temperature: float, top_p: float) -> None:
 
 
 def sample(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a row, int64 ``[B]``, from float32 logits ``[B, vocab]``.
+    """One token per row, int64 ``[B]``, from float32 logits ``[B, vocab]``.
 
     Temperature 0 takes the likeliest. Otherwise nucleus sampling (Holtzman et al. 2020): the smallest set of likeliest
     tokens whose mass reaches ``top_p``, drawn in proportion.

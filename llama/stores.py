@@ -1,18 +1,14 @@
-"""Packed stores of LLaMAs: the weight streaming manager's, told what it cannot know of a model."""
+"""Manifests of packed LLaMAs: the store's, with the model's shape read as a ModelConfig."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
 
-from llama.checkpoint.shard import share_of
 from llama.config import ModelConfig
-from wsm.store import cache, manifest
-from wsm.store import pack as packing
+from wsm.store import manifest
 
 read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json)
-pack = partial(packing.pack, cut=share_of)
-cached_store = partial(cache.cached_store, cut=share_of)
 
 
 def stored_config(path: Path) -> ModelConfig | None:

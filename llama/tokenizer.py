@@ -73,18 +73,8 @@ class ByteTokenizer:
 
 
 SPECIAL_TOKENS = 256
-_NAMED_SPECIAL = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    4: "<|finetune_right_pad_id|>",
-    5: "<|step_id|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-    10: "<|python_tag|>",
-}
-_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+_BEGIN, _STOPS = 0, (1, 8, 9)
+"""Places of begin_of_text, and of end_of_text, eom_id and eot_id, among the special tokens."""
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -106,15 +96,10 @@ class Llama3Tokenizer:
         self.vocab_size = len(ranks) + SPECIAL_TOKENS
         if self.vocab_size != config.vocab_size:
             raise _wrong_size(path, self.vocab_size, config)
-        special = {
-            _NAMED_SPECIAL.get(place, f"<|special_{place}|>"): len(ranks) + place for place in range(SPECIAL_TOKENS)
-        }
         self._first_special = len(ranks)
-        self._encoding = tiktoken.Encoding(
-            path.name, pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=self.vocab_size
-        )
-        self.bos_id = special["<|begin_of_text|>"]
-        self.stop_ids = frozenset(special[name] for name in _STOPS)
+        self._encoding = tiktoken.Encoding(path.name, pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self.bos_id = len(ranks) + _BEGIN
+        self.stop_ids = frozenset(len(ranks) + place for place in _STOPS)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         ids = [self.bos_id] * bos

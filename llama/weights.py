@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -33,7 +33,7 @@ class WeightSource(Protocol):
 
 
 def side_by_side(w: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Matrices of one input as one, ``[sum of their outputs, inputs]``; a copy only where they lie apart."""
+    """Matrices of one input as one, ``[sum of their outputs, inputs]``; a copy only where memory separates them."""
     parts = [w[name] for name in names]
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     address = first.data_ptr()
@@ -51,13 +51,15 @@ class TensorWeights:
         on_loaded: called with each group once it is there.
     """
 
+    resident = True
+
     def __init__(
         self,
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
         *,
-        on_loaded: Callable[[GroupId], None] | None = None,
+        on_loaded: Callable[[GroupId], None] = lambda group: None,
     ) -> None:
         config = checkpoint.config
 
@@ -69,28 +71,17 @@ class TensorWeights:
                 tensors[spec.name].copy_(on_cpu)
             return tensors
 
-        self._globals = load(None, config.specs(None))
+        self.globals = load(None, config.specs(None))
         self._groups: dict[GroupId, dict[str, Tensor]] = {}
         for group in pass_order(config.n_layers):
             self._groups[group] = load(group, config.specs(group.kind))
-            if on_loaded is not None:
-                on_loaded(group)
+            on_loaded(group)
 
-    @property
-    def globals(self) -> Mapping[str, Tensor]:
-        return self._globals
+    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Tensor]]:
+        return nullcontext(self._groups[group])
 
-    @property
-    def resident(self) -> bool:
-        return True
-
-    @contextmanager
-    def acquire(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
-        yield self._groups[group]
-
-    @contextmanager
-    def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Tensor]]]:
-        yield self._groups
+    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Tensor]]]:
+        return nullcontext(self._groups)
 
 
 def _empty(specs: Sequence[TensorSpec], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.compare.sides import Side
 from bench.result.sweep_folder import Failure
+from bench_infer import command_line as main
 from tests.results import typed, varied
 
 ROUNDS = [100.0, 104.0, 98.0, 101.0, 99.0]

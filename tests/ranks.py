@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench.cli.main", "torch.nn.attention.bias"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "llama.parallel.ranks", "bench_infer", "torch.nn.attention.bias"])
 
 
 def free_port() -> int:
@@ -118,18 +118,18 @@ def impatient_script(*argv: str) -> int:
 
 def script(*argv: str) -> int:
     """The script's command line in this process."""
-    from bench.cli.main import main
+    from bench_infer import command_line as main
 
     return main([str(word) for word in argv])
 
 
 def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> int:
     """Greedy tokens and logits of every model in every mode, saved by each rank; 0 if all went well."""
-    from bench.run.job import job_of
+    from bench.run.job import Job
     from tests.parallel_models import PLACES, PROMPTS
     from wsm.settings import read_ranks
 
-    job = job_of(read_ranks(os.environ))
+    job = Job(read_ranks(os.environ))
     job.join()
     found = {}
     for directory in directories:

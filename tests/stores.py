@@ -22,11 +22,10 @@ from llama.checkpoint.base import all_tensors, stretch
 from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import ModelConfig
 from llama.names import Cut, full_name
-from llama.stores import pack
 from wsm.layout.groups import GroupId, round_up, views
 from wsm.layout.model import SourceFile
 from wsm.store.description import DTYPE_NAMES
-from wsm.store.pack import PackRequest, Progress
+from wsm.store.pack import PackRequest, Progress, pack
 from wsm.store.packed_store import PackedStore
 from wsm.store.source import read_blocking
 
@@ -34,31 +33,27 @@ CONFIG = ModelConfig("tiny", dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_d
 Params = list[dict[str, Any]]
 
 
-class CountingCheckpoint:
+class CountingCheckpoint(Checkpoint):
     """Weights that count: the same for ever, for tests of the format's bytes."""
 
     def __init__(self, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.config, self.dtype = config, dtype
-        self.directory: Path | None = None
+        super().__init__(config, dtype)
         self.names: list[str] = []
 
     def sources(self) -> tuple[SourceFile, ...]:
         return (SourceFile("counting", 0, "00"),)
 
-    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
         self.names.append(name)
-        shape = dict(all_tensors(self.config))[name]
+        shape = self._shapes[name]
         # Whole numbers below 256 are exact in every dtype.
         whole = ((torch.arange(math.prod(shape)) + sum(name.encode())) % 251).view(shape)
         out.copy_(stretch(whole, cut))
 
     def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        shape = dict(all_tensors(self.config))[name]
+        shape = self._shapes[name]
         whole = tensor_of(self, name, shape, self.dtype)
         return stretch(whole, cut)[0] if len(shape) == 2 else whole
-
-    def close(self) -> None:
-        """There are no files."""
 
 
 def checkpoint(config: ModelConfig = CONFIG, seed: int = 0) -> SyntheticCheckpoint:

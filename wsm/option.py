@@ -26,15 +26,14 @@ class Kind(NamedTuple):
     read: Callable[[str], Any]
     metavar: str
 
-    def parse(self, text: str) -> Any:
-        """The value that ``text`` says; raises ValueError for one that is not allowed."""
+    def parse(self, text: str, say: Callable[[], Exception]) -> Any:
+        """The value that ``text`` says; raises what ``say`` makes for one that is not allowed."""
         try:
-            value = self.read(text)
-        except KeyError:
-            raise ValueError(text) from None
-        if not self.allows(value):
-            raise ValueError(text)
-        return value
+            if self.allows(value := self.read(text)):
+                return value
+        except (ValueError, KeyError):
+            pass
+        raise say()
 
     def instead_of(self, text: str) -> str:
         """The end of the sentence that refuses ``text``."""
@@ -107,17 +106,9 @@ class Option:
     default: Any = None
 
     @property
-    def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
-
-    @property
-    def variable(self) -> str:
-        return f"WSM_{self.name.upper()}"
-
-    @property
     def spelled(self) -> str:
-        """How the user gives it."""
-        return self.variable if self.by_variable else self.flag
+        """How the user gives it: the flag, or the variable."""
+        return f"WSM_{self.name.upper()}" if self.by_variable else f"--{self.name.replace('_', '-')}"
 
     @property
     def required(self) -> bool:
@@ -129,8 +120,8 @@ class Option:
         value = self.default
         if self.shown or value is None or self.required:
             return self.shown
-        if self.kind is SWITCH:
-            return str(int(value)) if self.by_variable else ("on" if value else "off")
+        if isinstance(value, bool):
+            return str(int(value)) if self.by_variable else "off"
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     def check(self, value: Any) -> None:

@@ -31,48 +31,29 @@ class Settings:
     gpu_cached_layers: int = _flag(4, whole(0), "layers resident on the GPU")
     cpu_cache_layers: int = _flag(40, whole(1), "layers of page-locked memory in all: pools first, the rest resident")
     warmup_layers: int = _flag(4, whole(0), "layers staged on the GPU before the first pass")
-    staging_mb: int = _flag(
-        64, whole(1), "SSD bytes in flight, in MB, used up to 134 (32 chunks of 4 MiB); takes no GPU memory"
-    )
+    staging_mb: int = _flag(64, whole(1), "SSD bytes in flight, in MB, used up to 134; takes no GPU memory")
     verify_weights: bool = _flag(False, SWITCH, "check a group's checksum at every read, not only at the first")
     embedding: Literal["gpu", "cpu"] = _flag(
-        "gpu",
-        one_of("gpu", "cpu"),
-        "`cpu` keeps the token embedding in page-locked CPU memory, from where the GPU reads the rows it needs: 2.1 GB "
-        "of GPU memory less for 70B, room for one layer more. Not for `full`, nor where it is the head too",
+        "gpu", one_of("gpu", "cpu"), "where the token embedding is; not for `full`, nor where it is the head too"
     )
-    gpu_mem_gb: float | None = _flag(
-        None, _GIB, "GPU memory to use, in GiB, the CUDA context included; enforced", shown="all that is free"
-    )
-    cpu_mem_gb: float | None = _flag(None, _GIB, "CPU memory to use, in GiB; enforced", shown="all that is free")
+    gpu_mem_gb: float | None = _flag(None, _GIB, "GPU memory to use, the CUDA context included", shown="all free")
+    cpu_mem_gb: float | None = _flag(None, _GIB, "CPU memory to use, in GiB", shown="all free")
 
     cpu_rolling_mode: bool = _variable(True, SWITCH, "0: the SSD is read on demand, for comparison")
     cpu_evict: Literal["belady", "fifo"] = _variable(
-        "belady",
-        one_of("belady", "fifo"),
-        "`belady`: fixed residents, the rest passes through. `fifo`: one window over all CPU layers, for comparison",
+        "belady", one_of("belady", "fifo"), "fixed residents, or one window over all CPU layers, for comparison"
     )
-    cpu_wrap_around: bool = _variable(
-        True, SWITCH, "1: after the last layer, reading goes on with layer 0 of the next pass"
-    )
+    cpu_wrap_around: bool = _variable(True, SWITCH, "1: after the last layer, reading goes on with the next pass")
     cpu_roll_sync: bool = _variable(
-        True,
-        SWITCH,
-        "1: a CPU slot takes its next read when the compute enters the layer it held; 0: as soon as it is copied out",
+        True, SWITCH, "a CPU slot is read into again when, 1: the compute enters its layer, 0: it is copied out"
     )
     aggressive_gpu_prefetch: int = _variable(2, whole(0), "least number of groups kept ahead on the GPU")
     gpu_max_groups: int = _variable(10, whole(2), "most groups in the GPU pools")
     skip_preload_wait: bool = _variable(True, SWITCH, "1: the warm-up starts while residents are still loading")
     evict_finished: bool = _variable(True, SWITCH, "0: a finished group stays until its slot is needed")
-    kv_throttle_threshold: int = _variable(
-        8, whole(1), "wanted groups from which a KV write-back pauses first (only with KV below the GPU)"
-    )
-    kv_throttle_ms: float = _variable(
-        16.0, number(0, says="milliseconds, 0 or more"), "how long it pauses, in milliseconds"
-    )
-    balance_prefetch: bool = _variable(
-        True, SWITCH, "1: a later group of the other kind may overtake one that is held up"
-    )
+    kv_throttle_threshold: int = _variable(8, whole(1), "wanted groups from which on a KV write-back pauses first")
+    kv_throttle_ms: float = _variable(16.0, number(0, says="milliseconds, 0 or more"), "how long it pauses")
+    balance_prefetch: bool = _variable(True, SWITCH, "1: a later group of the other kind may overtake a held-up one")
     balance_tol: int = _variable(1, whole(0), "by how many groups it may")
     pair_ahead: int = _variable(2, whole(0), "how many layers on such a group may be")
     kind_ahead_cap: int = _variable(2, whole(0), "with balance off: the most layers that one kind may run ahead")
@@ -84,7 +65,7 @@ class Settings:
 CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_layers", "prefetch_distance", "embedding"})
 """The settings that ``--auto`` decides."""
 
-_VARIABLES = {declared.variable: declared for declared in options_of(Settings).values() if declared.by_variable}
+_VARIABLES = {declared.spelled: declared for declared in options_of(Settings).values() if declared.by_variable}
 WSM_PRESETS: Mapping[str, str] = {name: declared.default_text for name, declared in _VARIABLES.items()}
 THREADS: Mapping[str, tuple[str, str, str]] = {
     "OMP_NUM_THREADS": (
@@ -187,10 +168,7 @@ def read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read(name: str, text: str, kind: Kind) -> Any:
-    try:
-        return kind.parse(text)
-    except ValueError:
-        raise UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}") from None
+    return kind.parse(text, lambda: UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}"))
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
+from bench.options.docs import flags_page
 from bench.options.run_flags import RunOptions
 from bench.result.schema import document, schema_of_result
 from wsm.option import SWITCH, Option, options_of
@@ -28,7 +29,7 @@ def result_schema() -> dict[str, Any]:
         for name, declared in options_of(RunOptions).items()
     }
     text, maybe = {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}
-    variables = {declared.variable: declared for declared in options_of(Settings).values()}
+    variables = {declared.spelled: declared for declared in options_of(Settings).values()}
     environment = {
         **{name: {**text, "description": purpose} for name, (_, _, purpose) in THREADS.items()},
         **{name: {**text, "description": _meaning(variables[name])} for name in WSM_PRESETS},
@@ -48,6 +49,7 @@ def _meaning(declared: Option) -> str:
 GENERATED: Mapping[Path, Callable[[], str]] = {
     _DOCS / "schema.json": lambda: json.dumps(result_schema(), indent=1, ensure_ascii=False) + "\n",
     _DOCS / "JSON.md": lambda: document(result_schema()),
+    _DOCS / "FLAGS.md": flags_page,
 }
 
 if __name__ == "__main__":

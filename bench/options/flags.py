@@ -48,13 +48,7 @@ class _Given(argparse.Action):
 
 
 def _reader(kind: Kind) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return kind.parse(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(kind.instead_of(text)) from None
-
-    return read
+    return lambda text: kind.parse(text, lambda: argparse.ArgumentTypeError(kind.instead_of(text)))
 
 
 def in_groups(declared: Iterable[Option]) -> dict[str, list[Option]]:
@@ -73,7 +67,7 @@ def metavar_of(declared: Option, *, listed: bool = False) -> str:
 
 
 def _add(to: argparse._ActionsContainer, declared: Option, *, listed: bool = False) -> None:
-    names = sorted([declared.flag, *declared.flags], key=len)
+    names = sorted([declared.spelled, *declared.flags], key=len)
     told = f" ({declared.default_text})" if declared.default_text and declared.kind is not SWITCH else ""
     shown: dict[str, Any] = {"help": declared.help.replace("`", "").replace("%", "%%") + told}
     if declared.kind is not SWITCH or listed:

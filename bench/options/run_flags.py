@@ -20,10 +20,7 @@ class RunOptions(BuildOptions):
     """Everything that a run follows from, in one object from the command line to the plan."""
 
     prompts: Path | None = _work(
-        None,
-        PATH,
-        "prompt file: one prompt per line, blocks headed `===== PROMPT 0000 … =====`, or `.jsonl`",
-        shown="the one in prompts/",
+        None, PATH, "a prompt per line, `===== PROMPT … =====` blocks, or `.jsonl`", shown="the file in prompts/"
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
     prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed")
@@ -33,33 +30,24 @@ class RunOptions(BuildOptions):
         2048, whole(2), "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, BOS counted in"
     )
     temperature: float = _work(0.6, number(0), "nucleus sampling; 0 is greedy")
-    top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens up to this probability")
-    seed: int = _work(
-        0,
-        whole(0),
-        "of random ids and sampling. Synthetic weights have a seed of their own, so another one packs nothing anew",
-    )
+    top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens of this probability")
+    seed: int = _work(0, whole(0), "of random ids and sampling, not of synthetic weights: another packs nothing anew")
     ignore_eos: bool = _work(False, SWITCH, "go on after a stop token")
     warmup_rounds: int = _work(1, whole(0), "untimed rounds")
     repeats: int = _work(1, whole(1), "timed rounds")
     no_probe: bool = _work(False, SWITCH, "take the ceilings from the cache instead of measuring them")
     print_text: bool = _work(False, SWITCH, "print the generated texts, and keep them in the JSON")
     out_json: Path = _output(Path("bench_results.json"), PATH, "the result")
-    trace: Path | None = _output(
-        None, PATH, "a timeline of reads, copies and computing, for chrome://tracing or Perfetto"
-    )
+    trace: Path | None = _output(None, PATH, "timeline of reads, copies, computing, for chrome://tracing or Perfetto")
     output: str | None = _output(
-        None,
-        one_of("md", "csv", "json"),
-        "print a row for pipes and tables instead of the summary; warnings go to stderr",
-        flags=("-o",),
+        None, one_of("md", "csv", "json"), "print a row instead of the summary; warnings go to stderr", flags=("-o",)
     )
     verbose: bool = _output(False, SWITCH, "tell more, and give tracebacks")
 
     def check_together(self) -> None:
         given = [flag for flag in ("prompts", "prompt", "prompt_len") if getattr(self, flag) is not None]
         if len(given) > 1:
-            names = (options_of(RunOptions)[name].flag for name in given)
+            names = (options_of(RunOptions)[name].spelled for name in given)
             raise UnusableInput(f"{' and '.join(names)} exclude each other: give one")
         if self.max_new_tokens >= self.max_seq_len:
             raise UnusableInput(
@@ -70,8 +58,7 @@ class RunOptions(BuildOptions):
 
     def to_json(self) -> dict[str, Any]:
         """Every option by name, paths as text, in the order in which results have always had them."""
-        first = [name for name in _JSON_FIRST.split() if name in options_of(RunOptions)]
-        names = dict.fromkeys([*first, *options_of(RunOptions)])
+        names = dict.fromkeys([*_JSON_FIRST.split(), *options_of(RunOptions)])
         values: Mapping[str, Any] = {name: getattr(self, name) for name in names}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 

@@ -10,11 +10,14 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
-from bench.result.sweep_folder import Point, Sweep
 from wsm.errors import UnusableInput
 from wsm.option import PATH, SWITCH, TEXT, Option, option, options_of, same, whole
+
+if TYPE_CHECKING:
+    from bench.result.sweep_folder import Sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,7 @@ class SweepOptions:
 
 
 LISTED: Mapping[str, Option] = {
-    declared.flag: declared
+    declared.spelled: declared
     for name, declared in options_of(RunOptions).items()
     if declared.swept and not declared.by_variable and name not in options_of(SweepOptions)
 }
@@ -48,6 +51,8 @@ def sweep_of(given: Iterable[tuple[str, str]]) -> Sweep:
     Raises:
         UnusableInput: for an empty or repeated value.
     """
+    from bench.result.sweep_folder import Point, Sweep  # and so what a result is: no other verb's flags need it
+
     texts: dict[str, list[str]] = {}
     for flag, text in given:
         texts.setdefault(flag, []).extend(text.split(",") if is_split(LISTED[flag]) else [text])

@@ -53,7 +53,7 @@ class CompareOptions:
     threshold: float | None = option(
         None,
         number(0),
-        "exit 1 if a side is slower by more than so many percent, 2 if that cannot be judged",
+        "exit code 1 where a side is slower by more percent than this, 2 where it cannot be judged",
         metavar="PCT",
     )
     output: str = option("text", one_of("text", "md", "csv"), "how the table is printed", flags=("-o",))

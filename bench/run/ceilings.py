@@ -28,7 +28,7 @@ MOST_BUFFERS = 9
 def probe(llm: LLaMA) -> dict[str, Ceiling]:
     """Measure every ceiling that the mode uses; to be called when memory is taken and nothing is loaded.
 
-    Several ranks measure at the same time, so that what their links share shows.
+    Several ranks measure at the same time: what their links share shows in the figures.
     """
     manager, in_step = llm.manager, llm.inputs.world.barrier
     in_step()

@@ -35,25 +35,26 @@ class Terminated(BaseException):
 
 
 class Job:
-    """One process's part in a run; alone, it only hands the exit code on."""
+    """One process's part in a run: one rank of several, or alone, when it only hands the exit code on."""
 
     world: World = ALONE
 
-    def join(self) -> None:
-        """Meet the other ranks.
-
-        Raises:
-            RankFailed: naming a rank that does not come.
-            UnusableInput: where ranks cannot meet.
-        """
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.size = ranks, ranks.size
+        self._joined: TorchWorld | None = None
 
     @property
     def speaks(self) -> bool:
         """Whether this rank prints and writes what is the whole job's."""
-        return True
+        return self._ranks.rank == 0
 
     def refuse_other_ranks(self, verb: str) -> None:
         """Raises UnusableInput where several ranks were started for a verb that takes one process."""
+        if self.size > 1:
+            raise UnusableInput(
+                f"{verb} takes one process, not {self.size} ranks: run it without torchrun"
+                + (", with --tp for a store of several ranks" if verb == "pack" else "")
+            )
 
     def check_tp(self, tp: int | None, argv: Sequence[str]) -> None:
         """Raises UnusableInput where ``--tp`` and the number of ranks disagree, with the command that mends it."""
@@ -64,41 +65,15 @@ class Job:
                 + f"bench_infer.py {shlex.join(argv)}"
             )
 
-    @property
-    def size(self) -> int:
-        """Ranks in all."""
-        return 1
-
-    def end(self, code: int, sentence: str | None, error: BaseException | None) -> tuple[int, str | None]:
-        """The exit code and the sentence to print, with the other ranks' ends in view."""
-        return code, sentence
-
-
-SOLO = Job()
-
-
-class RankedJob(Job):
-    """One rank of several."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._joined: TorchWorld | None = None
-
-    @property
-    def speaks(self) -> bool:
-        return self._ranks.rank == 0
-
-    @property
-    def size(self) -> int:
-        return self._ranks.size
-
-    def refuse_other_ranks(self, verb: str) -> None:
-        raise UnusableInput(
-            f"{verb} takes one process, not {self.size} ranks: run it without torchrun"
-            + (", with --tp for a store of several ranks" if verb == "pack" else "")
-        )
-
     def join(self) -> None:
+        """Meet the other ranks.
+
+        Raises:
+            RankFailed: naming a rank that does not come.
+            UnusableInput: where ranks cannot meet.
+        """
+        if self.size == 1:
+            return
         from llama.parallel.ranks import Meeting, join
 
         if threading.current_thread() is threading.main_thread():
@@ -134,11 +109,15 @@ class RankedJob(Job):
     # -- the end
 
     def end(self, code: int, sentence: str | None, error: BaseException | None) -> tuple[int, str | None]:
+        """The exit code and the sentence to print, with the other ranks' ends in view."""
+        if self.size == 1:
+            return code, sentence
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(number, signal.SIG_IGN)
         if self._joined is None:
-            return code, self._unjoined(sentence, error)
+            # Before the ranks have met, an error in the command is every rank's; one per host says it.
+            return code, sentence if isinstance(error, RankFailed) or self._ranks.local_rank == 0 else None
         if code != 0:
             self._fail(self._joined, code, sentence, error)
         self._joined.watch.settle(None)
@@ -182,16 +161,6 @@ class RankedJob(Job):
         if all(ending is not None and ending.reason == sentence for ending in endings):
             return sentence if self.speaks else None
         return f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
-
-    def _unjoined(self, sentence: str | None, error: BaseException | None) -> str | None:
-        """Before the ranks have met, an error in the command is every rank's; one of a host says it."""
-        if isinstance(error, RankFailed) or self._ranks.local_rank == 0:
-            return sentence
-        return None
-
-
-def job_of(ranks: Ranks) -> Job:
-    return RankedJob(ranks) if ranks.size > 1 else Job()
 
 
 def _end_at_once(code: int, sentence: str | None) -> NoReturn:

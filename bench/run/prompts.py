@@ -1,4 +1,4 @@
-"""Prompts: read from files, cut to length, made at random or to an exact number of tokens."""
+"""Prompt files: read, and made of texts of an exact number of tokens. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llama.config import ModelConfig
 from llama.tokenizer import Tokenizer
 from wsm.errors import UnusableInput
 
@@ -69,32 +68,6 @@ def _blocks(path: Path, lines: Sequence[str]) -> list[str]:
         elif line.strip():
             raise UnusableInput(f"--prompts {path}, line {number}: text before the first ===== PROMPT … ===== header")
     return ["\n".join(block).strip() for block in blocks]
-
-
-def fill_batch(prompts: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
-    """The first ``batch`` prompts, repeated to fill it."""
-    return [list(prompts[row % len(prompts)]) for row in range(batch)]
-
-
-def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text, BOS in front."""
-    return [[tokenizer.bos_id, *tokenizer.encode(text, bos=False)] for text in texts]
-
-
-def keep_last(prompt: Sequence[int], most: int) -> list[int]:
-    """A prompt cut to ``most`` tokens: its first, the BOS, and the last ones behind it."""
-    return [prompt[0], *prompt[max(1, len(prompt) - (most - 1)) :]]
-
-
-def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:
-    """``count`` prompts of ``length`` random ids; the first and last 256 of a real vocabulary are left out.
-
-    Special tokens lie there: Llama 2 and many Hugging Face models number them from 0, Llama 3 at the end.
-    """
-    real = config.vocab_size > 1024
-    first, end = (256, config.vocab_size - 256) if real else (0, min(config.vocab_size, 256))
-    numbers = random.Random(seed)
-    return [[numbers.randrange(first, end) for _ in range(length)] for _ in range(count)]
 
 
 def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Iterator[str]:

@@ -6,7 +6,6 @@ from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.builtin import builtin_checkpoint
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.shard import share_of
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from llama.checkpoint.weightless import WeightlessCheckpoint, has_weights
 from wsm.errors import UnusableInput
@@ -18,7 +17,6 @@ __all__ = [
     "builtin_checkpoint",
     "has_weights",
     "open_checkpoint",
-    "share_of",
     "synthetic_checkpoint",
 ]
 

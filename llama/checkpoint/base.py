@@ -1,34 +1,41 @@
-"""What every checkpoint offers, whatever its files look like."""
+"""What every checkpoint offers, whatever its files look like: named tensors, whole or a rank's share of them."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
+from llama.checkpoint.files import source_file
 from llama.config import ModelConfig
-from llama.names import Cut
+from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 from wsm.layout.groups import pass_order
-from wsm.layout.model import SourceFile
+from wsm.layout.model import Shard, SourceFile
 
 
-class Checkpoint(Protocol):
-    """Named tensors, lazily, in Meta's names and Meta's RoPE convention."""
+class Checkpoint(ABC):
+    """Named tensors, lazily, in Meta's names and Meta's RoPE convention.
 
-    config: ModelConfig
-    dtype: torch.dtype
-    """Of the stored weights."""
-    directory: Path | None
-    """None for weights that lie in no file."""
+    Args:
+        dtype: of the stored weights.
+        directory: None for weights that are in no file.
+        paths: the files that hold the weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, directory: Path | None = None, paths: Sequence[Path] = ()
+    ) -> None:
+        self.config, self.dtype, self.directory = config, dtype, directory
+        self._paths = paths
+        self._shapes = dict(all_tensors(config))
 
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""
+        return tuple(map(source_file, self._paths))
 
     def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
@@ -39,28 +46,64 @@ class Checkpoint(Protocol):
         Raises:
             UnusableInput: if the model has no such tensor, or one of another shape.
         """
+        shape = self._shapes.get(name)
+        if shape is not None and cut is not None:
+            shape = (*shape[: cut.axis], cut.length, *shape[cut.axis + 1 :])
+        if shape != tuple(out.shape):
+            raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
+        self._fill(name, out, cut)
 
+    @abstractmethod
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+        """As :meth:`read_into`, of a tensor that is there."""
+
+    @abstractmethod
     def first_row(self, name: str, cut: Cut | None = None) -> Tensor | None:
         """The first row of a matrix (or of a stretch of it), or a whole vector, without reading the rest.
 
         None where there are no weights.
         """
 
+    def share(self, shard: Shard) -> Checkpoint:
+        """What a rank holds of it, under the same names; itself where there is only one rank."""
+        return self if shard.size == 1 else RankCheckpoint(self, shard)
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of the files, where there are any."""
+
+
+class RankCheckpoint(Checkpoint):
+    """A rank's share of a checkpoint; no more of it is read.
+
+    As in fairscale's model-parallel layers: q, k, v (by heads), w1, w3, the embedding and the head are cut by rows, wo
+    and w2 by columns; norms are whole on every rank. The share is a LLaMA of fewer heads, a narrower feed-forward block
+    and a smaller vocabulary, so layouts, KV and memory follow from its :class:`ModelConfig` as from any other.
+    """
+
+    def __init__(self, whole: Checkpoint, shard: Shard) -> None:
+        super().__init__(whole.config.share(shard.size), whole.dtype, whole.directory)
+        self._whole, self._shard = whole, shard
+
+    def _cut(self, name: str, cut: Cut | None) -> Cut | None:
+        if cut is not None:
+            raise ValueError("a rank's share is not cut once more")
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return None
+        axis = int(name.endswith(BY_COLUMNS))
+        return Cut(axis, self._shard.rank * shape[axis], shape[axis])
+
+    def sources(self) -> tuple[SourceFile, ...]:
+        return self._whole.sources()
+
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+        self._whole.read_into(name, out, self._cut(name, cut))
+
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor | None:
+        return self._whole.first_row(name, self._cut(name, cut))
+
     def close(self) -> None:
-        """Let go of the files."""
-
-
-class Stored(NamedTuple):
-    """A tensor as the files describe it: the file's path, what the file calls it, its dtype and shape."""
-
-    path: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
+        self._whole.close()
 
 
 def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -73,70 +116,3 @@ def all_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def stretch(matrix: Tensor, cut: Cut | None) -> Tensor:
     """A view of the rows or columns that ``cut`` names; all of it without."""
     return matrix if cut is None else matrix.narrow(*cut)
-
-
-def check_stored(stored: Stored, shape: tuple[int, ...], config_file: str) -> None:
-    """Refuse a tensor that is no float or has another shape than ``config_file`` asks for.
-
-    Raises:
-        UnusableInput: naming the file and the tensor.
-    """
-    if stored.dtype not in FLOATS:
-        raise UnusableInput(
-            f"{stored.path}: {stored.name} is of dtype {stored.dtype}; only {', '.join(FLOATS)} weights run here, "
-            "so take the unquantised checkpoint"
-        )
-    if stored.shape != shape:
-        raise UnusableInput(
-            f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but {config_file} asks for {list(shape)}: "
-            "the two are not of the same model"
-        )
-
-
-def weights_dtype(matrices: Iterable[Stored]) -> torch.dtype:
-    """The dtype that holds every matrix without loss; norms do not count, they are often wider than the rest."""
-    return functools.reduce(torch.promote_types, {FLOATS[stored.dtype] for stored in matrices if len(stored.shape) > 1})
-
-
-def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -> None:
-    """Refuse tensors that the model's shape has no place for: leaving them out would give another model's tokens.
-
-    Raises:
-        UnusableInput: naming the first such tensor.
-    """
-    for name in names:
-        if name not in known and not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):
-            raise UnusableInput(
-                f"{where} holds tensor {name}, which a plain LLaMA of this configuration has no place for: "
-                "it is another architecture, or has more layers than its configuration says"
-            )
-
-
-def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
-    """Refuse biases and LoRA adapters, which are no plain LLaMA's.
-
-    Raises:
-        UnusableInput: naming the file and the first such tensor.
-    """
-    for name in names:
-        if name.endswith(".bias") or "lora_" in name:
-            raise UnusableInput(
-                f"{path}: tensor {name} belongs to no plain LLaMA; biases do not run here, and LoRA adapters have to "
-                "be merged into the weights first"
-            )
-
-
-def sampled_digest(path: Path) -> str:
-    """xxh3-128 of a file's size and of 64 KiB at 16 even places: notices another file without reading 140 GB."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_128(str(size).encode())
-    with path.open("rb") as file:
-        for place in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * place // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def source_file(path: Path) -> SourceFile:
-    """The entry for one file of a checkpoint."""
-    return SourceFile(path.name, path.stat().st_size, sampled_digest(path))

@@ -8,21 +8,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.checkpoint.base import (
+from llama.checkpoint.base import Checkpoint, all_tensors, stretch
+from llama.checkpoint.files import (
     Stored,
-    all_tensors,
     check_stored,
     refuse_foreign_tensors,
     refuse_unknown_tensors,
-    source_file,
-    stretch,
     weights_dtype,
 )
 from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import Cut
 from wsm.errors import UnusableInput
-from wsm.layout.model import SourceFile
 
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -64,7 +61,7 @@ def to_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
 
 
-class HFCheckpoint:
+class HFCheckpoint(Checkpoint):
     """Every file is mapped once; a tensor is copied once, into the place where it is wanted.
 
     Raises:
@@ -72,56 +69,45 @@ class HFCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory: Path | None = directory
-        self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.resolve().name)
+        config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.resolve().name)
         if (directory / "adapter_config.json").exists():
             raise UnusableInput(f"{directory} holds a LoRA adapter; merge it into the weights and save the whole model")
-        self._paths = _weight_files(directory)
-        self._files = {path: _open_file(path) for path in self._paths}
-        self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
-        self.dtype = weights_dtype([self._check(name, shape) for name, shape in all_tensors(self.config)])
-        tied_head = {hf_name("output.weight")} if self.config.tied_embeddings else set[str]()
-        refuse_unknown_tensors(
-            directory, self._where, {hf_name(name) for name, _ in all_tensors(self.config)} | tied_head
-        )
+        files = {path: _open_file(path) for path in _weight_files(directory)}
+        self._files = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+        where = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
+        stored = []
+        for name, shape in all_tensors(config):
+            theirs = hf_name(name)
+            if theirs not in where:
+                raise UnusableInput(
+                    f"{directory} has no tensor {theirs}: the checkpoint is incomplete or of another model"
+                )
+            found = self._files[theirs].get_slice(theirs)
+            dtype = _DTYPES.get(found.get_dtype(), found.get_dtype())
+            stored.append(Stored(where[theirs], theirs, dtype, tuple(found.get_shape())))
+            check_stored(stored[-1], shape, "config.json")
+        tied_head = {hf_name("output.weight")} if config.tied_embeddings else set[str]()
+        refuse_unknown_tensors(directory, where, {one.name for one in stored} | tied_head)
+        super().__init__(config, weights_dtype(stored), directory, list(files))
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> Stored:
+    def _view(self, name: str, cut: Cut | None) -> Tensor:
+        """Of the mapped file, under its own name: only what is copied is read."""
         theirs = hf_name(name)
-        if theirs not in self._where:
-            raise UnusableInput(
-                f"{self.directory} has no tensor {theirs}: the checkpoint is incomplete or of another model"
-            )
-        path = self._where[theirs]
-        found = self._files[path].get_slice(theirs)
-        dtype = _DTYPES.get(found.get_dtype(), found.get_dtype())
-        stored = Stored(path, theirs, dtype, tuple(found.get_shape()))
-        check_stored(stored, shape, "config.json")
-        return stored
+        weight: Tensor = self._files[theirs].get_tensor(theirs)
+        return stretch(weight, cut)
 
-    def sources(self) -> tuple[SourceFile, ...]:
-        return tuple(source_file(path) for path in self._paths)
-
-    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
-        theirs = hf_name(name)
-        if theirs not in self._where:
-            raise UnusableInput(f"{self.directory} has no tensor {theirs}")
-        # Views of the mapped file: only what is copied is read.
-        weight = stretch(self._files[self._where[theirs]].get_tensor(theirs), cut)
-        if weight.shape != out.shape:
-            raise UnusableInput(f"{theirs} has shape {list(weight.shape)} in the checkpoint, not {list(out.shape)}")
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+        weight = self._view(name, cut)
         if name.split(".")[-2] in ("wq", "wk"):
-            interleaved = to_interleaved(weight, weight.shape[0] // self.config.head_dim)
-            out.view(interleaved.shape).copy_(interleaved)
-        else:
-            out.copy_(weight)
+            weight = to_interleaved(weight, weight.shape[0] // self.config.head_dim)
+        out.view(weight.shape).copy_(weight)
 
     def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        theirs = hf_name(name)
-        weight = stretch(self._files[self._where[theirs]].get_tensor(theirs), cut)
+        weight = self._view(name, cut)
         return weight[0] if weight.dim() == 2 else weight  # un-permuting leaves the first row of a head where it is
 
     def close(self) -> None:
-        self._files, self._where = {}, {}
+        self._files = {}
 
 
 def _weight_files(directory: Path) -> list[Path]:

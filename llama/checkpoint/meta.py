@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import (
+from llama.checkpoint.base import Checkpoint, all_tensors, stretch
+from llama.checkpoint.files import (
     Stored,
-    all_tensors,
     check_stored,
     refuse_foreign_tensors,
     refuse_unknown_tensors,
-    source_file,
-    stretch,
     weights_dtype,
 )
 from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
-from wsm.layout.model import SourceFile
 
 MOST_SHARDS = 8
 _EMBEDDING = "tok_embeddings.weight"
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
-class MetaCheckpoint:
+class MetaCheckpoint(Checkpoint):
     """Shards are mapped, each opened once; a tensor's parts are copied straight into the place where it is wanted.
 
     fairscale's model-parallel layers cut q, k, v, w1, w3 and the head by rows, wo and w2 by columns; the embedding was
@@ -42,89 +39,84 @@ class MetaCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory: Path | None = directory
-        self._paths = _shard_paths(directory)
+        paths = _shard_paths(directory)
         params, name = read_json(directory / "params.json"), directory.resolve().name
         # Before the shards are opened, so that what params.json refuses is named first; the 1 stands for "not known".
         ModelConfig.from_meta(params, name, vocab_size=1)
-        self._shards = [_open_shard(path) for path in self._paths]
-        self.config = ModelConfig.from_meta(params, name, vocab_size=self._vocab_size(params["dim"]))
-        if not any("output.weight" in shard for shard in self._shards):
-            self.config = dataclasses.replace(self.config, tied_embeddings=True)
-        self._shapes = dict(all_tensors(self.config))
-        self.dtype = weights_dtype([self._check(name, shape) for name, shape in self._shapes.items()])
-        found = {str(name) for shard in self._shards for name in shard}
-        refuse_unknown_tensors(directory, sorted(found), set(self._shapes))
+        self._shards = {path: _open_shard(path) for path in paths}
+        config = ModelConfig.from_meta(params, name, vocab_size=self._vocab_size(params["dim"]))
+        if not any("output.weight" in shard for shard in self._shards.values()):
+            config = dataclasses.replace(config, tied_embeddings=True)
+        shapes = dict(all_tensors(config))
+        dtype = weights_dtype([self._check(name, shape, directory) for name, shape in shapes.items()])
+        found = {str(name) for shard in self._shards.values() for name in shard}
+        refuse_unknown_tensors(directory, sorted(found), set(shapes))
+        super().__init__(config, dtype, directory, paths)
 
     def _parts(self, name: str) -> list[Tensor]:
-        for path, shard in zip(self._paths, self._shards, strict=True):
+        for path, shard in self._shards.items():
             if not isinstance(shard.get(name), Tensor):
                 raise UnusableInput(f"{path} has no tensor {name}: the checkpoint is incomplete or of another model")
-        return [shard[name] for shard in self._shards]
+        return [shard[name] for shard in self._shards.values()]
 
     def _vocab_size(self, dim: int) -> int:
         """Rows of the whole embedding: a shard holds all of them where it was cut by columns."""
         parts = self._parts(_EMBEDDING)
         if any(part.dim() != 2 for part in parts):
-            raise UnusableInput(f"{self._paths[0]}: {_EMBEDDING} is no matrix; {AGAIN}")
+            raise UnusableInput(f"{next(iter(self._shards))}: {_EMBEDDING} is no matrix; {AGAIN}")
         by_rows = parts[0].shape[1] == dim
         return sum(int(part.shape[0]) for part in parts) if by_rows else int(parts[0].shape[0])
 
-    def _cut_axis(self, name: str, part: Tensor, shape: tuple[int, ...]) -> int:
-        """The axis along which the shards cut a matrix of ``shape``."""
-        return int(name.endswith(BY_COLUMNS) or (name == _EMBEDDING and part.shape[1] != shape[1]))
-
-    def _check(self, name: str, shape: tuple[int, ...]) -> Stored:
+    def _check(self, name: str, shape: tuple[int, ...], directory: Path) -> Stored:
         parts = self._parts(name)
-        expected = shape
         if len(parts) > 1 and len(shape) == 2 and parts[0].dim() == 2:
-            axis = self._cut_axis(name, parts[0], shape)
+            axis = _cut_axis(name, parts[0], shape)
             if shape[axis] % len(parts):
                 raise UnusableInput(
-                    f"{self.directory}: dimension {axis} of {name}, {shape[axis]}, cannot be cut in {len(parts)} "
+                    f"{directory}: dimension {axis} of {name}, {shape[axis]}, cannot be cut in {len(parts)} "
                     "shards: params.json and shards are not of the same model"
                 )
-            expected = tuple(size // len(parts) if axis == place else size for place, size in enumerate(shape))
-        found = [
-            Stored(path, name, str(part.dtype).removeprefix("torch."), tuple(part.shape))
-            for path, part in zip(self._paths, parts, strict=True)
-        ]
-        for stored in found:
-            check_stored(stored, expected, f"params.json, over {len(parts)} shard(s),")
-        return found[0]
+            shape = tuple(size // len(parts) if axis == place else size for place, size in enumerate(shape))
+        for path, part in zip(self._shards, parts, strict=True):
+            stored = Stored(path, name, str(part.dtype).removeprefix("torch."), tuple(part.shape))
+            check_stored(stored, shape, f"params.json, over {len(parts)} shard(s),")
+        return stored
 
-    def sources(self) -> tuple[SourceFile, ...]:
-        return tuple(source_file(path) for path in self._paths)
-
-    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
-        parts = self._parts(name)
-        if len(parts) == 1 or out.dim() == 1:
-            _copy(name, out, stretch(parts[0], cut))
-            return
-        axis = self._cut_axis(name, parts[0], self._shapes[name])
-        for begin, part in _places(parts, axis):
-            if cut is None or cut.axis != axis:
-                _copy(name, out.narrow(axis, begin, part.shape[axis]), stretch(part, cut))
-                continue
-            low, high = max(begin, cut.start), min(begin + part.shape[axis], cut.start + cut.length)
+    def _views(self, name: str, cut: Cut | None) -> tuple[int, list[Tensor]]:
+        """What the shards have of (a stretch of) a tensor, and the axis along which that makes the whole."""
+        parts, shape = self._parts(name), self._shapes[name]
+        if len(parts) == 1 or len(shape) == 1:
+            return 0, [stretch(parts[0], cut)]
+        axis = _cut_axis(name, parts[0], shape)
+        if cut is None or cut.axis != axis:
+            return axis, [stretch(part, cut) for part in parts]
+        views, begin = [], 0
+        for part in parts:
+            length = part.shape[axis]
+            low, high = max(begin, cut.start), min(begin + length, cut.start + cut.length)
             if low < high:
-                _copy(name, out.narrow(axis, low - cut.start, high - low), part.narrow(axis, low - begin, high - low))
+                views.append(part.narrow(axis, low - begin, high - low))
+            begin += length
+        return axis, views
+
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+        axis, views = self._views(name, cut)
+        for place, view in zip(out.split([view.shape[axis] for view in views], dim=axis), views, strict=True):
+            place.copy_(view)
 
     def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        parts = self._parts(name)
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return parts[0]
-        row, columns = (cut.start, None) if cut is not None and cut.axis == 0 else (0, cut)
-        axis = self._cut_axis(name, parts[0], shape)
-        if len(parts) > 1 and axis == 1:
-            whole = torch.cat([part[row] for part in parts])
-        else:
-            whole = next(part[row - begin] for begin, part in _places(parts, 0) if row < begin + part.shape[0])
-        return whole if columns is None else whole.narrow(0, columns.start, columns.length)
+        axis, views = self._views(name, cut)
+        if views[0].dim() == 1:
+            return views[0]
+        return torch.cat([view[0] for view in views]) if axis == 1 else views[0][0]
 
     def close(self) -> None:
-        self._shards = [{} for _ in self._paths]
+        self._shards = {path: {} for path in self._shards}
+
+
+def _cut_axis(name: str, part: Tensor, shape: tuple[int, ...]) -> int:
+    """The axis along which the shards cut a matrix of ``shape``."""
+    return int(name.endswith(BY_COLUMNS) or (name == _EMBEDDING and part.shape[1] != shape[1]))
 
 
 def _shard_paths(directory: Path) -> list[Path]:
@@ -155,17 +147,3 @@ def _open_shard(path: Path) -> Mapping[str, Tensor]:
         raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")
     refuse_foreign_tensors(path, map(str, shard))
     return shard
-
-
-def _places(parts: Sequence[Tensor], axis: int) -> Iterator[tuple[int, Tensor]]:
-    """Each shard's part and where it begins in the whole."""
-    begin = 0
-    for part in parts:
-        yield begin, part
-        begin += part.shape[axis]
-
-
-def _copy(name: str, out: Tensor, part: Tensor) -> None:
-    if out.shape != part.shape:
-        raise UnusableInput(f"{name} has shape {list(part.shape)} in the checkpoint, not {list(out.shape)}")
-    out.copy_(part)

@@ -10,13 +10,12 @@ import dataclasses
 import hashlib
 import math
 import threading
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import all_tensors
+from llama.checkpoint.base import Checkpoint
 from llama.config import PRESETS, ModelConfig
 from llama.names import Cut
 from wsm.errors import UnusableInput
@@ -28,17 +27,15 @@ NORM_STD = 0.05
 _SUMMED = 4
 
 
-class SyntheticCheckpoint:
+class SyntheticCheckpoint(Checkpoint):
     """Matrices around 0 with a standard deviation of 1 / sqrt(dim), norms around 1, from ``seed``.
 
     So the activations and the logits of a model of any depth are of the order of 1.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
-        self.directory: Path | None = None
+        super().__init__(config, dtype)
         self._seed = seed
-        self._shapes = dict(all_tensors(config))
         self._unit = _unit_block(seed)
         self._blocks: dict[tuple[str, torch.dtype], Tensor] = {}
         self._lock = threading.Lock()
@@ -47,57 +44,42 @@ class SyntheticCheckpoint:
         recipe = f"1 {self.config.to_json()} seed={self._seed} block={BLOCK_VALUES} norm={NORM_STD}"
         return (SourceFile(f"synthetic:{self.config.name}", 0, hashlib.sha256(recipe.encode()).hexdigest()[:32]),)
 
-    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
-        shape = self._shapes.get(name)
-        wanted = shape if shape is None or cut is None else (*shape[: cut.axis], cut.length, *shape[cut.axis + 1 :])
-        if shape is None or wanted != tuple(out.shape):
-            raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
-        if cut is None or cut.axis == 0:
-            self._fill(name, out.view(-1), 0 if cut is None else cut.start * shape[1])
-        else:
-            self._fill_columns(name, out, cut.start, shape[1])
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
+        self._fill_rows(name, out.view(-1, out.shape[-1]), self._first(name, cut))
 
-    def _fill(self, name: str, flat: Tensor, first: int = 0) -> None:
-        """The tensor's values from its ``first`` on."""
-        block = self._block("norm" if name.endswith("norm.weight") else "matrix", flat.dtype)
-        filled, start = 0, (self._start(name) + first) % BLOCK_VALUES
-        while filled < flat.numel():
-            take = min(block.numel() - start, flat.numel() - filled)
-            flat[filled : filled + take].copy_(block[start : start + take])
-            filled, start = filled + take, 0
+    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
+        columns = self._shapes[name][-1]
+        row = torch.empty(cut.length if cut is not None and cut.axis == 1 else columns, dtype=self.dtype)
+        self._fill_rows(name, row.view(1, -1), self._first(name, cut))
+        return row
 
-    def _fill_columns(self, name: str, out: Tensor, first: int, columns: int) -> None:
-        """Some columns of a matrix of ``columns``, in as few copies as the block's end allows."""
-        block, (rows, length) = self._block("matrix", out.dtype), out.shape
-        row = 0
+    def _first(self, name: str, cut: Cut | None) -> int:
+        """The place in the tensor of a stretch's first value."""
+        return 0 if cut is None else cut.start * (self._shapes[name][1] if cut.axis == 0 else 1)
+
+    def _fill_rows(self, name: str, out: Tensor, first: int) -> None:
+        """Rows, or some columns of rows, of a tensor from its value ``first`` on; as few copies as the block allows."""
+        block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
+        (rows, length), columns = out.shape, self._shapes[name][-1]
+        begin, row = self._start(name) + first, 0
         while row < rows:
-            start = (self._start(name) + row * columns + first) % BLOCK_VALUES
-            count = min(rows - row, (BLOCK_VALUES - start - length) // columns + 1)
-            if count > 0:
-                out[row : row + count].copy_(block.as_strided((count, length), (columns, 1), start))
-            else:  # this row goes over the block's end
-                self._fill(name, out[row], row * columns + first)
-            row += max(1, count)
+            start = (begin + row * columns) % BLOCK_VALUES
+            count = min(rows - row, -(-(BLOCK_VALUES - start) // columns))
+            out[row : row + count].copy_(block.as_strided((count, length), (columns, 1), start))
+            row += count
 
     def _start(self, name: str) -> int:
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         return int.from_bytes(digest[:8], "little") % BLOCK_VALUES
 
     def _block(self, role: Literal["norm", "matrix"], dtype: torch.dtype) -> Tensor:
+        """The block in a role, its beginning once more behind it: a row may go over its end."""
         with self._lock:
             if (role, dtype) not in self._blocks:
                 values = 1 + self._unit * NORM_STD if role == "norm" else self._unit / math.sqrt(self.config.dim)
-                self._blocks[role, dtype] = values.to(dtype)
+                widest = max(shape[-1] for shape in self._shapes.values())
+                self._blocks[role, dtype] = torch.cat([values, values[:widest]]).to(dtype)
             return self._blocks[role, dtype]
-
-    def first_row(self, name: str, cut: Cut | None = None) -> Tensor:
-        columns = self._shapes[name][-1]
-        row = torch.empty(cut.length if cut is not None and cut.axis == 1 else columns, dtype=self.dtype)
-        self._fill(name, row, 0 if cut is None else cut.start * (columns if cut.axis == 0 else 1))
-        return row
-
-    def close(self) -> None:
-        """There are no files."""
 
 
 def _unit_block(seed: int) -> Tensor:

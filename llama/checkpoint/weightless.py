@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama.checkpoint.base import Checkpoint
 from llama.config import ModelConfig
 from llama.files import read_json
 from llama.names import Cut
 from wsm.errors import UnusableInput
-from wsm.layout.model import SourceFile
 
 
 def has_weights(directory: Path) -> bool:
@@ -19,7 +19,7 @@ def has_weights(directory: Path) -> bool:
     return any(directory.glob("consolidated.*.pth")) or any(directory.glob("*.safetensors"))
 
 
-class WeightlessCheckpoint:
+class WeightlessCheckpoint(Checkpoint):
     """Enough of a checkpoint for a run from a packed store, which people keep when they delete the shards.
 
     Args:
@@ -30,27 +30,17 @@ class WeightlessCheckpoint:
     """
 
     def __init__(self, directory: Path, config: ModelConfig | None = None) -> None:
-        self.directory: Path | None = directory
-        self.dtype = torch.bfloat16
-        if config is not None:
-            self.config = config
-        elif (directory / "params.json").exists():
-            self.config = ModelConfig.from_meta(read_json(directory / "params.json"), directory.resolve().name)
-        elif (directory / "config.json").exists():
-            self.config = ModelConfig.from_hf(read_json(directory / "config.json"), directory.resolve().name)
-        else:
+        for file, read in (("params.json", ModelConfig.from_meta), ("config.json", ModelConfig.from_hf)):
+            if config is None and (directory / file).exists():
+                config = read(read_json(directory / file), directory.resolve().name)
+        if config is None:
             raise UnusableInput(f"--checkpoints {directory}: neither params.json nor config.json is in it")
+        super().__init__(config, torch.bfloat16, directory)
 
-    def sources(self) -> tuple[SourceFile, ...]:
-        return ()
-
-    def read_into(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
+    def _fill(self, name: str, out: Tensor, cut: Cut | None) -> None:
         raise UnusableInput(
             f"{self.directory} holds no weights: only a packed store of mode mixed, stream or preload runs"
         )
 
     def first_row(self, name: str, cut: Cut | None = None) -> None:
         return None
-
-    def close(self) -> None:
-        """There are no files."""

@@ -58,41 +58,32 @@ class FairscaleCollective(Collective):
         self.shard, self._timer = shard, timer
 
     def reduce_(self, x: Tensor) -> Tensor:
-        start = self._timer.mark()
-        try:
-            reduced: Tensor = reduce_from_model_parallel_region(x)
-        except RuntimeError as error:
-            raise _broken(error) from error
-        self._timer.took(start, self._timer.mark())
-        return reduced
+        return self._timed(reduce_from_model_parallel_region, x)
 
     def gather(self, x: Tensor) -> Tensor:
+        return self._timed(gather_from_model_parallel_region, x)
+
+    def _timed(self, operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         start = self._timer.mark()
-        try:
-            gathered: Tensor = gather_from_model_parallel_region(x)
-        except RuntimeError as error:
-            raise _broken(error) from error
+        with _broken_if_it_fails():
+            found = operation(x)
         self._timer.took(start, self._timer.mark())
-        return gathered
-
-
-def _broken(error: RuntimeError) -> RuntimeError:
-    """What a collective's failure is to whoever called it; what is no failure of the collective stays as it is."""
-    if isinstance(error, RankFailed | NotImplementedError | torch.OutOfMemoryError):
-        return error
-    return CollectiveBroken(f"a collective failed: {error}")
+        return found
 
 
 @contextlib.contextmanager
 def _broken_if_it_fails() -> Iterator[None]:
+    """Raises CollectiveBroken where a collective fails; what is no failure of the collective stays as it is."""
     try:
         yield
+    except (RankFailed, NotImplementedError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
-        raise _broken(error) from error
+        raise CollectiveBroken(f"a collective failed: {error}") from error
 
 
 class TorchWorld(World):
-    """Several ranks: what they tell each other goes through torchrun's store, what they compute through NCCL or gloo.
+    """Several ranks: their messages go through torchrun's store, their collectives through NCCL or gloo.
 
     Made by :func:`join`.
     """
@@ -108,7 +99,7 @@ class TorchWorld(World):
     def hosts(self) -> list[str]:
         return self.watch.hosts
 
-    # -- what the ranks tell each other
+    # -- messages between the ranks
 
     def exchange(self, text: str, limit_s: float | None = None) -> list[str | None]:
         keys = [f"exchange/{self._asked}/{rank}" for rank in range(self.shard.size)]

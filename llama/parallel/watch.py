@@ -1,7 +1,7 @@
 """Whether all ranks of a job are alive. Each says so once a second in the job's store, and reads what the others say.
 
-So a rank that was killed, hangs in the system or lost its host is missed within seconds, whatever the others wait for,
-and one that fails says why to all. Nothing here knows of collectives.
+A rank that was killed, hangs in the system or lost its host is missed within seconds, whatever the others wait for. One
+that fails says why to all. Nothing here knows of collectives.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 BEAT_S = 1.0
@@ -113,13 +113,16 @@ class Watch:
     """This rank's sign of life, and its eye on the others.
 
     Two threads: one beats and reads, the other acts on what was found, even where the store no longer answers.
-    ``_said`` (this rank's newest beat) and ``_found`` are written under ``_lock`` alone; ``_found`` only once.
+    ``_said`` (this rank's newest beat) and ``failure`` are written under ``_lock`` alone; ``failure`` only once.
 
     Args:
         store: a connection of its own, used by this object alone.
         host: the name of this rank's machine.
         on_failure: called once, on a thread of its own, when another rank has failed.
         last_resort: called if the job is not closed or settled ``GRACE_S`` after that.
+
+    Attributes:
+        failure: how another rank ended the job, if one did.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class Watch:
         self._roll = Roll(rank, size, LOST_S)
         self._lock = threading.Lock()
         self._said = Beat(0, host)
-        self._found: Ending | None = None
+        self.failure: Ending | None = None
         self._beats: list[Beat] = []
         self._heard_s = time.monotonic()
         self._settled = threading.Event()
@@ -153,14 +156,14 @@ class Watch:
         Raises:
             RankFailed: naming a rank that did not come within ``limit_s``.
         """
-        self._say(self._said)
+        self._say()
         until = time.monotonic() + limit_s
         while not self._store.check(self._keys):
             if time.monotonic() > until:
-                missing = [rank for rank, key in enumerate(self._keys) if not self._store.check([key])]
                 reason = f"did not start within {limit_s:g} s, {self.size} ranks being expected; see its own output"
-                for rank in missing:
-                    raise RankFailed(self._find(Ending(rank, "a host that was not heard of", reason, 1)))
+                for rank, key in enumerate(self._keys):
+                    if not self._store.check([key]):
+                        raise RankFailed(self._find(Ending(rank, "a host that was not heard of", reason, 1)))
             time.sleep(_POLL_S)
         self._listen()
         for name, work in (("watch-beat", self._beat), ("watch-guard", self._guard)):
@@ -181,22 +184,17 @@ class Watch:
     def hosts(self) -> list[str]:
         return [beat.host for beat in self._beats]
 
-    @property
-    def failure(self) -> Ending | None:
-        """How another rank ended the job, if one did."""
-        return self._found
-
     def check(self) -> None:
         """Raises RankFailed if another rank has failed."""
-        if self._found is not None:
-            raise RankFailed(self._found)
+        if self.failure is not None:
+            raise RankFailed(self.failure)
 
     def wait_for_failure(self, seconds: float) -> Ending | None:
         """The failure of another rank, which may take a moment to be seen."""
         until = time.monotonic() + seconds
-        while self._found is None and time.monotonic() < until:
+        while self.failure is None and time.monotonic() < until:
             time.sleep(_POLL_S)
-        return self._found
+        return self.failure
 
     def endings(self, seconds: float) -> list[Ending | None]:
         """Why each rank failed, when all have ended or ``seconds`` are over; None for one that has not failed."""
@@ -224,54 +222,52 @@ class Watch:
         """Say how this rank ended (None: well), and leave the rest to the caller."""
         self._settled.set()
         with contextlib.suppress(RuntimeError):
-            self._say(Beat(self._said.count + 1, self.host, "ended", ending))
+            self._say(state="ended", ending=ending)
 
     def leave(self) -> None:
         """Say that this rank reads no more, and watch no more."""
         with contextlib.suppress(RuntimeError):
-            self._say(Beat(self._said.count + 1, self.host, "left", self._said.ending))
+            self._say(state="left")
         self.close()
 
-    def _say(self, beat: Beat) -> None:
+    def _say(self, **changes: Any) -> None:
         with self._lock:
-            self._said = beat
-            self._store.set(self._keys[self.rank], beat.to_text())
+            self._said = replace(self._said, count=self._said.count + 1, **changes)
+            self._store.set(self._keys[self.rank], self._said.to_text())
 
     # -- the threads
 
     def _listen(self) -> None:
         beats = [Beat.from_text(text) for text in self._store.multi_get(self._keys)]
         found = self._roll.read(beats, time.monotonic())
-        with self._lock:
-            self._beats, self._heard_s = beats, time.monotonic()
-            self._found = self._found or found
+        self._beats, self._heard_s = beats, time.monotonic()
+        if found is not None:
+            self._find(found)
 
     def _find(self, ending: Ending) -> Ending:
         """The first failure that was found: this one, unless there is one already."""
         with self._lock:
-            self._found = self._found or ending
-            return self._found
+            self.failure = self.failure or ending
+            return self.failure
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
             try:
-                with self._lock:
-                    said = self._said = Beat(self._said.count + 1, self.host, self._said.state, self._said.ending)
-                    self._store.set(self._keys[self.rank], said.to_text())
+                self._say()
                 self._listen()
             except RuntimeError:  # the store is gone: the guard counts the silence
                 continue
 
     def _guard(self) -> None:
         while not self._closed.wait(BEAT_S / 4):
-            if self._found is None and time.monotonic() - self._heard_s > LOST_S:
+            if self.failure is None and time.monotonic() - self._heard_s > LOST_S:
                 host = self._beats[0].host if self._beats else "the first host"
                 self._find(Ending(0, host, f"the job's store has not answered for {LOST_S:g} s", 1))
-            if self._found is not None:
+            if self.failure is not None:
                 break
-        if self._found is None or self._settled.is_set():
+        if self.failure is None or self._settled.is_set():
             return
         # On a thread of its own: what it calls may hang, and the last resort is for that too.
-        threading.Thread(target=self._on_failure, args=(self._found,), name="watch-failure", daemon=True).start()
+        threading.Thread(target=self._on_failure, args=(self.failure,), name="watch-failure", daemon=True).start()
         if not self._settled.wait(GRACE_S) and not self._closed.is_set():
-            self._last_resort(self._found)
+            self._last_resort(self.failure)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from wsm.layout.model import WHOLE, Shard
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Collective:
@@ -31,7 +32,7 @@ class Collective:
 
 
 class Timer(Protocol):
-    """Told how long each collective takes."""
+    """Takes note of how long each collective takes."""
 
     def mark(self) -> object:
         """A point in the computation."""
@@ -82,7 +83,7 @@ class World:
         return contextlib.nullcontext()
 
     def abandon(self) -> None:
-        """Give up collectives under way, so that nothing waits for a rank that will not come. For good."""
+        """Give up collectives under way, for good: nothing waits any longer for a rank that will not come."""
 
 
 ALONE = World()

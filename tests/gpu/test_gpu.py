@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cli.main import main
+from bench_infer import command_line as main
 from llama.llm import LLaMA
 
 pytestmark = [

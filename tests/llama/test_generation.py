@@ -61,7 +61,6 @@ def test_one_new_token_takes_no_decode_pass(model: Transformer) -> None:
     assert one.decode_tokens == len(PROMPTS)
     assert one.prefill_tokens == sum(map(len, PROMPTS))
     assert one.texts is None
-    assert one.with_texts(["a", "b", "c", "d"]).texts == ["a", "b", "c", "d"]
 
 
 def test_the_observer_hears_each_wave_each_token_and_the_end_of_prefill(model: Transformer) -> None:

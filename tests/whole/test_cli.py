@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.cli.main import main
 from bench.result.types import FIXED_KEYS
+from bench_infer import command_line as main
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import all_tensors
 from tests.tiny import hf_directory, hf_model, hf_tokenizer, meta_directory

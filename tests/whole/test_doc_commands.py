@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.cli.main import main
 from bench.options.flags import VERBS, parse
 from bench.sweep import process as sweep_process
+from bench_infer import command_line as main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/QUICKSTART.zh-CN.md", "docs/TUNING.md")

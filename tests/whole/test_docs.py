@@ -1,4 +1,4 @@
-"""The README and docs/JSON.md: what a user can give or may get stands there."""
+"""The README, docs/FLAGS.md and docs/JSON.md: what a user can give or may get stands there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli import main as cli
+from bench.cli import endings as cli
 from bench.cli.docs import GENERATED, result_schema
-from bench.options.flags import build_parser
+from bench.options.flags import VERBS, build_parser
+from bench.options.run_flags import RunOptions
 from bench.result.schema import document
 from bench.result.types import FIXED_KEYS
+from wsm.option import options_of
 from wsm.settings import PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAGS = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "docs" / "QUICKSTART.zh-CN.md").read_text(encoding="utf-8")
 TUNING = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
 
@@ -52,9 +55,19 @@ def test_a_flag_is_not_taken_for_a_longer_one() -> None:
 
 
 @pytest.mark.parametrize("flag", sorted(_flags()))
-def test_the_readme_names_every_flag_of_every_verb(flag: str) -> None:
-    short = {"--output": "-o"}.get(flag, flag)
-    assert _stands(flag, README) or _stands(short, README), f"README.md lacks {flag}"
+def test_the_page_of_flags_names_every_flag_of_every_verb(flag: str) -> None:
+    assert _stands(flag, FLAGS), f"FLAGS.md lacks {flag}"
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_the_table_of_a_verb_has_a_row_for_each_of_its_flags_with_its_default(verb: str) -> None:
+    title = "## run, plan\n" if VERBS[verb][0] is RunOptions else f"## {verb}\n"
+    part = FLAGS.partition(title)[2].partition("\n## ")[0]
+    for name, declared in options_of(VERBS[verb][0]).items():
+        if not declared.by_variable:
+            shown = declared.metavar if declared.positional else declared.spelled
+            [row] = re.findall(rf"^\| `{re.escape(shown)}[ ,`].*$", part, re.MULTILINE)
+            assert declared.default_text in row, name
 
 
 @pytest.mark.parametrize("verb", sorted(_verbs()))
@@ -63,8 +76,8 @@ def test_the_readme_names_every_verb(verb: str) -> None:
 
 
 @pytest.mark.parametrize("variable", sorted(PRESETS))
-def test_readme_and_chinese_guide_name_every_variable(variable: str) -> None:
-    assert f"`{variable}`" in README, f"README.md lacks {variable}"
+def test_flags_page_and_chinese_guide_name_every_variable(variable: str) -> None:
+    assert f"| `{variable}` |" in FLAGS, f"FLAGS.md lacks {variable}"
     assert f"| `{variable}` |" in CHINESE, f"QUICKSTART.zh-CN.md lacks {variable}"
 
 
@@ -80,9 +93,9 @@ def test_readme_and_chinese_guide_explain_every_exit_code(code: int) -> None:
         assert re.search(rf"^\| {code} \| \w", page, re.MULTILINE), f"{name} lacks exit code {code}"
 
 
-@pytest.mark.parametrize("name", ["README", "CHINESE", "TUNING"])
+@pytest.mark.parametrize("name", ["README", "CHINESE", "TUNING", "FLAGS"])
 def test_no_page_names_a_flag_or_variable_that_does_not_exist(name: str) -> None:
-    page = {"README": README, "CHINESE": CHINESE, "TUNING": TUNING}[name]
+    page = {"README": README, "CHINESE": CHINESE, "TUNING": TUNING, "FLAGS": FLAGS}[name]
     known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
     foreign = {"--user", "--nproc-per-node"}  # of pip and of torchrun
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - foreign
@@ -130,7 +143,7 @@ def test_json_md_says_what_several_objects_share_once() -> None:
 
 
 def test_documents_named_in_the_documents_exist() -> None:
-    for folder, page in ((ROOT, README), (ROOT / "docs", CHINESE), (ROOT / "docs", TUNING)):
+    for folder, page in ((ROOT, README), (ROOT / "docs", CHINESE), (ROOT / "docs", TUNING), (ROOT / "docs", FLAGS)):
         links = re.findall(r"\]\((?!http)([^)#]+)", page)
         assert links
         assert [link for link in links if not (folder / link).exists()] == []

@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from bench.cli.docs import result_schema
-from bench.cli.main import main
+from bench_infer import command_line as main
 from tests.stores import loop_device
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
 from tests.whole.test_cli import interrupted, sentence

@@ -43,7 +43,7 @@ def test_no_flag_and_no_variable_give_the_guides_configuration() -> None:
 def test_every_setting_is_declared_and_every_variable_sets_one() -> None:
     declared = options_of(Settings)
     assert list(declared) == [field.name for field in fields(Settings)]
-    assert list(WSM_PRESETS) == [option.variable for option in declared.values() if option.by_variable]
+    assert list(WSM_PRESETS) == [option.spelled for option in declared.values() if option.by_variable]
     assert {spelled(field_of(variable)) for variable in WSM_PRESETS} == set(WSM_PRESETS)
 
 

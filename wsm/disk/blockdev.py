@@ -1,4 +1,4 @@
-"""What a block device is and bears, asked before anything is written to it."""
+"""What a block device is and holds, asked before anything is written to it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from wsm.errors import UnusableInput
 
-_BLKGETSIZE64, _BLKSSZGET = 0x80081272, 0x1268
+_BLKSSZGET = 0x1268
 _TOOL_PATH = f"{os.defpath}:/usr/sbin:/sbin"
-"""blkid lies in /usr/sbin, which is not on every user's PATH."""
+"""blkid is in /usr/sbin, which is not on every user's PATH."""
 _BLKID_TIMEOUT_S = 60
 
 
@@ -28,11 +28,6 @@ def is_block_device(path: str) -> bool:
         return False
 
 
-def device_size(file: int) -> int:
-    """Bytes of an open block device."""
-    return int(struct.unpack("Q", fcntl.ioctl(file, _BLKGETSIZE64, b"\0" * 8))[0])
-
-
 def logical_block(file: int) -> int:
     """The unit of I/O of an open block device in bytes."""
     return int(struct.unpack("I", fcntl.ioctl(file, _BLKSSZGET, b"\0" * 4))[0])
@@ -40,8 +35,7 @@ def logical_block(file: int) -> int:
 
 def target_size(file: int) -> int:
     """Bytes of an open file or block device."""
-    status = os.fstat(file)
-    return device_size(file) if stat.S_ISBLK(status.st_mode) else status.st_size
+    return os.lseek(file, 0, os.SEEK_END)
 
 
 def device_number(path: str) -> str:
@@ -87,7 +81,7 @@ def why_busy(path: str, *, root: Path = Path("/")) -> str | None:
     """Why a device is in use, itself, one of its partitions or its whole disk; None if it is not.
 
     Args:
-        root: where /proc and /sys lie.
+        root: where /proc and /sys are.
     """
     sys_dev = root / "sys/dev/block"
     relatives = related_devices(path, sys_dev)
@@ -114,7 +108,7 @@ def loop_device_over(file: Path, *, root: Path = Path("/")) -> str | None:
     """The loop device whose contents a file is, such as ``loop0``; None if there is none.
 
     Args:
-        root: where /sys lies.
+        root: where /sys is.
     """
     for backing in sorted(root.glob("sys/block/loop*/loop/backing_file")):
         try:
@@ -163,24 +157,36 @@ def signatures(path: str, *, mend: str = "give --force") -> list[str]:
     return [f"{what[key]} {value}" for key, _, value in entries if key in what]
 
 
-def check_writable(path: str, *, force: bool, root: Path = Path("/")) -> list[str]:
+def check_writable(
+    path: str,
+    *,
+    force: bool = False,
+    label: str = "",
+    instead: str = "give --force",
+    mend: str = "--force overwrites it",
+    root: Path = Path("/"),
+) -> list[str]:
     """Refuse a device that is in use or that bears something; what it bears, if that is forced.
 
     Args:
         force: let a device with a signature pass; never one in use.
-        root: where /proc and /sys lie.
+        label: how the sentence names the device; by default its path.
+        instead, mend: what the user may do where blkid cannot tell, and where there is a signature.
+        root: where /proc and /sys are.
 
     Raises:
         UnusableInput: with what was found.
     """
+    label = label or path
     busy = why_busy(path, root=root)
     if busy is not None:
-        raise UnusableInput(f"{path} is in use ({busy}): nothing was written; choose a free device")
-    if force:
-        try:
-            return signatures(path)
-        except UnusableInput:
-            return []
-    if found := signatures(path):
-        raise UnusableInput(f"{path} bears {' and '.join(found)}: nothing was written; --force overwrites it")
-    return []
+        raise UnusableInput(f"{label} is in use ({busy}): nothing was written; choose a free device")
+    try:
+        found = signatures(path, mend=instead)
+    except UnusableInput:
+        if not force:
+            raise
+        return []
+    if found and not force:
+        raise UnusableInput(f"{label} bears {' and '.join(found)}: nothing was written; {mend}")
+    return found

@@ -1,26 +1,38 @@
-"""The files and devices that a store lies on: what must not be written, and how they are opened."""
+"""Files and block devices to write to: what must not be written, how one is taken, how its first block is sealed."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import xxhash
 
 from wsm.disk.atomic import sync_directory
 from wsm.disk.blockdev import (
     check_writable,
-    device_size,
     is_block_device,
     logical_block,
     loop_device_over,
+    target_size,
     unusable_target,
 )
+from wsm.disk.direct import lock, open_direct
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.layout.groups import BLOCK
+
+
+def sealed(fields: bytes) -> bytes:
+    """A superblock, the first 4096 bytes of a target: ``fields``, their xxh3-64, zeros."""
+    return (fields + xxhash.xxh3_64_digest(fields)).ljust(BLOCK, b"\0")
+
+
+def unsealed(block: bytes, nbytes: int) -> bytes | None:
+    """The ``nbytes`` of fields in a superblock; None if they are damaged."""
+    fields = block[:nbytes]
+    return fields if xxhash.xxh3_64_digest(fields) == block[nbytes : nbytes + 8] else None
 
 
 def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[str]:
@@ -44,11 +56,7 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
         if is_block_device(target):
             lost.append(_check_device(target, nbytes, force))
             continue
-        path = Path(os.path.realpath(target))
-        if path.exists() and not path.is_file():
-            raise UnusableInput(f"--to {target} is neither a file nor a block device")
-        if not path.parent.is_dir():
-            raise UnusableInput(f"--to {target}: its directory does not exist")
+        path = check_place(target, f"--to {target}")
         if path.exists():
             if loop := loop_device_over(path):
                 raise UnusableInput(
@@ -58,22 +66,21 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
             lost.append(target)
         filesystems.setdefault(path.parent.stat().st_dev, []).append(path)
     for paths in filesystems.values():
-        _check_room(paths, nbytes * len(paths))
+        # Several targets may be on one filesystem; what they hold already is theirs again.
+        room = free_bytes(paths[0].parent) + sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+        if room < nbytes * len(paths):
+            raise DoesNotFit(
+                f"{', '.join(map(str, paths))}: the store takes {nbytes * len(paths) / 1e9:.3f} GB, the filesystem has "
+                f"{room / 1e9:.3f} GB free; nothing was written"
+            )
     return lost
 
 
 def _check_device(target: str, nbytes: int, force: bool) -> str:
-    try:
-        file = os.open(target, os.O_RDONLY)
-    except OSError as error:
-        raise unusable_target(target, error) from error
-    try:
+    with reading(target) as file:
         found = check_writable(target, force=force)
-        room, block = device_size(file), logical_block(file)
-    finally:
-        os.close(file)
-    if block > BLOCK:
-        raise UnusableInput(f"{target} has logical blocks of {block} bytes; stores are aligned to {BLOCK}")
+        check_blocks(file, target, "stores are")
+        room = target_size(file)
     if room < nbytes:
         raise DoesNotFit(
             f"{target} is too small: the store takes {nbytes / 1e9:.3f} GB, the device has {room / 1e9:.3f} GB; "
@@ -82,16 +89,58 @@ def _check_device(target: str, nbytes: int, force: bool) -> str:
     return f"{target} (which bears {' and '.join(found)})" if found else target
 
 
-def _check_room(paths: Sequence[Path], nbytes: int) -> None:
-    """Several targets may lie on one filesystem; what they hold already is theirs again."""
-    usage = os.statvfs(paths[0].parent)
-    held = sum(path.stat().st_blocks * 512 for path in paths if path.exists())
-    room = usage.f_bavail * usage.f_frsize + held
-    if room < nbytes:
-        raise DoesNotFit(
-            f"{', '.join(map(str, paths))}: the store takes {nbytes / 1e9:.3f} GB, the filesystem has "
-            f"{room / 1e9:.3f} GB free; nothing was written"
-        )
+@contextlib.contextmanager
+def reading(device: str) -> Iterator[int]:
+    """A block device, open to be looked at; raises UnusableInput if it cannot be opened."""
+    try:
+        file = os.open(device, os.O_RDONLY)
+    except OSError as error:
+        raise unusable_target(device, error) from error
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def check_blocks(file: int, label: str, what: str) -> None:
+    """Refuse a device (``label`` in the sentence) whose blocks are larger than ``what`` is aligned to."""
+    if (block := logical_block(file)) > BLOCK:
+        raise UnusableInput(f"{label} has logical blocks of {block} bytes; {what} aligned to {BLOCK}")
+
+
+def check_place(target: str, label: str) -> Path:
+    """The resolved path of a file to write to; refuses (``label`` in the sentence) what no file can be."""
+    path = Path(os.path.realpath(target))
+    if path.exists() and not path.is_file():
+        raise UnusableInput(f"{label} is neither a file nor a block device")
+    if not path.parent.is_dir():
+        raise UnusableInput(f"{label}: its directory does not exist")
+    return path
+
+
+def free_bytes(place: Path | int) -> int:
+    """What the filesystem of a directory or open file has left for us."""
+    usage = os.statvfs(place)
+    return usage.f_bavail * usage.f_frsize
+
+
+def open_target(target: str) -> tuple[int, bool]:
+    """A target, open for writing past the page cache, a block device exclusively; whether it is a file made just now.
+
+    Raises:
+        UnusableInput: if it cannot be opened.
+    """
+    if is_block_device(target):
+        return open_direct(target, os.O_RDWR | os.O_EXCL), False
+    path = os.path.realpath(target)
+    new = not os.path.exists(path)
+    return open_direct(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0)), new
+
+
+def take(file: int, target: str) -> None:
+    """Make an open target ours alone; raises UnusableInput if somebody else has it."""
+    refusal = f"{target} is in use by another run or pack: nothing was written; wait until that is over"
+    lock(file, fcntl.LOCK_EX, refusal)
 
 
 @contextlib.contextmanager
@@ -103,17 +152,15 @@ def opened(target: str) -> Iterator[int]:
     Raises:
         UnusableInput: if it cannot be opened, or somebody else has it.
     """
-    if is_block_device(target):
-        path, new, flags = target, False, os.O_RDWR | os.O_EXCL
-    else:
-        path = os.path.realpath(target)
-        new = not os.path.exists(path)
-        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0)
-    file = open_direct(path, flags)
+    file, new = open_target(target)
+    path = os.path.realpath(target)
     try:
-        lock(file, target)
+        take(file, target)
         if new:
-            _sync_directory(path)
+            try:
+                sync_directory(Path(path).parent)
+            except OSError as error:
+                raise unusable_target(path, error) from error
         yield file
     except BaseException:
         if new:
@@ -121,72 +168,3 @@ def opened(target: str) -> Iterator[int]:
         raise
     finally:
         os.close(file)
-
-
-def _sync_directory(path: str) -> None:
-    try:
-        sync_directory(Path(path).parent)
-    except OSError as error:
-        raise unusable_target(path, error) from error
-
-
-def open_direct(path: str, flags: int) -> int:
-    """``path``, opened with ``flags`` past the page cache where its filesystem can.
-
-    Raises:
-        UnusableInput: if it cannot be opened.
-    """
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o644)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise unusable_target(path, error) from error
-    # Without O_DIRECT, as on some network filesystems; a file that the first try made is ours.
-    try:
-        return os.open(path, flags & ~os.O_EXCL if flags & os.O_CREAT else flags, 0o644)
-    except OSError as error:
-        raise unusable_target(path, error) from error
-
-
-def lock(file: int, target: str) -> None:
-    """Make an open target ours alone. Readers of a store hold a shared lock on it, so nothing is written over that.
-
-    Raises:
-        UnusableInput: if somebody else has it.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UnusableInput(
-            f"{target} is in use by another run or pack: nothing was written; wait until that is over"
-        ) from None
-    except OSError:
-        return  # a filesystem without locks
-
-
-def open_for_reading(target: str) -> tuple[int, bool]:
-    """A file or block device, open past the page cache where that works; whether it does not.
-
-    Raises:
-        UnusableInput: if it cannot be opened, or is being packed.
-    """
-    try:
-        mode = os.stat(target).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise UnusableInput(f"{target} is neither a file nor a block device: name the target of `pack --to`")
-        try:
-            file, buffered = os.open(target, os.O_RDONLY | os.O_DIRECT), False
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            file, buffered = os.open(target, os.O_RDONLY), True
-    except OSError as error:
-        raise unusable_target(target, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise UnusableInput(f"{target} is being packed just now: wait until that is over") from None
-    except OSError:
-        pass  # a filesystem without locks
-    return file, buffered

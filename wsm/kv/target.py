@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import mmap
 import os
 import struct
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
-import xxhash
-
-from wsm.disk.blockdev import (
-    device_number,
-    device_size,
-    is_block_device,
-    logical_block,
-    related_devices,
-    signatures,
-    unusable_target,
-    why_busy,
-)
-from wsm.disk.targets import lock, open_direct
+from wsm.disk.blockdev import check_writable, device_number, is_block_device, related_devices, target_size
+from wsm.disk.direct import aligned_block, first_block, is_buffered
+from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK
 from wsm.store import superblock
@@ -37,17 +24,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def kv_superblock(run: bytes) -> bytes:
-    """The first 4096 bytes of a target that the run of that id (16 bytes) has taken: fields, their xxh3-64, zeros."""
-    fields = _FIELDS.pack(MAGIC, VERSION, run)
-    return (fields + xxhash.xxh3_64_digest(fields)).ljust(BLOCK, b"\0")
+    """The first 4096 bytes of a target that the run of that id (16 bytes) has taken."""
+    return sealed(_FIELDS.pack(MAGIC, VERSION, run))
 
 
 def run_of(block: bytes) -> bytes | None:
     """The id of the run that a target was last taken by; None if ``block`` is no KV superblock."""
-    fields, check = block[: _FIELDS.size], block[_FIELDS.size : _FIELDS.size + 8]
-    if not block.startswith(MAGIC) or xxhash.xxh3_64_digest(fields) != check:
-        return None
-    return bytes(_FIELDS.unpack(fields)[2])
+    fields = unsealed(block, _FIELDS.size) if block.startswith(MAGIC) else None
+    return bytes(_FIELDS.unpack(fields)[2]) if fields is not None else None
 
 
 class KVTarget:
@@ -55,7 +39,7 @@ class KVTarget:
 
     Args:
         nbytes: bytes of KV that it takes behind the superblock.
-        weights: the files and devices that the weights of this run lie on.
+        weights: the files and devices that the weights of this run are on.
 
     Raises:
         UnusableInput: for what must not be written, said before anything is.
@@ -67,34 +51,39 @@ class KVTarget:
         self.path = path
         self._run = uuid.uuid4().bytes
         self._is_device = is_block_device(path)
-        self._name = path if self._is_device else os.path.realpath(path)
         _check_apart(path, weights)
-        (_check_device if self._is_device else _check_place)(path)
-        self._made = not self._is_device and not os.path.exists(self._name)
-        new = os.O_CREAT | os.O_EXCL if self._made else 0
-        self.file = open_direct(self._name, os.O_RDWR | (os.O_EXCL if self._is_device else new))
-        self.buffered = not fcntl.fcntl(self.file, fcntl.F_GETFL) & os.O_DIRECT
+        if self._is_device:
+            _check_device(path)
+        else:
+            check_place(path, f"--kv-device {path}")
+        self.file, self._made = open_target(path)
+        self.buffered = is_buffered(self.file)
         self._taken = False
         try:
-            self._take(BLOCK + nbytes)
+            self._check_content()
+            take(self.file, path)
+            self._check_content()  # again: from here on nobody else changes it
+            self._taken = True
+            self._fill(BLOCK + nbytes)
         except BaseException:
             self.give_back()
             raise
 
-    def _take(self, nbytes: int) -> None:
-        self._check_content()
-        lock(self.file, self.path)
-        self._check_content()  # again: from here on nobody else changes it
-        self._taken = True
-        self._check_room(nbytes)
-        self._write_superblock(nbytes)
-        if run_of(_head(self.file, self.path)) != self._run:
-            raise KVDeviceError(f"--kv-device {self.path} does not keep what is written to it; check the drive")
+    def _check_content(self) -> None:
+        head = _head(self.file, self.path)
+        _refuse_weights(head, self.path)
+        if not self._is_device and target_size(self.file) and run_of(head) is None:
+            raise UnusableInput(
+                f"--kv-device {self.path} holds something that is no offloaded KV: nothing was written; "
+                "name a file that does not exist yet, or move this one away"
+            )
 
-    def _write_superblock(self, nbytes: int) -> None:
+    def _fill(self, nbytes: int) -> None:
+        """Write the superblock and reserve the rest of ``nbytes``."""
+        self._check_room(nbytes)
         try:
             # First, so that a file that a killed run leaves behind is known for ours.
-            os.pwritev(self.file, [_block(kv_superblock(self._run))], 0)
+            os.pwritev(self.file, [aligned_block(kv_superblock(self._run))], 0)
             if not self._is_device:
                 self._reserve(nbytes)
             if self._made:
@@ -105,25 +94,16 @@ class KVTarget:
             raise KVDeviceError(
                 f"--kv-device {self.path} cannot be written: {error.strerror}; check the drive, or name another place"
             ) from error
-
-    def _check_content(self) -> None:
-        head = _head(self.file, self.path)
-        _refuse_weights(head, self.path)
-        if not self._is_device and os.fstat(self.file).st_size and run_of(head) is None:
-            raise UnusableInput(
-                f"--kv-device {self.path} holds something that is no offloaded KV: nothing was written; "
-                "name a file that does not exist yet, or move this one away"
-            )
+        if run_of(_head(self.file, self.path)) != self._run:
+            raise KVDeviceError(f"--kv-device {self.path} does not keep what is written to it; check the drive")
 
     def _check_room(self, nbytes: int) -> None:
         if self._is_device:
-            room, where = device_size(self.file), "the device has"
+            room, where = target_size(self.file), "the device has"
+        elif os.statvfs(self.file).f_blocks == 0:  # a filesystem that does not say
+            return
         else:
-            usage = os.statvfs(self.file)
-            if usage.f_blocks == 0:  # a filesystem that does not say
-                return
-            held = os.fstat(self.file).st_blocks * 512
-            room, where = usage.f_bavail * usage.f_frsize + held, "the filesystem has free"
+            room, where = free_bytes(self.file) + os.fstat(self.file).st_blocks * 512, "the filesystem has free"
         if room < nbytes:
             raise self._too_small(nbytes, f"{where} {room}")
 
@@ -149,7 +129,7 @@ class KVTarget:
         try:
             if self._taken and not self._is_device and self._is_ours():
                 if self._made:
-                    os.unlink(self._name)
+                    os.unlink(os.path.realpath(self.path))
                 else:
                     os.ftruncate(self.file, 0)
         finally:
@@ -158,7 +138,7 @@ class KVTarget:
     def _is_ours(self) -> bool:
         """Whether the file is still where it was, and nobody else's."""
         with contextlib.suppress(OSError, KVDeviceError):
-            if not os.path.samestat(os.stat(self._name), os.fstat(self.file)):
+            if not os.path.samestat(os.stat(self.path), os.fstat(self.file)):
                 return False
             head = _head(self.file, self.path)
             return run_of(head) == self._run or not any(head)  # none yet: it had no room
@@ -178,46 +158,27 @@ def _check_apart(path: str, weights: Sequence[str]) -> None:
                 )
 
 
-def _check_place(path: str) -> None:
-    """Refuse what no file can be."""
-    place = Path(os.path.realpath(path))
-    if place.exists() and not place.is_file():
-        raise UnusableInput(f"--kv-device {path} is neither a file nor a block device")
-    if not place.parent.is_dir():
-        raise UnusableInput(f"--kv-device {path}: its directory does not exist")
-
-
 def _check_device(path: str) -> None:
     """Refuse a device that bears weights, is in use, or bears anything else; nobody is asked, nothing is forced."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise unusable_target(path, error) from error
-    try:
+    label = f"--kv-device {path}"
+    with reading(path) as file:
         head = _head(file, path)
         _refuse_weights(head, path)
-        block, in_the_way = logical_block(file), run_of(head) is None and not _blank(file)
-    finally:
-        os.close(file)
-    if (busy := why_busy(path)) is not None:
-        raise UnusableInput(f"--kv-device {path} is in use ({busy}): nothing was written; choose a free device")
-    if found := signatures(path, mend="name a file"):
-        raise UnusableInput(
-            f"--kv-device {path} bears {' and '.join(found)}: nothing was written; if nobody needs that, "
-            f"`wipefs -a {path}` clears it, or name a file"
+        check_writable(
+            path,
+            label=label,
+            instead="name a file",
+            mend=f"if nobody needs that, `wipefs -a {path}` clears it, or name a file",
         )
-    if in_the_way:
-        raise UnusableInput(
-            f"--kv-device {path} is not empty and bears no KV, but perhaps an older packed store: nothing was written; "
-            f"if nobody needs it, `blkdiscard -z {path}` clears it, or name a file"
-        )
-    if block > BLOCK:
-        raise UnusableInput(f"--kv-device {path} has logical blocks of {block} bytes; KV is aligned to {BLOCK}")
-
-
-def _blank(file: int) -> bool:
-    """Whether a device's first 64 MiB are zeros; a store of version 1 begins at 4 MiB, without a signature."""
-    return not any(os.pread(file, 1 << 20, offset).strip(b"\0") for offset in range(0, _LOOKED_AT, 1 << 20))
+        # A store of version 1 begins at 4 MiB, without a signature.
+        if run_of(head) is None and any(
+            os.pread(file, 1 << 20, offset).strip(b"\0") for offset in range(0, _LOOKED_AT, 1 << 20)
+        ):
+            raise UnusableInput(
+                f"{label} is not empty and bears no KV, but perhaps an older packed store: nothing was written; "
+                f"if nobody needs it, `blkdiscard -z {path}` clears it, or name a file"
+            )
+        check_blocks(file, label, "KV is")
 
 
 def _refuse_weights(head: bytes, path: str) -> None:
@@ -227,18 +188,10 @@ def _refuse_weights(head: bytes, path: str) -> None:
         )
 
 
-def _block(content: bytes) -> mmap.mmap:
-    """4096 aligned bytes, as O_DIRECT asks."""
-    block = mmap.mmap(-1, BLOCK)
-    block[: len(content)] = content
-    return block
-
-
 def _head(file: int, path: str) -> bytes:
     """The first 4096 bytes, or as many as there are."""
-    block = _block(b"")
     try:
-        return block[: os.preadv(file, [block], 0)]
+        return first_block(file)
     except OSError as error:
         raise KVDeviceError(
             f"--kv-device {path} at byte 0: read error: {error.strerror}; check the drive, or name another place"

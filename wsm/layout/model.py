@@ -105,3 +105,6 @@ class TensorSource(Protocol):
 
     def first_row(self, name: str) -> Tensor | None:
         """The first row of a matrix, or a whole vector, without reading the rest; None where there are no weights."""
+
+    def share(self, shard: Shard) -> TensorSource:
+        """What a rank holds of it; itself where there is only one rank."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +12,18 @@ from typing import IO
 
 import torch
 
+from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.model import WHOLE, Shard, TensorSource
 from wsm.store.description import DTYPE_NAMES, StoreDescription
 from wsm.store.extents import plan_store
 from wsm.store.manifest import VERSION, read_manifest
-from wsm.store.pack import Cut, PackRequest, Progress, pack
+from wsm.store.pack import PackRequest, Progress, pack
 from wsm.store.packed_store import PackedStore
 
 
 def store_path(checkpoint: TensorSource, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
-    """Where a checkpoint's packed file lies: one a dtype and number of ranks, named after its sources' content."""
+    """Where a checkpoint's packed file is: one per dtype and number of ranks, named after its sources' content."""
     files = [[*file, _written(checkpoint, file.name)] for file in checkpoint.sources()]
     content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -43,13 +43,11 @@ def cached_store(
     *,
     say: Callable[[str], None],
     progress: Callable[[int], Progress],
-    cut: Cut,
     shard: Shard = WHOLE,
 ) -> StoreDescription:
     """The checkpoint's packed file, packed now if it is not there or not whole.
 
     Args:
-        cut: gives a rank's share of the checkpoint.
         shard: whose part of it is described; the file is packed for ``shard.size`` ranks.
         say: told the size and the free space before anything is written.
         progress: given the bytes to come; what it returns is called with the bytes of each group.
@@ -65,21 +63,15 @@ def cached_store(
             return found
         path.unlink(missing_ok=True)
         size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
-        usage = os.statvfs(cache_dir)
-        free = usage.f_bavail * usage.f_frsize
+        free = free_bytes(cache_dir)
         say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
         if free < size:
             raise DoesNotFit(
                 f"{cache_dir} has {free / 1e9:.2f} GB free, the packed model takes {size / 1e9:.2f} GB: "
                 "free some space, or name another --cache-dir"
             )
-        pack(
-            checkpoint,
-            PackRequest((str(path),), manifest, dtype, tp=shard.size),
-            cut=cut,
-            confirm=lambda question: True,
-            progress=progress(size),
-        )
+        request = PackRequest((str(path),), manifest, dtype, tp=shard.size)
+        pack(checkpoint, request, confirm=lambda question: True, progress=progress(size))
         return read_manifest(manifest, checkpoint.config.from_json, rank=shard.rank)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import torch
 
+from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, ModelShape, Shard, SourceFile
 from wsm.store.extents import Extent
@@ -15,6 +18,19 @@ from wsm.store.superblock import Superblock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+T = TypeVar("T")
+
+
+def typed(content: Mapping[str, Any], kind: type[T], path: Path, mend: str) -> T:
+    """A manifest's JSON as a ``kind``; raises UnusableInput for the first field that is not as its type says."""
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        wrong, _, field = str(error).partition(" - at `$.")
+        place = f"field {field[:-1]}: " if field else ""
+        raise UnusableInput(f"--manifest {path}: {place}{wrong}; {mend}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,30 +12,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from wsm.disk.atomic import sync_directory, write_atomically
+from wsm.disk.direct import TransferFailed, aligned_block, transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
-from wsm.layout.groups import BLOCK, GroupId, views
+from wsm.layout.groups import GroupId, GroupLayout, views
 from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
 from wsm.store.extents import Extent, StorePlan, plan_store
 from wsm.store.manifest import load_json, manifest_digest, manifest_json
 from wsm.store.superblock import Superblock
 
-WRITE_BYTES = 8 << 20
 READERS = 4
 
 Progress = Callable[[int], None]
 Confirm = Callable[[str], bool]
-Cut = Callable[[Any, Shard], TensorSource]
-"""Gives a rank's share of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,6 @@ def pack(
     checkpoint: TensorSource,
     request: PackRequest,
     *,
-    cut: Cut,
     confirm: Confirm,
     progress: Progress = lambda nbytes: None,
 ) -> None:
@@ -63,7 +60,6 @@ def pack(
     and no file that was not there before.
 
     Args:
-        cut: gives a rank's share of the checkpoint.
         confirm: asked with a sentence before anything that exists is overwritten.
         progress: called with the bytes of each group written.
 
@@ -86,7 +82,7 @@ def pack(
         files = [stack.enter_context(opened(target)) for target in request.targets]
         _remove(request.manifest)
         try:
-            shares = [cut(checkpoint, Shard(rank, plan.tp)) for rank in range(plan.tp)]
+            shares = [checkpoint.share(Shard(rank, plan.tp)) for rank in range(plan.tp)]
             _write_store(shares, sources, request, plan, files, progress)
         except BaseException:
             _withdraw(request.manifest, files)
@@ -102,7 +98,7 @@ def _write_store(
     progress: Progress,
 ) -> None:
     """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
-    _write_blocks(files, [b"\0" * BLOCK] * len(files))
+    _write_first(files, [b""] * len(files))
     checksums = _write_groups(shares, plan, files, progress)
     for file in files:
         _sync(file)
@@ -115,8 +111,7 @@ def _write_store(
         checksums=checksums,
     )
     store_id, digest = manifest["store_id"], manifest_digest(manifest)
-    numbers = range(len(files))
-    _write_blocks(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in numbers])
+    _write_first(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in range(len(files))])
     try:
         write_atomically(request.manifest, json.dumps(manifest, indent=1) + "\n")
     except OSError as error:
@@ -141,7 +136,7 @@ def _withdraw(manifest: Path, files: Sequence[int]) -> None:
     with contextlib.suppress(OSError):
         manifest.unlink(missing_ok=True)
     with contextlib.suppress(OSError, StoreError, DoesNotFit):
-        _write_blocks(files, [b"\0" * BLOCK] * len(files))
+        _write_first(files, [b""] * len(files))
 
 
 def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
@@ -179,75 +174,56 @@ def _write_groups(
     checksums: dict[GroupId | None, list[str]] = {group: [] for group in plan.layouts}
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
 
-        def make(number: int) -> Future[Tensor]:
+        def make(number: int) -> Future[memoryview]:
             group, rank = images[number]
-            return ahead.submit(_make_image, shares[rank], plan, group, buffers[number % 2], readers)
+            return ahead.submit(_make_image, shares[rank], group, plan.layouts[group], buffers[number % 2], readers)
 
         coming = make(0)
         for number, (group, rank) in enumerate(images):
-            image = memoryview(coming.result().numpy().data)
+            image = coming.result()
             if number + 1 < len(images):
                 coming = make(number + 1)
             checksums[group].append(xxhash.xxh3_128_hexdigest(image))
-            _write_stripes(plan.extents(group, rank), image, files, out)
+            list(out.map(partial(_write_extent, files, image), plan.extents(group, rank)))  # raises what one raised
             progress(len(image))
     return checksums
 
 
 def _make_image(
-    checkpoint: TensorSource, plan: StorePlan, group: GroupId | None, buffer: Tensor, readers: Executor
-) -> Tensor:
+    checkpoint: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor, readers: Executor
+) -> memoryview:
     """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
-    layout = plan.layouts[group]
     image = buffer[: layout.nbytes]
-    tensors = views(image, layout)
     end = 0
     for tensor in layout.tensors:
         image[end : tensor.offset].zero_()
         end = tensor.offset + tensor.nbytes
     image[end:].zero_()
-    list(
-        readers.map(
-            lambda item: checkpoint.read_into(checkpoint.config.full_name(group, item[0]), item[1]), tensors.items()
-        )
-    )
-    return image
+    tensors = views(image, layout)
+    names = [checkpoint.config.full_name(group, name) for name in tensors]
+    list(readers.map(checkpoint.read_into, names, tensors.values()))
+    return memoryview(image.numpy().data)
 
 
-def _write_stripes(extents: Sequence[Extent], image: memoryview, files: Sequence[int], threads: Executor) -> None:
-    """The parts of an image, to all targets at once."""
-    writes = [
-        threads.submit(
-            _write,
-            files[extent.target],
-            image[extent.slot_offset : extent.slot_offset + extent.nbytes],
-            extent.offset,
-        )
-        for extent in extents
-    ]
-    for write in writes:
-        write.result()
+def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:
+    _write(files[extent.target], image[extent.slot_offset : extent.slot_offset + extent.nbytes], extent.offset)
 
 
-def _write_blocks(files: Sequence[int], contents: Sequence[bytes]) -> None:
-    """The first 4096 bytes of every target, on the drive when this returns."""
+def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
+    """The first 4096 bytes of every target, zeros behind the content, on the drive when this returns."""
     for file, content in zip(files, contents, strict=True):
-        block = mmap.mmap(-1, BLOCK)
-        block[:] = content
-        _write(file, memoryview(block), 0)
+        _write(file, memoryview(aligned_block(content)), 0)
         _sync(file)
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        try:
-            wrote = os.pwrite(file, data[done : done + WRITE_BYTES], offset + done)
-        except OSError as error:
-            raise _write_error(error, offset + done) from error
-        if wrote < BLOCK:
-            raise StoreError(f"the target took {wrote} bytes at byte {offset + done} and no more; nothing was packed")
-        done += wrote - wrote % BLOCK  # O_DIRECT goes on at a whole block only
+    try:
+        transfer_fully(os.pwritev, file, data, offset)
+    except TransferFailed as failed:
+        if failed.error is not None:
+            raise _write_error(failed.error, failed.offset) from failed
+        taken = f"{failed.moved} bytes at byte {failed.offset}"
+        raise StoreError(f"the target took {taken} and no more; nothing was packed") from failed
 
 
 def _sync(file: int) -> None:

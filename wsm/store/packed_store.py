@@ -15,8 +15,8 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
+from wsm.disk.direct import open_for_reading
 from wsm.disk.io_threads import Done, IOThreads
-from wsm.disk.targets import open_for_reading
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
 from wsm.store import superblock

@@ -5,8 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-import xxhash
-
+from wsm.disk.targets import sealed, unsealed
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK
 
@@ -26,10 +25,9 @@ class Superblock:
     targets: int
 
     def to_bytes(self) -> bytes:
-        """4096 bytes: the fields, little-endian; their xxh3-64; zeros."""
+        """4096 bytes: the fields, little-endian, sealed."""
         ids = bytes.fromhex(self.store_id), bytes.fromhex(self.manifest_digest)
-        fields = _FIELDS.pack(MAGIC, VERSION, self.target, self.targets, *ids)
-        return (fields + xxhash.xxh3_64_digest(fields)).ljust(BLOCK, b"\0")
+        return sealed(_FIELDS.pack(MAGIC, VERSION, self.target, self.targets, *ids))
 
 
 def parse(block: bytes, where: str) -> Superblock:
@@ -38,10 +36,9 @@ def parse(block: bytes, where: str) -> Superblock:
     Raises:
         StoreError: if there is none, or it is damaged or of another version.
     """
-    fields, check = block[: _FIELDS.size], block[_FIELDS.size : _FIELDS.size + 8]
     if len(block) < BLOCK or not block.startswith(MAGIC):
         raise StoreError(f"{where} bears no packed store: it was overwritten, or packing was broken off; {AGAIN}")
-    if xxhash.xxh3_64_digest(fields) != check:
+    if (fields := unsealed(block, _FIELDS.size)) is None:
         raise StoreError(f"{where}: the superblock of the packed store is damaged; {AGAIN}")
     _, version, target, targets, store_id, digest = _FIELDS.unpack(fields)
     if version != VERSION:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.compare.compare import Comparison, compare, regressions
 from bench.compare.sides import Side, read_sides
 from bench.compare.text import as_csv, as_markdown, as_text, letters
 from bench.result.sweep_folder import Failure
 from bench.result.types import METRICS
+from bench_infer import command_line as main
 from tests.results import stored, typed, varied
 from wsm.errors import UnusableInput
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.compare.sides import Side, differing, mixed_within, read_sides
 from bench.result.sweep_folder import Failure
 from bench.result.types import SCHEMA_VERSION
+from bench_infer import command_line as main
 from tests.results import stored, varied
 from wsm.errors import UnusableInput
 from wsm.settings import CHOSEN

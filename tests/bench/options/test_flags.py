@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.options.flags import (
     VERBS,
     PackOptions,
@@ -19,6 +18,7 @@ from bench.options.flags import (
     parse,
 )
 from bench.options.verb_flags import CompareOptions, ReportOptions
+from bench_infer import command_line as main
 from llama.options import BuildOptions
 from wsm.errors import UnusableInput
 from wsm.settings import Settings

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.compare.sides import Side, read_sides
 from bench.report.charts import MOVED, STALLED_KV, Bar, Curves, overview_charts, side_charts, sweep_charts
 from bench.report.report import charts_of
 from bench.result.sweep_folder import Failure
+from bench_infer import command_line as main
 from tests.results import stored, typed, varied
 from wsm.engine.telemetry import KV_TIERS
 

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cli.docs import result_schema
-from bench.cli.main import main
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase
 from bench.result.results import checked, dump, plain, read_result, significant
@@ -37,6 +36,7 @@ from bench.run.measure import (
     tpot_of,
 )
 from bench.run.warnings import drive_warnings, plan_warnings, prediction_warnings
+from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
 from tests.results import stored, typed, varied

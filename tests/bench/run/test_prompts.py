@@ -15,20 +15,16 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from bench.cli.main import main
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run import run
+from bench.run.batch import fill_batch, keep_last, random_prompts, shape_of, tokenize
 from bench.run.prompts import (
     DEFAULT_FILE,
-    fill_batch,
-    keep_last,
     make_prompts,
     prompt_file,
-    random_prompts,
     read_prompts,
-    tokenize,
 )
+from bench_infer import command_line as main
 from llama.config import ModelConfig
 from llama.tokenizer import ByteTokenizer, HFTokenizer, Llama3Tokenizer, Tokenizer
 from tests.tiny import hf_tokenizer, llama3_tokenizer
@@ -209,7 +205,7 @@ def test_a_batch_is_planned_before_its_rows_are_made(
     def never(prompts: object, batch: int) -> list[list[int]]:
         raise AssertionError("rows were made for a batch that does not fit")
 
-    monkeypatch.setattr(run, "fill_batch", never)
+    monkeypatch.setattr("bench.run.batch.fill_batch", never)
     flags = ["--device", "cpu", "--prompt-len", "4", "--batch-size", "400", "--cpu-mem-gb", "0.2"]
     assert main([*flags, "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]) == 3
     assert "--batch-size" in capsys.readouterr().err
@@ -221,7 +217,7 @@ def test_the_planned_shape_is_that_of_the_filled_batch(lengths: list[int], batch
     assert isinstance(options, RunOptions)
     distinct = [[0] * length for length in lengths[:batch]]
     rows = fill_batch(distinct, batch)
-    shape = run.shape_of(distinct, options)
+    shape = shape_of(distinct, options)
     assert (shape.batch, shape.prompt_tokens) == (len(rows), max(map(len, rows)))
     assert shape.prefill_tokens == sum(map(len, rows))
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cli.main import main
 from bench.result.summary import summary
-from bench.run import run as run_module
+from bench.run import measure
 from bench.run.ceilings import recall_for, recall_near, remember
+from bench_infer import command_line as main
 from llama.inputs import Inputs, open_inputs
 from llama.options import BuildOptions
 from tests.results import typed, varied
@@ -174,7 +174,7 @@ def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(
     def runs_out(*ignored: Any, **also: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(run_module, "run_round", runs_out)
+    monkeypatch.setattr(measure, "run_round", runs_out)
     code, _, err = run("--mode", "stream", "--warmup-rounds", "0", "--gpu-cached-layers", "2")
     first, cost, *budget = err.splitlines()
     assert code == 3

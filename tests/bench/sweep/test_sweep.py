@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from bench.cli.main import main
 from bench.compare.sides import read_sides
 from bench.result.sweep_folder import Failure, Outcome, Point, outcomes_in, read_description
 from bench.sweep import process as sweep_process
 from bench.sweep import sweep as sweep_module
+from bench_infer import command_line as main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -181,7 +181,7 @@ def started(script: Path, tmp_path: Path) -> Callable[[], tuple[subprocess.Popen
     def start() -> tuple[subprocess.Popen[str], int]:
         code = (
             "import sys; from pathlib import Path; from bench.sweep import process as sweep_process; "
-            "from bench.cli.main import main; "
+            "from bench_infer import command_line as main; "
             f"sweep_process.SCRIPT = Path({str(script)!r}); "
             f"sys.exit(main(['sweep', '--seed', '1,9,2', '--out-dir', {str(tmp_path / 's')!r}]))"
         )

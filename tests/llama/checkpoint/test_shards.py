@@ -14,21 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.cli.main import main
-from llama.checkpoint import Checkpoint, open_checkpoint, share_of
+from bench_infer import command_line as main
+from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.checkpoint.base import all_tensors
 from llama.checkpoint.synthetic import BLOCK_VALUES, SyntheticCheckpoint
 from llama.config import PRESETS, ModelConfig
 from llama.names import BY_COLUMNS, Cut
-from llama.stores import pack, read_manifest
+from llama.stores import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, assert_equals, checkpoint, flip, pack_tiny, read_tensors
 from tests.tiny import hf_directory, hf_model, meta_directory
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK
 from wsm.layout.model import Shard
 from wsm.store.extents import plan_store
-from wsm.store.heads import compare_heads
-from wsm.store.pack import PackRequest
+from wsm.store.match import compare_heads
+from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore
 from wsm.store.verify import verify
 
@@ -92,7 +92,7 @@ READERS = {
 def test_the_shares_of_all_ranks_make_the_whole_model(reader: str, size: int, tmp_path: Path) -> None:
     source = READERS[reader](tmp_path)
     whole = tensors(source)
-    parts = [tensors(share_of(source, Shard(rank, size))) for rank in range(size)]
+    parts = [tensors(source.share(Shard(rank, size))) for rank in range(size)]
     for name, tensor in put_together(parts).items():
         assert torch.equal(tensor, whole[name]), name
 
@@ -102,7 +102,7 @@ def test_the_shares_of_all_ranks_make_the_whole_model(reader: str, size: int, tm
 def test_the_first_row_of_a_share_is_read_alone(reader: str, size: int, tmp_path: Path) -> None:
     source = READERS[reader](tmp_path)
     for rank in range(size):
-        share = share_of(source, Shard(rank, size))
+        share = source.share(Shard(rank, size))
         for name, tensor in tensors(share).items():
             row = share.first_row(name)
             assert row is not None
@@ -159,8 +159,8 @@ def test_each_rank_reads_its_share_from_extents_of_its_own(targets: int, tmp_pat
         assert description.shard == (rank, tp)
         taken += [(e.target, e.offset, e.nbytes) for group in description.groups.values() for e in group.extents]
         store = PackedStore(description, staging_bytes=1 << 20)
-        assert_equals(store, share_of(source, Shard(rank, tp)))
-        compare_heads(store, share_of(source, Shard(rank, tp)))
+        assert_equals(store, source.share(Shard(rank, tp)))
+        compare_heads(store, source.share(Shard(rank, tp)))
         store.close()
     for target in range(targets):
         extents = sorted((offset, nbytes) for number, offset, nbytes in taken if number == target)
@@ -242,7 +242,7 @@ def test_a_store_of_other_weights_is_known_by_a_ranks_first_rows(tmp_path: Path)
     try:
         for other in (checkpoint(seed=1), CountingCheckpoint()):
             with pytest.raises(StoreError, match=r"is not the file|does not hold the checkpoint's"):
-                compare_heads(store, share_of(other, Shard(1, 2)))
+                compare_heads(store, other.share(Shard(1, 2)))
     finally:
         store.close()
 

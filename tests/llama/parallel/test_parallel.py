@@ -303,7 +303,7 @@ def test_one_process_imports_no_fairscale(home: Path, tmp_path: Path) -> None:
     flags = ["--checkpoints", f"{home}/llama31", *FLAGS, *PLACE_FLAGS, "--mode", "stream", "--max-new-tokens", "2"]
     argv = [*flags, "--cache-dir", f"{home}/cache", "--out-json", f"{tmp_path}/r.json"]
     program = (
-        "import sys; from bench.cli.main import main; code = main(sys.argv[1:]); "
+        "import sys; from bench_infer import command_line as main; code = main(sys.argv[1:]); "
         "print([name for name in ('fairscale', 'llama.parallel.ranks') if name in sys.modules]); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=ROOT, check=True)

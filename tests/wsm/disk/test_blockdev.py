@@ -18,7 +18,7 @@ from wsm.disk import blockdev
 from wsm.disk.blockdev import check_writable, loop_device_over, signatures, unusable_target, why_busy
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.store.extents import plan_store
-from wsm.store.heads import compare_heads
+from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore
 from wsm.store.verify import verify
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama.stores import read_manifest
 from tests.stores import aligned, assert_equals, checkpoint, loop_device, pack_tiny
-from wsm.disk import blockdev
+from wsm.disk import blockdev, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.kv import target as kv_target
 from wsm.kv.device import KVDevice
@@ -487,10 +487,10 @@ def test_devices_are_refused_in_order_weights_use_signature(tmp_path: Path, monk
     monkeypatch.setattr(kv_target, "is_block_device", lambda name: True)
     monkeypatch.setattr(kv_target, "related_devices", lambda name: related)
     monkeypatch.setattr(kv_target, "device_number", lambda name: "8:1")
-    monkeypatch.setattr(kv_target, "why_busy", lambda name: busy[0] if busy else None)
-    monkeypatch.setattr(kv_target, "signatures", lambda name, mend: borne)
-    monkeypatch.setattr(kv_target, "logical_block", lambda file: 8192)
-    monkeypatch.setattr(kv_target, "open_direct", lambda name, flags: pytest.fail("opened for writing"))
+    monkeypatch.setattr(blockdev, "why_busy", lambda name, root: busy[0] if busy else None)
+    monkeypatch.setattr(blockdev, "signatures", lambda name, mend: borne)
+    monkeypatch.setattr(targets, "logical_block", lambda file: 8192)
+    monkeypatch.setattr(kv_target, "open_target", lambda name: pytest.fail("opened for writing"))
     before = disk.read_bytes()
     # The weights lie on a partition of the disk.
     (tmp_path / "sdz1").touch()

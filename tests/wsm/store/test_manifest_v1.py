@@ -21,8 +21,8 @@ from tests.stores import CONFIG, assert_equals, checkpoint, edit, edit_param, fl
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, TENSOR_ALIGNMENT, GroupId
 from wsm.store.description import StoreDescription, StoredGroup
-from wsm.store.heads import compare_heads
-from wsm.store.manifest_v1 import place
+from wsm.store.manifest_v1 import Param, place
+from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore
 
 MIB = 1 << 20
@@ -70,12 +70,10 @@ def test_any_gaps_and_any_order_give_back_the_tensors(tmp_path: Path, gaps: list
     unit=st.sampled_from([4096, 16384, 65536]),
 )
 def test_reads_are_widened_to_any_logical_block(sizes: list[tuple[int, int]], unit: int) -> None:
-    from wsm.store.manifest_v1 import _Param
-
-    params, offset = [], 0
+    params, offset = {}, 0
     for number, (gap, nbytes) in enumerate(sizes):
         offset += gap * 512
-        params.append(_Param(f"t{number}", torch.bfloat16, (nbytes,), offset, 2 * nbytes))
+        params[f"t{number}"] = Param(f"t{number}", "bfloat16", (nbytes,), offset, 2 * nbytes)
         offset += -(-2 * nbytes // 512) * 512
     assert_placed(place(None, params, unit), unit)
 
@@ -209,19 +207,19 @@ def test_a_bad_field_is_named(tmp_path: Path, fields: dict[str, Any], named: str
     ("fields", "named"),
     [
         ({"dtype": "int4"}, "field dtype: 'int4' is not known; bfloat16, float16, float32 are"),
-        ({"dtype": ["x"]}, "field dtype"),
+        ({"dtype": ["x"]}, r"field params\[\d+\]\.dtype"),
         ({"dtype": "float32"}, "field nbytes"),
         ({"shape": [64, 32]}, "field shape"),
-        ({"shape": 3}, "field shape"),
+        ({"shape": 3}, r"field params\[\d+\]\.shape"),
         ({"nbytes": 512}, "field nbytes"),
-        ({"offset": 8193}, "field offset"),
-        ({"offset": -512}, "field offset"),
-        ({"offset": "0"}, "field offset"),
+        ({"offset": 8193}, r"field params\[\d+\]\.offset"),
+        ({"offset": -512}, r"field params\[\d+\]\.offset"),
+        ({"offset": "0"}, r"field params\[\d+\]\.offset"),
         ({"offset": 8192}, "lies within tok_embeddings.weight|lies within layers.1"),
-        ({"offset": None}, "field offset is missing"),
-        ({"dtype": None}, "field dtype is missing"),
+        ({"offset": None}, r"field params\[\d+\]: Object missing required field `offset`"),
+        ({"dtype": None}, r"field params\[\d+\]: Object missing required field `dtype`"),
         ({"rename": "layers.1.attention.wk.weight"}, "comes twice"),
-        ({"rename": [1]}, "field name"),
+        ({"rename": [1]}, r"field params\[\d+\]\.name"),
         ({"rename": "layers.1.attention.wqkv.weight"}, "no tensor layers.1.attention.wq.weight"),
     ],
 )

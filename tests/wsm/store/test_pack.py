@@ -20,14 +20,15 @@ from safetensors.torch import save_file
 import wsm.disk.atomic
 import wsm.store.pack
 from llama.checkpoint.base import all_tensors
-from llama.stores import pack, read_manifest
+from llama.names import Cut
+from llama.stores import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
 from wsm.disk.atomic import write_atomically
 from wsm.disk.targets import opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import BLOCK
 from wsm.store.extents import plan_store
-from wsm.store.pack import PackRequest
+from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore
 from wsm.store.source import read_blocking
 
@@ -141,7 +142,7 @@ def calls_of_a_whole_pack(directory: Path, module: Any, name: str, monkeypatch: 
     return counter.calls
 
 
-@pytest.mark.parametrize("function", ["pwrite", "fsync", "replace", "unlink", "open"])
+@pytest.mark.parametrize("function", ["pwritev", "fsync", "replace", "unlink", "open"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
 def test_a_failure_in_any_system_call_leaves_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
@@ -207,7 +208,7 @@ def test_a_manifest_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch:
 
 
 def test_a_full_drive_is_said_and_the_file_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "pwrite", BreakOff(os.pwrite, 4, OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(os, "pwritev", BreakOff(os.pwritev, 4, OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DoesNotFit, match="the target is full after"):
         pack_tiny(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -215,10 +216,10 @@ def test_a_full_drive_is_said_and_the_file_goes(tmp_path: Path, monkeypatch: pyt
 
 def test_a_failing_checkpoint_leaves_no_store(tmp_path: Path) -> None:
     class Failing(CountingCheckpoint):
-        def read_into(self, name: str, out: torch.Tensor) -> None:
+        def read_into(self, name: str, out: torch.Tensor, cut: Cut | None = None) -> None:
             if name == "layers.2.feed_forward.w2.weight":
                 raise UnusableInput("the shard is damaged")
-            super().read_into(name, out)
+            super().read_into(name, out, cut)
 
     with pytest.raises(UnusableInput, match="the shard is damaged"):
         pack_tiny(tmp_path, source=Failing())
@@ -227,8 +228,8 @@ def test_a_failing_checkpoint_leaves_no_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most", [BLOCK, 3 * BLOCK, BLOCK + 100])
 def test_short_writes_are_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[: most - most % BLOCK], offset))
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda file, data, offset: real(file, [data[0][: most - most % BLOCK]], offset))
     manifest = pack_tiny(tmp_path)
     monkeypatch.undo()
     store = PackedStore(read_manifest(manifest), staging_bytes=MIB)
@@ -255,7 +256,7 @@ def test_without_o_direct_packing_goes_through_the_page_cache(tmp_path: Path, mo
 
 
 def test_a_target_that_takes_no_more_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: 0)
+    monkeypatch.setattr(os, "pwritev", lambda file, data, offset: 0)
     with pytest.raises(StoreError, match="took 0 bytes"):
         pack_tiny(tmp_path)
 

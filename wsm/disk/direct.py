@@ -1,0 +1,129 @@
+"""Direct I/O: files and block devices opened past the page cache, locked, and read and written to the last byte."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+from wsm.disk.blockdev import unusable_target
+from wsm.errors import UnusableInput
+from wsm.layout.groups import BLOCK
+
+MOST_BYTES = 8 << 20
+"""In one system call."""
+
+Transfer = Callable[[int, Sequence[memoryview], int], int]
+"""As ``os.preadv`` and ``os.pwritev``."""
+
+
+class TransferFailed(Exception):
+    """A read or write that ended at byte ``offset``: with ``error``, or after ``moved`` bytes where that is None."""
+
+    def __init__(self, offset: int, error: OSError | None = None, moved: int = 0) -> None:
+        super().__init__(offset, error, moved)
+        self.offset, self.error, self.moved = offset, error, moved
+
+    def reason(self, what: str, short: str) -> str:
+        """``what`` error and the system's word for it, or ``short`` where there was no error."""
+        return short if self.error is None else f"{what} error: {self.error.strerror}"
+
+
+def transfer_fully(transfer: Transfer, file: int, data: memoryview, offset: int, needed: int | None = None) -> None:
+    """Move all of ``data``; after a short transfer go on at a whole block, as O_DIRECT asks.
+
+    Args:
+        data, offset: aligned to the file's blocks.
+        needed: bytes that have to be there, where the file may end before the last block does; else all of them.
+
+    Raises:
+        TransferFailed: if the file gives or takes no more.
+    """
+    done, tried = 0, False
+    needed = len(data) if needed is None else needed
+    while done < len(data):
+        try:
+            moved = transfer(file, [data[done : done + MOST_BYTES]], offset + done)
+        except OSError as error:
+            raise TransferFailed(offset + done, error) from error
+        if moved > 0 and done + moved >= needed:
+            return
+        whole = moved - moved % BLOCK
+        if moved <= 0 or (whole == 0 and tried):
+            raise TransferFailed(offset + done, moved=moved)
+        # Part of a block is moved again from its beginning; once, for it may be where the file ends.
+        done, tried = done + whole, whole == 0
+
+
+def aligned_block(content: bytes = b"") -> mmap.mmap:
+    """4096 aligned bytes that begin with ``content``, as O_DIRECT asks."""
+    block = mmap.mmap(-1, BLOCK)
+    block[: len(content)] = content
+    return block
+
+
+def first_block(file: int) -> bytes:
+    """The first 4096 bytes, or as many as there are; raises OSError if they cannot be read."""
+    block = aligned_block()
+    return block[: os.preadv(file, [block], 0)]
+
+
+def open_direct(path: str, flags: int) -> int:
+    """``path``, opened with ``flags`` past the page cache where its filesystem can.
+
+    Raises:
+        UnusableInput: if it cannot be opened.
+    """
+    try:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        # Without O_DIRECT, as on some network filesystems; a file that the first try made is ours.
+        return os.open(path, flags & ~os.O_EXCL if flags & os.O_CREAT else flags, 0o644)
+    except OSError as error:
+        raise unusable_target(path, error) from error
+
+
+def is_buffered(file: int) -> bool:
+    """Whether an open file goes through the page cache."""
+    return not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
+
+
+def lock(file: int, how: int, refusal: str) -> None:
+    """Hold an open target by LOCK_EX or LOCK_SH (``how``): readers share it, so nothing is written over a store in use.
+
+    Raises:
+        UnusableInput: with ``refusal`` if somebody else has it.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UnusableInput(refusal) from None
+    except OSError:
+        return  # a filesystem without locks
+
+
+def open_for_reading(target: str) -> tuple[int, bool]:
+    """A store's file or block device, open and locked for reading; whether it goes through the page cache.
+
+    Raises:
+        UnusableInput: if it cannot be opened, or is being packed.
+    """
+    try:
+        mode = os.stat(target).st_mode
+    except OSError as error:
+        raise unusable_target(target, error) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise UnusableInput(f"{target} is neither a file nor a block device: name the target of `pack --to`")
+    file = open_direct(target, os.O_RDONLY)
+    try:
+        lock(file, fcntl.LOCK_SH, f"{target} is being packed just now: wait until that is over")
+    except UnusableInput:
+        os.close(file)
+        raise
+    return file, is_buffered(file)

@@ -71,7 +71,7 @@ class ConsoleReporter(Reporter):
 
 
 def _printable(text: str) -> str:
-    """``text`` with escapes for what the terminal's encoding lacks, so that no run ends for want of a letter."""
+    """``text`` with escapes for what the terminal's encoding lacks: no run ends for want of a letter."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, Struct
 
 from bench.result.fields import Above0, Amount, Count, FromOne, Later, Part, Texts, says
 
@@ -158,7 +158,7 @@ class Provenance(Part, frozen=True, kw_only=True):
     utc: Annotated[Moment, says("when the result was made, ISO 8601 in UTC")]
 
 
-class Conditions(Part, frozen=True, kw_only=True):
+class Conditions(Struct, kw_only=True):
     """what else went on in the timed rounds; null where it does not apply or, with a warning, could not be had"""
 
     clock_samples: Annotated[FromOne | None, says("how often the GPU's clocks were looked at, every 500 ms")] = None

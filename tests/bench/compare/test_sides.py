@@ -127,7 +127,7 @@ def test_a_line_broken_off_is_named_by_its_number(measured: Mapping[str, Any], t
     assert "line 2" in refusal(tmp_path / "r.jsonl")
 
 
-@pytest.mark.parametrize("line", ['{"point": 1}', '{"point": "x", "values": {}, "result": null}', "[]", "3"])
+@pytest.mark.parametrize("line", ["null", '{"point": 1}', '{"point": "x", "values": {}, "result": null}', "[]", "3"])
 def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "r.jsonl").write_text(line)
     assert "line 1" in refusal(tmp_path / "r.jsonl")

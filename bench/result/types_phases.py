@@ -87,7 +87,7 @@ class Rate(Part, frozen=True, kw_only=True):
     how: Annotated[str, says("what was timed, and from when if it is of an earlier run")]
 
 
-class Ceilings(Part, frozen=True, kw_only=True, omit_defaults=True):
+class Ceilings(Part, frozen=True, kw_only=True):
     """best rates of this machine, measured in the run's own memory; what the mode does not use is left out"""
 
     hbm: Annotated[Later[Rate], says("reading the device's memory")] = UNSET

@@ -138,7 +138,7 @@ def _roofline(phase: Phase | None, label: str) -> Bar:
 
 
 def _tier_times(name: str, phase: Phase) -> Iterator[Bar]:
-    for tier, told in _TIERS.items():
+    for tier, label in _TIERS.items():
         busy: float | None = getattr(phase.busy_ms, tier)
         if busy is None:
             continue
@@ -150,7 +150,7 @@ def _tier_times(name: str, phase: Phase) -> Iterator[Bar]:
             after += f", {stall:.4g} ms waited for"
         if (idle := getattr(phase.idle_ms, tier, None)) is not None:
             parts["idle"] = idle
-        yield stacked(f"{name}, {told}", parts, after)
+        yield stacked(f"{name}, {label}", parts, after)
 
 
 def stalls_of(phase: Phase) -> dict[str, float]:
@@ -160,10 +160,10 @@ def stalls_of(phase: Phase) -> dict[str, float]:
 
 
 def _moved(name: str, phase: Phase) -> Iterator[Bar]:
-    for key, told in MOVED.items():
+    for key, moved in MOVED.items():
         if megabytes := getattr(phase.bytes_moved, key) / 1e6:
             after = f"{megabytes:.4g} MB, {megabytes / (phase.passes or 1):.4g} MB a pass"
-            yield stacked(f"{name}, {told}", {told: megabytes}, after)
+            yield stacked(f"{name}, {moved}", {moved: megabytes}, after)
 
 
 # -- a sweep

@@ -64,12 +64,12 @@ def svg(chart: Chart) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": chart.name}), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a letter that its font lacks: the browser has it
-        figure, told = _drawn(chart, title=None)
+        figure, hints = _drawn(chart, title=None)
         figure.savefig(text, format="svg", transparent=True)
     width, height = figure.get_size_inches() * _POINTS_PER_INCH
     head = f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{html.escape(chart.title)}">'
     body = head + text.getvalue()[text.getvalue().index('<g id="figure_1">') :]
-    body = re.sub(r'<g id="told(\d+)">', lambda found: f"<g><title>{html.escape(told[int(found[1])])}</title>", body)
+    body = re.sub(r'<g id="hint(\d+)">', lambda found: f"<g><title>{html.escape(hints[int(found[1])])}</title>", body)
     return re.sub(r'<g id="[^"]*"', "<g", body).replace(_INK, "currentColor")
 
 
@@ -82,79 +82,75 @@ def write_png(chart: Chart, folder: Path, number: int) -> Path:
 
 
 def _drawn(chart: Chart, title: str | None) -> tuple[Figure, list[str]]:
-    """The figure, and what to say of the part whose id in the SVG is ``told<n>``."""
-    if isinstance(chart, Bars):
-        shown = [kind for bar in chart.bars for _, _, kind in inside(bar.spans, _window(chart))]
-        legend = {kind: _colour(kind) for kind in shown}
-        rows = len(chart.bars)
-    else:
-        assert isinstance(chart, Curves)
-        legend = {name: f"C{place}" for place, name in enumerate(chart.curves)}
-        rows = _CURVES_ROWS
-    widths = [len(name) + 6 for name in legend] or [1]
-    columns = len(widths) if sum(widths) <= _CHARACTERS else max(1, _CHARACTERS // max(widths))
-    height = _MARGINS + _ROW * rows + _LEGEND_ROW * (math.ceil(len(legend) / columns) + (title is not None))
-    figure = Figure(figsize=(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH), layout="constrained")
+    """The figure, and what to say of the part whose id in the SVG is ``hint<n>``."""
+    figure, hints = Figure(layout="constrained"), list[str]()
     axes = figure.add_subplot()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.xaxis.set_major_formatter("{x:g}")
-    told: list[str] = []
     if isinstance(chart, Bars):
-        _bars(axes, chart, told)
+        legend, rows = _bars(axes, chart, hints), len(chart.bars)
     else:
-        _curves(axes, chart, told)
+        assert isinstance(chart, Curves)
+        legend, rows = _curves(axes, chart, hints), _CURVES_ROWS
+    widths = [len(name) + 6 for name in legend] or [1]
+    columns = len(widths) if sum(widths) <= _CHARACTERS else max(1, _CHARACTERS // max(widths))
+    height = _MARGINS + _ROW * rows + _LEGEND_ROW * (math.ceil(len(legend) / columns) + (title is not None))
+    figure.set_size_inches(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
     handles = [Patch(color=colour, label=name) for name, colour in legend.items()]
     box = figure.legend(handles=handles, title=title, loc="outside upper left", ncols=columns, alignment="left")
     box.get_title().set(fontweight="bold", fontsize=15)
-    return figure, told
+    return figure, hints
 
 
-def _bars(axes: Axes, chart: Bars, told: list[str]) -> None:
+def _bars(axes: Axes, chart: Bars, hints: list[str]) -> dict[str, str]:
+    """Draws them; the colours of the kinds."""
+    legend: dict[str, str] = {}
     low, high = _window(chart)
     pixel = (high - low) / _WIDTH
     axes.set(xlim=(low, high), ylim=(len(chart.bars) - 0.5, -0.5), xlabel=chart.unit)  # the first bar on top
     axes.set_yticks(range(len(chart.bars)), [_shortened(bar.label) for bar in chart.bars])
     axes.grid(axis="x", clip_on=False)
     for place, (bar, label) in enumerate(zip(chart.bars, axes.get_yticklabels(), strict=True)):
-        label.set_gid(_tell(told, bar.label))
-        shown = list(inside(bar.spans, (low, high)))
+        label.set_gid(_hint(hints, bar.label))
+        shown = list(_inside(bar.spans, (low, high)))
         for kind in dict.fromkeys(span[2] for span in shown):
+            legend[kind] = COLOURS.get(kind, COLOURS["busy"])
             spans = [(start, end) for start, end, found in shown if found == kind]
             times = f"{len(spans)} times, " if len(spans) > 1 else ""
-            gid = _tell(told, f"{bar.label}: {kind}, {times}{sum(b - a for a, b in spans):.4g} {chart.unit}")
+            gid = _hint(hints, f"{bar.label}: {kind}, {times}{sum(b - a for a, b in spans):.4g} {chart.unit}")
             line = [x for a, b in _merged(spans, pixel / 3) for x in (a, max(b, a + pixel / 2), math.nan)]
-            axes.plot(line, [place] * len(line), color=_colour(kind), lw=_BAR, clip_on=False, gid=gid)
+            axes.plot(line, [place] * len(line), color=legend[kind], lw=_BAR, clip_on=False, gid=gid)
         if bar.mark is not None and bar.spans:
             axes.plot([bar.mark] * 2, [place - 0.43, place + 0.43], color=_INK, linestyle=(0, (2, 1.5)), clip_on=False)
         end = max((span[1] for span in bar.spans), default=low)
         axes.annotate(bar.after, (end, place), (8, 0), textcoords="offset points", va="center", color=_SOFT)
+    return legend
 
 
-def _curves(axes: Axes, chart: Curves, told: list[str]) -> None:
+def _curves(axes: Axes, chart: Curves, hints: list[str]) -> dict[str, str]:
+    """Draws them; their colours."""
+    legend = {name: f"C{place}" for place, name in enumerate(chart.curves)}
     axes.grid(clip_on=False)
-    for place, (name, points) in enumerate(chart.curves.items()):
-        line: dict[str, Any] = {"color": f"C{place}", "lw": 2, "clip_on": False}
+    for name, points in chart.curves.items():
+        line: dict[str, Any] = {"color": legend[name], "lw": 2, "clip_on": False}
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], **line)
         for x, y, interval in points:
             if interval is not None:
                 axes.plot([x, x], interval, **line)
-            gid = _tell(told, f"{name}: {chart.x_name} {x:g}, {y:.4g} {chart.unit}")
-            axes.scatter(x, y, s=64, color=f"C{place}", zorder=3, clip_on=False, gid=gid)
+            gid = _hint(hints, f"{name}: {chart.x_name} {x:g}, {y:.4g} {chart.unit}")
+            axes.scatter(x, y, s=64, color=legend[name], zorder=3, clip_on=False, gid=gid)
     axes.set_xticks(sorted({x for points in chart.curves.values() for x, _, _ in points}))
     axes.set(xlabel=chart.x_name, ylabel=chart.unit)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
+    return legend
 
 
-def _tell(told: list[str], text: str) -> str:
+def _hint(hints: list[str], text: str) -> str:
     """The id of a part of which the page says ``text``."""
-    told.append(text)
-    return f"told{len(told) - 1}"
-
-
-def _colour(kind: str) -> str:
-    return COLOURS.get(kind, COLOURS["busy"])
+    hints.append(text)
+    return f"hint{len(hints) - 1}"
 
 
 def _window(chart: Bars) -> tuple[float, float]:
@@ -162,7 +158,7 @@ def _window(chart: Bars) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def inside(spans: Sequence[Span], window: tuple[float, float]) -> Iterator[Span]:
+def _inside(spans: Sequence[Span], window: tuple[float, float]) -> Iterator[Span]:
     """What of the spans is in the window."""
     for start, end, kind in spans:
         if end > window[0] and start < window[1]:

@@ -106,7 +106,7 @@ def _in_order(path: Path) -> list[tuple[int, str]]:
 
 
 def _lines(path: Path) -> list[Side]:
-    """A sweep's results.jsonl, a side each point; or whole results, a line each, all one side."""
+    """Whole results, a line each, all one side; or a results.jsonl as sweeps once wrote, a side for each point."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import shlex
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from bench.compare.compare import Comparison, compare
 from bench.compare.sides import Side, provenance_of, settings_of
 from bench.compare.text import differing_lines, letters, shown_cell, verdict_lines
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
-from bench.report.svg import draw
-from bench.report.timeline import Timeline, timelines_of
+from bench.report.draw import svg
+from bench.report.timeline import timelines_of
 
 _STYLE = Path(__file__).with_name("report.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -93,18 +94,12 @@ def _overview_row(side: Side, place: int, comparison: Comparison | None) -> list
         decode = typical.phases.decode
         percent = decode.roofline_pct
         cells += [escaped(typical.mode), str(len(side.samples("e2e_ms")))]
-        cells += [escaped(shown_cell(_median(side, metric))) for metric in _COLUMNS]
+        cells += [escaped(shown_cell(statistics.median(side.samples(metric)))) for metric in _COLUMNS]
         cells += ["-" if percent is None else f"{percent:.1f} %", escaped(decode.bound_by)]
     if comparison is not None:
         verdict = comparison.against[place - 1].verdict if place else "base"
         cells.append(f'<span class="{escaped(verdict.replace(" ", "-"))}">{escaped(verdict)}</span>')
     return cells
-
-
-def _median(side: Side, metric: str) -> float:
-    ordered = sorted(side.samples(metric))
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 # -- a side
@@ -116,13 +111,13 @@ def _side(side: Side, place: int) -> Iterator[str]:
         yield f"<p>A process failed with exit {failure.exit_code}: {escaped(failure.reason)}</p>"
     typical = side.typical
     if typical is not None:
-        said = dict.fromkeys(str(line) for result in side.results for line in result.warnings)
+        said = dict.fromkeys(line for result in side.results for line in result.warnings)
         yield from (_figure(chart) for chart in (*timelines_of(side), *side_charts(side)))
         if said:
             yield f"<h3>Warnings</h3>{_list(said)}"
         yield _details("Settings", settings_of(typical))
         yield _details("Provenance", {**provenance_of(typical), "utc": typical.provenance.utc})
-        command = shlex.join(["bench_infer.py", *map(str, typical.config.argv)])
+        command = shlex.join(["bench_infer.py", *typical.config.argv])
         yield f"<p class=note>Made by <code>{escaped(command)}</code></p>"
     yield "</section>"
 
@@ -135,8 +130,8 @@ def _details(title: str, values: Mapping[str, Any]) -> str:
 # -- pieces
 
 
-def _figure(chart: Chart | Timeline) -> str:
-    drawn = f'<div class="wide">{draw(chart)}</div>'
+def _figure(chart: Chart) -> str:
+    drawn = f'<div class="wide">{svg(chart)}</div>'
     return f"<figure><h3>{escaped(chart.title)}</h3><figcaption>{escaped(chart.note)}</figcaption>{drawn}</figure>"
 
 

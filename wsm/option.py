@@ -71,7 +71,7 @@ TRUTH = Kind("True or False", _is_a(bool), lambda text: _TRUTHS[text.lower()], "
 NAME = Kind("a name", _is_a(str, Path), str, "NAME")
 TEXT = Kind("a text", _is_a(str, Path), str, "TEXT")
 """Which may hold commas, as a NAME does not."""
-PATH = Kind("a path", _is_a(Path), lambda text: Path(text).expanduser(), "FILE")
+PATH = Kind("a path", _is_a(str, Path), lambda text: Path(text).expanduser(), "FILE")
 NAMES = Kind("names with commas between them", all, lambda text: tuple(text.split(",")), "NAME[,NAME]")
 
 

@@ -22,7 +22,6 @@ from llama.options import BuildOptions
 from llama.parallel.world import ALONE, World
 from llama.stores import read_manifest, stored_config
 from llama.tokenizer import Tokenizer, load_tokenizer
-from wsm.errors import UnusableInput
 from wsm.option import options_of
 from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
 from wsm.plan.inputs import PlanInputs, RunShape
@@ -79,17 +78,9 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
             return WeightlessCheckpoint(directory, stored_config(options.manifest))
         return open_checkpoint(directory)
     if options.synthetic is not None:
-        dtype = _dtype_named(options.dtype) or torch.bfloat16
+        dtype = DTYPES.get(options.dtype or "auto") or torch.bfloat16
         return synthetic_checkpoint(options.synthetic, seed=SYNTHETIC_SEED, dtype=dtype)
     return builtin_checkpoint(options.cache_dir.expanduser())
-
-
-def _dtype_named(name: str | None) -> torch.dtype | None:
-    if name in (None, "auto"):
-        return None
-    if name not in DTYPES:
-        raise UnusableInput(f"--dtype {name} is not known; {', '.join(DTYPES)} are")
-    return DTYPES[str(name)]
 
 
 def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
@@ -102,7 +93,7 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
-    wanted = _dtype_named(options.dtype)
+    wanted = DTYPES.get(options.dtype or "auto")
     description = None
     if options.manifest is not None and options.mode != "full":
         description = read_manifest(

@@ -15,6 +15,7 @@ from wsm.option import NAME, PATH, SWITCH, TEXT, TRUTH, Kind, one_of, option, op
 from wsm.settings import Settings
 
 _BLOCKS = Kind("0 (all blocks) or at least 2", lambda value: type(value) is int and value >= 0 and value != 1, int, "K")
+_DTYPE = one_of("bfloat16", "float16", "float32", "auto")
 _ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
 """Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
 _model, _paging = partial(option, group="model"), partial(option, group="paging")
@@ -29,7 +30,7 @@ class BuildOptions(Settings):
     )
     synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
     dtype: str | None = _model(
-        None, NAME, "bfloat16, float16 or float32: converted when loaded or packed", metavar="TYPE", shown="as stored"
+        None, _DTYPE, "weights are converted when loaded or packed", metavar="TYPE", shown="as stored"
     )
     tp: int | None = _model(
         None, whole(1), "ranks that share the model (docs/PARALLEL.md)", shown="torchrun's number", swept=False

@@ -37,19 +37,13 @@ class Kind(NamedTuple):
 
     def instead_of(self, text: str) -> str:
         """The end of the sentence that refuses ``text``."""
-        digits = text.strip().lstrip("+")
-        large = digits.isdecimal() and int(digits) >= _TOO_LARGE
+        large = text.isdecimal() and len(text) > 18
         return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}"
 
 
 def whole(least: int) -> Kind:
     """A whole number of at least ``least``, and below 2^63."""
-    return Kind(
-        f"a whole number of at least {least}",
-        lambda value: type(value) is int and least <= value < _TOO_LARGE,
-        int,
-        "N",
-    )
+    return Kind(f"a whole number of at least {least}", lambda n: type(n) is int and least <= n < _TOO_LARGE, int, "N")
 
 
 def number(least: float, most: float = math.inf, *, above: bool = False, says: str = "", metavar: str = "X") -> Kind:
@@ -68,16 +62,16 @@ def one_of(*words: str) -> Kind:
     return Kind(f"{', '.join(words[:-1])} or {words[-1]}", words.__contains__, str, f"{{{','.join(words)}}}")
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str | Path)
+def _is_a(*types: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, types)
 
 
-SWITCH = Kind("0 or 1", lambda value: isinstance(value, bool), {"0": False, "1": True}.__getitem__, "")
-TRUTH = Kind("True or False", lambda value: isinstance(value, bool), lambda text: _TRUTHS[text.lower()], "BOOL")
-NAME = Kind("a name", _is_text, str, "NAME")
-TEXT = Kind("a text", _is_text, str, "TEXT")
+SWITCH = Kind("0 or 1", _is_a(bool), {"0": False, "1": True}.__getitem__, "")
+TRUTH = Kind("True or False", _is_a(bool), lambda text: _TRUTHS[text.lower()], "BOOL")
+NAME = Kind("a name", _is_a(str, Path), str, "NAME")
+TEXT = Kind("a text", _is_a(str, Path), str, "TEXT")
 """Which may hold commas, as a NAME does not."""
-PATH = Kind("a path", _is_text, lambda text: Path(text).expanduser(), "FILE")
+PATH = Kind("a path", _is_a(str, Path), lambda text: Path(text).expanduser(), "FILE")
 NAMES = Kind("names with commas between them", all, lambda text: tuple(text.split(",")), "NAME[,NAME]")
 
 

@@ -58,7 +58,7 @@ class Against:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that ``compare`` tells; ``sides[0]`` is the base."""
+    """All that ``compare`` says; ``sides[0]`` is the base."""
 
     sides: tuple[Side, ...]
     figures: tuple[Row, ...]
@@ -78,25 +78,22 @@ def compare(sides: Sequence[Side]) -> Comparison:
     if len(sides) < 2:
         raise UnusableInput(f"compare needs two sides or more, and {sides[0].source if sides else 'nothing'} is one")
     typical = [side.typical for side in sides]
-    found = [result for result in typical if result is not None]
     return Comparison(
         sides=tuple(sides),
         figures=tuple(_figures(sides)),
         where_time_went=tuple(_where(typical)),
         against=tuple(_against(sides[0], side) for side in sides[1:]),
-        settings=_spread_out(differing([settings_of(result) for result in found]), typical),
-        provenance=_spread_out(differing([provenance_of(result) for result in found]), typical),
+        settings=_differing(typical, settings_of),
+        provenance=_differing(typical, provenance_of),
         warnings=tuple(_warnings(sides)),
     )
 
 
-def _spread_out(found: Mapping[str, list[Any]], typical: Sequence[object]) -> dict[str, list[Any]]:
-    """The values in the places of their sides; None for a side without a result."""
-    spread = {}
-    for name, values in found.items():
-        rest = iter(values)
-        spread[name] = [None if result is None else next(rest) for result in typical]
-    return spread
+def _differing(typical: Sequence[Result | None], of: Callable[[Result], dict[str, Any]]) -> dict[str, list[Any]]:
+    """What differs, with each side's value; None for a side without a result."""
+    found = [None if result is None else of(result) for result in typical]
+    names = differing([values for values in found if values is not None])
+    return {name: [None if values is None else values.get(name) for values in found] for name in names}
 
 
 # -- figures
@@ -106,7 +103,7 @@ def _figures(sides: Sequence[Side]) -> Iterator[Row]:
     yield Row("n", tuple(f"{len(side.samples('e2e_ms'))} {side.sampled}" for side in sides))
     for metric in METRICS:
         yield Row(f"median {metric}", tuple(_of_samples(side, metric, statistics.median) for side in sides))
-    yield Row("stdev e2e_ms", tuple(_stdev(side) for side in sides))
+    yield Row("stdev e2e_ms", tuple(_of_samples(side, "e2e_ms", statistics.stdev, 2) for side in sides))
     typical = [side.typical for side in sides]
     for link in LinkRates.__struct_fields__:
         row = _row(f"io {link}", typical, attrgetter(f"io_bw_MBps.{link}"))
@@ -120,14 +117,9 @@ def _row(name: str, typical: Sequence[Result | None], read: Callable[[Result], C
     return Row(name, tuple(None if result is None else read(result) for result in typical))
 
 
-def _of_samples(side: Side, metric: str, of: Callable[[list[float]], float]) -> Cell:
+def _of_samples(side: Side, metric: str, of: Callable[[list[float]], float], fewest: int = 1) -> Cell:
     samples = side.samples(metric)
-    return float(of(samples)) if samples else None
-
-
-def _stdev(side: Side) -> Cell:
-    samples = side.samples("e2e_ms")
-    return statistics.stdev(samples) if len(samples) > 1 else None
+    return of(samples) if len(samples) >= fewest else None
 
 
 def _where(typical: Sequence[Result | None]) -> Iterator[Row]:
@@ -173,7 +165,7 @@ def _obstacles(base: Side, side: Side) -> Iterator[str]:
 
 
 def _unlike(base: Result, side: Result) -> Iterator[str]:
-    """What has to be equal for a time to mean the same. Unequal outputs are told where nothing else explains them."""
+    """What has to be equal for a time to mean the same. Unequal outputs are named where nothing else explains them."""
     looked_at: dict[str, Callable[[Result], Any]] = {
         "model": lambda r: r.config.resolved["model"],
         "model digest": lambda r: r.provenance.model_digest,

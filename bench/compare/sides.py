@@ -106,7 +106,7 @@ def _in_order(path: Path) -> list[tuple[int, str]]:
 
 
 def _lines(path: Path) -> list[Side]:
-    """A sweep's results.jsonl, a side each point; or whole results, a line each, all one side."""
+    """Whole results, a line each, all one side; or a results.jsonl as sweeps once wrote, a side for each point."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -117,28 +117,36 @@ def _lines(path: Path) -> list[Side]:
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number},"
         try:
-            entry = json.loads(line)
+            found = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UnusableInput(f"{where} is no JSON ({error}): was the sweep broken off? Run it again") from error
-        point, values, results, failures = _of_line(entry, where)
-        before = sides.get(point) or Side(_spoken(values) or path.stem, (), path, (), values)
-        sides[point] = replace(before, results=before.results + results, failures=before.failures + failures)
+        entry = _entry_of(found, where)
+        side = sides.get(entry.point) or Side(_spoken(entry.values) or path.stem, (), path, (), entry.values)
+        if entry.result is not None:
+            side = replace(side, results=(*side.results, checked(entry.result, where)))
+        else:
+            side = replace(side, failures=(*side.failures, Failure(entry.exit_code, str(entry.reason))))
+        sides[entry.point] = side
     return _with_any(list(sides.values()), path)
 
 
-_Line = tuple[int, dict[str, str], tuple[Result, ...], tuple[Failure, ...]]
+class _Entry(msgspec.Struct):
+    """A line: a process of a sweep, with its result or why there is none."""
+
+    point: int
+    values: dict[str, str]
+    result: dict[str, Any] | None
+    exit_code: int
+    reason: str | None
 
 
-def _of_line(entry: Any, where: str) -> _Line:
-    if not isinstance(entry, dict) or "point" not in entry:
-        return 0, {}, (checked(entry, where),), ()
+def _entry_of(found: Any, where: str) -> _Entry:
+    if not isinstance(found, dict) or "point" not in found:
+        return _Entry(0, {}, {} if found is None else found, 0, None)
     try:
-        point, values = int(entry["point"]), {str(k): str(v) for k, v in entry["values"].items()}
-        if entry["result"] is not None:
-            return point, values, (checked(entry["result"], where),), ()
-        return point, values, (), (Failure(int(entry["exit_code"]), str(entry["reason"])),)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnusableInput(f"{where} is no line of a sweep: it lacks {error}") from error
+        return msgspec.convert(found, _Entry)
+    except msgspec.ValidationError as error:
+        raise UnusableInput(f"{where} is no line of a sweep: {error}") from error
 
 
 def _with_any(sides: list[Side], path: Path) -> list[Side]:
@@ -182,10 +190,8 @@ def device_of(result: Result) -> str:
 
 def mixed_within(side: Side) -> dict[str, list[Any]]:
     """What the results of a side differ in that may explain a difference of their times, with its values."""
-    told = differing([_explaining(result) for result in side.results])
-    return {
-        name: [value for at, value in enumerate(values) if value not in values[:at]] for name, values in told.items()
-    }
+    found = differing([_explaining(result) for result in side.results])
+    return {name: list(dict.fromkeys(values)) for name, values in found.items()}
 
 
 def _explaining(result: Result) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.compare.compare import Against, Cell, Comparison, Row, why_unjudged
-from bench.compare.verdict import CONFIDENCE, Ratio
+from bench.compare.verdict import CONFIDENCE
 from bench.result.results import significant
 
 _MOST_COLUMNS = 5
@@ -102,20 +102,17 @@ def shown_cell(value: Cell) -> str:
 def ratio_rows(comparison: Comparison) -> Iterator[Row]:
     """e2e_ms over the base's, its interval and the verdict, for people."""
     percent = f"{100 * CONFIDENCE:.0f} %"
-    yield Row("e2e_ms ratio to A", ("1", *(shown_ratio(a.ratio, a) for a in comparison.against)))
-    yield Row(f"{percent} interval", ("", *(shown_interval(a.ratio, a) for a in comparison.against)))
+    ratios = ("-" if a.ratio is None or a.obstacles else f"{a.ratio.value:.4f}" for a in comparison.against)
+    yield Row("e2e_ms ratio to A", ("1", *ratios))
+    yield Row(f"{percent} interval", ("", *(_shown_interval(a) for a in comparison.against)))
     yield Row("verdict", ("base", *(a.verdict for a in comparison.against)))
 
 
-def shown_ratio(ratio: Ratio | None, against: Against) -> str:
-    return "-" if ratio is None or against.obstacles else f"{ratio.value:.4f}"
-
-
-def shown_interval(ratio: Ratio | None, against: Against) -> str:
+def _shown_interval(against: Against) -> str:
     """None where nothing is judged: an interval of two samples is as wide as chance would have it."""
-    if ratio is None or ratio.low is None or ratio.high is None or not against.judged:
+    if against.ratio is None or not against.judged:
         return "-"
-    return f"{ratio.low:.4f}..{ratio.high:.4f}"
+    return f"{against.ratio.low:.4f}..{against.ratio.high:.4f}"
 
 
 def _bare_ratio_rows(comparison: Comparison) -> Iterator[Row]:
@@ -160,7 +157,7 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
             continue
         yield (
             f"{letters(place)}: {against.verdict}: e2e_ms is {ratio.value:.4f} times A's "
-            f"({100 * CONFIDENCE:.0f} % interval {shown_interval(ratio, against)}, Welch on logarithms, "
+            f"({100 * CONFIDENCE:.0f} % interval {_shown_interval(against)}, Welch on logarithms, "
             f"n {ratio.n[0]} and {ratio.n[1]})"
         )
 

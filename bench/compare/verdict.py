@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.compare.student import quantile
-
 FEWEST = 5
 LEAST_SHARE = 0.01
 CONFIDENCE = 0.99
@@ -72,3 +70,10 @@ def _half_width(base: Sequence[float], side: Sequence[float]) -> float:
     weighted = [part**2 / (len(samples) - 1) for part, samples in zip(parts, (base, side), strict=True)]
     freedom = spread**2 / sum(weighted)
     return quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(spread)
+
+
+def quantile(probability: float, freedom: float) -> float:
+    """The t of Student's distribution below which ``probability`` is."""
+    from scipy.special import stdtrit  # here, since half a second of imports is too long for other verbs
+
+    return float(stdtrit(freedom, probability))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import shlex
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from bench.compare.compare import Comparison, compare
 from bench.compare.sides import Side, provenance_of, settings_of
 from bench.compare.text import differing_lines, letters, shown_cell, verdict_lines
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
-from bench.report.svg import draw
-from bench.report.timeline import Timeline, timelines_of
+from bench.report.draw import svg
+from bench.report.timeline import timelines_of
 
 _STYLE = Path(__file__).with_name("report.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _COLUMNS = ("prefill_ms", "ttft_ms", "decode_ms", "e2e_ms", "throughput_tok_s")
+_FIGURES = ("n", *_COLUMNS, "floor reached")
 
 
 def page(sides: Sequence[Side]) -> str:
@@ -68,43 +70,25 @@ def _head(sides: Sequence[Side]) -> str:
 
 
 def _overview(sides: Sequence[Side], comparison: Comparison | None) -> Iterator[str]:
-    head = ["", "setting", "mode", "n", *_COLUMNS, "floor reached", "bound by"]
-    if comparison is not None:
-        head.append("against A")
-    rows = [_overview_row(side, place, comparison) for place, side in enumerate(sides)]
-    yield _table(head, rows, figures=range(3, 10))
+    head = ["", "setting", "mode", *_FIGURES, "bound by", *(["against A"] if comparison else [])]
+    verdicts = [["base"], *([against.verdict] for against in comparison.against)] if comparison else [[]]
+    rows = [[letters(place), *_overview_row(side), *verdicts[place]] for place, side in enumerate(sides)]
+    yield _table(head, rows)
     if comparison is None:
         return
-    yield "<h3>Verdicts</h3>"
-    yield _list(verdict_lines(comparison))
+    yield f"<h3>Verdicts</h3>{_list(verdict_lines(comparison))}"
     for title, values in (("Settings", comparison.settings), ("Provenance", comparison.provenance)):
-        lines = list(differing_lines(values))
-        if lines:
-            yield f"<h3>{title} that differ</h3>"
-            yield _list(lines)
+        if lines := list(differing_lines(values)):
+            yield f"<h3>{title} that differ</h3>{_list(lines)}"
 
 
-def _overview_row(side: Side, place: int, comparison: Comparison | None) -> list[str]:
-    typical = side.typical
-    cells = [letters(place), escaped(side.name)]
-    if typical is None:
-        cells += ["failed", "0", *("-" for _ in (*_COLUMNS, "roofline", "bound"))]
-    else:
-        decode = typical.phases.decode
-        percent = decode.roofline_pct
-        cells += [escaped(typical.mode), str(len(side.samples("e2e_ms")))]
-        cells += [escaped(shown_cell(_median(side, metric))) for metric in _COLUMNS]
-        cells += ["-" if percent is None else f"{percent:.1f} %", escaped(decode.bound_by)]
-    if comparison is not None:
-        verdict = comparison.against[place - 1].verdict if place else "base"
-        cells.append(f'<span class="{escaped(verdict.replace(" ", "-"))}">{escaped(verdict)}</span>')
-    return cells
-
-
-def _median(side: Side, metric: str) -> float:
-    ordered = sorted(side.samples(metric))
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+def _overview_row(side: Side) -> list[str | int | None]:
+    if side.typical is None:
+        return [side.name, "failed", 0, *("-" for _ in (*_COLUMNS, "roofline", "bound"))]
+    decode = side.typical.phases.decode
+    medians = [shown_cell(statistics.median(side.samples(metric))) for metric in _COLUMNS]
+    reached = None if decode.roofline_pct is None else f"{decode.roofline_pct:.1f} %"
+    return [side.name, side.typical.mode, len(side.samples("e2e_ms")), *medians, reached, decode.bound_by]
 
 
 # -- a side
@@ -116,38 +100,41 @@ def _side(side: Side, place: int) -> Iterator[str]:
         yield f"<p>A process failed with exit {failure.exit_code}: {escaped(failure.reason)}</p>"
     typical = side.typical
     if typical is not None:
-        said = dict.fromkeys(str(line) for result in side.results for line in result.warnings)
+        said = dict.fromkeys(line for result in side.results for line in result.warnings)
         yield from (_figure(chart) for chart in (*timelines_of(side), *side_charts(side)))
         if said:
             yield f"<h3>Warnings</h3>{_list(said)}"
         yield _details("Settings", settings_of(typical))
         yield _details("Provenance", {**provenance_of(typical), "utc": typical.provenance.utc})
-        command = shlex.join(["bench_infer.py", *map(str, typical.config.argv)])
+        command = shlex.join(["bench_infer.py", *typical.config.argv])
         yield f"<p class=note>Made by <code>{escaped(command)}</code></p>"
     yield "</section>"
 
 
 def _details(title: str, values: Mapping[str, Any]) -> str:
-    rows = [[escaped(name), escaped(value)] for name, value in values.items()]
-    return f"<details><summary>{title}</summary>{_table(['name', 'value'], rows, figures=())}</details>"
+    return f"<details><summary>{title}</summary>{_table(['name', 'value'], values.items())}</details>"
 
 
 # -- pieces
 
 
-def _figure(chart: Chart | Timeline) -> str:
-    drawn = f'<div class="wide">{draw(chart)}</div>'
+def _figure(chart: Chart) -> str:
+    drawn = f'<div class="wide">{svg(chart)}</div>'
     return f"<figure><h3>{escaped(chart.title)}</h3><figcaption>{escaped(chart.note)}</figcaption>{drawn}</figure>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, figures: Iterable[int]) -> str:
-    """Cells are HTML already."""
-    right = set(figures)
-    kinds = [' class="figure"' if place in right else ' class="value"' for place in range(len(head))]
-    heads = "".join(f"<th{kind}>{escaped(name)}</th>" for name, kind in zip(head, kinds, strict=True))
-    lines = ["".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = []
+    for tag, row in (("th", head), *(("td", row) for row in rows)):
+        kinds = ["figure" if name in _FIGURES else "value" for name in head]
+        cells = [f'<{tag} class="{kind}">{_cell(value)}</{tag}>' for kind, value in zip(kinds, row, strict=True)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    body = "\n".join(lines[1:])
+    return f'<div class="wide"><table><thead>{lines[0]}</thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    return f'<span class="{value}">{value}</span>' if value in ("faster", "slower") else escaped(value)
 
 
 def _list(lines: Iterable[str]) -> str:

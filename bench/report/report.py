@@ -8,8 +8,7 @@ from pathlib import Path
 from bench.compare.sides import Side, read_sides
 from bench.options.verb_flags import ReportOptions
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
-from bench.report.page import page
-from bench.report.timeline import Timeline, timelines_of
+from bench.report.timeline import timelines_of
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
@@ -17,20 +16,30 @@ _RESULTS = frozenset({".json", ".jsonl"})
 
 
 def run_report(options: ReportOptions) -> int:
-    """Write the page, and with ``--png`` a file for every plot."""
+    """Write the page, and with ``--png`` a file for every plot.
+
+    Raises:
+        UnusableInput: where matplotlib is not installed, too; then nothing is written.
+    """
     sides = read_sides(options.paths)
     _check_out(options.out, options.paths)
     if options.png is not None:
         _check_png(options.png, options.out)
+    try:
+        from bench.report.draw import write_png
+        from bench.report.page import page
+    except ModuleNotFoundError as error:
+        raise UnusableInput(f"report needs {error.name}: pip install 'wsm-bench[plot]'") from None
     write_atomically(options.out, page(sides))
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     if options.png is not None:
-        written = write_plots(list(charts_of(sides)), options.png)
+        options.png.mkdir(parents=True, exist_ok=True)
+        written = [write_png(chart, options.png, number) for number, chart in enumerate(charts_of(sides), 1)]
         print(f"[INFO] {len(written)} plots in {options.png}")
     return 0
 
 
-def charts_of(sides: Sequence[Side]) -> Iterator[Chart | Timeline]:
+def charts_of(sides: Sequence[Side]) -> Iterator[Chart]:
     """Every chart of the page, in its order."""
     yield from sweep_charts(sides)
     yield from overview_charts(sides)
@@ -39,22 +48,8 @@ def charts_of(sides: Sequence[Side]) -> Iterator[Chart | Timeline]:
         yield from side_charts(side)
 
 
-def write_plots(charts: Sequence[Chart | Timeline], folder: Path) -> list[Path]:
-    """The charts as PNG in ``folder``, numbered in the page's order.
-
-    Raises:
-        UnusableInput: where matplotlib is not installed.
-    """
-    try:
-        from bench.report.plots import write_png
-    except ModuleNotFoundError as error:
-        raise UnusableInput(f"--png needs {error.name}: pip install 'wsm-bench[plot]' (the page was written)") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    return [write_png(chart, folder, number) for number, chart in enumerate(charts, 1)]
-
-
 def _check_out(out: Path, read: Sequence[Path]) -> None:
-    """Nothing that holds measurements may be written over: no JSON, whatever folder it lies in, and nothing named."""
+    """Nothing that holds measurements may be written over: no JSON, whatever folder it is in, and nothing named."""
     if {out.suffix, out.resolve().suffix} & _RESULTS:
         raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):

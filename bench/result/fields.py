@@ -13,7 +13,6 @@ Amount = Annotated[float, Meta(ge=0)]
 Above0 = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
 FromOne = Annotated[int, Meta(ge=1)]
-Percent = Annotated[float, Meta(ge=0, le=100)]
 Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute"]
 Mode = Literal["mixed", "stream", "preload", "full"]
 
@@ -23,12 +22,13 @@ def says(description: str) -> Meta:
     return Meta(description=description)
 
 
+Texts = list[Annotated[str, says("one of them")]]
+
+
 class Part(Struct, frozen=True):
     """One object of the JSON; its keys are written in the order of the fields."""
 
 
 class ByPhase(Part, Generic[T], frozen=True, kw_only=True):
-    """the same of each phase"""
-
     prefill: Annotated[T, says("the passes over the prompts")]
     decode: Annotated[T, says("the passes after token 1")]

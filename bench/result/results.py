@@ -78,13 +78,12 @@ def checked(found: Any, where: str) -> Result:
     try:
         return msgspec.convert(found, Result)
     except msgspec.ValidationError as error:
-        told, _, path = str(error).partition(" - at `$")
+        fault, _, path = str(error).partition(" - at `$")
         path = path.strip("`.")
-        if missing := _MISSING.match(told):
+        if missing := _MISSING.match(fault):
             key = f"{path}.{missing[1]}".lstrip(".")
             raise UnusableInput(f"{where} is no result of bench_infer.py: {key} is missing") from error
-        told = told[0].lower() + told[1:]
-        raise UnusableInput(f"{where}: {path}: {told}: was it changed by hand?") from error
+        raise UnusableInput(f"{where}: {path}: {fault[0].lower()}{fault[1:]}: was it changed by hand?") from error
 
 
 def _beyond(value: Any, path: str) -> Iterator[str]:

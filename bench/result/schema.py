@@ -37,7 +37,7 @@ def schema_of_result(resolved: Schema, environment: Schema) -> dict[str, Any]:
         config[name] = _closed({"type": "object", "description": config[name]["description"], "properties": keys})
     for name, part in parts.items():
         del part["title"]
-        part["description"] = " ".join(part["description"].split())
+        part["description"] = " ".join(part.get("description", "").split())
         parts[name] = _closed(part) if name != "Ceilings" else {**_closed(part), "required": []}
     for part in parts.values():
         for inner in part["properties"].values():
@@ -97,7 +97,7 @@ def _inside(part: Schema, parts: Schema) -> dict[str, Schema]:
     for variant in _variants(part, parts):
         if "properties" in variant:
             return {f".{key}": content for key, content in variant["properties"].items()}
-        if "items" in variant and variant["items"] and _inside(variant["items"], parts):
+        if "items" in variant and _inside(variant["items"], parts):
             return {"[]": variant["items"]}
     return {}
 
@@ -121,7 +121,7 @@ def _type_of(part: Schema, parts: Schema) -> str:
         if "enum" in variant:
             words.append(", ".join(f"`{value}`" for value in variant["enum"]))
         elif variant["type"] == "array":
-            words.append(f"array of {_type_of(variant['items'] or variant['prefixItems'][0], parts)}")
+            words.append(f"array of {_type_of(variant['items'], parts)}")
         else:
             words.append(variant["type"])
     return " or ".join(words)

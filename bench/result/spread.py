@@ -16,10 +16,11 @@ FEWEST_FOR_INTERVAL = 3
 
 def statistic(samples: Sequence[float]) -> Statistic:
     """Spread of one metric, in its unit."""
+    interval = median_interval(samples)
     return Statistic(
         n=len(samples),
         median=statistics.median(samples),
-        median_ci95=median_interval(samples),
+        median_ci95=None if interval is None else list(interval),
         mean=statistics.fmean(samples),
         stdev=statistics.stdev(samples) if len(samples) > 1 else None,
         min=min(samples),

@@ -14,18 +14,10 @@ import msgspec
 from tqdm import tqdm
 
 from bench.result.results import plain, significant
-from bench.result.types import Repeats, Result
+from bench.result.types import METRICS, Repeats, Result
 from llama.loading import Reporter
 
-_SUMMARY = (
-    "ttft_ms",
-    "prefill_ms",
-    "first_token_decode_ms",
-    "decode_ms",
-    "e2e_ms",
-    "throughput_tok_s",
-    "end_to_end_tok_s",
-)
+_SUMMARY = ("ttft_ms", *(metric for metric in METRICS if metric != "ttft_ms"))
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
     "model": lambda r: r.config.resolved["model"],
     "mode": lambda r: r.mode,
@@ -71,7 +63,7 @@ class ConsoleReporter(Reporter):
 
 
 def _printable(text: str) -> str:
-    """``text`` with escapes for what the terminal's encoding lacks, so that no run ends for want of a letter."""
+    """``text`` with escapes for what the terminal's encoding lacks: no run ends for want of a letter."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 

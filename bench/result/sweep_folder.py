@@ -1,30 +1,28 @@
 """A sweep's folder: what it holds, and how it is read back.
 
-    sweep.json                   what is swept: axes, fixed flags, points
-    results.jsonl                a line each finished process: point, repeat, exit code, reason, the whole result
-    p01-mode=mixed/r1.json       the result of point 1, repeat 1
-    p01-mode=mixed/r1.failed.json  what stands there instead when the process failed
-    p01-mode=mixed/r1.log        what the process printed
+    sweep.json                     what is swept: axes, fixed flags, points
+    p01-mode=mixed/r1.json         the result of point 1, repeat 1
+    p01-mode=mixed/r1.failed.json  what is there instead when the process failed
+    p01-mode=mixed/r1.log          what the process printed
 
-The files of single processes are the truth: they appear whole or not at all, and results.jsonl is made from them.
+Files appear whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.result.results import plain, read_result
+from bench.result.results import read_result
 from bench.result.types import Result
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
-DESCRIPTION, LINES, LOCK = "sweep.json", "results.jsonl", ".lock"
+DESCRIPTION = "sweep.json"
 FORMAT, VERSION = "bench_infer sweep", 1
 
 
@@ -67,56 +65,26 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One process that ended: its result, or why there is none."""
+    """One process that ended, of a point (by its number) and a repeat."""
 
     point: int
     repeat: int
-    values: Mapping[str, str]
-    result: Result | None
-    failure: Failure | None
-
-    def line(self) -> str:
-        """Its line in results.jsonl."""
-        return json.dumps(
-            {
-                "point": self.point,
-                "repeat": self.repeat,
-                "values": dict(self.values),
-                "exit_code": self.failure.exit_code if self.failure else 0,
-                "reason": self.failure.reason if self.failure else None,
-                "result": plain(self.result) if self.result is not None else None,
-            }
-        )
+    gave: Result | Failure
 
 
-def result_file(folder: Path, point: Point, repeat: int) -> Path:
-    return folder / point.folder / f"r{repeat}.json"
-
-
-def failure_file(folder: Path, point: Point, repeat: int) -> Path:
-    return folder / point.folder / f"r{repeat}.failed.json"
-
-
-def outcome_of(folder: Path, point: Point, repeat: int) -> Outcome | None:
-    """What is there of a point's repeat; None if it has not ended yet.
+def outcomes_in(folder: Path, points: Sequence[Point]) -> list[Outcome]:
+    """Every process that has ended, of earlier calls with more repeats too, repeat by repeat.
 
     Raises:
-        UnusableInput: if its file is damaged.
+        UnusableInput: if a file is damaged.
     """
-    good, bad = result_file(folder, point, repeat), failure_file(folder, point, repeat)
-    if good.exists():
-        return Outcome(point.number, repeat, point.values, read_result(good), None)
-    if bad.exists():
-        return Outcome(point.number, repeat, point.values, None, read_failure(bad))
-    return None
-
-
-def most_repeats(folder: Path, points: Sequence[Point]) -> int:
-    """The highest repeat of any point that has ended; 0 if none has."""
-    files = (path.name for point in points for path in (folder / point.folder).glob("r*.json"))
-    return max(
-        (int(named[1]) for file in files if (named := re.fullmatch(r"r(\d+)(\.failed)?\.json", file))), default=0
-    )
+    ended: dict[tuple[int, int], Outcome] = {}
+    for point in points:
+        for path in sorted((folder / point.folder).glob("r*.json")):  # r1.failed.json, then r1.json, which counts
+            if named := re.fullmatch(r"r(\d+)(\.failed)?\.json", path.name):
+                repeat, gave = int(named[1]), read_failure(path) if named[2] else read_result(path)
+                ended[repeat, point.number] = Outcome(point.number, repeat, gave)
+    return [ended[key] for key in sorted(ended)]
 
 
 def read_failure(path: Path) -> Failure:
@@ -128,27 +96,9 @@ def read_failure(path: Path) -> Failure:
         raise UnusableInput(f"{path} cannot be read ({error}): delete it, and the sweep runs this one again") from error
 
 
-def write_failure(path: Path, failure: Failure) -> None:
-    entry = {"exit_code": failure.exit_code, "reason": failure.reason}
-    write_atomically(path, json.dumps(entry, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_lines(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """results.jsonl anew."""
-    write_atomically(folder / LINES, "".join(f"{outcome.line()}\n" for outcome in outcomes))
-
-
-def append_line(folder: Path, outcome: Outcome) -> None:
-    """One more line; a line broken off by a kill is mended when the sweep goes on."""
-    with (folder / LINES).open("a", encoding="utf-8") as file:
-        file.write(f"{outcome.line()}\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """sweep.json."""
-    write_atomically(folder / DESCRIPTION, json.dumps(description, ensure_ascii=False, indent=1) + "\n")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """sweep.json, or a failure."""
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> dict[str, Any]:

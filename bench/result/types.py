@@ -6,33 +6,34 @@ lack it are read with its default.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal
 
 from msgspec import UNSET, Meta
 
-from bench.result.fields import Above0, Amount, ByPhase, Count, FromOne, Later, Mode, Part, says
+from bench.result.fields import Above0, Amount, ByPhase, Count, FromOne, Later, Mode, Part, T, Texts, says
 from bench.result.types_machine import KV, Conditions, LoadRate, LoadSeconds, Memory, Planned, Provenance, Residency
 from bench.result.types_phases import Ceilings, Parallel, Phase
 
 SCHEMA_VERSION: Literal[1] = 1
-PrefillMs = Annotated[Amount, says("ms from the start to the last logits of the prompts")]
-FirstTokenMs = Annotated[Amount, says("ms for sampling and reading back token 1, whose logits the prefill made")]
-TtftMs = Annotated[Amount, says("ms to the first token: prefill_ms + first_token_decode_ms")]
-DecodeMs = Annotated[Amount, says("ms from the end of the prefill to the last token; includes first_token_decode_ms")]
-E2eMs = Annotated[Above0, says("ms in all: prefill_ms + decode_ms")]
-Throughput = Annotated[Above0, says("tokens/s of the decode: decode_tokens_total / decode seconds")]
-EndToEnd = Annotated[Above0, says("tokens/s of the whole: decode_tokens_total / e2e seconds")]
+PrefillMs = Annotated[T, says("ms from the start to the last logits of the prompts")]
+FirstTokenMs = Annotated[T, says("ms for sampling and reading back token 1, whose logits the prefill made")]
+TtftMs = Annotated[T, says("ms to the first token: prefill_ms + first_token_decode_ms")]
+DecodeMs = Annotated[T, says("ms from the end of the prefill to the last token; includes first_token_decode_ms")]
+E2eMs = Annotated[T, says("ms in all: prefill_ms + decode_ms")]
+Throughput = Annotated[T, says("tokens/s of the decode: decode_tokens_total / decode seconds")]
+EndToEnd = Annotated[T, says("tokens/s of the whole: decode_tokens_total / e2e seconds")]
+Interval = Annotated[list[Annotated[Amount, says("an end, in the metric's unit")]], Meta(min_length=2, max_length=2)]
+Tokens = Annotated[FromOne, says("tokens of a row's prompt")]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Setting = str | int | float | bool | None
 
 
 class LinkRates(Part, frozen=True, kw_only=True):
     """bytes over the time that the copies were busy, both phases together"""
 
-    weight_h2d_MBps: Annotated[
-        Above0 | None, says("10^6 bytes/s of weights from CPU to GPU memory; null where none moved")
-    ]
-    kv_h2d_MBps: Annotated[Above0 | None, says("10^6 bytes/s of KV from CPU to GPU memory; null where none moved")]
-    kv_d2h_MBps: Annotated[Above0 | None, says("10^6 bytes/s of KV from GPU to CPU memory; null where none moved")]
+    weight_h2d_MBps: Annotated[Above0 | None, says("10^6 bytes/s of weights to the GPU; null where none moved")]
+    kv_h2d_MBps: Annotated[Above0 | None, says("10^6 bytes/s of KV to the GPU; null where none moved")]
+    kv_d2h_MBps: Annotated[Above0 | None, says("10^6 bytes/s of KV from the GPU; null where none moved")]
 
 
 class GpuPeak(Part, frozen=True, kw_only=True):
@@ -63,12 +64,10 @@ class Tpot(Part, frozen=True, kw_only=True):
 class Config(Part, frozen=True, kw_only=True):
     """how the run was asked for"""
 
-    argv: Annotated[list[Annotated[str, says("one argument")]], says("the command line")]
+    argv: Annotated[Texts, says("the command line, an argument each")]
     resolved: Annotated[dict[str, Setting], says("values in force: flags, then variables, after defaults")]
     environment: Annotated[dict[str, str | None], says("the variables in force")]
-    environment_set_by_user: Annotated[
-        list[Annotated[str, says("a variable's name")]], says("those that were set before the script started")
-    ]
+    environment_set_by_user: Annotated[Texts, says("those that were set before the script started")]
 
     def __post_init__(self) -> None:
         if not isinstance(self.resolved.get("model"), str):
@@ -78,39 +77,26 @@ class Config(Part, frozen=True, kw_only=True):
 class Output(Part, frozen=True, kw_only=True):
     """what was generated, in the median round"""
 
-    sha256: Annotated[
-        str,
-        Meta(pattern="^[0-9a-f]{64}$"),
-        says("SHA-256 of all rows' token ids as JSON: equal outputs have equal digests"),
-    ]
-    texts: Annotated[
-        list[Annotated[str, says("a row's text")]] | None, says("each row's text; null without --print-text")
-    ]
+    sha256: Annotated[Sha256, says("of all rows' token ids as JSON: equal outputs have equal digests")]
+    texts: Annotated[Texts | None, says("each row's text; null without --print-text")]
 
 
-class Metrics(Part, frozen=True, kw_only=True):
-    """a round's figures"""
-
-    prefill_ms: PrefillMs
-    first_token_decode_ms: FirstTokenMs
-    ttft_ms: TtftMs
-    decode_ms: DecodeMs
-    e2e_ms: E2eMs
-    throughput_tok_s: Throughput
-    end_to_end_tok_s: EndToEnd
+class PerMetric(Part, Generic[T], frozen=True, kw_only=True):
+    prefill_ms: PrefillMs[T]
+    first_token_decode_ms: FirstTokenMs[T]
+    ttft_ms: TtftMs[T]
+    decode_ms: DecodeMs[T]
+    e2e_ms: E2eMs[T]
+    throughput_tok_s: Throughput[T]
+    end_to_end_tok_s: EndToEnd[T]
 
 
 class Statistic(Part, frozen=True, kw_only=True):
-    """spread of one figure over the rounds"""
-
     n: Annotated[FromOne, says("rounds")]
     median: Annotated[Amount, says("middle value, in the metric's unit")]
     median_ci95: Annotated[
-        tuple[Amount, Amount] | None,
-        says(
-            "95 % bootstrap interval of the median (percentiles of the medians of 2000 seeded resamples), least and "
-            "most; null below three rounds"
-        ),
+        Interval | None,
+        says("95 % bootstrap interval of the median (of 2000 seeded resamples), its ends; null below three rounds"),
     ] = None
     mean: Annotated[Amount, says("arithmetic mean, in the metric's unit")]
     stdev: Annotated[Amount | None, says("sample standard deviation, in the metric's unit; null for one round")]
@@ -118,18 +104,8 @@ class Statistic(Part, frozen=True, kw_only=True):
     max: Annotated[Amount, says("most, in the metric's unit")]
 
 
-class Statistics(Part, frozen=True, kw_only=True):
-    """spread of each figure over the rounds"""
-
-    prefill_ms: Annotated[Statistic, says("ms from the start to the last logits of the prompts")]
-    first_token_decode_ms: Annotated[
-        Statistic, says("ms for sampling and reading back token 1, whose logits the prefill made")
-    ]
-    ttft_ms: Annotated[Statistic, says("ms to the first token")]
-    decode_ms: Annotated[Statistic, says("ms from the end of the prefill to the last token")]
-    e2e_ms: Annotated[Statistic, says("ms in all")]
-    throughput_tok_s: Annotated[Statistic, says("tokens/s of the decode")]
-    end_to_end_tok_s: Annotated[Statistic, says("tokens/s of the whole")]
+Metrics = PerMetric[Above0]
+Statistics = PerMetric[Statistic]
 
 
 class Repeats(Part, frozen=True, kw_only=True):
@@ -139,11 +115,9 @@ class Repeats(Part, frozen=True, kw_only=True):
 
     n: Annotated[FromOne, says("timed rounds finished")]
     raw: Annotated[
-        list[Annotated[Metrics, says("a round's figures")]],
-        Meta(min_length=1),
-        says("each round's figures, in order"),
+        list[Annotated[Metrics, says("a round's figures")]], Meta(min_length=1), says("each round, in order")
     ]
-    statistics: Statistics
+    statistics: Annotated[Statistics, says("spread of each figure over the rounds")]
 
 
 class Result(Part, frozen=True, kw_only=True):
@@ -154,37 +128,30 @@ class Result(Part, frozen=True, kw_only=True):
 
     batch_size: Annotated[FromOne, says("rows")]
     max_new_tokens: Annotated[FromOne, says("most new tokens per row")]
-    prompt_lens: Annotated[
-        list[Annotated[FromOne, says("tokens of a row's prompt, BOS included")]],
-        Meta(min_length=1),
-        says("tokens of each row's prompt, BOS included"),
-    ]
+    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, BOS included")]
     prefill_tokens_total: Annotated[FromOne, says("prompt tokens of all rows")]
     decode_tokens_total: Annotated[
-        FromOne, says("new tokens of all rows, token 1 included; a stop token counts, rows past their end do not")
+        FromOne, says("new tokens of all rows, token 1 and stop tokens included, none after those")
     ]
-    prefill_ms: PrefillMs
-    first_token_decode_ms: FirstTokenMs
-    ttft_ms: TtftMs
-    decode_ms: DecodeMs
-    e2e_ms: E2eMs
-    throughput_tok_s: Throughput
-    end_to_end_tok_s: EndToEnd
+    prefill_ms: PrefillMs[Above0]
+    first_token_decode_ms: FirstTokenMs[Above0]
+    ttft_ms: TtftMs[Above0]
+    decode_ms: DecodeMs[Above0]
+    e2e_ms: E2eMs[Above0]
+    throughput_tok_s: Throughput[Above0]
+    end_to_end_tok_s: EndToEnd[Above0]
     io_bw_MBps: LinkRates
     gpu_mem_GB: GpuPeak
     mode: Annotated[Mode, says("where the weights live, see the README")]
     device: Annotated[str, says("the compute device, such as cuda:0")]
     wsm: Manager
-    total_tok_s: Annotated[
-        Above0, says("tokens/s, prompt and new ones: (prefill_tokens_total + decode_tokens_total) / e2e seconds")
-    ]
+    total_tok_s: Annotated[Above0, says("tokens/s, prompt and new ones: both totals / e2e seconds")]
     schema_version: Annotated[Literal[1], says("version of this description")]
     interrupted: Annotated[bool, says("whether the run was broken off, and only the rounds finished by then are here")]
     decode_forward_passes: Annotated[Count, says("passes of the decode; token 1 takes none")]
     tpot_ms: Tpot | None
     phases: Annotated[
-        ByPhase[Phase],
-        says("what moved in each phase, how long each tier worked and waited, and how far that is from the floor"),
+        ByPhase[Phase], says("what moved, how long each tier worked and waited, how far that is from the floor")
     ]
     ceilings: Ceilings
     residency: Residency
@@ -199,11 +166,9 @@ class Result(Part, frozen=True, kw_only=True):
     output: Output
     repeats: Repeats
     parallel: Parallel | None = None
-    warnings: Annotated[
-        list[Annotated[str, says("one warning")]], says("what could not be had, and what makes figures doubtful")
-    ]
+    warnings: Annotated[Texts, says("what could not be had, and what makes figures doubtful")]
 
 
-METRICS = Metrics.__struct_fields__
+METRICS = PerMetric.__struct_fields__
 FIXED_KEYS = Result.__struct_fields__[: Result.__struct_fields__.index("wsm") + 1]
 """The quick-start guide's keys, which stay as they are."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, Struct
 
-from bench.result.fields import Above0, Amount, Count, FromOne, Later, Part, Percent, says
+from bench.result.fields import Above0, Amount, Count, FromOne, Later, Part, Texts, says
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Moment = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
 
 
 class Tier(Part, frozen=True, kw_only=True):
-    """layers in one tier"""
-
     layers: Annotated[Count, says("layers that live there")]
     bytes: Annotated[Count, says("bytes of their weights")]
 
@@ -43,7 +45,7 @@ class Planned(Part, frozen=True, kw_only=True):
     chunk_tokens: Annotated[FromOne, says("tokens of a prompt computed at a time inside one load of a layer")]
     wave_rows: Annotated[FromOne, says("rows of the batch computed at a time in the prefill")]
     stretch_rows: Annotated[Later[FromOne], says("rows whose KV is moved and attended together")] = UNSET
-    notes: Annotated[list[Annotated[str, says("one thing")]], says("what was clipped or chosen otherwise than asked")]
+    notes: Annotated[Texts, says("what was clipped or chosen otherwise than asked")]
     gpu_bytes: Annotated[Count, says("bytes of GPU memory planned")]
     gpu_budget_bytes: Annotated[Count | None, says("bytes of GPU memory allowed; null on the CPU")]
     cpu_page_locked_bytes: Annotated[Count, says("bytes of page-locked CPU memory planned, those of loading included")]
@@ -57,42 +59,29 @@ class Memory(Part, frozen=True, kw_only=True):
     gpu_peak_reserved_bytes: Annotated[Count | None, says("bytes, most that torch had reserved; null on the CPU")]
     gpu_context_bytes: Annotated[Count | None, says("bytes of the CUDA context; null on the CPU")]
     cpu_page_locked_bytes: Annotated[
-        Count, says("bytes of page-locked CPU memory during the rounds (on the CPU device: the same pools, not locked)")
+        Count, says("bytes of page-locked CPU memory in the rounds (CPU device: not locked)")
     ]
     cpu_page_locked_peak_bytes: Annotated[Count, says("bytes, the most of it at any time, loading included")]
     rss_peak_bytes: Annotated[Count, says("bytes, most CPU memory of the process, mapped files included")]
-    rss_anon_bytes: Annotated[
-        Count | None, says("bytes of CPU memory of the process at the end, mapped files left out; null off Linux")
-    ]
+    rss_anon_bytes: Annotated[Count | None, says("bytes of it at the end, without mapped files; null off Linux")]
 
 
 class LoadSeconds(Part, frozen=True, kw_only=True):
-    """seconds before the first timed round, and of what"""
+    """seconds before the first timed round, and of what; null for what did not take place"""
 
-    kv_s: Annotated[Amount | None, says("s: allocating the KV cache; null if it did not take place")]
-    open_store_s: Annotated[
-        Amount | None, says("s: opening the packed store or the checkpoint; null if it did not take place")
-    ]
-    allocate_s: Annotated[
-        Amount | None, says("s: taking pools and residents in CPU and GPU memory; null if it did not take place")
-    ]
-    populate_s: Annotated[Amount | None, says("s: of that, touching the CPU pages; null if it did not take place")]
-    page_lock_s: Annotated[Amount | None, says("s: of that, page-locking them (CUDA); null if it did not take place")]
-    probe_s: Annotated[
-        Amount | None, says("s: measuring the ceilings, or reading them from the cache; null if it did not take place")
-    ]
-    globals_s: Annotated[
-        Amount | None, says("s: loading embeddings, the last norm and the head; null if it did not take place")
-    ]
-    stage_s: Annotated[
-        Amount | None, says("s: waiting for the layers staged before the first pass; null if it did not take place")
-    ] = None
-    warmup_s: Annotated[Amount | None, says("s: warm-up rounds; null if it did not take place")]
+    kv_s: Annotated[Amount | None, says("s: allocating the KV cache")]
+    open_store_s: Annotated[Amount | None, says("s: opening the packed store or the checkpoint")]
+    allocate_s: Annotated[Amount | None, says("s: taking pools and residents in CPU and GPU memory")]
+    populate_s: Annotated[Amount | None, says("s: of that, touching the CPU pages")]
+    page_lock_s: Annotated[Amount | None, says("s: of that, page-locking them (CUDA)")]
+    probe_s: Annotated[Amount | None, says("s: measuring the ceilings, or reading them from the cache")]
+    globals_s: Annotated[Amount | None, says("s: loading embeddings, the last norm and the head")]
+    stage_s: Annotated[Amount | None, says("s: waiting for the layers staged before the first pass")] = None
+    warmup_s: Annotated[Amount | None, says("s: warm-up rounds")]
     residents_s: Annotated[
         Amount | None,
         says(
-            "s from the first read until every resident layer was in its tier, the warm-up running meanwhile (full: "
-            "the whole model)"
+            "s from the first read until every resident was in its tier, warming up meanwhile (full: the whole model)"
         ),
     ]
     from_process_start_s: Annotated[Amount, says("s from the start of the process to the first timed round")]
@@ -101,22 +90,15 @@ class LoadSeconds(Part, frozen=True, kw_only=True):
 class LoadRate(Part, frozen=True, kw_only=True):
     """how fast the residents came in, through the manager"""
 
-    read_bytes: Annotated[
-        Count | None, says("bytes of residents read from the packed store or the checkpoint; null without a manager")
-    ]
+    read_bytes: Annotated[Count | None, says("bytes of residents read from store or checkpoint; null for full")]
     read_MBps: Annotated[
         Above0 | None,
-        says(
-            "MB/s (10^6 bytes) from the first such read's start to the last one's end, streamed groups read meanwhile "
-            "included"
-        ),
+        says("10^6 bytes/s from the first of these reads to the last, groups streamed meanwhile included"),
     ]
     ssd_pct: Annotated[Above0 | None, says("percent of ceilings.ssd; null where the store was not probed")]
 
 
 class KVTier(Part, frozen=True, kw_only=True):
-    """KV in one tier"""
-
     parts: Annotated[Count, says("parts, a layer and a stretch of rows each")]
     bytes: Annotated[Count, says("their bytes, room for new tokens included")]
 
@@ -128,13 +110,11 @@ class KV(Part, frozen=True, kw_only=True):
     dtype: Annotated[Later[str], says("how keys and values are stored: the model's dtype, or int8")] = UNSET
     topk_blk: Annotated[Count, says("--topk-blk, KV blocks per step from below the GPU; 0: all")]
     fraction_fetched: Annotated[
-        Annotated[float, Meta(ge=0, le=1)],
-        says("share of the blocks below the GPU that the decode steps fetched; 1 where none are below"),
+        Share, says("of the blocks below the GPU, those that the decode steps fetched; 1: no such")
     ]
     exact: Annotated[bool, says("whether every step attended over the whole context")]
     stretch_rows: Annotated[
-        Later[FromOne],
-        says("rows whose KV is moved and attended together (--micro-batch); a part is a layer's KV of so many rows"),
+        Later[FromOne], says("rows whose KV is moved and attended together; a part is a layer's KV of so many rows")
     ] = UNSET
     gpu: Annotated[Later[KVTier], says("KV that stays on the GPU")] = UNSET
     cpu: Annotated[Later[KVTier], says("KV in page-locked CPU memory")] = UNSET
@@ -169,40 +149,27 @@ class Provenance(Part, frozen=True, kw_only=True):
     cpu_cores: Annotated[FromOne, says("cores that the process may use")]
     ram_bytes: Annotated[FromOne, says("bytes of CPU memory in the machine")]
     numa_node: Annotated[
-        Count | None, says("node of the GPU, from which page-locked memory was taken; null where there was no choice")
+        Count | None, says("the GPU's node, for page-locked memory; null where there was no choice")
     ] = None
     drive: Drive | None
     kernel: Annotated[str, says("Linux kernel")]
     seed: Annotated[Count, says("of random ids and sampling")]
     model_digest: Annotated[str | None, says("digest of the checkpoint's files")]
-    utc: Annotated[
-        str, Meta(extra_json_schema={"format": "date-time"}), says("when the result was made, ISO 8601 in UTC")
-    ]
+    utc: Annotated[Moment, says("when the result was made, ISO 8601 in UTC")]
 
 
-class Conditions(Part, frozen=True, kw_only=True):
-    """what else went on while the timed rounds ran; null where it does not apply or, with a line in warnings, could not
-    be had
-    """
+class Conditions(Struct, kw_only=True):
+    """what else went on in the timed rounds; null where it does not apply or, with a warning, could not be had"""
 
     clock_samples: Annotated[FromOne | None, says("how often the GPU's clocks were looked at, every 500 ms")] = None
     throttled_samples: Annotated[
-        Count | None, says("how often they were found throttled; above a tenth of clock_samples there is a warning")
+        Count | None, says("how often they were throttled; above a tenth there is a warning")
     ] = None
-    throttle_reasons: Annotated[
-        list[Annotated[str, says("a reason")]] | None,
-        says("why: power cap, hardware slowdown, heat (software), heat (hardware), power brake"),
-    ] = None
-    gpu_other_processes: Annotated[
-        Count | None, says("other processes with a context on the GPU before or after the rounds, whichever were more")
-    ] = None
+    throttle_reasons: Annotated[Texts | None, says("power cap, hardware slowdown, power brake, heat (two kinds)")] = (
+        None
+    )
+    gpu_other_processes: Annotated[Count | None, says("other processes on the GPU before or after, the larger")] = None
     drive_other_bytes: Annotated[
-        Count | None,
-        says(
-            "bytes that other processes read and wrote on the store's drives (the drives' counters less this process's "
-            "own); null where no layer is on the SSD"
-        ),
+        Count | None, says("bytes that others read and wrote on the store's drives; null where no layer is on the SSD")
     ] = None
-    cpu_other_pct: Annotated[
-        Percent | None, says("percent of all cores' time that other processes and the hypervisor took")
-    ] = None
+    cpu_other_pct: Annotated[Percent | None, says("of all cores' time, what others and the hypervisor took")] = None

@@ -8,13 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
+from bench.result.types_machine import Conditions
 from bench.run.gpu import Gpu
 from bench.run.provenance import disk_of
 
@@ -29,27 +28,6 @@ SAMPLE_S = 0.5
 MOST_THROTTLED_SHARE = 0.1
 MOST_DRIVE_SHARE, LEAST_DRIVE_BYTES = 0.05, 8 << 20
 MOST_CPU_PCT, LEAST_S = 20.0, 1.0
-
-
-@dataclass(slots=True)
-class Conditions:
-    """What was seen; None where it does not apply or could not be had.
-
-    Attributes:
-        clock_samples, throttled_samples: how often the clocks were looked at, and were found throttled.
-        drive_other_bytes: bytes that others read and wrote on the store's drives.
-        cpu_other_pct: share of all cores' time that others, the hypervisor included, took.
-    """
-
-    clock_samples: int | None = None
-    throttled_samples: int | None = None
-    throttle_reasons: list[str] | None = None
-    gpu_other_processes: int | None = None
-    drive_other_bytes: int | None = None
-    cpu_other_pct: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Watch:

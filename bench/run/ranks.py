@@ -29,13 +29,19 @@ class Report(Part, frozen=True, kw_only=True):
 def agreed_round(llm: LLaMA, rounds: Sequence[Round], *, interrupted: bool) -> int:
     """The round of median time on rank 0; where the others are going, this rank's own."""
     mine = median_round(rounds)
+    answer = _exchange(llm, str(mine), interrupted=interrupted)[0]
+    return min(int(answer), len(rounds) - 1) if answer is not None else mine
+
+
+def _exchange(llm: LLaMA, mine: str, *, interrupted: bool) -> list[str | None]:
+    """Every rank's text; after Ctrl-C, None for a rank that is gone."""
+    world = llm.inputs.world
     try:
-        answers = llm.inputs.world.exchange(str(mine), INTERRUPTED_LIMIT_S if interrupted else None)
+        return world.exchange(mine, INTERRUPTED_LIMIT_S if interrupted else None)
     except RankFailed:
         if not interrupted:
             raise
-        return mine
-    return min(int(answers[0]), len(rounds) - 1) if answers[0] is not None else mine
+        return [mine if rank == world.shard.rank else None for rank in range(world.shard.size)]
 
 
 def collect(llm: LLaMA, report: Report, *, interrupted: bool) -> list[Rank | None]:
@@ -44,14 +50,7 @@ def collect(llm: LLaMA, report: Report, *, interrupted: bool) -> list[Rank | Non
     Raises:
         RuntimeError: if the ranks sampled different tokens.
     """
-    mine = json.dumps(msgspec.to_builtins(report))
-    try:
-        answers = llm.inputs.world.exchange(mine, INTERRUPTED_LIMIT_S if interrupted else None)
-    except RankFailed:
-        if not interrupted:
-            raise
-        answers = [None] * llm.inputs.world.shard.size
-        answers[llm.inputs.world.shard.rank] = mine
+    answers = _exchange(llm, json.dumps(msgspec.to_builtins(report)), interrupted=interrupted)
     reports = [None if text is None else msgspec.convert(json.loads(text), Report) for text in answers]
     for rank, other in enumerate(reports):
         if other is not None and reports[0] is not None and other.output_sha256 != reports[0].output_sha256:
@@ -111,7 +110,7 @@ def with_ranks(result: Result, ranks: list[Rank | None]) -> Result:
         parallel=parallel,
         warnings=[
             *result.warnings,
-            *(f"rank {r.rank}: {told}" for r in there[1:] for told in r.warnings if told not in result.warnings),
+            *(f"rank {r.rank}: {line}" for r in there[1:] for line in r.warnings if line not in result.warnings),
         ],
     )
 

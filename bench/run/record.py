@@ -20,7 +20,6 @@ from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output,
 from bench.result.types_machine import (
     KV,
     BytesPerPass,
-    Conditions,
     Drive,
     KVTier,
     LoadSeconds,
@@ -51,7 +50,7 @@ from wsm.store.description import DTYPE_NAMES
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a run has got so far, so that an interrupted one can still be written; round ``chosen`` counts."""
+    """What a run has got so far, for the result of an interrupted one too; round ``chosen`` counts."""
 
     ceilings: dict[str, Ceiling]
     rounds: list[Round]
@@ -100,7 +99,7 @@ def result_of(
         kv=_kv(options, llm),
         config=_config(options, argv, user_set, llm),
         provenance=provenance,
-        conditions=Conditions(**dataclasses.asdict(got.watch.conditions)),
+        conditions=got.watch.conditions,
         output=_output(options, llm, chosen.generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,

@@ -1,6 +1,8 @@
-"""A timeline in the Chrome trace format: SSD reads, the CPU tier, copies to the GPU, computing and KV, a bar a group.
+"""A timeline in the Chrome trace format: SSD reads, the CPU tier, copies to the GPU, computing and KV, a bar per group.
 
-A viewer nests bars that overlap on one lane, so what overlaps lies on lanes side by side.
+A viewer nests bars that overlap on one lane, so what overlaps is on lanes side by side. What a program wants to know of
+an event is in its ``args``: ``kind`` (phase, ssd_read, cpu_tier, weight_h2d, weight_wait, kv_wait, compute, or what of
+KV moved: kv_h2d, kv_d2h, kv_read, kv_write), ``group``, ``layer`` of KV, ``step`` of the pass order, and ``bytes``.
 """
 
 from __future__ import annotations
@@ -20,51 +22,60 @@ _MOST_SIDE_BY_SIDE = 1000
 _SHORTEST_WAIT_S = 1e-6
 
 
-class Bar(NamedTuple):
+class Stay(NamedTuple):
     """One stay of a group in a lane, in seconds of the host's clock."""
 
     lane: str
     name: str
     interval: Interval
-    args: dict[str, int]
+    args: dict[str, Any]
 
 
 def chrome_trace(telemetry: Telemetry, phases: dict[str, Interval]) -> str:
     """The trace of the given stretches of time, as JSON; to be asked when the device is idle. Times in microseconds."""
     start = min(window[0] for window in phases.values())
     end = max(window[1] for window in phases.values())
-    bars = [bar for bar in _bars(telemetry, phases) if bar.interval[0] < end and bar.interval[1] > start]
+    stays = [stay for stay in _stays(telemetry, phases) if stay.interval[0] < end and stay.interval[1] > start]
     events: list[dict[str, Any]] = []
     for place, lane in enumerate(LANES):
-        tracks = _side_by_side(bar for bar in bars if bar.lane == lane)
+        tracks = _side_by_side(stay for stay in stays if stay.lane == lane)
         for beside, track in enumerate(tracks or [[]]):
             tid = place * _MOST_SIDE_BY_SIDE + beside
             events += _named(tid, lane if len(tracks) < 2 else f"{lane} {beside + 1}")
-            events += [_event(bar, tid, start) for bar in track]
+            events += [_event(stay, tid, start) for stay in track]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def _bars(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Bar]:
+def _stays(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Stay]:
     for name, window in phases.items():
-        yield Bar("phase", name, window, {})
+        yield Stay("phase", name, window, {"kind": "phase"})
     copies = _groups_of(telemetry.copies())
     copied_at = {(copy.group, copy.step): copy.end for copy in copies}
     for read in telemetry.reads:
-        yield Bar("SSD reads", _name(read.group), (read.start, read.end), {"bytes": read.nbytes})
+        yield _moved("SSD reads", "ssd_read", read)
         left_at = copied_at.get((read.group, read.step))
         if read.step is not None and left_at is not None:  # from its first byte in a slot to its last one on the GPU
-            yield Bar("CPU tier", _name(read.group), (read.start, max(left_at, read.end)), {"bytes": read.nbytes})
+            yield _moved("CPU tier", "cpu_tier", replace(read, end=max(left_at, read.end)))
     for copy in copies:
-        yield Bar("H2D", _name(copy.group), (copy.start, copy.end), {"bytes": copy.nbytes})
+        yield _moved("H2D", "weight_h2d", copy)
     for use in telemetry.uses():
+        group = str(use.group or "pass")
+        args = {"group": group, "step": use.step}
         if use.granted - use.asked > _SHORTEST_WAIT_S:
-            yield Bar("compute waits", f"wait {use.group or 'pass'}", (use.asked, use.granted), {})
-        yield Bar("compute", str(use.group or "pass"), (use.granted, use.done), {})
+            yield Stay("compute waits", f"wait {group}", (use.asked, use.granted), {"kind": "weight_wait", **args})
+        yield Stay("compute", group, (use.granted, use.done), {"kind": "compute", **args})
     for waited in telemetry.kv_waits():
         if waited[1] - waited[0] > _SHORTEST_WAIT_S:
-            yield Bar("compute waits", "wait KV", waited, {})
+            yield Stay("compute waits", "wait KV", waited, {"kind": "kv_wait"})
     for moved in telemetry.kv_transfers():
-        yield Bar("KV", f"L{moved.layer}.{moved.tier}", (moved.start, moved.end), {"bytes": moved.nbytes})
+        args = {"kind": moved.tier, "layer": moved.layer, "bytes": moved.nbytes}
+        yield Stay("KV", f"L{moved.layer}.{moved.tier}", (moved.start, moved.end), args)
+
+
+def _moved(lane: str, kind: str, moved: Transfer) -> Stay:
+    group = "globals" if moved.group is None else str(moved.group)
+    args = {"kind": kind, "group": group, "step": moved.step, "bytes": moved.nbytes}
+    return Stay(lane, group, (moved.start, moved.end), args)
 
 
 def _groups_of(pieces: Iterable[Transfer]) -> list[Transfer]:
@@ -77,18 +88,18 @@ def _groups_of(pieces: Iterable[Transfer]) -> list[Transfer]:
     return list(whole.values())
 
 
-def _side_by_side(bars: Iterable[Bar]) -> list[list[Bar]]:
-    """The bars in as few tracks as keep those of one track apart."""
-    tracks: list[list[Bar]] = []
+def _side_by_side(stays: Iterable[Stay]) -> list[list[Stay]]:
+    """The stays in as few tracks as keep those of one track apart."""
+    tracks: list[list[Stay]] = []
     free_at: list[tuple[float, int]] = []
-    for bar in sorted(bars, key=lambda bar: bar.interval):
-        if free_at and free_at[0][0] <= bar.interval[0]:
+    for stay in sorted(stays, key=lambda stay: stay.interval):
+        if free_at and free_at[0][0] <= stay.interval[0]:
             track = heapq.heappop(free_at)[1]
         else:
             track = len(tracks)
             tracks.append([])
-        tracks[track].append(bar)
-        heapq.heappush(free_at, (bar.interval[1], track))
+        tracks[track].append(stay)
+        heapq.heappush(free_at, (stay.interval[1], track))
     return tracks
 
 
@@ -100,11 +111,7 @@ def _named(tid: int, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _event(bar: Bar, tid: int, start: float) -> dict[str, Any]:
-    first, last = bar.interval
+def _event(stay: Stay, tid: int, start: float) -> dict[str, Any]:
+    first, last = stay.interval
     times = {"ts": (first - start) * 1e6, "dur": (last - first) * 1e6}
-    return {"ph": "X", "name": bar.name, "pid": 0, "tid": tid, **times, "args": bar.args}
-
-
-def _name(group: GroupId | None) -> str:
-    return "globals" if group is None else str(group)
+    return {"ph": "X", "name": stay.name, "pid": 0, "tid": tid, **times, "args": stay.args}

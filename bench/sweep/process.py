@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.result.results import read_result
-from bench.result.sweep_folder import Failure, Outcome, Point, result_file
+from bench.result.sweep_folder import Failure, Outcome, Point, write_json
 from wsm.errors import UnusableInput
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench_infer.py"
@@ -23,25 +24,29 @@ _PREFIX = "bench_infer.py: "
 
 
 def run_point(folder: Path, point: Point, repeat: int, inner_repeats: int, environment: Mapping[str, str]) -> Outcome:
-    """Run it to its end.
+    """Run it to its end, and keep its result or why it failed.
 
     Raises:
         KeyboardInterrupt: after the process, interrupted as well, has ended; it then counts as not run.
     """
-    final = result_file(folder, point, repeat)
-    running, log = final.with_name(f".{final.stem}.running.json"), final.with_suffix(".log")
+    place = folder / point.folder
+    final, failed, log = (place / f"r{repeat}.{ending}" for ending in ("json", "failed.json", "log"))
+    running = place / f".r{repeat}.running.json"
     command = [sys.executable, str(SCRIPT), "run", *point.argv, f"--repeats={inner_repeats}", f"--out-json={running}"]
     try:
         code = _wait(command, log, environment)
         if code == 0:
             result = read_result(running)
             os.replace(running, final)
-            return Outcome(point.number, repeat, point.values, result, None)
+            failed.unlink(missing_ok=True)
+            return Outcome(point.number, repeat, result)
+        failure = Failure(code, _reason(code, log))
     except UnusableInput as error:
-        return Outcome(point.number, repeat, point.values, None, Failure(0, str(error)))
+        failure = Failure(0, str(error))
     finally:
         running.unlink(missing_ok=True)
-    return Outcome(point.number, repeat, point.values, None, Failure(code, _reason(code, log)))
+    write_json(failed, asdict(failure))
+    return Outcome(point.number, repeat, failure)
 
 
 def _wait(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:

@@ -13,26 +13,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench.options.sweep_flags import SweepOptions
-from bench.result.sweep_folder import (
-    DESCRIPTION,
-    LINES,
-    LOCK,
-    Outcome,
-    Point,
-    append_line,
-    failure_file,
-    most_repeats,
-    outcome_of,
-    read_description,
-    write_description,
-    write_failure,
-    write_lines,
-)
+from bench.result.sweep_folder import DESCRIPTION, Failure, Outcome, Point, outcomes_in, read_description, write_json
+from bench.result.types import Result
 from bench.sweep.process import run_point
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
 
-Job = tuple[Point, int]
+_LOCK = ".lock"
 _DECIDING = frozenset((*PRESETS, *ECHOED_ONLY))
 
 
@@ -49,74 +36,52 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
     folder, points = options.out_dir, options.sweep.points
     with _opened(options, _description(options, environment)):
         jobs = list(_jobs(points, options.repeats))
-        ended = _ended(folder, points)
-        write_lines(folder, ended)
+        ended = outcomes_in(folder, points)
         if options.retry_failed:
-            ended = [outcome for outcome in ended if outcome.failure is None or outcome.repeat > options.repeats]
+            ended = [o for o in ended if not isinstance(o.gave, Failure) or o.repeat > options.repeats]
         done = {(outcome.point, outcome.repeat) for outcome in ended}
-        left = [job for job in jobs if (job[0].number, job[1]) not in done]
-        _say(
-            f"[SWEEP] {len(options.sweep.points)} points x {options.repeats} processes, {len(left)} to run, in {folder}"
-        )
-        try:
-            outcomes = ended + _run(options, left, len(jobs), environment)
-        finally:
-            if options.retry_failed:  # what was run again has two lines now
-                write_lines(folder, _ended(folder, points))
+        left = [(point, repeat) for point, repeat in jobs if (point.number, repeat) not in done]
+        _say(f"[SWEEP] {len(points)} points x {options.repeats} processes, {len(left)} to run, in {folder}")
+        outcomes = ended + _run(options, left, len(jobs), environment)
     return _closing(options, outcomes)
 
 
-def _ended(folder: Path, points: Sequence[Point]) -> list[Outcome]:
-    """All that is there, of earlier calls with more repeats too."""
-    jobs = _jobs(points, most_repeats(folder, points))
-    return [outcome for job in jobs if (outcome := outcome_of(folder, *job)) is not None]
-
-
-def _jobs(points: Sequence[Point], repeats: int) -> Iterator[Job]:
+def _jobs(points: Sequence[Point], repeats: int) -> Iterator[tuple[Point, int]]:
     """All points once, then all in reverse, and so on: what drifts with time weighs on every point alike."""
     for repeat in range(1, repeats + 1):
         order = points if repeat % 2 else tuple(reversed(points))
         yield from ((point, repeat) for point in order)
 
 
-def _run(options: SweepOptions, jobs: Sequence[Job], total: int, environment: Mapping[str, str]) -> list[Outcome]:
+def _run(
+    options: SweepOptions, jobs: Sequence[tuple[Point, int]], total: int, environment: Mapping[str, str]
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
     since = time.monotonic()
     with tqdm(total=total, initial=total - len(jobs), unit="run", desc="sweep", disable=None, leave=False) as bar:
         for point, repeat in jobs:
             bar.set_postfix_str(point.folder)
-            outcome = run_point(options.out_dir, point, repeat, options.inner_repeats, environment)
-            if outcome.failure is not None:
-                write_failure(failure_file(options.out_dir, point, repeat), outcome.failure)
-            else:
-                failure_file(options.out_dir, point, repeat).unlink(missing_ok=True)
-            append_line(options.out_dir, outcome)
-            outcomes.append(outcome)
+            outcomes.append(run_point(options.out_dir, point, repeat, options.inner_repeats, environment))
             bar.update()
             left = len(jobs) - len(outcomes)
             eta_s = (time.monotonic() - since) / len(outcomes) * left
-            _say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {_told(outcome)}, {_left(left, eta_s)}")
+            eta = f"{left} left, about {eta_s:.0f} s" if left else "all done"
+            _say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {_shown(outcomes[-1].gave)}, {eta}")
     return outcomes
 
 
-def _told(outcome: Outcome) -> str:
-    if outcome.failure is not None:
-        return f"failed, exit {outcome.failure.exit_code}: {outcome.failure.reason}"
-    assert outcome.result is not None
-    return f"e2e_ms {outcome.result.e2e_ms:.1f}"
-
-
-def _left(jobs: int, seconds: float) -> str:
-    return f"{jobs} left, about {seconds:.0f} s" if jobs else "all done"
+def _shown(gave: Result | Failure) -> str:
+    if isinstance(gave, Failure):
+        return f"failed, exit {gave.exit_code}: {gave.reason}"
+    return f"e2e_ms {gave.e2e_ms:.1f}"
 
 
 def _closing(options: SweepOptions, outcomes: Sequence[Outcome]) -> int:
-    failed = [outcome for outcome in outcomes if outcome.failure is not None]
-    _say(f"[SWEEP] {len(outcomes) - len(failed)} results and {len(failed)} failures in {options.out_dir / LINES}")
-    if outcomes and len(failed) == len(outcomes):
-        first = failed[0].failure
-        assert first is not None
-        print(f"bench_infer.py: every process of the sweep failed, the first with: {first.reason}", file=sys.stderr)
+    failures = [outcome.gave for outcome in outcomes if isinstance(outcome.gave, Failure)]
+    _say(f"[SWEEP] {len(outcomes) - len(failures)} results and {len(failures)} failures in {options.out_dir}")
+    if outcomes and len(failures) == len(outcomes):
+        reason = failures[0].reason
+        print(f"bench_infer.py: every process of the sweep failed, the first with: {reason}", file=sys.stderr)
         return 1
     for verb in ("compare", "report"):
         _say(f"[SWEEP] next: bench_infer.py {verb} {options.out_dir}")
@@ -143,7 +108,7 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as lock:
+    with (folder / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -155,7 +120,7 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
         elif strangers := sorted(path.name for path in folder.iterdir() if path.name[0] != "."):
             raise UnusableInput(f"--out-dir {folder} holds {strangers[0]} and no sweep: name an empty or a new folder")
         else:
-            write_description(folder, wanted)
+            write_json(folder / DESCRIPTION, wanted)
         for leftover in folder.glob("*/.r*"):
             leftover.unlink()
         for point in options.sweep.points:

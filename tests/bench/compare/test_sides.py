@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import Side, differing, mixed_within, read_sides
+from bench.result.sweep_folder import Failure
 from bench.result.types import SCHEMA_VERSION
 from bench_infer import command_line as main
 from tests.results import stored, varied
@@ -67,6 +68,16 @@ def test_lines_of_whole_results_are_one_side(measured: Mapping[str, Any], tmp_pa
     assert side.samples("e2e_ms") == [3, 4]
 
 
+def test_lines_as_sweeps_once_wrote_them_are_a_side_for_each_point(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    first = {"point": 1, "values": {"--seed": "1"}, "exit_code": 0, "reason": None}
+    second = {"point": 2, "values": {"--seed": "7"}, "exit_code": 3, "reason": "no room", "result": None}
+    entries = [{**first, "result": varied(measured, [n])} for n in (3, 4)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in (*entries, second)))
+    good, bad = read_sides([tmp_path / "results.jsonl"])
+    assert (good.name, good.samples("e2e_ms"), bad.name) == ("seed=1", [3, 4], "seed=7")
+    assert bad.failures == (Failure(3, "no room"),)
+
+
 def test_sides_of_one_name_are_told_apart(measured: Mapping[str, Any], tmp_path: Path) -> None:
     one, two = stored(tmp_path / "x" / "r.json", measured), stored(tmp_path / "y" / "r.json", measured)
     assert [side.name for side in read_sides([one, two])] == [str(one), str(two)]
@@ -116,7 +127,7 @@ def test_a_line_broken_off_is_named_by_its_number(measured: Mapping[str, Any], t
     assert "line 2" in refusal(tmp_path / "r.jsonl")
 
 
-@pytest.mark.parametrize("line", ['{"point": 1}', '{"point": "x", "values": {}, "result": null}', "[]", "3"])
+@pytest.mark.parametrize("line", ["null", '{"point": 1}', '{"point": "x", "values": {}, "result": null}', "[]", "3"])
 def test_a_line_that_is_no_result_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "r.jsonl").write_text(line)
     assert "line 1" in refusal(tmp_path / "r.jsonl")

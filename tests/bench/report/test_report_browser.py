@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench.compare.sides import Side
-from bench.report.page import page
 
+page = pytest.importorskip("bench.report.page", reason="the plot extra is not installed").page
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )

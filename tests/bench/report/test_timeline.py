@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import Side, read_sides
-from bench.report.charts import MOVED, STALLED_KV
-from bench.report.svg import draw
-from bench.report.timeline import Lane, Timeline, read_trace, timelines_of
+from bench.report.charts import MOVED, STALLED_KV, Bar, Bars
+from bench.report.timeline import read_trace, timelines_of
 from bench.run.trace import chrome_trace
 from tests.results import stored, typed, varied
 from wsm.engine.device import CpuDevice
@@ -28,10 +28,10 @@ def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tu
     assert side.typical is not None
     run, one_pass = timelines_of(side)
     assert run.window[1] == pytest.approx(side.typical.e2e_ms, rel=0.01)
-    [computed] = (lane.spans for lane in one_pass.lanes if lane.name == "compute")
+    [computed] = (lane.spans for lane in one_pass.bars if lane.label == "compute")
     start, end = one_pass.window
     assert len([span for span in computed if start <= span[0] < end]) == 2 * 48  # the built-in model's groups
-    lanes = {lane.name: lane.spans for lane in run.lanes}
+    lanes = {lane.label: lane.spans for lane in run.bars}
     busy_ms = sum(end - start for start, end, _ in lanes["compute"])
     told = side.typical.phases
     assert busy_ms == pytest.approx(told.prefill.busy_ms.compute + told.decode.busy_ms.compute, rel=0.02)
@@ -47,7 +47,7 @@ def test_bars_side_by_side_are_one_lane_and_each_way_of_kv_is_its_own(tmp_path: 
     telemetry.kv_waited(asked, granted)
     path = tmp_path / "t.json"
     path.write_text(chrome_trace(telemetry, {"decode": (0.0, 6.0)}))
-    lanes = {lane.name: lane.spans for lane in read_trace(path).lanes}
+    lanes = {lane.label: lane.spans for lane in read_trace(path).lanes}
     assert [span[2] for span in lanes["SSD reads"]] == ["SSD"] * 3
     for at, tier in enumerate(KV_TIERS):
         assert lanes[MOVED[tier]] == ((1e3 * at, 1e3 * at + 2e3, MOVED[tier]),)
@@ -55,10 +55,27 @@ def test_bars_side_by_side_are_one_lane_and_each_way_of_kv_is_its_own(tmp_path: 
     assert "KV" not in lanes
 
 
+def test_a_trace_of_before_events_said_what_they_are_of_is_shown_by_their_names(
+    measured_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    trace = json.loads(measured_files[1].read_text(encoding="utf-8"))
+    kv = {"name": "thread_name", "ph": "M", "tid": 6001, "args": {"name": "KV 2"}}
+    moved = {"name": "L3.kv_read", "ph": "X", "tid": 6001, "ts": 1, "dur": 2, "args": {"kind": "kv_read"}}
+    waited = {"name": "wait KV", "ph": "X", "tid": 4000, "ts": 1, "dur": 2, "args": {"kind": "kv_wait"}}
+    trace["traceEvents"] += [kv, moved, waited]
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    new.write_text(json.dumps(trace))
+    for event in trace["traceEvents"]:
+        event["args"] = {"name": event["args"].get("name")}
+    old.write_text(json.dumps(trace))
+    assert read_trace(old) == read_trace(new)
+    assert {"KV from its drive", "SSD reads", "CPU tier"} <= {lane.label for lane in read_trace(old).lanes}
+
+
 def test_the_sums_show_kv_and_the_wait_for_it(measured: Mapping[str, Any], tmp_path: Path) -> None:
     moved = varied(measured, phases__decode__busy_ms__kv_h2d=2.0, phases__decode__stall_ms__kv=1.0)
     [only] = timelines_of(Side("a", (typed(moved),), stored(tmp_path / "a.json", moved)))
-    lanes = {lane.name: lane.spans for lane in only.lanes}
+    lanes = {lane.label: lane.spans for lane in only.bars}
     [[start, end, kind]] = lanes["KV to GPU"]
     assert (end - start, kind) == (pytest.approx(2.0), "KV to GPU")
     assert STALLED_KV in {span[2] for span in lanes["compute"]}
@@ -68,7 +85,7 @@ def test_the_sums_show_kv_and_the_wait_for_it(measured: Mapping[str, Any], tmp_p
 def test_without_a_trace_the_timeline_says_that_it_is_of_sums(measured: Mapping[str, Any], tmp_path: Path) -> None:
     [only] = timelines_of(Side("a", (typed(measured),), stored(tmp_path / "a.json", measured)))
     assert "not when" in only.note
-    assert only.window[1] == pytest.approx(measured["e2e_ms"], rel=1e-5)
+    assert only.bars[0].spans[-1][1] == pytest.approx(measured["e2e_ms"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +107,9 @@ def test_a_damaged_trace_is_one_sentence(tmp_path: Path, content: str) -> None:
 
 
 def test_a_long_trace_stays_a_small_page() -> None:
+    draw = pytest.importorskip("bench.report.draw", reason="the plot extra is not installed")
     spans = tuple((place * 0.1, place * 0.1 + 0.09, "busy") for place in range(200_000))
-    drawn = draw(Timeline("t", "t", "", (0.0, 20_000.0), (Lane("compute", spans),)))
+    drawn = draw.svg(Bars("t", "t", "", "ms", (Bar("compute", spans),), (0.0, 20_000.0)))
     assert len(drawn) < 100_000
     assert "200000 times" in drawn
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.result.types_machine import Conditions
 from bench.run import conditions
-from bench.run.conditions import Conditions, Watch
+from bench.run.conditions import Watch
 from tests.bench.run.fake_nvml import CLOCK_FUNCTIONS, FIRST, SECOND, FakeGpu, FakeNvml, NoDriver, gpu_machine
 
 

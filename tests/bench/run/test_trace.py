@@ -38,7 +38,8 @@ def test_bars_outside_the_phases_are_left_out_and_time_starts_with_them() -> Non
     telemetry = Telemetry(CpuDevice())
     telemetry.reads = [Transfer(GroupId(0, "attn"), n, 10, at, at + 0.5) for n, at in enumerate((1.0, 7.0, 20.0))]
     (bars,) = bars_by_lane(chrome_trace(telemetry, {"prefill": (5.0, 8.0), "decode": (8.0, 9.0)}))["SSD reads"].values()
-    assert [(bar["ts"], bar["dur"], bar["args"]) for bar in bars] == [(2e6, 0.5e6, {"bytes": 10})]
+    args = {"kind": "ssd_read", "group": "L0.attn", "step": 1, "bytes": 10}
+    assert [(bar["ts"], bar["dur"], bar["args"]) for bar in bars] == [(2e6, 0.5e6, args)]
 
 
 def test_kv_that_moves_and_waits_for_it_have_their_bars() -> None:

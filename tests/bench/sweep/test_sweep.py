@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import read_sides
-from bench.result.sweep_folder import Outcome, Point
+from bench.result.sweep_folder import Failure, Outcome, Point, outcomes_in, read_description
 from bench.sweep import process as sweep_process
 from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
@@ -70,33 +70,34 @@ def sweep(folder: Path, *argv: str) -> int:
     return main(["sweep", "--out-dir", str(folder), *argv])
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+def ended(folder: Path) -> dict[tuple[int, int], tuple[int, str | None]]:
+    """Exit code and reason of every process that has ended, by point and repeat."""
+    points = [Point(entry["number"], entry["values"], ()) for entry in read_description(folder)["points"]]
+    return {
+        (o.point, o.repeat): (o.gave.exit_code, o.gave.reason) if isinstance(o.gave, Failure) else (0, None)
+        for o in outcomes_in(folder, points)
+    }
 
 
 def test_repeats_go_there_and_back_over_the_points(script: Path, tmp_path: Path) -> None:
     assert sweep(tmp_path / "s", "--seed", "1,2,3", "--repeats", "3", "--inner-repeats", "4") == 0
     assert seeds(script) == ["1", "2", "3", "3", "2", "1", "1", "2", "3"]
     assert all("--repeats=4" in call for call in calls(script))
-    assert [(line["point"], line["repeat"]) for line in lines_of(tmp_path / "s")] == [
-        (1, 1), (2, 1), (3, 1), (3, 2), (2, 2), (1, 2), (1, 3), (2, 3), (3, 3),
-    ]  # fmt: skip
+    assert set(ended(tmp_path / "s")) == {(point, repeat) for point in (1, 2, 3) for repeat in (1, 2, 3)}
     sides = read_sides([tmp_path / "s"])
     assert [(side.name, len(side.results)) for side in sides] == [("seed=1", 3), ("seed=2", 3), ("seed=3", 3)]
-    same = read_sides([tmp_path / "s" / "results.jsonl"])
-    assert [(side.name, len(side.results), side.values) for side in same] == [(s.name, 3, s.values) for s in sides]
 
 
 def test_a_failed_point_is_a_result_with_its_reason_and_not_the_end(
     script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep(tmp_path / "s", "--seed", "7,8,1") == 0
-    told = {line["values"]["--seed"]: (line["exit_code"], line["reason"]) for line in lines_of(tmp_path / "s")}
-    assert told["7"] == (3, "the run does not fit: it takes 9 GiB")
-    assert told["8"][0] == -9
-    assert "SIGKILL" in told["8"][1]
-    assert told["1"] == (0, None)
-    assert "1 results and 2 failures" in capsys.readouterr().out
+    told = ended(tmp_path / "s")
+    assert told[1, 1] == (3, "the run does not fit: it takes 9 GiB")
+    assert told[2, 1][0] == -9
+    assert "SIGKILL" in str(told[2, 1][1])
+    assert told[3, 1] == (0, None)
+    assert f"1 results and 2 failures in {tmp_path / 's'}\n" in capsys.readouterr().out
     assert [side.failures[0].exit_code for side in read_sides([tmp_path / "s"]) if side.failures] == [3, -9]
 
 
@@ -115,15 +116,14 @@ def test_what_is_there_is_not_run_again_and_more_repeats_go_on(script: Path, tmp
     assert seeds(script) == ["1", "7", "7", "1"]
     assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "2", "--retry-failed") == 0
     assert seeds(script)[4:] == ["7", "7"]
-    assert len(lines_of(tmp_path / "s")) == 4
+    assert len(ended(tmp_path / "s")) == 4
 
 
-def test_a_line_broken_off_is_mended_from_the_files(script: Path, tmp_path: Path) -> None:
+def test_a_result_counts_and_not_an_earlier_failure_that_a_kill_left_beside_it(script: Path, tmp_path: Path) -> None:
     assert sweep(tmp_path / "s", "--seed", "1,2") == 0
-    lines = tmp_path / "s" / "results.jsonl"
-    lines.write_text(lines.read_text()[:-50])
+    (tmp_path / "s" / "p01-seed=1" / "r1.failed.json").write_text('{"exit_code": 3, "reason": "before"}')
     assert sweep(tmp_path / "s", "--seed", "1,2") == 0
-    assert len(lines_of(tmp_path / "s")) == 2
+    assert ended(tmp_path / "s") == {(1, 1): (0, None), (2, 1): (0, None)}
     assert seeds(script) == ["1", "2"]
 
 
@@ -220,11 +220,11 @@ def test_killed_half_way_it_goes_on_where_it_stopped(
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=10)
     assert gone(hanging), "the killed sweep left a process behind, which would disturb the sweep that goes on"
-    assert [line["repeat"] for line in lines_of(tmp_path / "s")] == [1]
+    assert list(ended(tmp_path / "s")) == [(1, 1)]
     (script.parent / "go").touch()
     assert sweep(tmp_path / "s", "--seed", "1,9,2") == 0
     assert seeds(script) == ["1", "9", "9", "2"]
-    assert [line["point"] for line in lines_of(tmp_path / "s")] == [1, 2, 3]
+    assert list(ended(tmp_path / "s")) == [(1, 1), (2, 1), (3, 1)]
     assert [path.name for path in (tmp_path / "s").rglob(".*") if path.name != ".lock"] == []
 
 
@@ -238,7 +238,7 @@ def test_ctrl_c_reaches_the_running_process_and_nothing_of_it_counts(
     assert err.strip() == "bench_infer.py: interrupted; nothing half-written was left"
     assert (script.parent / "joined").exists(), "the sweep did not wait for its process to end in order"
     assert gone(hanging)
-    assert [line["point"] for line in lines_of(tmp_path / "s")] == [1]
+    assert list(ended(tmp_path / "s")) == [(1, 1)]
 
 
 # -- with the script itself
@@ -277,24 +277,22 @@ def test_a_sweep_under_other_variables_is_another_sweep(
     assert seeds(script) == ["1", "1"]
 
 
-def test_fewer_repeats_lose_no_line(script: Path, tmp_path: Path) -> None:
+def test_fewer_repeats_lose_nothing(script: Path, tmp_path: Path) -> None:
     assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "3") == 0
-    before = lines_of(tmp_path / "s")
+    before = ended(tmp_path / "s")
     assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "1") == 0
-    assert lines_of(tmp_path / "s") == before
+    assert ended(tmp_path / "s") == before
     assert sweep(tmp_path / "s", "--seed", "1,7", "--repeats", "1", "--retry-failed") == 0
     assert seeds(script)[6:] == ["7"]
-    assert sorted((line["point"], line["repeat"]) for line in lines_of(tmp_path / "s")) == [
-        (point, repeat) for point in (1, 2) for repeat in (1, 2, 3)
-    ]
+    assert set(ended(tmp_path / "s")) == {(point, repeat) for point in (1, 2) for repeat in (1, 2, 3)}
 
 
-def test_a_retry_that_is_broken_off_leaves_a_line_for_each_process(
+def test_a_retry_that_is_broken_off_leaves_an_outcome_of_each_process(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = ["--seed", "1,7,8"]
     assert sweep(tmp_path / "s", *argv) == 0
-    before, real = lines_of(tmp_path / "s"), sweep_module.run_point
+    before, real = ended(tmp_path / "s"), sweep_module.run_point
 
     def run_point(folder: Path, point: Point, *rest: Any) -> Outcome:
         if point.number == 3:
@@ -303,7 +301,7 @@ def test_a_retry_that_is_broken_off_leaves_a_line_for_each_process(
 
     monkeypatch.setattr(sweep_module, "run_point", run_point)
     assert sweep(tmp_path / "s", *argv, "--retry-failed") == 130
-    assert lines_of(tmp_path / "s") == before
+    assert ended(tmp_path / "s") == before
 
 
 @pytest.mark.parametrize("flag", ["--checkpoints", "--prompts", "--manifest"])

@@ -57,7 +57,13 @@ def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:
     Raises:
         StoreError: naming the first tensor that differs, or the file that has changed since it was packed.
     """
-    _compare_sources(store, checkpoint)
+    packed = {source.name: source for source in store.description.sources}
+    for source in checkpoint.sources():
+        if source.name in packed and packed[source.name] != source:
+            raise StoreError(
+                f"{source.name} of the checkpoint is not the file that {store.description.path} was packed from: "
+                "give the checkpoint that was packed, or pack this one"
+            )
     if not checkpoint.has_weights:
         if store.description.version == 1:
             store.warnings.append(
@@ -76,14 +82,3 @@ def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:
                     f"{target} does not hold the checkpoint's {name}: it is another device, or the store of another "
                     "checkpoint; give the one that was packed, or pack this one"
                 )
-
-
-def _compare_sources(store: PackedStore, checkpoint: TensorSource) -> None:
-    """Files of the names that were packed must be the ones that were packed."""
-    packed = {source.name: source for source in store.description.sources}
-    for source in checkpoint.sources():
-        if source.name in packed and packed[source.name] != source:
-            raise StoreError(
-                f"{source.name} of the checkpoint is not the file that {store.description.path} was packed from: "
-                "give the checkpoint that was packed, or pack this one"
-            )

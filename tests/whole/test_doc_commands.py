@@ -16,7 +16,7 @@ from bench.sweep import process as sweep_process
 from bench_infer import command_line as main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/QUICKSTART.zh-CN.md", "docs/TUNING.md")
+PAGES = ("README.md", "docs/QUICKSTART.md", "docs/QUICKSTART.zh-CN.md", "docs/TUNING.md", "docs/COMPARING.md")
 ELSEWHERE = re.compile(r"/dev/|~/|Llama-|70b|prompts\.txt")
 """A device, a checkpoint or a prompt file that is not here."""
 STAND_IN = """

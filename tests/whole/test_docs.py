@@ -21,7 +21,10 @@ from wsm.settings import PRESETS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FLAGS = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "docs" / "QUICKSTART.zh-CN.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+COMPARING = (ROOT / "docs" / "COMPARING.md").read_text(encoding="utf-8")
 TUNING = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
 
 
@@ -82,20 +85,20 @@ def test_flags_page_and_chinese_guide_name_every_variable(variable: str) -> None
 
 
 @pytest.mark.parametrize("key", FIXED_KEYS)
-def test_readme_and_chinese_guide_name_every_key_of_the_guide(key: str) -> None:
-    assert re.search(rf"`{key}\b", README), f"README.md lacks the JSON key {key}"
+def test_both_quick_starts_name_every_key_of_the_guide(key: str) -> None:
+    assert re.search(rf"`{key}\b", QUICKSTART), f"QUICKSTART.md lacks the JSON key {key}"
     assert re.search(rf"`{key}\b", CHINESE), f"QUICKSTART.zh-CN.md lacks the JSON key {key}"
 
 
 @pytest.mark.parametrize("code", [0, cli.FAILED, cli.UNUSABLE, cli.TOO_LARGE, cli.BAD_STORE, cli.INTERRUPTED])
-def test_readme_and_chinese_guide_explain_every_exit_code(code: int) -> None:
-    for name, page in (("README.md", README), ("QUICKSTART.zh-CN.md", CHINESE)):
+def test_both_quick_starts_and_the_contract_explain_every_exit_code(code: int) -> None:
+    pages = {"QUICKSTART.md": QUICKSTART, "QUICKSTART.zh-CN.md": CHINESE, "ARCHITECTURE.md": ARCHITECTURE}
+    for name, page in pages.items():
         assert re.search(rf"^\| {code} \| \w", page, re.MULTILINE), f"{name} lacks exit code {code}"
 
 
-@pytest.mark.parametrize("name", ["README", "CHINESE", "TUNING", "FLAGS"])
-def test_no_page_names_a_flag_or_variable_that_does_not_exist(name: str) -> None:
-    page = {"README": README, "CHINESE": CHINESE, "TUNING": TUNING, "FLAGS": FLAGS}[name]
+@pytest.mark.parametrize("page", [README, QUICKSTART, CHINESE, TUNING, COMPARING, ARCHITECTURE, FLAGS])
+def test_no_page_names_a_flag_or_variable_that_does_not_exist(page: str) -> None:
     known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
     foreign = {"--user", "--nproc-per-node"}  # of pip and of torchrun
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - foreign
@@ -143,7 +146,9 @@ def test_json_md_says_what_several_objects_share_once() -> None:
 
 
 def test_documents_named_in_the_documents_exist() -> None:
-    for folder, page in ((ROOT, README), (ROOT / "docs", CHINESE), (ROOT / "docs", TUNING), (ROOT / "docs", FLAGS)):
+    docs = ROOT / "docs"
+    pages = (QUICKSTART, CHINESE, TUNING, ARCHITECTURE, FLAGS)
+    for folder, page in ((ROOT, README), *((docs, page) for page in pages)):
         links = re.findall(r"\]\((?!http)([^)#]+)", page)
         assert links
         assert [link for link in links if not (folder / link).exists()] == []

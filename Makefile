@@ -4,6 +4,8 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 MODES := full preload stream mixed
+# Processes that share the tests. On a machine with a GPU, JOBS=0 runs them one after the other.
+JOBS ?= 2
 
 .PHONY: bench test lint clean
 
@@ -22,7 +24,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench_infer.py compare $(MODES:%=bench_results_%.json)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -22,7 +22,6 @@ from llama.loading import DEFAULT_CACHE, choose_device
 from llama.parallel.world import ALONE, World
 from llama.stores import read_manifest, stored_config
 from llama.tokenizer import Tokenizer, load_tokenizer
-from wsm.engine.numa import bind_to_gpu
 from wsm.errors import UnusableInput
 from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
 from wsm.plan.inputs import PlanInputs, RunShape
@@ -62,7 +61,7 @@ class BuildOptions:
 class Inputs:
     """What a run reads: opened and checked, nothing large allocated.
 
-    ``checkpoint`` is the whole model's, ``share`` what this rank holds of it, ``numa_node`` where it runs if known.
+    ``checkpoint`` is the whole model's, ``share`` what this rank holds of it.
     """
 
     options: BuildOptions
@@ -71,7 +70,6 @@ class Inputs:
     device: torch.device
     dtype: torch.dtype
     description: StoreDescription | None
-    numa_node: int | None = None
     _tokenizer: Tokenizer | None = None
 
     @property
@@ -138,7 +136,6 @@ def open_inputs(options: BuildOptions) -> Inputs:
     inputs = Inputs(options, checkpoint, share, device, dtype, description)
     if world.shard.size > 1:
         world.agree(_facts(inputs))
-        inputs.numa_node = bind_to_gpu(device)
         world.connect(device)
     return inputs
 

@@ -23,11 +23,9 @@ from llama.stores import cached_store
 from llama.tokenizer import Tokenizer
 from llama.weights import TensorWeights, WeightSource
 from wsm.disk.blockdev import is_block_device
-from wsm.engine.collectives import CollectiveTimes
-from wsm.engine.device import Device, open_device
-from wsm.engine.link import Link
-from wsm.engine.manager import WeightStreamingManager
-from wsm.engine.telemetry import Telemetry
+from wsm.engine.device import Device, Link, open_device
+from wsm.engine.stream import WeightStreamingManager
+from wsm.engine.telemetry import CollectiveTimes, Telemetry
 from wsm.errors import UnusableInput
 from wsm.kv.tiers import DiskOptions, KVTiers
 from wsm.plan.advice import check_fits
@@ -209,9 +207,9 @@ class LLaMA:
             source.close()
             raise
         self.manager = manager
-        self.warnings += manager.warnings
-        self.load_times.parts["populate_s"] = manager.populate_s
-        self.load_times.parts["page_lock_s"] = manager.page_lock_s if self.device.pinned else None
+        self.warnings += manager.memory.warnings
+        self.load_times.parts["populate_s"] = manager.memory.populate_s
+        self.load_times.parts["page_lock_s"] = manager.memory.page_lock_s if self.device.pinned else None
         before_load(self)
         manager.start()
         self.load_times.parts["globals_s"] = manager.globals_s
@@ -254,12 +252,12 @@ class LLaMA:
     @property
     def page_locked_bytes(self) -> int:
         """Page-locked CPU memory of weights and KV, held now."""
-        return self._kv_page_locked_bytes + (self.manager.page_locked_bytes if self.manager is not None else 0)
+        return self._kv_page_locked_bytes + (self.manager.memory.page_locked_bytes if self.manager else 0)
 
     @property
     def page_locked_peak_bytes(self) -> int:
         """The most of it so far, loading buffers included."""
-        return self._kv_page_locked_bytes + (self.manager.page_locked_peak_bytes if self.manager is not None else 0)
+        return self._kv_page_locked_bytes + (self.manager.memory.page_locked_peak_bytes if self.manager else 0)
 
     @property
     def _kv_page_locked_bytes(self) -> int:

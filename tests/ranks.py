@@ -154,5 +154,5 @@ def answer(directory: Path, mode: str, config: dict[str, Any], world: Any, promp
                 prompts, max_new_tokens=4, temperature=0.9, top_p=0.95, seed=3, ignore_eos=True
             ).tokens
         logits = llm.logits([prompts[0]])
-        page_locked = llm.manager.page_locked_bytes if llm.manager is not None else 0
+        page_locked = llm.manager.memory.page_locked_bytes if llm.manager is not None else 0
         return {"tokens": tokens, "sampled": sampled, "logits": logits, "page_locked": page_locked, "kv": llm.kv.nbytes}

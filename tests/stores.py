@@ -28,7 +28,6 @@ from wsm.layout.model import SourceFile
 from wsm.store.description import DTYPE_NAMES
 from wsm.store.pack import PackRequest, Progress
 from wsm.store.packed_store import PackedStore
-from wsm.store.source import read_blocking
 
 CONFIG = ModelConfig("tiny", dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=300)
 Params = list[dict[str, Any]]
@@ -97,7 +96,7 @@ def read_tensors(store: PackedStore) -> dict[str, Tensor]:
     tensors = {}
     for group, stored in store.description.groups.items():
         buffer = aligned(stored.layout.nbytes)
-        read_blocking(store, group, buffer)
+        store.read(group, buffer).checked.result()
         for name, tensor in views(buffer, stored.layout).items():
             tensors[full_name(group, name)] = tensor.clone()
     return tensors

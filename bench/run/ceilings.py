@@ -35,7 +35,7 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
         found = probe_compute(llm.device, llm.inputs.dtype)
         _release(llm.inputs.device)
         return found
-    host, slot = manager.scratch()
+    host, slot = manager.memory.scratch()
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
     _release(llm.inputs.device)
     found |= probe_link(llm.device, host, slot, in_step)

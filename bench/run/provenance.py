@@ -132,7 +132,7 @@ def _filesystem(path: Path) -> str | None:
 
 
 def collect(
-    checkpoint: Checkpoint, device: torch.device, seed: int, store: Path | None, numa_node: int | None = None
+    checkpoint: Checkpoint, device: torch.device, seed: int, store: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
     """The ``provenance`` part of a result, and a warning for each thing that could not be had."""
     sources = checkpoint.sources()
@@ -145,7 +145,7 @@ def collect(
         "cpu": cpu_model(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "ram_bytes": psutil.virtual_memory().total,
-        "numa_node": numa_node,
+        "numa_node": None,
         "drive": drive_of(store) if store is not None else None,
         "kernel": platform.release(),
         "seed": seed,

@@ -84,7 +84,7 @@ def rank_report(
         "host": world.hosts[world.shard.rank],
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        "numa_node": llm.inputs.numa_node,
+        "numa_node": None,
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "cpu_page_locked_bytes": llm.page_locked_bytes,

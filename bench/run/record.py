@@ -61,8 +61,7 @@ def result_of(
     chosen = got.rounds[got.chosen]
     stats = dict(zip(("prefill", "decode"), phases_of(llm, chosen, prompts), strict=True))
     store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
-    numa_node = llm.manager.numa_node if llm.manager is not None else None
-    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store, numa_node)
+    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
     settings, predicted = llm.settings, predicted_pass_ms(llm.plan, got.ceilings)
     tokens = chosen.generation.tokens
     return {

@@ -27,7 +27,6 @@ def decode_line(name: str, result: Result) -> str:
         line += f", collectives {job['collectives_ms']:.1f} ms = {job['collectives_pct']:.1f} % of the phase"
         links = [rank["ceilings_MBps"].get("h2d") for rank in parallel["ranks"]]
         line += f", links at once {[round(link / 1e3, 1) for link in links if link]} GB/s"
-        line += f", NUMA nodes {[rank['numa_node'] for rank in parallel['ranks']]}"
     return line
 
 

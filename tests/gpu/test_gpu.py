@@ -118,8 +118,8 @@ def test_page_locked_memory_is_what_the_plan_says(mode: str, cache: Path) -> Non
         llm.generate(PROMPTS, max_new_tokens=4, temperature=0.0)
         assert llm.manager is not None
         planned = sum(line.nbytes for line in llm.plan.cpu_lines)
-        assert llm.manager.page_locked_peak_bytes <= planned * 1.01 + (64 << 20)
-        assert planned <= llm.manager.page_locked_peak_bytes * 1.01 + (64 << 20)
+        assert llm.manager.memory.page_locked_peak_bytes <= planned * 1.01 + (64 << 20)
+        assert planned <= llm.manager.memory.page_locked_peak_bytes * 1.01 + (64 << 20)
 
 
 def test_a_closed_model_holds_no_memory_of_the_gpu(cache: Path) -> None:

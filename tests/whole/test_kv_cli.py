@@ -17,9 +17,9 @@ import pytest
 from bench.cli.main import main
 from bench.result.schema_doc import read_schema
 from tests.stores import loop_device
-from tests.whole.test_cli import interrupted, sentence
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
-from wsm.engine.manager import WeightStreamingManager
+from tests.whole.test_cli import interrupted, sentence
+from wsm.engine.stream import WeightStreamingManager
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
 from wsm.kv.device import KVDevice

@@ -109,7 +109,7 @@ def test_kv_takes_the_page_locked_memory_of_the_plan_to_the_byte(
         flags = budgets(whole, tmp_path / "kv" if on_disk else None)
     with build(directory, mode, len(PROMPTS), ROOM, **config, **flags) as llm:
         assert llm.kv_tiers is not None
-        locked = llm.manager.page_locked_peak_bytes if llm.manager is not None else 0
+        locked = llm.manager.memory.page_locked_peak_bytes if llm.manager is not None else 0
         assert llm.kv_tiers.page_locked_bytes + locked == llm.plan.page_locked_bytes
         on_device = next(line.nbytes for line in llm.plan.gpu_lines if line.kind == MemoryKind.KV)
         assert llm.kv.nbytes == on_device

@@ -102,7 +102,7 @@ def test_an_embedding_in_cpu_memory_leaves_the_gpu_and_is_planned_to_the_byte(di
         moved = next(line.nbytes for line in llm.plan.cpu_lines if line.kind == MemoryKind.GLOBALS)
         assert moved >= llm.plan.inputs.embedding_bytes > 0
         assert llm.manager is not None
-        assert llm.manager.page_locked_peak_bytes == llm.plan.page_locked_bytes
+        assert llm.manager.memory.page_locked_peak_bytes == llm.plan.page_locked_bytes
         on_gpu = llm.plan.gpu_bytes
     with LLaMA.build(directory, mode="stream", mode_config=config, device="cpu") as llm:
         assert llm.plan.gpu_bytes - on_gpu == pytest.approx(moved, abs=8192)

@@ -5,33 +5,41 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
 
 Piece = Callable[[], None]
-Done = Callable[[BaseException | None], None]
 
 
 class _Job:
     """The pieces not dealt out yet, how many have not come back, and the first failure."""
 
-    def __init__(self, pieces: Iterable[Piece], done: Done) -> None:
+    def __init__(self, pieces: Iterable[Piece]) -> None:
         self.pieces = deque(pieces)
         self.left = len(self.pieces)
-        self.done = done
         self.failure: BaseException | None = None
+        self.future = Future[None]()
+        self.future.set_running_or_notify_cancel()  # so nobody can cancel it: a thread may write into its memory
 
     def give_up(self, failure: BaseException) -> None:
-        """Deal out no more of it. Pieces under way still use its memory, so ``done`` waits for them."""
+        """Deal out no more of it. Pieces under way still use its memory, so its future waits for them."""
         if self.failure is None:
             self.failure = failure
         self.left -= len(self.pieces)
         self.pieces.clear()
+
+    def end(self) -> None:
+        if self.failure is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self.failure)
 
 
 class IOThreads:
     """A job's pieces are dealt out in order, the next job's while the last of this one's are under way.
 
     Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order; ``_open_jobs`` those
-    whose ``done`` has not been called; a job leaves it exactly once, by whoever brings ``left`` to 0.
+    that have not ended; a job leaves it exactly once, by whoever brings ``left`` to 0.
 
     Args:
         threads: how many; at least 1.
@@ -53,24 +61,41 @@ class IOThreads:
             self.close(error)
             raise
 
-    def submit(self, pieces: Iterable[Piece], done: Done) -> None:
-        """Queue a job of at least one piece.
+    def submit(self, pieces: Iterable[Piece], *, after: Future[None] | None = None) -> Future[None]:
+        """Queue a job of at least one piece; its future ends, with the first failure, when no piece is under way.
 
-        ``done(None)`` or ``done(first failure)`` is called once, when no piece of it is under way any more: by one of
-        the threads, or by :meth:`close`. It must not raise.
+        Callbacks of the future run on one of the threads, or on that of :meth:`close`.
+
+        Args:
+            after: a job of other threads that has to end well first; where it fails, this one fails with it.
 
         Raises:
             RuntimeError: if the threads have been closed.
         """
-        job = _Job(pieces, done)
+        job = _Job(pieces)
         if not job.pieces:
             raise ValueError("a job needs a piece of work")
+        if after is None:
+            self._queue(job)
+        else:
+            after.add_done_callback(partial(self._queue_after, job))
+        return job.future
+
+    def _queue(self, job: _Job) -> None:
         with self._changed:
             if self._closing:
                 raise RuntimeError("closed: nothing more is read or written")
             self._jobs.append(job)
             self._open_jobs.add(job)
             self._changed.notify_all()
+
+    def _queue_after(self, job: _Job, ended: Future[None]) -> None:
+        try:
+            ended.result()
+            self._queue(job)
+        except BaseException as failure:
+            job.failure = failure
+            job.end()
 
     def close(self, failure: BaseException) -> None:
         """Join every thread; jobs with pieces left to deal end with ``failure``. A second call does nothing."""
@@ -86,7 +111,7 @@ class IOThreads:
                         untouched.append(job)
             self._changed.notify_all()
         for job in untouched:
-            job.done(job.failure)
+            job.end()
         for worker in self._workers:
             worker.join()
 
@@ -119,4 +144,4 @@ class IOThreads:
             if job.left > 0:
                 return
             self._open_jobs.discard(job)
-        job.done(job.failure)
+        job.end()

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from wsm.engine.device import Device
-from wsm.engine.numa import bind_to_gpu
 from wsm.errors import DoesNotFit
 
 PAGE = mmap.PAGESIZE
@@ -54,15 +53,11 @@ class PageLockedArena:
 
     Raises:
         DoesNotFit: if the mapping is refused. Where page-locking is refused, ``warnings`` says so.
-
-    Attributes:
-        numa_node: the GPU's, where the pages come from it by preference; None where there is no choice.
     """
 
     def __init__(self, nbytes: int, device: Device) -> None:
         self.nbytes = _round_up(nbytes, ALIGNMENT)
         self.warnings: list[str] = []
-        self.numa_node: int | None = None
         self._taken = 0
         self._registered = False
         self._device = device
@@ -94,12 +89,8 @@ class PageLockedArena:
                 f"`echo madvise | sudo tee {_HUGE_PAGES_FILE}` allows them"
             )
         _libc.madvise(self._address, self.nbytes, _MADV_DONTFORK)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=self._stay_near) as pool:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             list(pool.map(self._populate, range(0, self.nbytes, _POPULATE_PIECE)))
-
-    def _stay_near(self) -> None:
-        """To be called on each thread that touches pages first."""
-        self.numa_node = bind_to_gpu(self._device.torch_device)
 
     def _populate(self, offset: int) -> None:
         nbytes = min(_POPULATE_PIECE, self.nbytes - offset)

@@ -11,7 +11,9 @@ import math
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from wsm.engine.device import Device
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
-from wsm.store.source import GroupSource
+from wsm.store.source import ChunkRead, GroupRead, GroupSource
 
 SAMPLES = 5
 
@@ -171,17 +173,9 @@ def _sample_pieces(device: Device, hosts: Iterator[Tensor], slots: Iterator[Tens
 
 def _both_ways(device: Device, down: Ways, up: Ways, count: int) -> float:
     """Seconds that ``count`` copies each way take, at the same time."""
-    seconds: list[float] = []
-
-    def bring_back() -> None:
-        device.enter_thread()
-        seconds.append(_copies(device, *up, count))
-
-    other = threading.Thread(target=bring_back)
-    other.start()
-    seconds.append(_copies(device, *down, count))
-    other.join()
-    return max(seconds)
+    with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
+        upwards = other.submit(_copies, device, *up, count)
+        return max(_copies(device, *down, count), upwards.result())
 
 
 def probe_ssd(
@@ -196,74 +190,60 @@ def probe_ssd(
         slot: on the device, overwritten by the copies.
     """
     stop = threading.Event()
-    chunks: list[tuple[int, float, float]] = []
-    source.on_read = lambda _, nbytes, start, end: chunks.append((nbytes, start, end))
-    link: list[float] = []
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
     hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
-    def keep_link_busy() -> None:
-        device.enter_thread()
+    def keep_link_busy() -> list[float]:
+        rates = []
         while not stop.is_set():
-            link.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
+            rates.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
+        return rates
 
-    copier = threading.Thread(target=keep_link_busy)
-    copier.start()
-    try:
-        _read_for(sizes_for(device).ssd_s, source, groups, buffers[:-1])
-    finally:
-        stop.set()
-        copier.join()
-        source.on_read = None
+    with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
+        link = other.submit(keep_link_busy)
+        try:
+            chunks = _read_for(sizes_for(device).ssd_s, source, groups, buffers[:-1])
+        finally:
+            stop.set()
     rates = _window_rates(chunks)
-    read_MB = sum(nbytes for nbytes, _, _ in chunks) / 1e6
+    read_MB = sum(chunk.nbytes for chunk in chunks) / 1e6
     how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
     return {
         "ssd": _ceiling(rates, "MBps", how),
-        "h2d_with_ssd": _ceiling(link, "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
+        "h2d_with_ssd": _ceiling(link.result(), "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
     }
 
 
-def _read_for(seconds: float, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor]) -> None:
+def _read_for(
+    seconds: float, source: GroupSource, groups: Sequence[GroupId], buffers: Sequence[Tensor]
+) -> list[ChunkRead]:
     """Read ``groups`` round and round into ``buffers`` for at least ``seconds``, and little longer.
 
-    As many reads are in flight as end within ``seconds`` at the pace of the first one, at most one a buffer.
+    As many reads are in flight as end within ``seconds`` at the pace of the first one, at most one per buffer.
     """
-    finished = threading.Condition()
-    idle, failures = list(buffers), list[BaseException]()
-    began = time.perf_counter()
+    reads = map(source.read, itertools.cycle(groups), itertools.cycle(buffers))
+    began, chunks = time.perf_counter(), list[ChunkRead]()
 
-    def read(group: GroupId) -> None:
-        buffer = idle.pop()
+    def finish(read: GroupRead) -> None:
+        read.checked.result()
+        chunks.extend(read.chunks)
 
-        def done(failure: BaseException | None) -> None:
-            with finished:
-                failures.extend([failure] if failure is not None else [])
-                idle.append(buffer)
-                finished.notify()
-
-        source.read(group, buffer, done)
-
-    def wait_for_idle(count: int) -> None:
-        with finished:
-            finished.wait_for(lambda: len(idle) >= count)
-        if failures:
-            raise failures[0]
-
-    order = itertools.cycle(groups)
-    read(next(order))
-    wait_for_idle(len(buffers))
+    finish(next(reads))
     first_s = time.perf_counter() - began
-    in_flight = max(1, min(len(buffers), int(seconds / max(first_s, 1e-9))))
+    most = max(1, min(len(buffers), int(seconds / max(first_s, 1e-9))))
+    under_way = deque[GroupRead]()
     while time.perf_counter() < began + seconds:
-        read(next(order))
-        wait_for_idle(len(buffers) - in_flight + 1)
-    wait_for_idle(len(buffers))
+        under_way.append(next(reads))
+        if len(under_way) == most:
+            finish(under_way.popleft())
+    for read in under_way:
+        finish(read)
+    return chunks
 
 
-def _window_rates(chunks: Sequence[tuple[int, float, float]]) -> list[float]:
+def _window_rates(chunks: Sequence[ChunkRead]) -> list[float]:
     """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two."""
-    first, last = min(start for _, start, _ in chunks), max(end for _, _, end in chunks)
+    first, last = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
     width = (last - first) / (SAMPLES + 2)
     rates = []
     for window in range(1, SAMPLES + 1):

@@ -6,7 +6,6 @@ device is idle. So measuring costs a few event records a group and no synchronis
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from wsm.engine.device import Device, Event
 from wsm.layout.groups import GroupId
+from wsm.store.source import ChunkRead
 
 Interval = tuple[float, float]
 T = TypeVar("T")
@@ -135,9 +135,7 @@ class _Records(Generic[T]):
 
 
 class Telemetry:
-    """Collects records from every thread of the engine; answers once a run is over.
-
-    The lists are appended to under the interpreter's own lock; what the I/O threads share has one.
+    """Collects records from every thread of the engine, which append to lists; answers once a run is over.
 
     Args:
         keep: whether to record at all; a model that serves for hours should not.
@@ -145,9 +143,6 @@ class Telemetry:
 
     def __init__(self, device: Device, *, keep: bool = True) -> None:
         self._device, self._keep = device, keep
-        self._lock = threading.Lock()
-        self._open_reads: dict[tuple[GroupId | None, int | None], list[float]] = {}
-        self._steps_of_reads: dict[GroupId | None, list[int | None]] = {}
         self.reads: list[Transfer] = []
         self.starved: list[Interval] = []
         self._copies = _Records[Transfer]()
@@ -158,30 +153,11 @@ class Telemetry:
 
     # -- recording
 
-    def read_queued(self, group: GroupId | None, step: int | None) -> None:
-        """The next chunks read of ``group`` are for ``step``."""
-        with self._lock:
-            self._open_reads[(group, step)] = [float("inf"), float("-inf"), 0.0]
-            self._steps_of_reads.setdefault(group, []).append(step)
-
-    def chunk_read(self, group: GroupId | None, nbytes: int, start: float, end: float) -> None:
-        """An I/O thread finished a chunk; one group is read once at a time, so its oldest queued read is meant."""
-        if not self._keep:
-            return
-        with self._lock:
-            steps = self._steps_of_reads.get(group)
-            if not steps:
-                return
-            reading = self._open_reads[(group, steps[0])]
-            reading[0], reading[1], reading[2] = min(reading[0], start), max(reading[1], end), reading[2] + nbytes
-
-    def read_done(self, group: GroupId | None) -> None:
-        """All chunks of the oldest queued read of ``group`` are in."""
-        with self._lock:
-            step = self._steps_of_reads[group].pop(0)
-            start, end, nbytes = self._open_reads.pop((group, step))
-            if nbytes and self._keep:
-                self.reads.append(Transfer(group, step, int(nbytes), start, end))
+    def read(self, group: GroupId, step: int | None, chunks: Sequence[ChunkRead]) -> None:
+        """A read of ``group`` has ended; ``chunks`` came from a drive."""
+        if chunks and self._keep:
+            start, end = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
+            self.reads.append(Transfer(group, step, sum(chunk.nbytes for chunk in chunks), start, end))
 
     def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event | None) -> None:
         """Pieces of a group were copied to the device without a break; ``start`` is from :meth:`mark`."""
@@ -243,8 +219,7 @@ class Telemetry:
             steps: empty where no weights are managed.
             passes: the same passes by their number since the model's start.
         """
-        with self._lock:
-            reads = list(self.reads)
+        reads = list(self.reads)
         copies, uses = self.copies(), [use for use in self.uses() if use.step in steps]
         kv = self.kv_transfers()
         by_tier = {tier: [t for t in kv if t.tier == tier] for tier in KV_TIERS}
@@ -288,3 +263,30 @@ class Telemetry:
 
 def _for_steps(transfers: Sequence[Transfer], steps: range) -> int:
     return sum(transfer.nbytes for transfer in transfers if transfer.step is not None and transfer.step in steps)
+
+
+class CollectiveTimes:
+    """Records where the computation is with other ranks; waiting for the slowest of them counts.
+
+    Args:
+        keep: whether to record at all, as for :class:`Telemetry`.
+    """
+
+    def __init__(self, device: Device, *, keep: bool = True) -> None:
+        self._device, self._keep = device, keep
+        self._taken: list[tuple[Event, Event]] = []
+
+    def mark(self) -> Event | None:
+        """A point in the compute stream; None where nothing is kept."""
+        return self._device.record(self._device.compute_stream()) if self._keep else None
+
+    def took(self, start: object, end: object) -> None:
+        """A collective ran between two marks."""
+        if start is not None and end is not None:
+            self._taken.append((start, end))  # type: ignore[arg-type]  # marks of this very object
+
+    def within(self, window: Interval) -> tuple[float, int]:
+        """Milliseconds in ``window`` (host seconds), and how many collectives ended in it."""
+        spans = [(self._device.seconds(start), self._device.seconds(end)) for start, end in self._taken]
+        inside = [span for span in spans if window[0] <= span[1] <= window[1]]
+        return 1e3 * overlap_s(merged(inside), window), len(inside)

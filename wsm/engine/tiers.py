@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterable, Iterator
 
 from wsm.engine.device import Event
-from wsm.engine.jobs import CopyJob, ReadJob
-from wsm.engine.pool import Slot
-from wsm.engine.residents import Homes, Pools, Residents
-from wsm.engine.schedule import Balance, Cycle, Head, choose, cycle_of
-from wsm.engine.shared import SharedState
-from wsm.layout.groups import KINDS, GroupId, Kind
+from wsm.engine.schedule import Balance, Head, Line, Residents, choose, lines_of
+from wsm.engine.slots import CopyJob, Homes, Pools, ReadJob, Slot, Slots
+from wsm.engine.threads import SharedState
+from wsm.layout.groups import KINDS, GroupId
 from wsm.plan.placement import Placement
 from wsm.settings import Settings
 
 
 class Tiers(SharedState):
-    """One state machine a group and tier: absent -> loading -> ready -> in_use -> ready or absent.
+    """One state machine per group and tier: absent -> loading -> ready -> in_use -> ready or absent.
+
+    A streamed group passes through six methods: :meth:`next_read` and :meth:`read_done` of the reader,
+    :meth:`next_copy` and :meth:`copy_queued` of the pager, :meth:`enter` and :meth:`leave` of the computation.
 
     Everything below is read and written under ``self._changed`` alone. Invariants:
 
     * A slot has one owner: the free line of its pool, the read or copy into it, the copy or computation out of it.
-    * Ordinals of a kind never go back: used <= fetched <= started on the GPU, and copied <= started on the CPU.
-    * While GPU residents wait to be read, streamed groups leave them one empty CPU slot a kind: so loading never
+    * Ordinals of a kind never go back: see :class:`Line`.
+    * While GPU residents wait to be read, streamed groups leave them one empty CPU slot of each kind: so loading never
       waits for the computation, and the computation, which may wait for a resident, never waits for ever.
 
     Args:
         order: the groups of one pass, in order.
-        gpu_homes, cpu_homes: the residents' own buffers.
-        gpu_pools, cpu_pools: the slots that streamed groups pass through.
-        loading_pools: slots that GPU residents come through where there is no other CPU memory.
+        on_loaded: called with each resident group once it is in its tier, under the lock.
+        on_starved: called with the start and end of each wait of the link for bytes, in seconds of the host's clock.
     """
 
     def __init__(
@@ -42,42 +39,85 @@ class Tiers(SharedState):
         plan: Placement,
         settings: Settings,
         order: list[GroupId],
+        slots: Slots,
         *,
-        gpu_homes: Homes,
-        cpu_homes: Homes,
-        gpu_pools: Pools,
-        cpu_pools: Pools,
-        loading_pools: Pools,
+        on_loaded: Callable[[GroupId], None] | None = None,
+        on_starved: Callable[[float, float], None] = lambda start, end: None,
     ) -> None:
         super().__init__("the weight streaming manager")
         self._plan, self._settings, self._order = plan, settings, order
         self._balance = Balance.of(settings)
-        self._gpu_homes, self._cpu_homes = gpu_homes, cpu_homes
-        self._gpu_pools, self._cpu_pools = gpu_pools, cpu_pools
-        self._loading_pools = loading_pools
-        streamed = frozenset(plan.residency.cpu) | frozenset(plan.residency.ssd)
-        self._gpu_cycles: dict[Kind, Cycle] = {k: cycle_of(order, k, streamed) for k in KINDS if gpu_pools}
-        self._ssd_cycles: dict[Kind, Cycle] = {
-            k: cycle_of(order, k, frozenset(plan.residency.ssd)) for k in KINDS if plan.residency.ssd
-        }
-        self._gpu_started = dict.fromkeys(KINDS, 0)
-        self._gpu_fetched = dict.fromkeys(KINDS, 0)
-        self._gpu_used = dict.fromkeys(KINDS, 0)
-        self._ssd_started = dict.fromkeys(KINDS, 0)
-        self._ssd_passed = dict.fromkeys(KINDS, 0)
-        self._residents = Residents(order, gpu_homes, cpu_homes, loading_pools or cpu_pools)
+        self._gpu_homes, self._cpu_homes = slots.gpu_homes, slots.cpu_homes
+        self._gpu_pools, self._cpu_pools = slots.gpu_pools, slots.cpu_pools
+        self._to_gpu = lines_of(order, (*plan.residency.cpu, *plan.residency.ssd), slots.gpu_pools)
+        self._to_cpu = lines_of(order, plan.residency.ssd, slots.cpu_pools)
+        self._residents = Residents(order, slots.gpu_homes, slots.cpu_homes, slots.loading_pools or slots.cpu_pools)
         self._places = {group: place for place, group in enumerate(order)}
         self._to_load = len(self._residents.unread)
         self._gpu_to_load = self._residents.unread_for_gpu
         self._staged: deque[tuple[GroupId, Slot]] = deque()
-        self._held: deque[tuple[int, Kind, Slot]] = deque()
+        self._held: deque[tuple[int, Line, Slot]] = deque()
         self._step = 0
         self._entered = -1
-        self.on_loaded: Callable[[GroupId], None] | None = None
+        self._on_loaded, self._on_starved = on_loaded, on_starved
         self.loaded_at_s: float | None = None
-        self.on_starved: Callable[[float, float], None] = lambda start, end: None
 
-    # -- what the pager asks and tells
+    # -- the reader's side
+
+    def next_read(self) -> ReadJob | None:
+        """Wait for a read that has room now and claim it; None once closing."""
+        return self._next(self._claim_read)
+
+    def _claim_read(self) -> ReadJob | None:
+        """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
+
+        A streamed group without room is passed over, and so is a resident; both come first again at the next claim.
+        """
+        unread, line = self._residents.unread, self._next_streamed()
+        if line is not None and (not unread or line.step < self._places[unread[0]]):
+            group, step = line.group, line.step
+            return ReadJob(group, step, line.start())
+        return self._residents.claim()
+
+    def _next_streamed(self) -> Line | None:
+        """The line whose next group may be read from the SSD now."""
+        if not self._residents.unread_for_gpu:  # before that nothing has been kept: see _may_read
+            self._pin_retained(self._to_cpu.values())
+        kind = choose({kind: self._read_head(line) for kind, line in self._to_cpu.items()}, self._balance)
+        return None if kind is None else self._to_cpu[kind]
+
+    def _read_head(self, line: Line) -> Head:
+        room = line.pool.has_empty(2) if self._residents.unread_for_gpu else line.pool.has_room()
+        ready = room and line.ahead < self._plan.read_ahead_layers and self._may_read(line.step)
+        return Head(line.step, ready, line.ahead)
+
+    def _may_read(self, step: int) -> bool:
+        if self._residents.unread_for_gpu and step >= len(self._order):
+            return False
+        if not self._settings.cpu_rolling_mode:
+            return step <= self._entered
+        pass_now = max(self._entered, 0) // len(self._order)
+        return self._settings.cpu_wrap_around or step // len(self._order) <= pass_now
+
+    def resident_arrived(self) -> None:
+        """All bytes of a resident's read are in their slot, to be checked: the next may be on its way."""
+        with self._changed:
+            self._residents.arrived()
+            self._changed.notify_all()
+
+    def read_done(self, job: ReadJob) -> None:
+        """All bytes of a read are in their slot, and right."""
+        with self._changed:
+            job.destination.state = "ready"
+            if job.step is not None:
+                self._to_cpu[job.group.kind].fetched += 1
+            elif job.group in self._gpu_homes:
+                self._staged.append((job.group, job.destination))
+            else:
+                self._loaded(job.group)
+            self._changed.notify_all()
+
+    # -- the pager's side
 
     def next_copy(self) -> CopyJob | None:
         """Wait for a copy that can be queued now and claim it; None once closing."""
@@ -89,143 +129,63 @@ class Tiers(SharedState):
                 starved, since = self._starved(), time.perf_counter()
                 self._changed.wait()
                 if starved:
-                    self.on_starved(since, time.perf_counter())
+                    self._on_starved(since, time.perf_counter())
         return None
 
     def _starved(self) -> bool:
         """Whether the link could copy if only the bytes were there."""
-        heads = (cycle.group(self._gpu_started[kind]) for kind, cycle in self._gpu_cycles.items())
-        return any(
-            self._gpu_pools[group.kind].has_room()
-            and ((slot := self._cpu_slot(group)) is None or slot.state != "ready")
-            for group in heads
-        )
+        return any(line.pool.has_room() and not self._is_ready(line.group) for line in self._to_gpu.values())
 
     def _resident_copy(self) -> CopyJob | None:
         if not self._staged:
             return None
         group, source = self._staged.popleft()
         source.state = "in_use"
-        return CopyJob(group, None, source, self._gpu_homes[group])
+        return CopyJob(group, None, source, self._gpu_homes[group], last=self._gpu_to_load == 1)
 
     def _streamed_copy(self) -> CopyJob | None:
-        self._pin_retained(self._gpu_cycles, self._gpu_pools, self._gpu_started, self._gpu_fetched)
-        heads = {kind: self._copy_head(kind) for kind in self._gpu_cycles}
-        kind = choose(heads, self._balance)
+        self._pin_retained(self._to_gpu.values())
+        kind = choose({kind: self._copy_head(line) for kind, line in self._to_gpu.items()}, self._balance)
         if kind is None:
             return None
-        group = self._gpu_cycles[kind].group(self._gpu_started[kind])
-        source = self._cpu_slot(group)
+        line = self._to_gpu[kind]
+        group, step, source = line.group, line.step, self._cpu_slot(line.group)
         assert source is not None
         assert source.group == group  # a tenant that was ready has been copied before
         source.state = "in_use"
-        self._gpu_started[kind] += 1
-        return CopyJob(group, heads[kind].step, source, self._gpu_pools[kind].take(group))
+        return CopyJob(group, step, source, line.start())
 
-    def _copy_head(self, kind: Kind) -> Head:
-        ordinal = self._gpu_started[kind]
-        source = self._cpu_slot(self._gpu_cycles[kind].group(ordinal))
-        ready = source is not None and source.state == "ready" and self._gpu_pools[kind].has_room()
-        return Head(self._gpu_cycles[kind].step(ordinal), ready, ordinal - self._gpu_used[kind])
+    def _copy_head(self, line: Line) -> Head:
+        return Head(line.step, self._is_ready(line.group) and line.pool.has_room(), line.ahead)
+
+    def _is_ready(self, group: GroupId) -> bool:
+        """Whether a group can be copied from CPU memory."""
+        slot = self._cpu_slot(group)
+        return slot is not None and slot.state == "ready"
 
     def _cpu_slot(self, group: GroupId) -> Slot | None:
         home = self._cpu_homes.get(group)
         return home if home is not None else self._cpu_pools[group.kind].find(group)
 
-    def last_resident(self, job: CopyJob) -> bool:
-        """Whether ``job`` brings the last of the GPU residents."""
-        return job.step is None and self._gpu_to_load == 1
-
-    def copied(self, job: CopyJob, end: Event) -> None:
+    def copy_queued(self, job: CopyJob, end: Event) -> None:
         """The copy is queued up to its event ``end``."""
         with self._changed:
             job.destination.filled, job.destination.state = end, "ready"
             job.source.drained = end
-            kind = job.group.kind
             if job.step is None:
                 self._residents.passed(job)
                 self._gpu_to_load -= 1
                 self._loaded(job.group)
             else:
-                self._gpu_fetched[kind] += 1
+                self._to_gpu[job.group.kind].fetched += 1
                 if job.group in self._cpu_homes:
                     job.source.state = "ready"
                 else:
-                    self._held.append((job.step, kind, job.source))
+                    self._held.append((job.step, self._to_cpu[job.group.kind], job.source))
                     self._free_passed()
             self._changed.notify_all()
 
-    # -- what the reader asks and tells
-
-    def next_read(self) -> ReadJob | None:
-        """Wait for a read that has room now and claim it; None once closing."""
-        with self._changed:
-            while not self._closing:
-                job = self._claim_read()
-                if job is not None:
-                    return job
-                self._changed.wait()
-        return None
-
-    def _claim_read(self) -> ReadJob | None:
-        """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
-
-        A streamed group without room is passed over, and so is a resident; both come first again at the next claim.
-        """
-        unread, kind = self._residents.unread, self._next_streamed()
-        if kind is not None and (not unread or self._ssd_step(kind) < self._places[unread[0]]):
-            return self._streamed_read(kind)
-        return self._residents.claim()
-
-    def _ssd_step(self, kind: Kind) -> int:
-        return self._ssd_cycles[kind].step(self._ssd_started[kind])
-
-    def _next_streamed(self) -> Kind | None:
-        """The kind whose next group may be read from the SSD now."""
-        if not self._residents.unread_for_gpu:  # before that nothing has been kept: see _may_read
-            self._pin_retained(self._ssd_cycles, self._cpu_pools, self._ssd_started, None)
-        return choose({kind: self._read_head(kind) for kind in self._ssd_cycles}, self._balance)
-
-    def _streamed_read(self, kind: Kind) -> ReadJob:
-        step, group = self._ssd_step(kind), self._ssd_cycles[kind].group(self._ssd_started[kind])
-        self._ssd_started[kind] += 1
-        return ReadJob(group, step, self._cpu_pools[kind].take(group))
-
-    def _read_head(self, kind: Kind) -> Head:
-        step, ahead = self._ssd_step(kind), self._ssd_started[kind] - self._ssd_passed[kind]
-        pool = self._cpu_pools[kind]
-        room = pool.has_empty(2) if self._residents.unread_for_gpu else pool.has_room()
-        return Head(step, room and ahead < self._plan.read_ahead_layers and self._may_read(step), ahead)
-
-    def _may_read(self, step: int) -> bool:
-        if self._residents.unread_for_gpu and step >= len(self._order):
-            return False
-        if not self._settings.cpu_rolling_mode:
-            return step <= self._entered
-        pass_now = max(self._entered, 0) // len(self._order)
-        return self._settings.cpu_wrap_around or step // len(self._order) <= pass_now
-
-    def arrived(self, job: ReadJob) -> None:
-        """All bytes of a read are in their slot, to be checked."""
-        with self._changed:
-            if job.step is None:
-                self._residents.arrived()
-            self._changed.notify_all()
-
-    def read(self, job: ReadJob, failure: BaseException | None) -> None:
-        """All bytes of a read are in their slot and right (or never will be)."""
-        if failure is not None:
-            self.fail(failure)
-            return
-        with self._changed:
-            job.destination.state = "ready"
-            if job.step is None and job.group in self._gpu_homes:
-                self._staged.append((job.group, job.destination))
-            elif job.step is None:
-                self._loaded(job.group)
-            self._changed.notify_all()
-
-    # -- what the computation asks and tells
+    # -- the computation's side
 
     @property
     def next_step(self) -> int:
@@ -240,7 +200,7 @@ class Tiers(SharedState):
         with self._changed:
             step, group = self._step, self.expected()
             self._entered = step
-            if self._ssd_cycles:
+            if self._to_cpu:
                 self._free_passed()
                 self._changed.notify_all()
             if group in self._gpu_homes:
@@ -248,7 +208,7 @@ class Tiers(SharedState):
                 self._wait(lambda: slot.filled is not None)
             else:
                 slot = self._fetched(group)
-                self._gpu_used[group.kind] += 1
+                self._to_gpu[group.kind].used += 1
             # Nothing above this line has been used up, so a wait that was interrupted can simply be entered again.
             self._step, slot.state = step + 1, "in_use"
             return step, slot
@@ -263,8 +223,9 @@ class Tiers(SharedState):
             return step, self._gpu_homes
 
     def _fetched(self, group: GroupId) -> Slot:
-        self._wait(lambda: self._gpu_fetched[group.kind] > self._gpu_used[group.kind])
-        slot = self._gpu_pools[group.kind].find(group)
+        line = self._to_gpu[group.kind]
+        self._wait(lambda: line.fetched > line.used)
+        slot = line.pool.find(group)
         assert slot is not None
         return slot
 
@@ -278,41 +239,32 @@ class Tiers(SharedState):
             self._gpu_pools[group.kind].free(slot)
             self._changed.notify_all()
 
-    def _free_passed(self) -> None:
-        """Free the CPU slots that were copied out and, with WSM_CPU_ROLL_SYNC, whose layer has been entered."""
-        kept: deque[tuple[int, Kind, Slot]] = deque()
-        for step, kind, slot in self._held:
-            if self._settings.cpu_roll_sync and step - step % len(KINDS) > self._entered:
-                kept.append((step, kind, slot))
-            else:
-                self._cpu_pools[kind].free(slot)
-                self._ssd_passed[kind] += 1
-        self._held = kept
-
     # -- shared pieces
 
-    def _pin_retained(
-        self,
-        cycles: Mapping[Kind, Cycle],
-        pools: Pools,
-        started: dict[Kind, int],
-        fetched: dict[Kind, int] | None,
-    ) -> None:
-        """Where the next group of a kind still lies in a free slot, take it without moving a byte."""
-        for kind, cycle in cycles.items():
-            while (slot := pools[kind].find(cycle.group(started[kind]))) is not None and pools[kind].is_free(slot):
-                pools[kind].pin(slot)
-                started[kind] += 1
-                if fetched is not None:
-                    fetched[kind] += 1
+    def _free_passed(self) -> None:
+        """Free the CPU slots that were copied out and, with WSM_CPU_ROLL_SYNC, whose layer has been entered."""
+        kept: deque[tuple[int, Line, Slot]] = deque()
+        for step, line, slot in self._held:
+            if self._settings.cpu_roll_sync and step - step % len(KINDS) > self._entered:
+                kept.append((step, line, slot))
+            else:
+                line.pool.free(slot)
+                line.used += 1
+        self._held = kept
+
+    def _pin_retained(self, lines: Iterable[Line]) -> None:
+        """Where the next group of a kind is still in a free slot, take it without moving a byte."""
+        for line in lines:
+            while line.is_retained():
+                line.pin()
                 self._changed.notify_all()
 
     def _loaded(self, group: GroupId) -> None:
         self._to_load -= 1
         if self._to_load == 0:
             self.loaded_at_s = time.perf_counter()
-        if self.on_loaded is not None:
-            self.on_loaded(group)
+        if self._on_loaded is not None:
+            self._on_loaded(group)
 
     def loaded(self) -> bool:
         """Whether every resident is in its tier."""
@@ -332,40 +284,27 @@ class Tiers(SharedState):
         """Wait until the first ``layers`` of the coming pass are on the GPU, as far as they come unasked."""
         if not self._settings.cpu_rolling_mode:
             layers = min([layers, *self._plan.residency.ssd])
-        resident = [group for group in self._order if group.layer < layers and group in self._gpu_homes]
-        wanted = dict.fromkeys(KINDS, 0)
-        for kind, cycle in self._gpu_cycles.items():
-            wanted[kind] = min(sum(group.layer < layers for group in cycle.groups), len(self._gpu_pools[kind]))
+        resident = [slot for group, slot in self._gpu_homes.items() if group.layer < layers]
+
+        def staged(line: Line) -> bool:
+            wanted = min(sum(group.layer < layers for group in line.cycle.groups), len(line.pool))
+            return line.fetched - line.used >= wanted
+
         with self._changed:
             self._wait(
-                lambda: (
-                    all(self._gpu_homes[group].filled is not None for group in resident)
-                    and all(self._gpu_fetched[kind] - self._gpu_used[kind] >= wanted[kind] for kind in KINDS)
-                )
+                lambda: all(slot.filled is not None for slot in resident) and all(map(staged, self._to_gpu.values()))
             )
-
-    def device_buffer(self) -> Tensor:
-        """The largest slot or resident's buffer on the device."""
-        slots = [slot for pool in self._gpu_pools.values() for slot in pool.slots] or list(self._gpu_homes.values())
-        return max((slot.buffer for slot in slots), key=lambda buffer: buffer.nbytes)
-
-    def release(self) -> None:
-        """Let go of the memory of every slot, once nobody uses it."""
-        pools = (*self._gpu_pools.values(), *self._cpu_pools.values(), *self._loading_pools.values())
-        slots = [slot for pool in pools for slot in pool.slots]
-        for slot in (*slots, *self._gpu_homes.values(), *self._cpu_homes.values()):
-            slot.buffer = torch.empty(0, dtype=torch.uint8)
 
     def describe(self) -> str:
         """One line: what the pools of each tier hold (``*`` in use, ``…`` loading)."""
         with self._changed:
             gpu = " ".join(_names(self._gpu_pools))
             cpu = " ".join(_names(self._cpu_pools))
-            heads = [self._ssd_cycles[k].group(self._ssd_started[k]) for k in self._ssd_cycles]
+            heads = sorted(line.group for line in self._to_cpu.values())
         residents = len(self._plan.residency.gpu), len(self._plan.residency.cpu)
         return (
             f"GPU: {gpu or '-'} (+{residents[0]} resident layers) | CPU: {cpu or '-'} (+{residents[1]} resident layers)"
-            f" | SSD: next {' '.join(str(group) for group in sorted(heads)) or '-'}"
+            f" | SSD: next {' '.join(map(str, heads)) or '-'}"
         )
 
 

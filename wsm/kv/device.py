@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from wsm.disk.io_threads import Done, IOThreads, Piece
+from wsm.disk.io_threads import IOThreads, Piece
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.store.packed_store import CHUNK_UNIT, LARGEST_CHUNK, SMALLEST_CHUNK
 
 Transfer = Callable[[int, Sequence[memoryview], int], int]
+Move = tuple[int, Tensor]
+"""An offset on the device, and CPU memory."""
 
 
 class KVDevice:
     """Bytes of offloaded KV, at offsets from 0 to ``nbytes``.
 
     Requests are begun in the order asked, and a large one is worked on by all threads, in chunks of at most 4 MiB. Two
-    that touch the same bytes are not ordered: whoever reads what was written waits until its ``done`` was called.
+    that touch the same bytes are not ordered: whoever reads what was written waits until its future has ended.
 
     Args:
         path: a file, which is made and goes again, or a block device, which is written over.
@@ -62,24 +65,25 @@ class KVDevice:
             self._target.give_back()
             raise
 
-    def read(self, offset: int, buffer: Tensor, done: Done) -> None:
-        """Queue a read of ``buffer.nbytes`` bytes from ``offset`` on.
+    def read(self, moves: Iterable[Move]) -> Future[None]:
+        """Queue one request: to fill each tensor from its offset on.
+
+        Its future ends, with the first failure, when nothing touches their memory any more; what has not been begun
+        after a failure is left out.
 
         Args:
-            offset: a multiple of 4096.
-            buffer: CPU uint8, contiguous, its address and size multiples of 4096.
-            done: called once, on an I/O thread, with None or the first failure, when nothing touches the buffer any
-                more; it must not raise.
+            moves: at least one; offsets are multiples of 4096, tensors CPU uint8, contiguous, their addresses and sizes
+                multiples of 4096.
 
         Raises:
             ValueError: for a buffer or an offset that does not fit.
             RuntimeError: if the device is closed.
         """
-        self._threads.submit(self._pieces(offset, buffer, writing=False), done)
+        return self._threads.submit(piece for move in moves for piece in self._pieces(*move, writing=False))
 
-    def write(self, offset: int, buffer: Tensor, done: Done) -> None:
-        """Queue a write of ``buffer`` to ``offset``; all else as :meth:`read`."""
-        self._threads.submit(self._pieces(offset, buffer, writing=True), done)
+    def write(self, moves: Iterable[Move]) -> Future[None]:
+        """Queue one request: to write each tensor to its offset; all else as :meth:`read`."""
+        return self._threads.submit(piece for move in moves for piece in self._pieces(*move, writing=True))
 
     def close(self) -> None:
         """Join every thread and give the target back; requests that were not done end with a KVDeviceError.

@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from wsm.engine.device import Event
+from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
-from wsm.kv.device import KVDevice
+from wsm.kv.device import KVDevice, Move
 from wsm.kv.schedule import Fetch, Write
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
 from wsm.plan.kv import DISK_SLOTS
 
-Move = tuple[int, Tensor]
-"""A place on the device, and CPU memory."""
-
-
-class _Slot(NamedTuple):
-    buffer: Tensor
-    drained: Event | None
-
-
-class _Wake(NamedTuple):
-    """For the staging thread: what was staged for passes before this epoch is not wanted any more."""
-
-    epoch: int
-
 
 class KVDisk:
     """Reads units into page-locked slots ahead of their fetch, and writes blocks as they fill.
 
-    One thread stages (:meth:`stage`), one fetches (:meth:`staged`, :meth:`give_back`), one writes. The slots that are
-    staged are shared under ``_lock``; the free ones wait in a queue.
+    One thread reads, another writes.
 
     Args:
         take: page-locked CPU memory, ``uint8``, so many bytes.
 
     Raises:
         UnusableInput, DoesNotFit, StoreError: as :class:`KVDevice`.
+
+    Attributes:
+        slots: for units on their way up.
+        down: room for a window on its way down, ``uint8``.
+        wanted: the first row and the blocks to bring of each unit next time, in CPU memory.
     """
 
     def __init__(
@@ -62,55 +50,37 @@ class KVDisk:
                 f"--kv-device moves blocks of whole {BLOCK} bytes, this model's have {layout.block_bytes}: leave it out"
             )
         self._telemetry = telemetry
-        self.units = frozenset(placement.disk)
-        self._offsets, end = dict[Unit, int](), 0
-        for unit in placement.disk:
-            self._offsets[unit] = end
-            end += layout.unit_bytes(unit)
+        ends = [0, *accumulate(layout.unit_bytes(unit) for unit in placement.disk)]
+        self._offsets = dict(zip(placement.disk, ends, strict=False))
         rows = {unit: len(layout.rows_of(unit.stretch)) for unit in placement.disk}
         self._tails = {
             unit: take(count * layout.n_kv_heads * layout.block_bytes).view(layout.shape(count, KV_BLOCK_TOKENS))
             for unit, count in rows.items()
         }
-        self._free: queue.SimpleQueue[_Slot | _Wake | None] = queue.SimpleQueue()
-        for _ in range(DISK_SLOTS - 1):
-            self._free.put(_Slot(take(layout.window_bytes), None))
-        self._down = take(layout.window_bytes)
-        self._lock = threading.Lock()
-        self._staged: dict[tuple[int, int, Unit], Tensor] = {}
+        self.slots = [Slot(take(layout.window_bytes)) for _ in range(DISK_SLOTS - 1)]
+        self.down = take(layout.window_bytes)
         self.wanted: dict[Unit, tuple[int, Tensor]] = {}
-        self.taken: Tensor | None = None
-        self._device = KVDevice(path, end, weights=weights)
+        self._device = KVDevice(path, ends[-1], weights=weights)
 
     @property
     def warnings(self) -> list[str]:
         return self._device.warnings
 
+    def holds(self, unit: Unit) -> bool:
+        return unit in self._offsets
+
     # -- up
 
-    def free_slot(self) -> Tensor | None:
-        """Wait for a slot whose last bytes have been copied on; None once closing."""
-        slot = self._free.get()
-        while isinstance(slot, _Wake):
-            self.drop_older(slot.epoch)
-            slot = self._free.get()
-        if slot is None:
-            return None
-        if slot.drained is not None:
-            slot.drained.synchronize()
-        return slot.buffer
-
-    def stage(self, fetch: Fetch, slot: Tensor) -> None:
-        """Read what a fetch will bring into a slot.
+    def read(self, fetch: Fetch) -> None:
+        """Read what a fetch brings into its slot.
 
         Raises:
             StoreError: if it cannot be read.
         """
+        slot = fetch.room.buffer
         moves = list(self._chosen(fetch, slot) if fetch.k else self._whole(fetch, slot))
         self._move(moves, fetch.unit, fetch.pass_no, writing=False)
         self._add_tails(fetch, slot)
-        with self._lock:
-            self._staged[fetch.epoch, fetch.pass_no, fetch.unit] = slot
 
     def _whole(self, fetch: Fetch, slot: Tensor) -> Iterator[Move]:
         blocks = [length // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS for length in fetch.lengths]
@@ -142,55 +112,20 @@ class KVDisk:
             if length % KV_BLOCK_TOKENS:
                 window[row, :, begin : begin + KV_BLOCK_TOKENS].copy_(tails[row])
 
-    def staged(self, fetch: Fetch) -> bool:
-        """Whether a fetch's bytes are in a slot, or were never on the device; the slot is then :attr:`taken`.
-
-        To be asked while nobody can drop what is expected of coming passes.
-        """
-        self.taken = None
-        if fetch.unit not in self.units:
-            return True
-        with self._lock:
-            self.taken = self._staged.pop((fetch.epoch, fetch.pass_no, fetch.unit), None)
-        return self.taken is not None
-
-    def give_back(self, slot: Tensor, drained: Event | None) -> None:
-        """A slot's bytes have been copied on, up to ``drained``."""
-        self._free.put(_Slot(slot, drained))
-
-    def expect(self, epoch: int) -> None:
-        """Nothing that was staged before ``epoch`` is wanted any more.
-
-        For the computation's thread, which only leaves word: Ctrl-C may come at any point there, and loses no slot.
-        """
-        self._free.put(_Wake(epoch))
-
-    def drop_older(self, epoch: int) -> None:
-        """Give back what was staged for passes that will not come; for the staging thread."""
-        with self._lock:
-            old = [self._staged.pop(key) for key in list(self._staged) if key[0] < epoch]
-        for slot in old:
-            self.give_back(slot, None)
-
     # -- down
 
-    @property
-    def down(self) -> Tensor:
-        """Page-locked memory that a whole window is copied to on its way down."""
-        return self._down
-
     def write_window(self, write: Write) -> None:
-        """The changed rows of a unit, which are in :attr:`down`: whole blocks to the device, the rest to memory.
+        """The changed rows of a unit, which are in ``down``: whole blocks to the device, the rest to memory.
 
         Raises:
             StoreError: if they cannot be written.
         """
         layout, rows = self.layout, len(write.after)
-        window = self._down[: rows * layout.row_bytes].view(layout.shape(rows))
+        window = self.down[: rows * layout.row_bytes].view(layout.shape(rows))
         whole = [after // KV_BLOCK_TOKENS if row in write.changed else 0 for row, after in enumerate(write.after)]
         runs = layout.runs([blocks * KV_BLOCK_TOKENS for blocks in whole], worth=1.0)
         moves = [
-            (self._offsets[write.unit] + run.offset, self._down[run.offset : run.offset + run.nbytes]) for run in runs
+            (self._offsets[write.unit] + run.offset, self.down[run.offset : run.offset + run.nbytes]) for run in runs
         ]
         self._move(moves, write.unit, write.pass_no, writing=True)
         for row in write.changed:
@@ -224,37 +159,16 @@ class KVDisk:
         self._move(moves, write.unit, write.pass_no, writing=True)
 
     def _move(self, moves: Sequence[Move], unit: Unit, pass_no: int, *, writing: bool) -> None:
-        """All of them at once, and until all are done; the first failure is raised."""
+        """All of them, and until all are done; the first failure is raised."""
         if not moves:
             return
         started = time.perf_counter()
-        left, failures, done = [len(moves)], list[BaseException](), threading.Event()
-
-        def one_done(failure: BaseException | None) -> None:
-            with self._lock:
-                left[0] -= 1
-                if failure is not None:
-                    failures.append(failure)
-                if not left[0]:
-                    done.set()
-
-        for offset, memory in moves:
-            (self._device.write if writing else self._device.read)(offset, memory, one_done)
-        done.wait()
-        if failures:
-            raise failures[0]
+        (self._device.write if writing else self._device.read)(moves).result()
         nbytes = sum(memory.nbytes for _, memory in moves)
         tier = "kv_write" if writing else "kv_read"
         self._telemetry.kv_disk(tier, unit.layer, pass_no, nbytes, started, time.perf_counter())
 
-    # -- life
-
-    def stop(self) -> None:
-        """Wake whoever waits for a slot."""
-        self._free.put(None)
-
     def close(self) -> None:
         """Give the device back."""
         self._device.close()
-        self._staged.clear()
         self._tails.clear()

@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from wsm.engine.device import Event
-from wsm.engine.shared import SharedState
-from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout, Unit
-
-
-@dataclass(slots=True, eq=False)
-class Window:
-    """Room for one unit on the device. ``filled`` is behind the copy into it, ``drained`` behind its last reader."""
-
-    buffer: Tensor
-    filled: Event | None = None
-    drained: Event | None = None
+from wsm.engine.slots import Slot
+from wsm.engine.threads import SharedState
+from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """A unit to bring into a window for a pass.
+    """A unit to bring for a pass into ``room``: a window on the device, or a slot of CPU memory on the way there.
 
-    There is no window yet where it is only read ahead, into CPU memory.
     ``lengths`` are the tokens to bring of each of its rows, 0 of one that has ended. Where ``k`` is not 0, so many
     blocks are brought of each row and head, those that ``wanted`` names: int64 ``[rows, n_kv_heads, k]`` on the device,
-    for the rows from ``first`` on.
+    for the rows from ``first`` on. ``staged`` is the slot that has the bytes of a unit on the disk.
     """
 
     unit: Unit
     pass_no: int
-    window: Window | None
+    room: Slot
     lengths: tuple[int, ...]
     k: int
     wanted: Tensor | None
     first: int
     epoch: int
+    staged: Slot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +48,7 @@ class Write:
     before: tuple[int, ...]
     after: tuple[int, ...]
     fresh: Tensor | None
-    window: Window | None
+    window: Slot | None
     done: Event
     changed: tuple[int, ...]
     wanted: Tensor | None
@@ -93,25 +85,29 @@ class _Pass:
 
 
 class KVSchedule(SharedState):
-    """One owner of every window and unit. Everything below is read and written under ``_changed`` alone.
+    """One owner of every window, slot and unit. Everything below is read and written under ``_changed`` alone.
 
     Invariants:
 
     * Windows are filled and used in one order, that of the pass; a decode pass is expected to follow a decode pass.
     * A unit is fetched for a pass only when what all earlier passes added to it has reached its tier.
     * A window is free, being filled, filled, in use, or draining; nobody but its owner touches it.
+    * A slot is free, being filled from the disk, filled (``_staged``), or being copied on.
+    * The computation drops what is expected of coming passes by raising ``_epoch``, and does no more, since Ctrl-C may
+      come at any point there: the thread that fills slots gives back those of older epochs.
     """
 
-    def __init__(self, layout: KVLayout, below: Sequence[Unit], windows: Sequence[Window]) -> None:
+    def __init__(self, placement: KVPlacement, windows: Sequence[Slot], slots: Sequence[Slot]) -> None:
         super().__init__("the KV tiers")
-        self._layout, self._below = layout, frozenset(below)
-        self._windows, self._free = tuple(windows), deque(windows)
+        self._layout, self._disk = placement.layout, frozenset(placement.disk)
+        self._windows, self._free, self._free_slots = tuple(windows), deque(windows), deque(slots)
         self._ready: deque[Fetch] = deque()
         self._in_use: dict[Unit, Fetch] = {}
         self._writes: deque[Write] = deque()
         self._writing: Write | None = None
         self._fetching: Fetch | None = None
-        self._units = {unit: _Progress() for unit in below}
+        self._staged: dict[tuple[int, int, Unit], Slot] = {}
+        self._units = {unit: _Progress() for unit in (*placement.cpu, *placement.disk)}
         self._pass = _Pass()
         self._epoch = 0
         self._ended: set[int] = set()
@@ -128,12 +124,12 @@ class KVSchedule(SharedState):
             now, later = self._pass, self.passes - 1 - self._pass.origin
             expected = [old + later * (new - old) for old, new in zip(now.before, now.after, strict=True)]
             alike = (now.stretches, now.k) == (tuple(stretches), k) and now.decoding and decoding
-            if (alike and expected == list(before)) or not self._below:
+            if (alike and expected == list(before)) or not self._units:
                 return
             self._drop_ready()
             layers = range(self._layout.n_layers)
             units = [Unit(layer, stretch) for layer in layers for stretch in stretches]
-            used = tuple(unit for unit in units if unit in self._below)
+            used = tuple(unit for unit in units if unit in self._units)
             coming = _Pass(used, tuple(stretches), tuple(before), tuple(after), self.passes - 1, k, decoding)
             coming.entered_before = {unit: self._units[unit].entered for unit in used}
             self._pass = coming  # whole, whenever Ctrl-C comes
@@ -141,7 +137,7 @@ class KVSchedule(SharedState):
 
     def _drop_ready(self) -> None:
         self._epoch += 1
-        self._free.extend(_window_of(fetch) for fetch in self._ready)
+        self._free.extend(fetch.room for fetch in self._ready)
         self._ready.clear()
 
     def enter(self, unit: Unit) -> Fetch:
@@ -163,10 +159,10 @@ class KVSchedule(SharedState):
             fetch = self._in_use.pop(unit)
             before, after = self._lengths(unit, fetch.pass_no)
             changed = tuple(row for row, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
-            _window_of(fetch).drained = done
+            fetch.room.drained = done
             if fresh is not None:
-                self._free.append(_window_of(fetch))
-            window = fetch.window if fresh is None else None
+                self._free.append(fetch.room)
+            window = fetch.room if fresh is None else None
             self._writes.append(Write(unit, fetch.pass_no, before, after, fresh, window, done, changed, wanted))
             progress = self._units[unit]
             progress.wanted, progress.first = wanted, changed[0] if changed else 0
@@ -203,69 +199,65 @@ class KVSchedule(SharedState):
             self._pass = _Pass()
             writes = [*self._writes, *([self._writing] if self._writing else [])]
             elsewhere = [write.window for write in writes]
-            elsewhere += [self._fetching.window] if self._fetching else []
+            elsewhere += [self._fetching.room] if self._fetching else []
             self._free = deque(window for window in self._windows if not any(window is held for held in elsewhere))
             for unit, progress in self._units.items():
                 progress.entered = progress.applied + sum(write.unit == unit for write in writes)
             self.blocks_fetched = self.blocks_whole = 0
             self._changed.notify_all()
 
-    # -- what the fetching thread asks and tells
+    # -- what the fetching and the staging thread ask and tell
 
-    def next_fetch(self, staged: Callable[[Fetch], bool] = lambda fetch: True) -> Fetch | None:
-        """Wait for a unit that can be fetched now and claim it with a window; None once closing.
+    def next_fetch(self) -> Fetch | None:
+        """Wait for a unit that can be fetched from CPU memory now, and claim it with a window; None once closing."""
+        return self._next(self._claim_fetch)
 
-        Args:
-            staged: whether its bytes are in CPU memory; asked again after :meth:`changed`.
-        """
-        with self._changed:
-            while not self._closing:
-                fetch = self._next_fetch()
-                if fetch is not None and staged(fetch):
-                    self._free.popleft()
-                    self._pass.fetched += 1
-                    self._fetching = fetch
-                    self._count_blocks(fetch)
-                    return fetch
-                self._changed.wait()
-        return None
-
-    def _next_fetch(self) -> Fetch | None:
+    def _claim_fetch(self) -> Fetch | None:
         now = self._pass
-        return self._fetch_at(now.fetched, self._free[0]) if now.units and self._free else None
+        fetch = self._fetch_at(now.fetched, self._free[0]) if now.units and self._free else None
+        if fetch is not None and fetch.unit in self._disk:
+            staged = self._staged.pop((fetch.epoch, fetch.pass_no, fetch.unit), None)
+            fetch = None if staged is None else replace(fetch, staged=staged)
+        if fetch is not None:
+            self._free.popleft()
+            now.fetched += 1
+            self._fetching = fetch
+            self._count_blocks(fetch)
+        return fetch
 
-    def next_staging(self, units: Container[Unit]) -> Fetch | None:
-        """Wait for the next of ``units`` that will be fetched and can be read now; None once closing."""
-        with self._changed:
-            while not self._closing:
-                now = self._pass
-                now.staged = max(now.staged, now.fetched)
-                while now.units and now.staged < now.fetched + len(now.units):
-                    if now.units[now.staged % len(now.units)] in units:
-                        fetch = self._fetch_at(now.staged, None)
-                        if fetch is None:
-                            break
-                        now.staged += 1
-                        return fetch
+    def next_staging(self) -> Fetch | None:
+        """Wait for the next unit of the disk that can be read now, and claim it with a slot; None once closing."""
+        return self._next(self._claim_staging)
+
+    def _claim_staging(self) -> Fetch | None:
+        for key in [key for key in self._staged if key[0] < self._epoch]:
+            self._free_slots.append(self._staged.pop(key))
+        now = self._pass
+        now.staged = max(now.staged, now.fetched)
+        while self._free_slots and now.staged < now.fetched + len(now.units):
+            if now.units[now.staged % len(now.units)] in self._disk:
+                fetch = self._fetch_at(now.staged, self._free_slots[0])
+                if fetch is not None:
+                    self._free_slots.popleft()
                     now.staged += 1
-                self._changed.wait()
+                return fetch
+            now.staged += 1
         return None
+
+    def staged(self, fetch: Fetch) -> None:
+        """The unit's bytes are in the slot that it was claimed with."""
+        with self._changed:
+            self._staged[fetch.epoch, fetch.pass_no, fetch.unit] = fetch.room
+            self._changed.notify_all()
 
     @property
     def closing(self) -> bool:
         """Whether nothing more will be fetched."""
         return self._closing
 
-    @property
-    def epoch(self) -> int:
-        """Grows when what was expected of coming passes is dropped."""
-        return self._epoch
-
-    def _fetch_at(self, place: int, window: Window | None) -> Fetch | None:
+    def _fetch_at(self, place: int, room: Slot) -> Fetch | None:
         """The fetch at a place of the sequence since the pass was begun; None while it may not be made yet."""
         now = self._pass
-        if not now.units:
-            return None
         later, index = divmod(place, len(now.units))
         unit, pass_no = now.units[index], now.origin + later
         progress = self._units[unit]
@@ -276,7 +268,7 @@ class KVSchedule(SharedState):
         compact = now.k > 0 and -(-(max(before) + 1) // KV_BLOCK_TOKENS) > now.k
         lengths = tuple(0 if row in self._ended else length for row, length in zip(rows, before, strict=True))
         k = now.k if compact else 0
-        return Fetch(unit, pass_no, window, lengths, k, progress.wanted, progress.first, self._epoch)
+        return Fetch(unit, pass_no, room, lengths, k, progress.wanted, progress.first, self._epoch)
 
     def _count_blocks(self, fetch: Fetch) -> None:
         """For the share of the context that decode steps bring; the block that the new token begins is not one."""
@@ -288,11 +280,14 @@ class KVSchedule(SharedState):
     def fetched(self, fetch: Fetch, filled: Event) -> None:
         """The copy is queued up to its event ``filled``; nobody may want it any more."""
         with self._changed:
-            _window_of(fetch).filled, self._fetching = filled, None
+            fetch.room.filled, self._fetching = filled, None
+            if fetch.staged is not None:
+                fetch.staged.drained = filled
+                self._free_slots.append(fetch.staged)
             if fetch.epoch == self._epoch:
                 self._ready.append(fetch)
             else:
-                self._free.append(_window_of(fetch))
+                self._free.append(fetch.room)
             self._changed.notify_all()
 
     # -- what the writing thread asks and tells
@@ -313,15 +308,3 @@ class KVSchedule(SharedState):
             if write.window is not None:
                 self._free.append(write.window)
             self._changed.notify_all()
-
-    # -- shared pieces
-
-    def changed(self) -> None:
-        """Something that a waiting thread asks about may have changed."""
-        with self._changed:
-            self._changed.notify_all()
-
-
-def _window_of(fetch: Fetch) -> Window:
-    assert fetch.window is not None
-    return fetch.window

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wsm.engine.arena import PageLockedArena
-from wsm.engine.device import Device, Event
-from wsm.engine.link import PIECE_BYTES, Link
+from wsm.engine.device import PIECE_BYTES, Device, Event, Link
+from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
+from wsm.engine.threads import Threaded
 from wsm.kv.disk import KVDisk
-from wsm.kv.schedule import Fetch, KVSchedule, Window, Write
+from wsm.kv.schedule import Fetch, KVSchedule, Write
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
 from wsm.plan.kv import fresh_bytes, kv_cpu_lines
 from wsm.plan.memory import total
 from wsm.settings import Settings
 
 
-class KVTiers:
+class KVTiers(Threaded):
     """Keeps KV in page-locked CPU memory and on a disk, as the placement says, and brings it in the order of use.
 
     Construction takes all the memory; the threads start with it. Close it, also after a failure.
@@ -48,43 +47,41 @@ class KVTiers:
         wanted: Callable[[], int],
         disk: DiskOptions | None = None,
     ) -> None:
-        self.placement, self.layout, self.device, self.telemetry = placement, placement.layout, device, telemetry
+        self.placement, self.layout, self.telemetry = placement, placement.layout, telemetry
         self._settings, self._link, self._wanted_groups = settings, link, wanted
         self.pauses = 0
         self._below = frozenset((*placement.cpu, *placement.disk))
         self._arena = PageLockedArena(total(kv_cpu_lines(placement)), device)
         self._disk: KVDisk | None = None
+        self._windows: list[Slot] = []
         try:
             self._homes = {unit: self._arena.take(self.layout.unit_bytes(unit)) for unit in placement.cpu}
             self._fresh = self._arena.take(fresh_bytes(self.layout))
             if placement.disk:
                 assert disk is not None
                 self._disk = KVDisk(placement, disk.path, disk.weights, self._arena.take, telemetry)
-            self._windows = [Window(self._window_buffer()) for _ in range(WINDOWS)]
+            # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
+            nbytes, where = self.layout.window_bytes, device.torch_device
+            self._windows += [Slot(torch.zeros(nbytes, dtype=torch.uint8, device=where)) for _ in range(WINDOWS)]
         except BaseException:
             self._free_memory()
             raise
-        self._schedule = KVSchedule(self.layout, tuple(self._below), self._windows)
-        self._threads: list[threading.Thread] = []
+        self._schedule = KVSchedule(placement, self._windows, self._disk.slots if self._disk is not None else ())
+        super().__init__(self._schedule, device)
+        works = {"wsm-kv-in": self._fetch_all, "wsm-kv-out": self._write_all}
         try:
-            for name, work in self._works():
-                thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            self._begin(works if self._disk is None else {**works, "wsm-kv-read": self._stage_all})
         except BaseException:
             self.close()
             raise
 
-    def _works(self) -> list[tuple[str, Callable[[], None]]]:
-        works: list[tuple[str, Callable[[], None]]] = [
-            ("wsm-kv-in", self._fetch_all),
-            ("wsm-kv-out", self._write_all),
-        ]
-        return [*works, ("wsm-kv-read", self._stage_all)] if self._disk is not None else works
-
-    def _window_buffer(self) -> Tensor:
-        # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
-        return torch.zeros(self.layout.window_bytes, dtype=torch.uint8, device=self.device.torch_device)
+    def _free_memory(self) -> None:
+        for window in self._windows:
+            window.buffer = torch.empty(0, dtype=torch.uint8)
+        if self._disk is not None:
+            self._disk.close()
+        self._homes = {}
+        self._arena.close()
 
     @property
     def page_locked_bytes(self) -> int:
@@ -119,7 +116,6 @@ class KVTiers:
             k: blocks a row that are brought where a row has more; 0 for all.
         """
         self._schedule.begin(stretches, before, after, k)
-        self._drop_staged()
 
     def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
         """The pass's next KV, ``uint8 [rows, n_kv_heads, tokens, 2, record]``, and whether it is chosen blocks alone.
@@ -133,17 +129,15 @@ class KVTiers:
         stream = self.device.compute_stream()
         asked = self.telemetry.mark(stream)
         fetch = self._schedule.enter(Unit(layer, stretch))
-        assert fetch.window is not None
-        assert fetch.window.filled is not None
-        self.device.wait(stream, fetch.window.filled)
+        assert fetch.room.filled is not None
+        self.device.wait(stream, fetch.room.filled)
         self.telemetry.kv_waited(asked, self.telemetry.mark(stream))
         return self._view(fetch), fetch.k > 0
 
     def _view(self, fetch: Fetch) -> Tensor:
-        assert fetch.window is not None
         rows = len(self.layout.rows_of(fetch.unit.stretch))
         shape = self.layout.shape(rows, fetch.k * KV_BLOCK_TOKENS)
-        return fetch.window.buffer[: torch.Size(shape).numel()].view(shape)
+        return fetch.room.buffer[: torch.Size(shape).numel()].view(shape)
 
     def leave(self, layer: int, stretch: int, fresh: Tensor | None, wanted: Tensor | None) -> None:
         """All that this pass computes with the entered window is queued.
@@ -163,91 +157,46 @@ class KVTiers:
     def reset(self) -> None:
         """Every row is empty."""
         self._schedule.reset()
-        self._drop_staged()
-
-    def _drop_staged(self) -> None:
-        if self._disk is not None:
-            self._disk.expect(self._schedule.epoch)
-
-    # -- life
-
-    def stop(self) -> None:
-        """Fetch nothing more, write what is still to be written, join the threads; the telemetry is then complete."""
-        self._schedule.close()
-        if self._disk is not None:
-            self._disk.stop()
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-        self.device.synchronize()
-
-    def close(self) -> None:
-        """Stop, and free every page. May be called twice, and after a failure."""
-        try:
-            self.stop()
-        finally:
-            for window in self._windows:
-                window.buffer = torch.empty(0, dtype=torch.uint8)
-            self._free_memory()
-
-    def _free_memory(self) -> None:
-        if self._disk is not None:
-            self._disk.close()
-        self._homes = {}
-        self._arena.close()
-
-    def __enter__(self) -> KVTiers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- the threads
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            self.device.enter_thread()
-            work()
-        except BaseException as error:
-            self._schedule.fail(error)
+    def _stage_all(self) -> None:
+        """Read units of the disk ahead of their fetch, a slot each."""
+        assert self._disk is not None
+        while (fetch := self._schedule.next_staging()) is not None:
+            if fetch.room.drained is not None:
+                fetch.room.drained.synchronize()  # the slot's last copy to the device
+            self._disk.read(fetch)
+            self._schedule.staged(fetch)
 
     def _fetch_all(self) -> None:
         stream = self.device.stream()
-        while (fetch := self._schedule.next_fetch(self._staged)) is not None:
-            assert fetch.window is not None
-            if fetch.window.drained is not None:
-                self.device.wait(stream, fetch.window.drained)
-            slot = self._disk.taken if self._disk is not None else None
-            copies = self._copies(fetch, slot)
+        while (fetch := self._schedule.next_fetch()) is not None:
+            if fetch.room.drained is not None:
+                self.device.wait(stream, fetch.room.drained)  # the window's last reader
             needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
-            for nbytes, copy in _pieces(copies):
+            for nbytes, copies in _pieces(self._copies(fetch)):
                 with self._link.turn(needed_at):
                     start = self.telemetry.mark(stream)
-                    for work in copy:
-                        work(stream)
+                    for copy in copies:
+                        copy(stream)
                     end = self.device.record(stream)
                     self._link.queued(end)
                 self.telemetry.kv_moved("kv_h2d", fetch.unit.layer, fetch.pass_no, nbytes, start, end)
-            filled = self.device.record(stream)
-            if slot is not None and self._disk is not None:
-                self._disk.give_back(slot, filled)
-            self._schedule.fetched(fetch, filled)
+            self._schedule.fetched(fetch, self.device.record(stream))
 
-    def _copies(self, fetch: Fetch, slot: Tensor | None) -> Iterator[tuple[int, Work]]:
+    def _copies(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
         """What to queue for a fetch, a piece each: its bytes, and what queues it on a stream."""
-        if fetch.k and slot is None:
-            return self._chosen(fetch)
         if not fetch.k:
-            return self._whole(fetch, self.layout.runs(fetch.lengths), slot)
-        nbytes = self._view(fetch).nbytes
-        return self._whole(fetch, [Run(0, nbytes)], slot)
+            return self._whole(fetch, self.layout.runs(fetch.lengths))
+        if fetch.staged is None:
+            return self._chosen(fetch)
+        return self._whole(fetch, [Run(0, self._view(fetch).nbytes)])
 
-    def _whole(self, fetch: Fetch, runs: Sequence[Run], slot: Tensor | None) -> Iterator[tuple[int, Work]]:
+    def _whole(self, fetch: Fetch, runs: Sequence[Run]) -> Iterator[tuple[int, Work]]:
         """Copies of runs of bytes, from the unit's home or from a slot that holds the same."""
-        assert fetch.window is not None
-        home, window = self._homes[fetch.unit] if slot is None else slot, fetch.window.buffer
+        home = self._homes[fetch.unit] if fetch.staged is None else fetch.staged.buffer
+        window = fetch.room.buffer
         for run in runs:
             for offset in range(run.offset, run.offset + run.nbytes, PIECE_BYTES):
                 part = slice(offset, min(offset + PIECE_BYTES, run.offset + run.nbytes))
@@ -270,21 +219,6 @@ class KVTiers:
                     self.device.run(stream, partial(_gather, home[row], wanted, blocks, window[row]))
 
                 yield window[row].nbytes, gather
-
-    def _staged(self, fetch: Fetch) -> bool:
-        return self._disk is None or self._disk.staged(fetch)
-
-    def _stage_all(self) -> None:
-        """Read units of the disk ahead of their fetch, a slot each."""
-        disk = self._disk
-        assert disk is not None
-        while (slot := disk.free_slot()) is not None:
-            fetch = self._schedule.next_staging(disk.units)
-            if fetch is None:
-                return
-            disk.stage(fetch, slot)
-            disk.drop_older(self._schedule.epoch)
-            self._schedule.changed()
 
     def _write_all(self) -> None:
         stream = self.device.stream()
@@ -309,7 +243,7 @@ class KVTiers:
 
     def _settle(self, write: Write, rows: Sequence[int], end: Event, stream: Any) -> None:
         """From page-locked memory to where it stays."""
-        on_disk = self._disk if self._disk is not None and write.unit in self._disk.units else None
+        on_disk = self._disk if self._disk is not None and self._disk.holds(write.unit) else None
         if on_disk is not None and write.wanted is not None:
             on_disk.wanted[write.unit] = write.changed[0], self._on_host(write.wanted, stream)
         if write.window is not None:

@@ -15,14 +15,14 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
-from wsm.disk.io_threads import Done, IOThreads
+from wsm.disk.io_threads import IOThreads
 from wsm.disk.targets import open_for_reading
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
 from wsm.store import superblock
 from wsm.store.description import StoreDescription, StoredGroup
 from wsm.store.extents import Extent
-from wsm.store.source import Arrived, ChunkRead
+from wsm.store.source import ChunkRead, GroupRead
 from wsm.store.superblock import AGAIN
 
 LARGEST_CHUNK = 4 << 20
@@ -80,7 +80,6 @@ class PackedStore:
         pread: Pread = os.preadv,
     ) -> None:
         self.description = description
-        self.on_read: ChunkRead | None = None
         self.warnings: list[str] = list(description.warnings)
         self._verify, self._pread = verify, pread
         self._verified: set[GroupId | None] = set()
@@ -161,11 +160,10 @@ class PackedStore:
     def slot_bytes(self, kind: Kind) -> int:
         return max(g.layout.nbytes for g in self.description.groups.values() if g.group and g.group.kind == kind)
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
         """Queue a group's read into ``buffer`` (CPU ``uint8``, contiguous, 4096-aligned, at least the image's bytes).
 
-        ``arrived()`` is called when its bytes are all in; then ``done(None)`` or ``done(error)`` once, when they are
-        checked and nothing uses the buffer any more. Both on a thread of the store; neither may raise.
+        Callbacks of its futures run on a thread of the store, or on that of :meth:`close`.
 
         Raises:
             ValueError: for a buffer that is too small or misaligned.
@@ -175,18 +173,12 @@ class PackedStore:
         nbytes = stored.layout.nbytes
         if buffer.nbytes < nbytes or buffer.data_ptr() % BLOCK:
             raise ValueError(f"{stored.name} needs {nbytes} bytes, {BLOCK}-aligned, not {buffer.nbytes}")
-        image = memoryview(buffer.numpy().data)[:nbytes]
-
-        def came(failure: BaseException | None) -> None:
-            if failure is None:
-                arrived()
-            if failure is None and self._has_to_check(stored):
-                self._checks.submit([partial(self._check, stored, image)], done)
-            else:
-                done(failure)
-
+        image, came = memoryview(buffer.numpy().data)[:nbytes], list[ChunkRead]()
         chunks = _chunks(stored.extents, self.chunk_bytes)
-        self._reads.submit([partial(self._read, stored, image, chunk) for chunk in chunks], came)
+        arrived = self._reads.submit(partial(self._read, stored, image, chunk, came) for chunk in chunks)
+        if not self._has_to_check(stored):
+            return GroupRead(arrived, arrived, came)
+        return GroupRead(arrived, self._checks.submit([partial(self._check, stored, image)], after=arrived), came)
 
     def close(self) -> None:
         """Join every thread; reads that were not done end with a StoreError. A second call does nothing."""
@@ -200,14 +192,9 @@ class PackedStore:
 
     # -- the I/O threads
 
-    def _read(self, stored: StoredGroup, image: memoryview, chunk: _Chunk) -> None:
-        began = time.perf_counter()
-        self._read_chunk(stored, image, chunk)
-        if self.on_read is not None:
-            self.on_read(stored.group, chunk.nbytes, began, time.perf_counter())
-
-    def _read_chunk(self, stored: StoredGroup, image: memoryview, chunk: _Chunk) -> None:
+    def _read(self, stored: StoredGroup, image: memoryview, chunk: _Chunk, came: list[ChunkRead]) -> None:
         """Read on after a short read; only the end of a target may keep the last block from being whole."""
+        began = time.perf_counter()
         extent, file = chunk.extent, self._files[chunk.extent.target]
         place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
         done, tried = 0, False
@@ -225,6 +212,7 @@ class PackedStore:
             done, tried = done + whole, whole == 0
         if file in self._buffered:
             os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
+        came.append(ChunkRead(chunk.nbytes, began, time.perf_counter()))
 
     def _error(self, stored: StoredGroup, extent: Extent, offset: int, what: str) -> StoreError:
         target = self.description.targets[extent.target]

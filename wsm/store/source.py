@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from wsm.disk.io_threads import Done
+from wsm.disk.io_threads import IOThreads
+from wsm.errors import StoreError
 from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, image_layout, views
 from wsm.layout.model import TensorSource
 
-Arrived = Callable[[], None]
-ChunkRead = Callable[[GroupId | None, int, float, float], None]
+
+class ChunkRead(NamedTuple):
+    """A chunk that came from a drive; times in seconds of ``time.perf_counter``."""
+
+    nbytes: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRead:
+    """A read under way. Nobody writes into the buffer any more once ``arrived`` has ended, well or not.
+
+    Attributes:
+        arrived: ends when all bytes are in the buffer.
+        checked: ends when they are right as well; the same future where nothing is checked.
+        chunks: what has come from a drive so far; it grows until ``arrived`` ends.
+    """
+
+    arrived: Future[None]
+    checked: Future[None]
+    chunks: list[ChunkRead]
 
 
 class GroupSource(Protocol):
     """Reads whole groups into CPU memory, asynchronously and in the order asked; ``None`` stands for the globals."""
 
-    on_read: ChunkRead | None
     warnings: list[str]
 
     def layout(self, group: GroupId | None) -> GroupLayout:
-        """Where each tensor lies in the group's image."""
+        """Where each tensor is in the group's image."""
 
     def slot_bytes(self, kind: Kind) -> int:
         """The largest image of a kind."""
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
-        """Fill ``buffer`` (``uint8``, 4096-aligned), then call ``done(None)`` or ``done(error)`` on some thread.
-
-        ``arrived()`` is called before a ``done(None)``, when all bytes are in the buffer but not checked yet. Neither
-        may raise.
-        """
+    def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
+        """Begin to fill ``buffer`` (``uint8``, 4096-aligned) with a group's image."""
 
     def close(self) -> None:
-        """Join every thread."""
-
-
-def read_blocking(source: GroupSource, group: GroupId | None, buffer: Tensor) -> None:
-    """Fill ``buffer`` with a group's image and come back; raises what the read raised."""
-    answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    source.read(group, buffer, answers.put)
-    failure = answers.get()
-    if failure is not None:
-        raise failure
+        """Join every thread; reads that have not ended fail with a StoreError."""
 
 
 class CheckpointSource:
@@ -58,15 +64,12 @@ class CheckpointSource:
     """
 
     def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, *, threads: int) -> None:
-        self.on_read: ChunkRead | None = None
         self.warnings: list[str] = []
         self._checkpoint = checkpoint
         self._layouts: dict[Kind | None, GroupLayout] = {
             kind: image_layout(checkpoint.config.specs(kind), dtype) for kind in (None, *KINDS)
         }
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="wsm-load")
-        self._lock = threading.Lock()
-        self._closed = False
+        self._threads = IOThreads(threads, "wsm-load")
 
     def layout(self, group: GroupId | None) -> GroupLayout:
         return self._layouts[group.kind if group is not None else None]
@@ -74,32 +77,11 @@ class CheckpointSource:
     def slot_bytes(self, kind: Kind) -> int:
         return self._layouts[kind].nbytes
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
+        read_into, name_of = self._checkpoint.read_into, self._checkpoint.config.full_name
         tensors = views(buffer, self.layout(group))
-        left = len(tensors)
-        first_failure: BaseException | None = None
-
-        def fill(name: str, out: Tensor) -> None:
-            nonlocal left, first_failure
-            failure: BaseException | None = None
-            try:
-                if self._closed:
-                    raise RuntimeError("the checkpoint was closed before the read was done")
-                self._checkpoint.read_into(self._checkpoint.config.full_name(group, name), out)
-            except BaseException as error:
-                failure = error
-            with self._lock:
-                left -= 1
-                first_failure = first_failure or failure
-                last = left == 0
-            if last:  # nobody writes into the buffer any more
-                if first_failure is None:
-                    arrived()
-                done(first_failure)
-
-        for name, out in tensors.items():
-            self._threads.submit(fill, name, out)
+        done = self._threads.submit(partial(read_into, name_of(group, name), out) for name, out in tensors.items())
+        return GroupRead(done, done, [])
 
     def close(self) -> None:
-        self._closed = True
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.close(StoreError("the checkpoint was closed before the read was done"))

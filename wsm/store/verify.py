@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-import queue
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
@@ -23,13 +23,13 @@ def verify(store: PackedStore, *, progress: Callable[[int], None] = lambda nbyte
     largest = max(stored.layout.nbytes for _, stored in groups)
     # Two, so that the drive goes on while a checksum is made.
     buffers = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2)]
-    answers: list[queue.SimpleQueue[BaseException | None]] = [queue.SimpleQueue() for _ in groups]
+    reads: list[Future[None]] = []
     bad = []
     for number in range(len(groups) + 1):
         if number < len(groups):
-            store.read(groups[number][0], buffers[number % 2], answers[number].put)
+            reads.append(store.read(groups[number][0], buffers[number % 2]).checked)
         if number > 0:
-            failure = answers[number - 1].get()
+            failure = reads[number - 1].exception()
             if isinstance(failure, StoreError):
                 bad.append(str(failure))
             elif failure is not None:

@@ -88,6 +88,7 @@ def test_clocks_that_nobody_tells_of_are_null_with_a_warning(nvidia_smi: Callabl
         (f"GPU-{OTHERS}, 7\\n", None),
         ("", None),
     ],
+    ids=["ours", "another's", "in a container", "of another GPU", "none"],
 )
 def test_other_processes_on_the_gpu_are_counted(nvidia_smi: Callable[..., None], apps: str, others: int | None) -> None:
     nvidia_smi(apps=apps)

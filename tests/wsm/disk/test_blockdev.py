@@ -331,7 +331,8 @@ def test_too_small_a_device_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_the_question_names_the_device_and_what_it_bears(tmp_path: Path, device: str) -> None:
-    from wsm.store.pack import PackRequest, pack
+    from llama.stores import pack
+    from wsm.store.pack import PackRequest
 
     mkswap = shutil.which("mkswap", path=SBIN)
     if mkswap is None:

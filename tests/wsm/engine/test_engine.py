@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,18 +23,16 @@ from torch import Tensor
 from bench.run.trace import chrome_trace
 from tests.async_device import AsyncDevice
 from tests.bench.run.test_trace import bars_by_lane
-from wsm.engine.device import CpuDevice, CpuEvent, CpuStream, Event
-from wsm.engine.jobs import CopyJob, ReadJob
-from wsm.engine.link import Link
-from wsm.engine.manager import WeightStreamingManager
-from wsm.engine.pool import Slot
-from wsm.engine.residents import RESIDENTS_IN_FLIGHT
+from wsm.engine.device import CpuDevice, CpuEvent, CpuStream, Event, Link
+from wsm.engine.schedule import RESIDENTS_IN_FLIGHT
+from wsm.engine.slots import CopyJob, ReadJob, Slot
+from wsm.engine.stream import WeightStreamingManager
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, TensorLayout, pass_order
 from wsm.plan.placement import LOADING_SLOTS, Placement, place
 from wsm.settings import Settings
-from wsm.store.source import Arrived, Done
+from wsm.store.source import ChunkRead, GroupRead
 
 SLOT = {"attn": 8192, "ffn": 16384}
 
@@ -48,12 +47,11 @@ class FakeSource:
     """Answers reads on one thread, in order; counts them; can be slow, or fail at the n-th read."""
 
     def __init__(self, *, delay_s: float = 0.0, fail_at: int | None = None) -> None:
-        self.on_read: Callable[[GroupId | None, int, float, float], None] | None = None
         self.warnings: list[str] = []
         self.reads: Counter[GroupId | None] = Counter()
         self.asked: list[GroupId | None] = []
         self._delay_s, self._fail_at = delay_s, fail_at
-        self._queue: list[tuple[GroupId | None, Tensor, Done, Arrived]] = []
+        self._queue: list[tuple[GroupId | None, Tensor, GroupRead]] = []
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._serve)
@@ -66,11 +64,13 @@ class FakeSource:
     def slot_bytes(self, kind: Kind) -> int:
         return SLOT[kind]
 
-    def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
+    def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
+        read = GroupRead(Future(), Future(), [])
         with self._wake:
             self.asked.append(group)
-            self._queue.append((group, buffer, done, arrived))
+            self._queue.append((group, buffer, read))
             self._wake.notify()
+        return read
 
     def _serve(self) -> None:
         while True:
@@ -79,19 +79,19 @@ class FakeSource:
                     self._wake.wait()
                 if self._closing:
                     return
-                group, buffer, done, arrived = self._queue.pop(0)
+                group, buffer, read = self._queue.pop(0)
             started = time.perf_counter()
             time.sleep(self._delay_s)
             self.reads[group] += 1
             if self._fail_at is not None and self.reads.total() >= self._fail_at:
-                done(StoreError(f"{group}: short read"))
+                read.arrived.set_exception(StoreError(f"{group}: short read"))
+                read.checked.set_exception(StoreError(f"{group}: short read"))
                 continue
             data = image(group, self.layout(group).nbytes)
             buffer[: len(data)].copy_(data)
-            if self.on_read is not None:
-                self.on_read(group, len(data), started, time.perf_counter())
-            arrived()
-            done(None)
+            read.chunks.append(ChunkRead(len(data), started, time.perf_counter()))
+            read.arrived.set_result(None)
+            read.checked.set_result(None)
 
     def close(self) -> None:
         with self._wake:
@@ -244,7 +244,7 @@ def test_close_ends_every_thread_and_gives_back_every_page() -> None:
     with running(plan_for(6, settings), settings, FakeSource(delay_s=0.001)) as manager:
         run_passes(manager, 1)
     assert set(threading.enumerate()) == before
-    assert manager.page_locked_bytes == 0
+    assert manager.memory.page_locked_bytes == 0
 
 
 def test_telemetry_is_complete_once_the_manager_has_stopped() -> None:
@@ -359,7 +359,8 @@ def claims(manager: WeightStreamingManager) -> list[ReadJob]:
     found = []
     while (job := manager._tiers._claim_read()) is not None:
         found.append(job)
-        manager._tiers.arrived(job)
+        if job.step is None:
+            manager._tiers.resident_arrived()
     return found
 
 
@@ -375,12 +376,12 @@ def test_the_sweep_goes_on_beside_checksums_and_passes_over_what_has_no_room() -
         assert all(one.group.layer == other.group.layer for one, other in zip(first[::2], first[1::2], strict=True))
         job = next(job for job in first if job.group == GroupId(6, "ffn"))
         assert job.destination is tiers._cpu_homes[GroupId(15, "ffn")]
-        tiers.read(job, None)
+        tiers.read_done(job)
         assert claims(manager) == []
         copy = tiers.next_copy()
         assert copy is not None
         assert (copy.group, copy.step) == (GroupId(6, "ffn"), None)
-        tiers.copied(copy, device.record(device.stream()))
+        tiers.copy_queued(copy, device.record(device.stream()))
         # L12 is first in the line, and its home is still in use.
         assert [job.group for job in claims(manager)] == [GroupId(14, "ffn")]
 
@@ -414,7 +415,7 @@ def test_whoever_is_told_of_loaded_layers_may_fail_without_a_hang(on_gpu: int) -
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_copy_s_record_is_broken_where_the_link_ran_dry(dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of 4096 bytes: a trace has a bar a group and pass all the same, and no byte is counted twice."""
-    monkeypatch.setattr("wsm.engine.manager.PIECE_BYTES", 4096)
+    monkeypatch.setattr("wsm.engine.stream.PIECE_BYTES", 4096)
     monkeypatch.setattr(CpuEvent, "query", lambda event: dry)
     settings = Settings(mode="stream", gpu_cached_layers=1, group_prefetch_depth=2)
     with running(plan_for(4, settings), settings, FakeSource()) as manager:
@@ -445,7 +446,7 @@ def test_loading_takes_memory_of_its_own_only_where_no_layer_has_any(
     settings = replace(Settings(), mode=mode, gpu_cached_layers=on_gpu, cpu_cache_layers=in_cpu, prefetch_distance=1)
     with running(plan_for(9, settings), settings, FakeSource()) as manager:
         manager.wait_loaded()
-        assert manager.page_locked_peak_bytes == layers_of_memory * sum(SLOT.values())
+        assert manager.memory.page_locked_peak_bytes == layers_of_memory * sum(SLOT.values())
         run_passes(manager, 2)
 
 
@@ -459,7 +460,7 @@ def test_a_copy_s_record_is_broken_where_another_s_piece_comes_between(monkeypat
             super().copy(destination, source, stream)
             self.copies += 1
 
-    monkeypatch.setattr("wsm.engine.manager.PIECE_BYTES", 4096)
+    monkeypatch.setattr("wsm.engine.stream.PIECE_BYTES", 4096)
     monkeypatch.setattr(CpuEvent, "query", lambda event: False)
     device, settings = Crowded(), Settings(mode="stream", gpu_cached_layers=0, group_prefetch_depth=2)
     link, plan = Link(), plan_for(1, settings)
@@ -474,7 +475,7 @@ def test_a_copy_s_record_is_broken_where_another_s_piece_comes_between(monkeypat
 
         monkeypatch.setattr(link, "queued", crowded)
         source = tiers._cpu_homes[group]
-        manager._copy(CopyJob(group, 0, source, Slot(torch.empty_like(source.buffer))), device.stream())
+        manager._queue_pieces(CopyJob(group, 0, source, Slot(torch.empty_like(source.buffer))), device.stream())
         assert [copy.nbytes for copy in manager.telemetry.copies()] == [2 * 4096, SLOT["ffn"] - 2 * 4096]
 
 
@@ -489,9 +490,9 @@ def test_two_ways_in_stay_open_while_gpu_residents_wait() -> None:
                 if any(group.kind == kind and group.layer in waiting for group in tiers._residents.unread):
                     assert sum(group.kind == kind for group in unread) >= LOADING_SLOTS
             for job in jobs:
-                tiers.read(job, None)
+                tiers.read_done(job)
             while (copy := tiers._resident_copy()) is not None:
-                tiers.copied(copy, device.record(device.stream()))
+                tiers.copy_queued(copy, device.record(device.stream()))
             jobs = claims(manager)
         assert not tiers._residents.unread
 
@@ -519,11 +520,12 @@ def test_an_interrupted_wait_can_be_entered_again() -> None:
 
 def test_what_cannot_be_used_stays_what_it_is_on_its_way_through_the_threads() -> None:
     class Unusable(FakeSource):
-        def read(self, group: GroupId | None, buffer: Tensor, done: Done, arrived: Arrived = lambda: None) -> None:
+        def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
             if group is None:
-                super().read(group, buffer, done)
-            else:
-                done(UnusableInput("the checkpoint has no such tensor"))
+                return super().read(group, buffer)
+            failed: Future[None] = Future()
+            failed.set_exception(UnusableInput("the checkpoint has no such tensor"))
+            return GroupRead(failed, failed, [])
 
     settings = Settings(gpu_cached_layers=1, cpu_cache_layers=2)
     with running(plan_for(4, settings), settings, Unusable()) as manager, pytest.raises(UnusableInput):
@@ -541,4 +543,4 @@ def test_a_device_that_fails_still_gives_every_page_back() -> None:
     manager.start()
     with pytest.raises(RuntimeError, match="device lost"):
         manager.close()
-    assert manager.page_locked_bytes == 0
+    assert manager.memory.page_locked_bytes == 0

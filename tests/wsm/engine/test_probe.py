@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.run.ceilings import recall_for, remember
 from bench.run import ceilings
+from bench.run.ceilings import recall_for, remember
 from llama.inputs import BuildOptions, open_inputs
 from tests.wsm.engine.test_engine import SLOT, FakeSource
 from wsm.engine.device import CpuDevice

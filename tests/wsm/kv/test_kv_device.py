@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import fcntl
 import os
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,18 +79,9 @@ def random_bytes(nbytes: int, seed: int = 0) -> Tensor:
     return out
 
 
-def outcome(request: Callable[..., None], offset: int, buffer: Tensor) -> BaseException | None:
-    """What ``done`` was called with, once."""
-    told, answers = threading.Event(), list[BaseException | None]()
-
-    def done(failure: BaseException | None) -> None:
-        answers.append(failure)
-        told.set()
-
-    request(offset, buffer, done)
-    assert told.wait(20)
-    assert len(answers) == 1
-    return answers[0]
+def outcome(request: Callable[..., Future[None]], offset: int, buffer: Tensor) -> BaseException | None:
+    """How a request of one move ended."""
+    return request([(offset, buffer)]).exception(20)
 
 
 def kv_threads() -> list[threading.Thread]:
@@ -164,20 +157,18 @@ def test_requests_are_begun_in_the_order_asked(path: str) -> None:
     drive = FakeDrive(os.preadv)
     device = KVDevice(path, MIB, weights=[], threads=1, pread=drive)
     offsets = [512 * KIB, 0, 768 * KIB, 4 * KIB]
-    finished, last = list[int](), threading.Event()
+    finished = list[int]()
 
-    def tell(offset: int, failure: BaseException | None) -> None:
-        assert failure is None
+    def tell(offset: int, ended: Future[None]) -> None:
+        assert ended.exception() is None
         finished.append(offset)
-        if len(finished) == len(offsets):
-            last.set()
 
     for offset in offsets:
-        device.read(offset, aligned(BLOCK), partial(tell, offset))
-    assert last.wait(10)
+        device.read([(offset, aligned(BLOCK))]).add_done_callback(partial(tell, offset))
+    assert outcome(device.read, 0, aligned(BLOCK)) is None
     device.close()
     assert finished == offsets
-    assert [offset for offset, _ in drive.calls] == [BLOCK + offset for offset in offsets]
+    assert [offset for offset, _ in drive.calls] == [BLOCK + offset for offset in [*offsets, 0]]
 
 
 def test_the_superblock_stands_before_the_data_and_its_bytes_are_these(path: str) -> None:
@@ -244,7 +235,7 @@ def test_a_request_that_o_direct_cannot_serve_is_refused(
     device = KVDevice(path, 4 * BLOCK - 1, weights=[])
     for request in (device.read, device.write):
         with pytest.raises(ValueError, match=named):
-            request(offset, buffer(), lambda failure: None)
+            request([(offset, buffer())])
     device.close()
 
 
@@ -293,9 +284,8 @@ def test_a_failed_request_does_not_harm_the_next(path: str) -> None:
 
 
 def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
-    """One chunk fails at once while another is slow: done comes after the slow one, with the first failure."""
-    release, slow_over, told = threading.Event(), threading.Event(), threading.Event()
-    failures: list[BaseException | None] = []
+    """One chunk fails at once while another is slow: the request ends after the slow one, with the first failure."""
+    release, slow_over, slow_was_over = threading.Event(), threading.Event(), list[bool]()
 
     def answer(number: int, offset: int, nbytes: int) -> int:
         if number == 0:
@@ -304,20 +294,16 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
             return nbytes
         return failing(errno.EIO)(number, offset, nbytes)
 
-    def done(failure: BaseException | None) -> None:
-        assert slow_over.is_set()
-        failures.append(failure)
-        told.set()
-
     drive = FakeDrive(os.preadv, answer)
     device = KVDevice(path, 20 * MIB, weights=[], threads=2, pread=drive)
-    device.read(0, aligned(20 * MIB), done)
-    assert not told.wait(0.05)
+    read = device.read([(0, aligned(20 * MIB))])
+    read.add_done_callback(lambda _: slow_was_over.append(slow_over.is_set()))
+    with pytest.raises(concurrent.futures.TimeoutError):
+        read.exception(0.05)
     release.set()
-    assert told.wait(10)
+    assert isinstance(read.exception(10), KVDeviceError)
     device.close()
-    assert len(failures) == 1
-    assert isinstance(failures[0], KVDeviceError)
+    assert slow_was_over == [True]
     assert len(drive.calls) == 2, "the other three chunks are not worth reading any more"
 
 
@@ -335,7 +321,8 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
     device = KVDevice(path, MIB, weights=[], threads=1, pread=FakeDrive(os.preadv, slow))
     answers: list[BaseException | None] = []
     for number in range(3):  # the first is one chunk and under way, the others wait
-        device.read(0, aligned(BLOCK if number == 0 else MIB), answers.append)
+        read = device.read([(0, aligned(BLOCK if number == 0 else MIB))])
+        read.add_done_callback(lambda ended: answers.append(ended.exception()))
     assert began.wait(10)
     closing = threading.Thread(target=device.close)
     closing.start()
@@ -349,7 +336,7 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
     assert not os.path.exists(path)
     device.close()
     with pytest.raises(RuntimeError, match="closed"):
-        device.read(0, aligned(BLOCK), answers.append)
+        device.read([(0, aligned(BLOCK))])
     assert len(answers) == 3
 
 

@@ -35,8 +35,7 @@ from llama.weights import TensorWeights
 from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
 from wsm.engine.arena import ALIGNMENT
-from wsm.engine.device import CpuDevice, open_device
-from wsm.engine.link import Link
+from wsm.engine.device import CpuDevice, Link, open_device
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import StoreError
 from wsm.kv import disk as kv_disk

@@ -29,7 +29,6 @@ from wsm.layout.groups import BLOCK
 from wsm.store.extents import plan_store
 from wsm.store.pack import PackRequest
 from wsm.store.packed_store import PackedStore
-from wsm.store.source import read_blocking
 
 GROUPS = 1 + 2 * CONFIG.n_layers
 MIB = 1 << 20
@@ -386,7 +385,7 @@ def test_a_damaged_copy_of_a_store_is_told_from_the_store(tmp_path: Path) -> Non
     flip(tmp_path / "store.wsm", last.offset + last.nbytes - 1)
     store = PackedStore(description, staging_bytes=MIB)
     with pytest.raises(StoreError, match="checksum"):
-        read_blocking(store, stored.group, aligned(stored.layout.nbytes))
+        store.read(stored.group, aligned(stored.layout.nbytes)).checked.result()
     store.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import errno
 import itertools
@@ -23,7 +24,6 @@ from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, GroupId
 from wsm.store.description import StoreDescription
 from wsm.store.packed_store import CHECKSUM_THREADS, SMALLEST_CHUNK, PackedStore
-from wsm.store.source import read_blocking
 from wsm.store.verify import verify
 
 FFN1 = GroupId(1, "ffn")
@@ -54,11 +54,9 @@ class FakeDrive:
 
 
 def outcome(store: PackedStore, group: GroupId | None) -> BaseException | None:
-    try:
-        read_blocking(store, group, aligned(store.layout(group).nbytes))
-    except StoreError as error:
-        return error
-    return None
+    failure = store.read(group, aligned(store.layout(group).nbytes)).checked.exception(20)
+    assert failure is None or isinstance(failure, StoreError)
+    return failure
 
 
 # -- right bytes
@@ -130,16 +128,15 @@ def test_staging_bytes_bound_what_is_in_flight(
 
 def test_every_chunk_is_reported_with_its_bytes_and_times(packed: StoreDescription) -> None:
     store = PackedStore(packed, staging_bytes=4 * MIB)
-    seen: list[tuple[GroupId | None, int, float, float]] = []
-    store.on_read = lambda group, nbytes, t0, t1: seen.append((group, nbytes, t0, t1))
     before = time.perf_counter()
-    assert outcome(store, None) is None
-    assert outcome(store, FFN1) is None
+    reads = {group: store.read(group, aligned(store.layout(group).nbytes)) for group in (None, FFN1)}
+    for read in reads.values():
+        read.checked.result(20)
     after = time.perf_counter()
     store.close()
-    for group in (None, FFN1):
-        assert sum(nbytes for who, nbytes, _, _ in seen if who == group) == packed.groups[group].layout.nbytes
-    assert all(before <= t0 <= t1 <= after for _, _, t0, t1 in seen)
+    for group, read in reads.items():
+        assert sum(chunk.nbytes for chunk in read.chunks) == packed.groups[group].layout.nbytes
+        assert all(before <= chunk.start <= chunk.end <= after for chunk in read.chunks)
 
 
 def test_requests_are_served_in_order_and_overlap(packed: StoreDescription) -> None:
@@ -156,31 +153,20 @@ def test_requests_are_served_in_order_and_overlap(packed: StoreDescription) -> N
 
     drive = FakeDrive(answer)
     store = PackedStore(packed, staging_bytes=2 * SMALLEST_CHUNK, pread=drive)
-    finished: list[str] = []
-    both = threading.Barrier(2)
-
-    def tell(name: str, failure: BaseException | None) -> None:
-        assert failure is None
-        finished.append(name)
-        if len(finished) == 2:
-            both.wait(10)
-
-    buffers = [aligned(packed.groups[group].layout.nbytes) for group in (None, FFN1)]
-    store.read(None, buffers[0], lambda failure: tell("globals", failure))
-    store.read(FFN1, buffers[1], lambda failure: tell("L1.ffn", failure))
-    both.wait(10)
+    reads = [store.read(group, aligned(packed.groups[group].layout.nbytes)) for group in (None, FFN1)]
+    for read in reads:
+        assert read.checked.exception(10) is None
     store.close()
     assert [offset for offset, _ in drive.reads] == sorted(offset for offset, _ in drive.reads)
-    assert sorted(finished) == ["L1.ffn", "globals"]
 
 
 def test_a_buffer_that_o_direct_cannot_fill_is_refused(packed: StoreDescription) -> None:
     store = PackedStore(packed, staging_bytes=MIB)
     nbytes = packed.groups[FFN1].layout.nbytes
     with pytest.raises(ValueError, match="aligned"):
-        store.read(FFN1, aligned(nbytes + BLOCK)[8:], lambda failure: None)
+        store.read(FFN1, aligned(nbytes + BLOCK)[8:])
     with pytest.raises(ValueError, match="needs"):
-        store.read(FFN1, aligned(nbytes - BLOCK), lambda failure: None)
+        store.read(FFN1, aligned(nbytes - BLOCK))
     store.close()
 
 
@@ -261,9 +247,8 @@ def test_a_read_error_names_group_target_and_offset(packed: StoreDescription) ->
 
 
 def test_after_a_failure_nothing_writes_into_the_buffer_any_more(packed: StoreDescription) -> None:
-    """One chunk fails at once while another is slow: done comes after the slow one, so the buffer may go."""
+    """One chunk fails at once while another is slow: the read ends after the slow one, so the buffer may go."""
     release, slow_done = threading.Event(), threading.Event()
-    told = threading.Event()
 
     def answer(number: int, offset: int, nbytes: int) -> int:
         if number == 0:
@@ -273,20 +258,17 @@ def test_after_a_failure_nothing_writes_into_the_buffer_any_more(packed: StoreDe
         raise OSError(errno.EIO, "Input/output error")
 
     store = PackedStore(packed, staging_bytes=2 * SMALLEST_CHUNK, pread=FakeDrive(answer))
-    failures: list[BaseException | None] = []
-
-    def done(failure: BaseException | None) -> None:
-        failures.append(failure)
-        assert slow_done.is_set()
-        told.set()
-
-    store.read(None, aligned(packed.groups[None].layout.nbytes), done)
-    assert not told.wait(0.05)
+    slow_was_done: list[bool] = []
+    read = store.read(None, aligned(packed.groups[None].layout.nbytes))
+    for future in (read.arrived, read.checked):
+        future.add_done_callback(lambda _: slow_was_done.append(slow_done.is_set()))
+        with pytest.raises(concurrent.futures.TimeoutError):
+            future.exception(0.05)
+        assert not future.cancel()
     release.set()
-    assert told.wait(10)
+    assert isinstance(read.checked.exception(10), StoreError)
     store.close()
-    assert len(failures) == 1
-    assert isinstance(failures[0], StoreError)
+    assert slow_was_done == [True, True]
 
 
 def test_a_failed_group_does_not_harm_the_next(packed: StoreDescription) -> None:
@@ -302,18 +284,6 @@ def test_a_failed_group_does_not_harm_the_next(packed: StoreDescription) -> None
     store.close()
 
 
-def test_an_error_of_the_listener_fails_the_read_and_does_not_hang(packed: StoreDescription) -> None:
-    store = PackedStore(packed, staging_bytes=MIB)
-
-    def listener(group: GroupId | None, nbytes: int, t0: float, t1: float) -> None:
-        raise ZeroDivisionError
-
-    store.on_read = listener
-    with pytest.raises(ZeroDivisionError):
-        read_blocking(store, FFN1, aligned(packed.groups[FFN1].layout.nbytes))
-    store.close()
-
-
 # -- closing
 
 
@@ -326,18 +296,16 @@ def test_close_in_the_middle_of_a_read_joins_the_threads_and_tells_the_askers(pa
         return nbytes
 
     store = PackedStore(packed, staging_bytes=SMALLEST_CHUNK, pread=FakeDrive(slow))
-    failures: list[BaseException | None] = []
     buffers = [aligned(packed.groups[None].layout.nbytes) for _ in range(3)]
-    for buffer in buffers:
-        store.read(None, buffer, failures.append)
+    reads = [store.read(None, buffer) for buffer in buffers]
     assert began.wait(10)
     store.close()
-    assert len(failures) == 3
+    failures = [read.checked.exception(0) for read in reads]
     assert all(isinstance(failure, StoreError) and "closed" in str(failure) for failure in failures)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("wsm-io")]
     store.close()
     with pytest.raises(RuntimeError, match="closed"):
-        store.read(None, buffers[0], failures.append)
+        store.read(None, buffers[0])
 
 
 def test_a_store_that_cannot_be_opened_leaves_no_file_open(tmp_path: Path) -> None:
@@ -473,20 +441,16 @@ class HeldChecksums:
 
 
 def test_groups_are_read_while_others_are_checked(packed: StoreDescription, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, arrived = HeldChecksums(monkeypatch), threading.Semaphore(0)
+    held = HeldChecksums(monkeypatch)
     store = PackedStore(packed, staging_bytes=SMALLEST_CHUNK)
     assert store.threads == 1
-    answers: list[BaseException | None] = []
     groups = [GroupId(0, "attn"), GroupId(0, "ffn"), GroupId(1, "attn")]
-    for group in groups:
-        store.read(group, aligned(store.layout(group).nbytes), answers.append, arrived.release)
-    assert all(arrived.acquire(timeout=20) for _ in groups)
-    assert answers == []
+    reads = [store.read(group, aligned(store.layout(group).nbytes)) for group in groups]
+    assert [read.arrived.exception(20) for read in reads] == [None] * len(groups)
+    assert not any(read.checked.done() for read in reads)
     held.go.set()
-    while len(answers) < len(groups):
-        time.sleep(0.001)
+    assert [read.checked.exception(20) for read in reads] == [None] * len(groups)
     store.close()
-    assert answers == [None] * len(groups)
 
 
 def test_close_waits_for_checksums_under_way_and_answers_every_read_once(
@@ -496,7 +460,8 @@ def test_close_waits_for_checksums_under_way_and_answers_every_read_once(
     groups = [group for group in packed.groups if group is not None] * 8
     answers: list[BaseException | None] = []
     for group in groups:
-        store.read(group, aligned(store.layout(group).nbytes), answers.append)
+        read = store.read(group, aligned(store.layout(group).nbytes))
+        read.checked.add_done_callback(lambda checked: answers.append(checked.exception()))
     assert all(held.begun.acquire(timeout=20) for _ in range(CHECKSUM_THREADS))
     closing = threading.Thread(target=store.close)
     closing.start()
@@ -520,7 +485,8 @@ def test_a_chunk_under_way_while_the_store_closes_is_answered_once(packed: Store
 
     store = PackedStore(packed, staging_bytes=MIB, pread=FakeDrive(answer))
     answers: list[BaseException | None] = []
-    store.read(FFN1, aligned(store.layout(FFN1).nbytes), answers.append)
+    read = store.read(FFN1, aligned(store.layout(FFN1).nbytes))
+    read.checked.add_done_callback(lambda checked: answers.append(checked.exception()))
     assert under_way.wait(20)
     closing = threading.Thread(target=store.close)
     closing.start()
@@ -542,19 +508,13 @@ def test_bytes_have_arrived_where_only_the_check_fails(tmp_path: Path, broken: s
         extent = description.groups[FFN1].extents[0]
         flip(tmp_path / "store.wsm", extent.offset + 100)
     store = PackedStore(description, staging_bytes=MIB, pread=drive)
-    answers: list[BaseException | None] = []
-    arrived: list[bool] = []
-    done = threading.Event()
-
-    def answered(failure: BaseException | None) -> None:
-        answers.append(failure)
-        done.set()
-
-    store.read(FFN1, aligned(store.layout(FFN1).nbytes), answered, lambda: arrived.append(not answers))
-    assert done.wait(20)
+    read = store.read(FFN1, aligned(store.layout(FFN1).nbytes))
+    arrived_first: list[bool] = []
+    read.checked.add_done_callback(lambda _: arrived_first.append(read.arrived.done()))
+    assert isinstance(read.checked.exception(20), StoreError)
     store.close()
-    assert isinstance(answers[0], StoreError)
-    assert arrived == ([True] if broken == "checksum" else [])
+    assert arrived_first == [True]
+    assert (read.arrived.exception() is None) == (broken == "checksum")
 
 
 def test_a_checksum_that_cannot_be_made_reaches_the_asker(
@@ -563,7 +523,7 @@ def test_a_checksum_that_cannot_be_made_reaches_the_asker(
     HeldChecksums(monkeypatch, MemoryError("no room")).go.set()
     store = PackedStore(packed, staging_bytes=MIB)
     with pytest.raises(MemoryError, match="no room"):
-        read_blocking(store, FFN1, aligned(store.layout(FFN1).nbytes))
+        store.read(FFN1, aligned(store.layout(FFN1).nbytes)).checked.result(20)
     store.close()
 
 

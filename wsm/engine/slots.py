@@ -1,16 +1,16 @@
-"""A pool: the slots of one kind in one tier, and what each of them holds."""
+"""Slots: the buffers that groups are in, the pools of them, and the jobs that fill them."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from wsm.engine.device import Event
-from wsm.layout.groups import GroupId
+from wsm.layout.groups import GroupId, Kind
 
 State = Literal["absent", "loading", "ready", "in_use"]
 
@@ -31,14 +31,14 @@ class Slot:
 
 
 class Pool:
-    """Slots of one kind. Not thread-safe: the manager's lock guards it.
+    """Slots of one kind. Not thread-safe: the tiers' lock guards it.
 
     Invariants: a slot is either free (in ``_free``, empty ones first, then the oldest) or taken; a group is in at most
     one slot; with ``retain`` a free slot keeps its group until somebody takes the slot, so that the group can be pinned
     again.
 
     Args:
-        buffers: one ``uint8`` tensor a slot.
+        buffers: one ``uint8`` tensor per slot.
         retain: whether a freed slot keeps its group.
     """
 
@@ -98,3 +98,52 @@ class Pool:
     def contents(self) -> Sequence[tuple[GroupId, State]]:
         """What the slots hold, in pass order."""
         return sorted((slot.group, slot.state) for slot in self.slots if slot.group is not None)
+
+
+Pools = Mapping[Kind, Pool]
+Homes = Mapping[GroupId, Slot]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Every slot of a run.
+
+    Attributes:
+        gpu_homes, cpu_homes: the residents' own buffers.
+        gpu_pools, cpu_pools: the slots that streamed groups pass through.
+        loading_pools: slots that GPU residents come through where there is no other CPU memory.
+    """
+
+    gpu_homes: Homes
+    cpu_homes: Homes
+    gpu_pools: Pools
+    cpu_pools: Pools
+    loading_pools: Pools
+
+    def on_gpu(self) -> list[Slot]:
+        """The slots of the pools first."""
+        return [slot for pool in self.gpu_pools.values() for slot in pool.slots] + list(self.gpu_homes.values())
+
+    def on_cpu(self) -> list[Slot]:
+        pools = (*self.cpu_pools.values(), *self.loading_pools.values())
+        return [slot for pool in pools for slot in pool.slots] + list(self.cpu_homes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """SSD (or checkpoint) -> CPU. ``step`` is None for a resident of either tier, which is read once."""
+
+    group: GroupId
+    step: int | None
+    destination: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class CopyJob:
+    """CPU -> GPU. ``step`` is None for a GPU resident, which is copied once; the ``last`` of them ends the loading."""
+
+    group: GroupId
+    step: int | None
+    source: Slot
+    destination: Slot
+    last: bool = False

@@ -1,0 +1,144 @@
+"""All memory that the weights of a plan take: page-locked arenas, the slots in them, and those on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from wsm.engine.arena import PageLockedArena
+from wsm.engine.device import Device, Event
+from wsm.engine.slots import Pool, Slot, Slots
+from wsm.layout.groups import KINDS, Kind, pass_order, views, without
+from wsm.plan.placement import Placement
+from wsm.settings import Settings
+from wsm.store.source import GroupSource
+
+
+class WeightMemory:
+    """Taken whole when it is made; given back by :meth:`close`, and where making it fails.
+
+    Args:
+        source: says how large groups are, and reads the globals.
+        kept_on_cpu: the global tensor that stays in page-locked CPU memory, from where the device reads it.
+
+    Raises:
+        DoesNotFit: if the CPU memory is refused (the device's own out-of-memory error passes through).
+    """
+
+    def __init__(
+        self, plan: Placement, source: GroupSource, device: Device, settings: Settings, kept_on_cpu: str | None
+    ) -> None:
+        self._source, self._device, self._kept_on_cpu = source, device, kept_on_cpu
+        self._arenas: list[PageLockedArena] = []
+        self.page_locked_peak_bytes = 0
+        self.populate_s = self.page_lock_s = 0.0
+        try:
+            self.slots = self._allocate(plan, settings)
+        except BaseException:
+            self._free_arenas()
+            raise
+
+    def _allocate(self, plan: Placement, settings: Settings) -> Slots:
+        order, residency = pass_order(plan.residency.n_layers), plan.residency
+        layer_bytes = sum(self._source.slot_bytes(kind) for kind in KINDS)
+        arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
+        self._loading = self._new_arena(plan.loading_slots * layer_bytes)
+        self._embedding = self._new_arena(self._embedding_bytes)
+        gpu_homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in order if g.layer in set(residency.gpu)}
+        gpu_pools = {
+            kind: Pool((self._gpu_buffer(kind) for _ in range(plan.gpu_slots)), retain=not settings.evict_finished)
+            for kind in KINDS
+            if plan.gpu_slots
+        }
+        cpu_pools = self._cpu_pools(arena, plan.cpu_slots, retain=settings.cpu_evict == "fifo")
+        cpu_homes = {
+            g: Slot(arena.take(self._source.slot_bytes(g.kind)), g) for g in order if g.layer in set(residency.cpu)
+        }
+        loading_pools = self._cpu_pools(self._loading, plan.loading_slots, retain=False)
+        return Slots(gpu_homes, cpu_homes, gpu_pools, cpu_pools, loading_pools)
+
+    @property
+    def _embedding_bytes(self) -> int:
+        """Bytes of the global that stays in CPU memory."""
+        return sum(tensor.nbytes for tensor in self._source.layout(None).tensors if tensor.name == self._kept_on_cpu)
+
+    def _new_arena(self, nbytes: int) -> PageLockedArena:
+        arena = PageLockedArena(nbytes, self._device)
+        self._arenas.append(arena)
+        self.populate_s += arena.populate_s
+        self.page_lock_s += arena.register_s
+        self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
+        return arena
+
+    def _gpu_buffer(self, kind: Kind) -> Tensor:
+        return torch.empty(self._source.slot_bytes(kind), dtype=torch.uint8, device=self._device.torch_device)
+
+    def _cpu_pools(self, arena: PageLockedArena, slots: int, *, retain: bool) -> dict[Kind, Pool]:
+        return {
+            kind: Pool([arena.take(self._source.slot_bytes(kind)) for _ in range(slots)], retain=retain)
+            for kind in KINDS
+            if slots
+        }
+
+    @property
+    def page_locked_bytes(self) -> int:
+        """CPU memory held now, loading buffers included."""
+        return sum(arena.nbytes for arena in self._arenas)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went worse than it could while memory was taken."""
+        return list(dict.fromkeys(warning for arena in self._arenas for warning in arena.warnings))
+
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """The largest CPU and device memory there is, both ``uint8``, for a probe before anything is loaded."""
+        on_gpu = max((slot.buffer for slot in self.slots.on_gpu()), key=lambda buffer: buffer.nbytes)
+        return max(self._arenas, key=lambda arena: arena.nbytes).whole(), on_gpu
+
+    def load_globals(self) -> Mapping[str, Tensor]:
+        """Embedding, final norm and head on the device, read through any arena that is large enough.
+
+        Raises:
+            StoreError, UnusableInput: if they cannot be read.
+        """
+        layout, device = self._source.layout(None), self._device
+        own = next((arena for arena in self._arenas if arena.nbytes >= layout.nbytes), None)
+        arena = own or self._new_arena(layout.nbytes)
+        image = arena.whole()[: layout.nbytes]
+        self._source.read(None, image).checked.result()
+        kept = without(layout, self._kept_on_cpu) if self._kept_on_cpu else layout
+        on_device = views(torch.empty(kept.nbytes, dtype=torch.uint8, device=device.torch_device), kept)
+        stream = device.stream()
+        for name, tensor in views(image, layout).items():
+            if name in on_device:
+                device.copy(on_device[name], tensor, stream)
+            else:
+                self._embedding.whole()[: tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+                mapped = device.mapped(self._embedding.whole())[: tensor.nbytes]
+                on_device[name] = mapped.view(tensor.dtype).view(tensor.shape)
+        device.record(stream).synchronize()
+        if own is None:
+            self._drop(arena)
+        return on_device
+
+    def drop_loading(self, end: Event) -> None:
+        """Give back what only the loading of residents needed, after ``end`` of the last copy out of it."""
+        if self._loading.nbytes:
+            end.synchronize()
+            self._drop(self._loading)
+
+    def _drop(self, arena: PageLockedArena) -> None:
+        self._arenas.remove(arena)
+        arena.close()
+
+    def _free_arenas(self) -> None:
+        for arena in list(self._arenas):
+            self._drop(arena)
+
+    def close(self) -> None:
+        """Free every page, and let go of the device's memory: nobody may use a slot any more."""
+        self._free_arenas()
+        for slot in (*self.slots.on_gpu(), *self.slots.on_cpu()):
+            slot.buffer = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,129 @@
+"""Threads beside the computation: what they share under one lock, how a failure reaches everyone, and one life."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import TypeVar
+
+from wsm.engine.device import Device
+from wsm.errors import DoesNotFit, StoreError, UnusableInput
+
+T = TypeVar("T")
+P = TypeVar("P", bound="Threaded")
+
+
+class SharedState:
+    """What a subclass adds is read and written under ``_changed`` alone, whose waiters every change wakes.
+
+    Args:
+        name: of what failed or is closed, for the sentence.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._changed = threading.Condition()
+        self._name = name
+        self._failure: BaseException | None = None
+        self._closing = False
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Wait until ``ready``, with the lock held.
+
+        Raises:
+            StoreError, DoesNotFit, UnusableInput, RuntimeError: whatever failed on a thread, as the cause.
+        """
+        while not ready():
+            self._check()
+            self._changed.wait()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            cause = self._failure
+            if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
+                raise type(cause)(str(cause)) from cause
+            raise RuntimeError(f"a thread of {self._name} failed: {cause!r}") from cause
+        if self._closing:
+            raise RuntimeError(f"closed: {self._name}")
+
+    def _next(self, claim: Callable[[], T | None]) -> T | None:
+        """Wait until there is something to claim; None once closing."""
+        with self._changed:
+            while not self._closing:
+                claimed = claim()
+                if claimed is not None:
+                    return claimed
+                self._changed.wait()
+        return None
+
+    def fail(self, failure: BaseException) -> None:
+        """Hand an exception of any thread to whoever waits, and to the next caller."""
+        with self._changed:
+            if self._failure is None and not self._closing:
+                self._failure = failure
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let everyone who waits go; nothing more is handed out."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+
+class Threaded(ABC):
+    """A part of the engine with threads of its own: started, stopped and closed once. A context manager.
+
+    Args:
+        state: what the threads share; whatever fails on one of them is handed to it.
+    """
+
+    def __init__(self, state: SharedState, device: Device) -> None:
+        self.device = device
+        self._state = state
+        self._threads: list[threading.Thread] = []
+
+    def _begin(self, works: Mapping[str, Callable[[], None]]) -> None:
+        """Start a thread of each name."""
+        for name, work in works.items():
+            thread = threading.Thread(target=self._guard, args=(partial(self._serve, work),), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _serve(self, work: Callable[[], None]) -> None:
+        self.device.enter_thread()
+        work()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._state.fail(error)
+
+    def stop(self) -> None:
+        """Begin nothing more and join every thread: the telemetry is then complete, and nothing can be had."""
+        self._state.close()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self.device.synchronize()
+
+    def close(self) -> None:
+        """Stop, and free every page. May be called twice, and after a failure."""
+        try:
+            self.stop()
+        finally:
+            self._free_memory()
+
+    @abstractmethod
+    def _free_memory(self) -> None: ...
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -45,7 +45,6 @@ class CgroupMemory(NamedTuple):
 
 
 _UNLIMITED = 1 << 60
-_CACHED = ("inactive_file", "active_file", "total_inactive_file", "total_active_file")
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> CgroupMemory | None:
@@ -86,8 +85,8 @@ def _read_cgroup(directory: Path) -> CgroupMemory | None:
 
 def _cached_bytes(file: Path) -> int:
     counters = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
-    own = sum(int(counters.get(name, 0)) for name in _CACHED[:2])
-    return max(own, sum(int(counters.get(name, 0)) for name in _CACHED[2:]))
+    files = ("inactive_file", "active_file")
+    return max(sum(int(counters.get(whole + name, 0)) for name in files) for whole in ("", "total_"))
 
 
 def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory | None) -> int:

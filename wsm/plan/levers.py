@@ -273,9 +273,7 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in (1, as_large)]
     best = make_plan(RESIDENTS.at(starts[-1], 0))
     # So do residents of the GPU: where all layers are there, fewer may fit where all do not.
-    goods: list[Good] = [lambda plan: plan.fits]
-    if inputs.hardware.has_gpu:
-        goods.append(lambda plan: plan.fits_gpu)
+    goods: list[Good] = [lambda plan: plan.fits, lambda plan: plan.inputs.hardware.has_gpu and plan.fits_gpu]
     for good in goods:
         found = [largest(RESIDENTS, start, range(layers + 1), good) for start in starts]
         if fitting := [plan for plan in found if plan is not None]:

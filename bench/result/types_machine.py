@@ -58,9 +58,7 @@ class Memory(Part, frozen=True, kw_only=True):
     gpu_peak_allocated_bytes: Annotated[Count | None, says("bytes, most that torch had allocated; null on the CPU")]
     gpu_peak_reserved_bytes: Annotated[Count | None, says("bytes, most that torch had reserved; null on the CPU")]
     gpu_context_bytes: Annotated[Count | None, says("bytes of the CUDA context; null on the CPU")]
-    cpu_page_locked_bytes: Annotated[
-        Count, says("bytes of page-locked CPU memory in the rounds (CPU device: not locked)")
-    ]
+    cpu_page_locked_bytes: Annotated[Count, says("page-locked bytes in the rounds (CPU device: the same, not locked)")]
     cpu_page_locked_peak_bytes: Annotated[Count, says("bytes, the most of it at any time, loading included")]
     rss_peak_bytes: Annotated[Count, says("bytes, most CPU memory of the process, mapped files included")]
     rss_anon_bytes: Annotated[Count | None, says("bytes of it at the end, without mapped files; null off Linux")]
@@ -79,10 +77,7 @@ class LoadSeconds(Part, frozen=True, kw_only=True):
     stage_s: Annotated[Amount | None, says("s: waiting for the layers staged before the first pass")] = None
     warmup_s: Annotated[Amount | None, says("s: warm-up rounds")]
     residents_s: Annotated[
-        Amount | None,
-        says(
-            "s from the first read until every resident was in its tier, warming up meanwhile (full: the whole model)"
-        ),
+        Amount | None, says("s until all residents were there (full: the model), warming up meanwhile")
     ]
     from_process_start_s: Annotated[Amount, says("s from the start of the process to the first timed round")]
 
@@ -109,9 +104,7 @@ class KV(Part, frozen=True, kw_only=True):
     device: Annotated[str, says("the compute device")]
     dtype: Annotated[Later[str], says("how keys and values are stored: the model's dtype, or int8")] = UNSET
     topk_blk: Annotated[Count, says("--topk-blk, KV blocks per step from below the GPU; 0: all")]
-    fraction_fetched: Annotated[
-        Share, says("of the blocks below the GPU, those that the decode steps fetched; 1: no such")
-    ]
+    fraction_fetched: Annotated[Share, says("of the KV blocks below the GPU, what decode steps fetched; 1: none below")]
     exact: Annotated[bool, says("whether every step attended over the whole context")]
     stretch_rows: Annotated[
         Later[FromOne], says("rows whose KV is moved and attended together; a part is a layer's KV of so many rows")
@@ -148,9 +141,7 @@ class Provenance(Part, frozen=True, kw_only=True):
     cpu: Annotated[str | None, says("CPU's name")]
     cpu_cores: Annotated[FromOne, says("cores that the process may use")]
     ram_bytes: Annotated[FromOne, says("bytes of CPU memory in the machine")]
-    numa_node: Annotated[
-        Count | None, says("the GPU's node, for page-locked memory; null where there was no choice")
-    ] = None
+    numa_node: Annotated[Count | None, says("the GPU's node, for page-locked memory; null: no choice")] = None
     drive: Drive | None
     kernel: Annotated[str, says("Linux kernel")]
     seed: Annotated[Count, says("of random ids and sampling")]
@@ -162,12 +153,8 @@ class Conditions(Struct, kw_only=True):
     """what else went on in the timed rounds; null where it does not apply or, with a warning, could not be had"""
 
     clock_samples: Annotated[FromOne | None, says("how often the GPU's clocks were looked at, every 500 ms")] = None
-    throttled_samples: Annotated[
-        Count | None, says("how often they were throttled; above a tenth there is a warning")
-    ] = None
-    throttle_reasons: Annotated[Texts | None, says("power cap, hardware slowdown, power brake, heat (two kinds)")] = (
-        None
-    )
+    throttled_samples: Annotated[Count | None, says("how often they were throttled; above a tenth: a warning")] = None
+    throttle_reasons: Annotated[Texts | None, says("power cap, hardware slowdown, power brake, or heat")] = None
     gpu_other_processes: Annotated[Count | None, says("other processes on the GPU before or after, the larger")] = None
     drive_other_bytes: Annotated[
         Count | None, says("bytes that others read and wrote on the store's drives; null where no layer is on the SSD")

@@ -37,9 +37,7 @@ class Stall(Part, frozen=True, kw_only=True):
 
     ssd: Annotated[Amount | None, says("ms in which the link could have copied, had the SSD's bytes been there")]
     h2d: Annotated[Amount | None, says("ms in which the computation waited for weights to be copied")]
-    kv: Annotated[Amount | None, says("ms in which it waited for KV from below the GPU; null where all is there")] = (
-        None
-    )
+    kv: Annotated[Amount | None, says("ms in which it waited for KV from below the GPU; null if all is there")] = None
 
 
 class Idle(Part, frozen=True, kw_only=True):
@@ -49,9 +47,7 @@ class Idle(Part, frozen=True, kw_only=True):
     h2d: Annotated[Amount | None, says("ms in which neither weights nor KV were copied to the GPU")]
     compute: Annotated[
         Amount | None,
-        says(
-            "ms between the layers: embedding, head, sampling, read-back; wall_ms less busy_ms.compute and its stalls"
-        ),
+        says("ms between layers: embedding, head, sampling, read-back; wall_ms less busy_ms and its stalls"),
     ]
 
 
@@ -69,7 +65,10 @@ class Phase(Part, frozen=True, kw_only=True):
     hbm_bytes: Annotated[
         Count, says("fewest bytes read from device memory: every weight once per pass; in the decode all KV so far too")
     ]
-    floor_ms: Annotated[Amount | None, says("ms: as in `phases`, from this rank's own bytes and ceilings")]
+    floor_ms: Annotated[
+        Amount | None,
+        says("ms that these bytes and operations need at the ceilings, of the slowest rank; null where not known"),
+    ]
     predicted_ms: Annotated[
         Above0 | None,
         says("ms expected from the probe's medians where a link or drive bounds streamed passes; else null"),
@@ -109,10 +108,7 @@ class RankPhase(Part, frozen=True, kw_only=True):
     busy_ms: Annotated[Busy, says("ms in which each of this rank's tiers worked, as in `phases`")]
     stall_ms: Annotated[Stall, says("ms that the next tier waited for this one, as in `phases`")]
     idle_ms: Annotated[Idle, says("ms in which a tier did nothing, as in `phases`")]
-    floor_ms: Annotated[
-        Amount | None,
-        says("ms: the floor of the slowest rank, each over its own links, all measured at once; null where not known"),
-    ]
+    floor_ms: Annotated[Amount | None, says("ms: as in `phases`, from this rank's own bytes and ceilings")]
     bound_by: Annotated[Bound | None, says("the resource that sets this rank's floor_ms")]
     collectives_ms: Annotated[Amount, says("ms in sums and gathers over the ranks, with waiting for the slowest rank")]
     collectives: Annotated[Count, says("sums and gathers in the phase")]
@@ -122,10 +118,7 @@ class JobPhase(Part, frozen=True, kw_only=True):
     bytes: Annotated[Traffic, says("bytes that the passes of all ranks used, together")]
     floor_ms: Annotated[
         Amount | None,
-        says(
-            "ms: the floor of the slowest rank, each over its own links, whose ceilings were measured at the same "
-            "time; null where one is not known"
-        ),
+        says("ms: the floor of the slowest rank, each over its own links, all measured at once; null where not known"),
     ]
     bound_by: Annotated[Bound | None, says("the resource that sets floor_ms")]
     bound_rank: Annotated[Count | None, says("the rank that sets floor_ms")]
@@ -140,9 +133,7 @@ class Rank(Part, frozen=True, kw_only=True):
     host: Annotated[str, says("its host's name")]
     device: Annotated[str, says("its compute device")]
     gpu: Annotated[str | None, says("its GPU's name; null on the CPU")]
-    numa_node: Annotated[
-        Count | None, says("its GPU's NUMA node, which it was bound to; null where there was no choice")
-    ]
+    numa_node: Annotated[Count | None, says("the NUMA node it was bound to, its GPU's; null where there is no choice")]
     gpu_peak_allocated_bytes: Annotated[Count | None, says("most GPU memory that torch had given out; null on the CPU")]
     gpu_peak_reserved_bytes: Annotated[Count | None, says("most GPU memory that torch had taken; null on the CPU")]
     cpu_page_locked_bytes: Annotated[Count, says("bytes of page-locked CPU memory that it holds")]

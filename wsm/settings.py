@@ -123,11 +123,6 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
     )
 
 
-def spelled(field: str) -> str:
-    """How the user gives a field: as the variable or the flag that sets it."""
-    return options_of(Settings)[field].spelled
-
-
 def preset_environment(environ: MutableMapping[str, str]) -> None:
     """Set what the user has not set. Must run before torch is imported, since OpenMP reads its variable once."""
     for name, preset in PRESETS.items():

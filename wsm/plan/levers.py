@@ -14,7 +14,7 @@ from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import Ceiling, PassTimes, pass_times
-from wsm.settings import CHOSEN, MODES, spelled
+from wsm.settings import CHOSEN, MODES
 
 # -- the table
 
@@ -58,7 +58,7 @@ class Lever:
 
     def spelled(self, value: Any) -> str:
         """As it is typed."""
-        return f"{spelled(self.field)} {value}"
+        return f"--{self.field.replace('_', '-')} {value}"
 
 
 def _with(inputs: PlanInputs, changes: dict[str, Any]) -> PlanInputs:

@@ -128,9 +128,9 @@ switches = st.fixed_dictionaries(
     {
         "mode": st.sampled_from(["mixed", "stream", "preload"]),
         "gpu_cached_layers": st.integers(0, 9),
-        "cpu_cache_layers": st.integers(0, 9),
-        "prefetch_distance": st.integers(0, 5),
-        "group_prefetch_depth": st.integers(0, 7),
+        "cpu_cache_layers": st.integers(1, 9),
+        "prefetch_distance": st.integers(1, 5),
+        "group_prefetch_depth": st.integers(1, 7),
         "aggressive_gpu_prefetch": st.integers(0, 3),
         "warmup_layers": st.integers(0, 9),
         "cpu_rolling_mode": st.booleans(),
@@ -438,7 +438,7 @@ def test_a_copy_s_record_is_broken_where_the_link_ran_dry(dry: bool, monkeypatch
 
 @pytest.mark.parametrize(
     ("mode", "on_gpu", "in_cpu", "layers_of_memory"),
-    [("stream", 4, 0, 5), ("stream", 8, 0, 2), ("preload", 0, 0, 2), ("mixed", 4, 3, 3), ("mixed", 4, 5, 5)],
+    [("stream", 4, 1, 5), ("stream", 8, 1, 2), ("preload", 0, 1, 2), ("mixed", 4, 3, 3), ("mixed", 4, 5, 5)],
 )
 def test_loading_takes_memory_of_its_own_only_where_no_layer_has_any(
     mode: Literal["stream", "preload", "mixed"], on_gpu: int, in_cpu: int, layers_of_memory: int

@@ -32,7 +32,7 @@ shapes = st.builds(lambda b, p, n: RunShape(b, p, n, b * p), st.integers(1, 24),
 @given(config=small_models, chosen=placements, shape=shapes, hardware=machines)
 @example(  # more layers are asked for than there are, given up, and found to fit after all
     config=replace(TINY, n_layers=2, dim=128, ffn_dim=2048),
-    chosen={"gpu_cached_layers": 3, "cpu_cache_layers": 0, "prefetch_distance": 0, "gpu_max_groups": 2},
+    chosen={"gpu_cached_layers": 3, "cpu_cache_layers": 1, "prefetch_distance": 1, "gpu_max_groups": 2},
     shape=RunShape(2, 160, 1, 320),
     hardware=Hardware("cuda:0", 80 * GIB, 105747238, 0, 3260416),
 )

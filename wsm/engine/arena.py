@@ -20,9 +20,8 @@ from torch import Tensor
 
 from wsm.engine.device import Device
 from wsm.errors import DoesNotFit
+from wsm.layout.groups import BLOCK, round_up
 
-PAGE = mmap.PAGESIZE
-ALIGNMENT = 4096
 _HUGE_PAGE = 2 << 20
 _POPULATE_PIECE = 64 << 20
 _HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -40,30 +39,22 @@ def _huge_pages_off() -> bool:
         return False
 
 
-def _round_up(nbytes: int, unit: int) -> int:
-    return -(-nbytes // unit) * unit
-
-
 class PageLockedArena:
-    """One mapping, handed out front to back by :meth:`take`; page-locked where the device needs it.
+    """One mapping of ``nbytes``, rounded up to a page, handed out front to back; page-locked where the device needs it.
 
-    Args:
-        nbytes: the exact size; rounded up to one page.
-        device: says whether the memory has to be registered with CUDA.
-
-    Raises:
-        DoesNotFit: if the mapping is refused. Where page-locking is refused, ``warnings`` says so.
+    ``whole`` is all of it, ``uint8 [nbytes]``, whatever was taken. Raises DoesNotFit if the mapping is refused; where
+    page-locking is refused, ``warnings`` says so.
     """
 
     def __init__(self, nbytes: int, device: Device) -> None:
-        self.nbytes = _round_up(nbytes, ALIGNMENT)
+        self.nbytes = round_up(nbytes, BLOCK)
         self.warnings: list[str] = []
         self._taken = 0
         self._registered = False
         self._device = device
         started = time.perf_counter()
         self._map: mmap.mmap | None = None
-        self._whole = torch.empty(0, dtype=torch.uint8)
+        self.whole = torch.empty(0, dtype=torch.uint8)
         if self.nbytes:
             self._reserve()
         self.populate_s = time.perf_counter() - started
@@ -78,11 +69,10 @@ class PageLockedArena:
             self._map = mmap.mmap(-1, self.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError) as error:
             raise DoesNotFit(f"the system refused {self.nbytes / 2**30:.2f} GiB of CPU memory: {error}") from error
-        whole = np.frombuffer(self._map, dtype=np.uint8)
-        address = whole.ctypes.data
-        skip = _round_up(address, _HUGE_PAGE) - address
-        self._whole = torch.from_numpy(whole[skip : skip + self.nbytes])
-        self._address = address + skip
+        mapped = np.frombuffer(self._map, dtype=np.uint8)
+        self._address = round_up(mapped.ctypes.data, _HUGE_PAGE)
+        skip = self._address - mapped.ctypes.data
+        self.whole = torch.from_numpy(mapped[skip : skip + self.nbytes])
         if _libc.madvise(self._address, self.nbytes, _MADV_HUGEPAGE) != 0 or _huge_pages_off():
             self.warnings.append(
                 "no transparent huge pages: load_s.populate_s and load_s.page_lock_s are longer for it; "
@@ -99,13 +89,13 @@ class PageLockedArena:
                 raise DoesNotFit(
                     f"the system has no {self.nbytes / 2**30:.2f} GiB of CPU memory left for the page-locked tier"
                 )
-            self._whole[offset : offset + nbytes : PAGE] = 0
+            self.whole[offset : offset + nbytes : mmap.PAGESIZE] = 0
 
     def _register(self) -> None:
         """Page-lock it; where CUDA refuses, go on without: slower, but the same bytes."""
         code = int(torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0))
         self._registered = code == 0
-        if not self._registered or not self._whole[:1].is_pinned():
+        if not self._registered or not self.whole[:1].is_pinned():
             with contextlib.suppress(RuntimeError):  # the refusal would be reported by the next kernel's launch
                 torch.zeros(1, device=self._device.torch_device).add_(1)
             self.warnings.append(
@@ -114,17 +104,13 @@ class PageLockedArena:
                 "memory limit or `ulimit -l` (on WSL 2 the memory in .wslconfig), or lower --cpu-cache-layers"
             )
 
-    def whole(self) -> Tensor:
-        """All of it, ``uint8 [nbytes]``, whatever was taken."""
-        return self._whole
-
     def take(self, nbytes: int) -> Tensor:
         """The next ``uint8 [nbytes]``, its start aligned to 4096 bytes."""
-        start = _round_up(self._taken, ALIGNMENT)
+        start = round_up(self._taken, BLOCK)
         if start + nbytes > self.nbytes:
             raise DoesNotFit(f"the arena of {self.nbytes} bytes has no {nbytes} bytes left")
         self._taken = start + nbytes
-        return self._whole[start : start + nbytes]
+        return self.whole[start : start + nbytes]
 
     def close(self) -> None:
         """Unregister, then give every page back, even where somebody still holds a view (it then reads zeros)."""
@@ -136,5 +122,5 @@ class PageLockedArena:
             torch.cuda.cudart().cudaHostUnregister(self._address)
             self._registered = False
         _libc.madvise(self._address, self.nbytes, _MADV_DONTNEED)
-        self._whole = torch.empty(0, dtype=torch.uint8)
+        self.whole = torch.empty(0, dtype=torch.uint8)
         self._map = None

@@ -1,8 +1,4 @@
-"""Streams, events, copies and the link: one class of device for CUDA, one for the CPU.
-
-The engine is written once against :class:`Device`. On the CPU a stream is in order because its owner is one
-thread, a copy is a memcpy, and an event has happened when it is recorded.
-"""
+"""Streams, events, copies and the link: one class of device for the CPU, one for CUDA."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -34,10 +31,6 @@ class Event(Protocol):
         """Block the calling thread until the work before it is done."""
 
 
-class CpuStream:
-    """In order because one thread owns it; there is nothing to queue."""
-
-
 class CpuEvent:
     """Has happened once it is recorded."""
 
@@ -52,28 +45,24 @@ class CpuEvent:
 
 
 class Device:
-    """What the engine needs of a compute device. Here all work is done on return; :class:`CudaDevice` queues it.
+    """What the engine needs of a compute device; here of the CPU, so that all its paths run on any machine.
 
-    Args:
-        device: where tensors of the GPU tier are.
+    All work is done on return: a stream (None) is in order because one thread owns it. :class:`CudaDevice` queues it.
     """
 
     pinned = False
     """Whether copies need page-locked memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.torch_device = device
+    torch_device = torch.device("cpu")
+    """Where tensors of the GPU tier are."""
 
     def enter_thread(self) -> None:
         """To be called first on every thread that uses the device."""
 
     def stream(self) -> Any:
         """A new stream for copies."""
-        return CpuStream()
 
     def compute_stream(self) -> Any:
         """The stream that the calling thread's computations run on."""
-        return CpuStream()
 
     def record(self, stream: Any) -> Event:
         """A new event behind everything queued on ``stream``."""
@@ -91,10 +80,9 @@ class Device:
         work()
 
     def mapped(self, host: Tensor) -> Tensor:
-        """Page-locked ``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
+        """``uint8`` CPU memory as the device sees it: kernels read it over the link, without a copy.
 
-        Raises:
-            DoesNotFit: where the memory is not page-locked.
+        Raises DoesNotFit where the memory is not page-locked.
         """
         return host
 
@@ -106,25 +94,6 @@ class Device:
         """Block until all streams of the device are idle."""
 
 
-class CpuDevice(Device):
-    """The GPU tier in ordinary memory, so that every path of the engine runs on any machine."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-
-
-class _HostMemory:
-    """CPU memory under the protocol by which torch takes CUDA memory of others: page-locked memory has one address."""
-
-    def __init__(self, host: Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (host.nbytes,),
-            "typestr": "|u1",
-            "data": (host.data_ptr(), False),
-            "version": 3,
-        }
-
-
 class CudaDevice(Device):
     """One CUDA device; events carry times and put a waiting host thread to sleep."""
 
@@ -132,7 +101,7 @@ class CudaDevice(Device):
 
     def __init__(self, device: torch.device) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
-        super().__init__(torch.device("cuda", index))
+        self.torch_device = torch.device("cuda", index)
         # CUDA gives elapsed times in float32 milliseconds: a run of an hour is timed to 0.25 ms.
         self.synchronize()
         self._base = torch.cuda.Event(enable_timing=True)
@@ -171,7 +140,9 @@ class CudaDevice(Device):
                 "--embedding cpu, and --topk-blk where KV lies below the GPU, need page-locked memory, and CUDA "
                 "refused to lock it; leave the first out and set --topk-blk 0"
             )
-        return torch.as_tensor(_HostMemory(host), device=self.torch_device)
+        # The protocol by which torch takes CUDA memory of others: page-locked memory has one address.
+        memory = {"shape": (host.nbytes,), "typestr": "|u1", "data": (host.data_ptr(), False), "version": 3}
+        return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device=self.torch_device)
 
     def seconds(self, event: Any) -> float:
         return self._base_s + float(self._base.elapsed_time(event)) / 1e3
@@ -182,7 +153,7 @@ class CudaDevice(Device):
 
 def open_device(device: torch.device) -> Device:
     """The engine's view of ``device``."""
-    return CudaDevice(device) if device.type == "cuda" else CpuDevice()
+    return CudaDevice(device) if device.type == "cuda" else Device()
 
 
 class Link:
@@ -203,10 +174,8 @@ class Link:
     def turn(self, needed_at: int) -> Iterator[Event | None]:
         """The right to queue one piece, which must be told to :meth:`queued` before the block ends.
 
-        Yields the event behind the piece that was queued last, None if that is over: the link has nothing to do then.
-
-        Args:
-            needed_at: the place in the endless pass order that the bytes are for; the smaller goes first.
+        ``needed_at`` is the place in the endless pass order that the bytes are for; the smaller goes first. Yields the
+        event behind the piece that was queued last, None if that is over: the link has nothing to do then.
         """
         ticket = needed_at, next(self._number)
         with self._changed:

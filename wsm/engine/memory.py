@@ -19,17 +19,13 @@ from wsm.store.source import GroupSource
 class WeightMemory:
     """Taken whole when it is made; given back by :meth:`close`, and where making it fails.
 
+    Homes are the residents' own buffers, pools the slots that streamed groups pass through; GPU residents come through
+    ``loading_pools`` where there is no other CPU memory. Raises DoesNotFit if the CPU memory is refused (the device's
+    own out-of-memory error passes through).
+
     Args:
         source: says how large groups are, and reads the globals.
         kept_on_cpu: the global tensor that stays in page-locked CPU memory, from where the device reads it.
-
-    Raises:
-        DoesNotFit: if the CPU memory is refused (the device's own out-of-memory error passes through).
-
-    Attributes:
-        gpu_homes, cpu_homes: the residents' own buffers.
-        gpu_pools, cpu_pools: the slots that streamed groups pass through.
-        loading_pools: slots that GPU residents come through where there is no other CPU memory.
     """
 
     def __init__(
@@ -50,7 +46,8 @@ class WeightMemory:
         layer_bytes = sum(self._source.slot_bytes(kind) for kind in KINDS)
         arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
         self._loading = self._new_arena(plan.loading_slots * layer_bytes)
-        self._embedding = self._new_arena(self._embedding_bytes)
+        kept = (tensor.nbytes for tensor in self._source.layout(None).tensors if tensor.name == self._kept_on_cpu)
+        self._embedding = self._new_arena(sum(kept))
         self.gpu_homes: Homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in order if g.layer in set(residency.gpu)}
         self.gpu_pools: Pools = {
             kind: Pool((self._gpu_buffer(kind) for _ in range(plan.gpu_slots)), retain=not settings.evict_finished)
@@ -62,11 +59,6 @@ class WeightMemory:
             g: Slot(arena.take(self._source.slot_bytes(g.kind)), g) for g in order if g.layer in set(residency.cpu)
         }
         self.loading_pools: Pools = self._pools_in(self._loading, plan.loading_slots, retain=False)
-
-    @property
-    def _embedding_bytes(self) -> int:
-        """Bytes of the global that stays in CPU memory."""
-        return sum(tensor.nbytes for tensor in self._source.layout(None).tensors if tensor.name == self._kept_on_cpu)
 
     def _new_arena(self, nbytes: int) -> PageLockedArena:
         arena = PageLockedArena(nbytes, self._device)
@@ -98,20 +90,19 @@ class WeightMemory:
 
     def scratch(self) -> tuple[Tensor, Tensor]:
         """The largest CPU and device memory there is, both ``uint8``, for a probe before anything is loaded."""
-        slots = [*_slots(self.gpu_pools), *self.gpu_homes.values()]
-        on_gpu = max((slot.buffer for slot in slots), key=lambda buffer: buffer.nbytes)
-        return max(self._arenas, key=lambda arena: arena.nbytes).whole(), on_gpu
+        on_gpu = (slot.buffer for slot in _slots(self.gpu_homes, self.gpu_pools))
+        arenas = (arena.whole for arena in self._arenas)
+        return max(arenas, key=lambda memory: memory.nbytes), max(on_gpu, key=lambda buffer: buffer.nbytes)
 
     def load_globals(self) -> Mapping[str, Tensor]:
         """Embedding, final norm and head on the device, read through any arena that is large enough.
 
-        Raises:
-            StoreError, UnusableInput: if they cannot be read.
+        Raises StoreError or UnusableInput if they cannot be read.
         """
         layout, device = self._source.layout(None), self._device
         own = next((arena for arena in self._arenas if arena.nbytes >= layout.nbytes), None)
         arena = own or self._new_arena(layout.nbytes)
-        image = arena.whole()[: layout.nbytes]
+        image = arena.whole[: layout.nbytes]
         self._source.read(None, image).checked.result()
         kept = without(layout, self._kept_on_cpu) if self._kept_on_cpu else layout
         on_device = views(torch.empty(kept.nbytes, dtype=torch.uint8, device=device.torch_device), kept)
@@ -120,8 +111,8 @@ class WeightMemory:
             if name in on_device:
                 device.copy(on_device[name], tensor, stream)
             else:
-                self._embedding.whole()[: tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
-                mapped = device.mapped(self._embedding.whole())[: tensor.nbytes]
+                self._embedding.whole[: tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+                mapped = device.mapped(self._embedding.whole)[: tensor.nbytes]
                 on_device[name] = mapped.view(tensor.dtype).view(tensor.shape)
         device.record(stream).synchronize()
         if own is None:
@@ -145,10 +136,10 @@ class WeightMemory:
     def close(self) -> None:
         """Free every page, and let go of the device's memory: nobody may use a slot any more."""
         self._free_arenas()
-        pooled = (*_slots(self.gpu_pools), *_slots(self.cpu_pools), *_slots(self.loading_pools))
-        for slot in (*pooled, *self.gpu_homes.values(), *self.cpu_homes.values()):
+        on_gpu, on_cpu = _slots(self.gpu_homes, self.gpu_pools), _slots(self.cpu_homes, self.cpu_pools)
+        for slot in (*on_gpu, *on_cpu, *_slots({}, self.loading_pools)):
             slot.buffer = torch.empty(0, dtype=torch.uint8)
 
 
-def _slots(pools: Pools) -> list[Slot]:
-    return [slot for pool in pools.values() for slot in pool.slots]
+def _slots(homes: Homes, pools: Pools) -> list[Slot]:
+    return [*homes.values(), *(slot for pool in pools.values() for slot in pool.slots)]

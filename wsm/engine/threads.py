@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
-from types import TracebackType
 from typing import TypeVar
 
 from wsm.engine.device import Device
@@ -19,8 +17,7 @@ P = TypeVar("P", bound="Threaded")
 class SharedState:
     """What a subclass adds is read and written under ``_changed`` alone, whose waiters every change wakes.
 
-    Args:
-        name: of what failed or is closed, for the sentence.
+    Sentences say that a thread of ``name`` failed, or that it is closed.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,17 +29,10 @@ class SharedState:
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait until ``ready``, with the lock held.
 
-        Raises:
-            StoreError, DoesNotFit, UnusableInput, RuntimeError: whatever failed on a thread, as the cause.
+        Raises StoreError, DoesNotFit, UnusableInput or RuntimeError for whatever failed on a thread, as the cause.
         """
-        while not ready():
-            self._check()
-            self._changed.wait()
-        self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            cause = self._failure
+        self._changed.wait_for(lambda: ready() or self._closing or self._failure is not None)
+        if (cause := self._failure) is not None:
             if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
                 raise type(cause)(str(cause)) from cause
             raise RuntimeError(f"a thread of {self._name} failed: {cause!r}") from cause
@@ -76,29 +66,24 @@ class SharedState:
 class Threaded(ABC):
     """A part of the engine with threads of its own: started, stopped and closed once. A context manager.
 
-    Args:
-        state: what the threads share; whatever fails on one of them is handed to it.
+    The threads share a state; whatever fails on one of them is handed to it.
     """
 
     def __init__(self, state: SharedState, device: Device) -> None:
-        self.device = device
-        self._state = state
+        self.device, self._state = device, state
         self._threads: list[threading.Thread] = []
 
     def _begin(self, works: Mapping[str, Callable[[], None]]) -> None:
         """Start a thread of each name."""
         for name, work in works.items():
-            thread = threading.Thread(target=self._guard, args=(partial(self._serve, work),), name=name, daemon=True)
+            thread = threading.Thread(target=self._guard, args=(self.device.enter_thread, work), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
 
-    def _serve(self, work: Callable[[], None]) -> None:
-        self.device.enter_thread()
-        work()
-
-    def _guard(self, work: Callable[[], None]) -> None:
+    def _guard(self, *works: Callable[[], None]) -> None:
         try:
-            work()
+            for work in works:
+                work()
         except BaseException as error:
             self._state.fail(error)
 
@@ -123,7 +108,5 @@ class Threaded(ABC):
     def __enter__(self: P) -> P:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

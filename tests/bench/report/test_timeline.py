@@ -15,7 +15,7 @@ from bench.report.charts import MOVED, STALLED_KV, Bar, Bars
 from bench.report.timeline import read_trace, timelines_of
 from bench.run.trace import chrome_trace
 from tests.results import stored, typed, varied
-from wsm.engine.device import CpuDevice
+from wsm.engine.device import Device
 from wsm.engine.telemetry import KV_TIERS, Telemetry, Transfer
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
@@ -38,7 +38,7 @@ def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tu
 
 
 def test_bars_side_by_side_are_one_lane_and_each_way_of_kv_is_its_own(tmp_path: Path) -> None:
-    telemetry, device = Telemetry(CpuDevice()), CpuDevice()
+    telemetry, device = Telemetry(Device()), Device()
     telemetry.reads = [Transfer(GroupId(n, "attn"), None, 10, n, n + 1.5) for n in range(3)]
     for at, tier in enumerate(KV_TIERS):
         telemetry.kv_disk(tier, 3, 1, 100, at, at + 2.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.run.trace import LANES, chrome_trace
-from wsm.engine.device import CpuDevice
+from wsm.engine.device import Device
 from wsm.engine.telemetry import Telemetry, Transfer
 from wsm.layout.groups import GroupId
 
@@ -27,7 +27,7 @@ def bars_by_lane(trace: str) -> dict[str, dict[int, list[dict[str, Any]]]]:
 
 
 def test_reads_that_overlap_lie_side_by_side() -> None:
-    telemetry = Telemetry(CpuDevice())
+    telemetry = Telemetry(Device())
     spans = [(0.0, 3.0), (1.0, 4.0), (2.0, 3.5), (3.0, 5.0), (4.0, 6.0)]
     telemetry.reads = [Transfer(GroupId(n, "attn"), 2 * n, 10, *span) for n, span in enumerate(spans)]
     tracks = bars_by_lane(chrome_trace(telemetry, {"decode": (0.0, 6.0)}))["SSD reads"]
@@ -35,7 +35,7 @@ def test_reads_that_overlap_lie_side_by_side() -> None:
 
 
 def test_bars_outside_the_phases_are_left_out_and_time_starts_with_them() -> None:
-    telemetry = Telemetry(CpuDevice())
+    telemetry = Telemetry(Device())
     telemetry.reads = [Transfer(GroupId(0, "attn"), n, 10, at, at + 0.5) for n, at in enumerate((1.0, 7.0, 20.0))]
     (bars,) = bars_by_lane(chrome_trace(telemetry, {"prefill": (5.0, 8.0), "decode": (8.0, 9.0)}))["SSD reads"].values()
     args = {"kind": "ssd_read", "group": "L0.attn", "step": 1, "bytes": 10}
@@ -43,7 +43,7 @@ def test_bars_outside_the_phases_are_left_out_and_time_starts_with_them() -> Non
 
 
 def test_kv_that_moves_and_waits_for_it_have_their_bars() -> None:
-    telemetry, device = Telemetry(CpuDevice()), CpuDevice()
+    telemetry, device = Telemetry(Device()), Device()
     telemetry.kv_disk("kv_read", 3, 1, 100, 1.0, 2.0)
     telemetry.kv_disk("kv_write", 4, 1, 100, 1.5, 3.0)
     asked, granted = device.record(device.stream()), device.record(device.stream())

@@ -16,7 +16,7 @@ from bench.run.ceilings import recall_for, remember
 from llama.inputs import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
-from wsm.engine.device import CpuDevice
+from wsm.engine.device import Device
 from wsm.engine.probe import ON_CPU, probe_compute, probe_link, probe_ssd
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
@@ -31,8 +31,8 @@ def buffers(count: int = 9) -> list[Tensor]:
 
 def test_every_ceiling_has_its_best_sample_its_median_and_its_spread() -> None:
     source, memory = FakeSource(delay_s=0.002), torch.zeros(8 << 20, dtype=torch.uint8)
-    found = probe_compute(CpuDevice(), torch.float32) | probe_link(CpuDevice(), memory, memory.clone())
-    found |= probe_ssd(CpuDevice(), source, GROUPS, buffers(), memory)
+    found = probe_compute(Device(), torch.float32) | probe_link(Device(), memory, memory.clone())
+    found |= probe_ssd(Device(), source, GROUPS, buffers(), memory)
     source.close()
     assert set(found) == {"hbm", "matmul", "h2d", "d2h", "h2d_d2h", "ssd", "h2d_with_ssd"}
     for ceiling in found.values():
@@ -45,7 +45,7 @@ def test_a_slow_drive_makes_no_longer_probe() -> None:
     """Reads that take most of the time there is are not queued behind each other."""
     source, memory = FakeSource(delay_s=0.2), buffers()
     started = time.perf_counter()
-    found = probe_ssd(CpuDevice(), source, GROUPS, memory, memory[0].clone())
+    found = probe_ssd(Device(), source, GROUPS, memory, memory[0].clone())
     took_s = time.perf_counter() - started
     source.close()
     assert took_s < ON_CPU.ssd_s + 2 * 0.2 + 0.3
@@ -58,7 +58,7 @@ def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
     down, up = set[tuple[int, int]](), set[tuple[int, int]]()
     first, last = host.data_ptr(), host.data_ptr() + host.nbytes
 
-    class Watched(CpuDevice):
+    class Watched(Device):
         def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
             places, of_host = (down, source) if first <= source.data_ptr() < last else (up, destination)
             places.add((of_host.nbytes >> 20, (of_host.data_ptr() - first) >> 20))
@@ -72,7 +72,7 @@ def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
 
 
 def test_a_slow_link_makes_smaller_samples() -> None:
-    class Slow(CpuDevice):
+    class Slow(Device):
         copies = 0
 
         def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
@@ -88,7 +88,7 @@ def test_a_slow_link_makes_smaller_samples() -> None:
 def test_a_drive_that_fails_while_it_is_probed_ends_the_probe_with_its_error() -> None:
     source, memory = FakeSource(fail_at=3), buffers()
     with pytest.raises(StoreError, match="short read"):
-        probe_ssd(CpuDevice(), source, GROUPS, memory, memory[0].clone())
+        probe_ssd(Device(), source, GROUPS, memory, memory[0].clone())
     source.close()
 
 

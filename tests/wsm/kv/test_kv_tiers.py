@@ -34,14 +34,14 @@ from llama.model import Rows, Transformer
 from llama.weights import TensorWeights
 from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
-from wsm.engine.arena import ALIGNMENT
-from wsm.engine.device import CpuDevice, Link, open_device
+from wsm.engine.device import Device, Link, open_device
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import StoreError
 from wsm.kv import disk as kv_disk
 from wsm.kv import schedule as kv_schedule
 from wsm.kv.target import kv_superblock
 from wsm.kv.tiers import DiskOptions, KVTiers
+from wsm.layout.groups import BLOCK
 from wsm.layout.kv import KVLayout, KVPlacement, Unit
 from wsm.plan.kv import kv_cpu_lines
 from wsm.plan.memory import total
@@ -560,7 +560,7 @@ def test_threads_that_cannot_start_leave_nothing_behind(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(threading.Thread, "start", refused)
     placement = KVPlacement(layout := KVLayout(2, 1, 1, 1, 256, 8), disk=tuple(layout.units()))
-    where, device = DiskOptions(str(tmp_path / "kv"), ()), CpuDevice()
+    where, device = DiskOptions(str(tmp_path / "kv"), ()), Device()
     with pytest.raises(RuntimeError, match="can't start"):
         KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0, where)
     assert set(threading.enumerate()) <= before
@@ -569,7 +569,7 @@ def test_threads_that_cannot_start_leave_nothing_behind(tmp_path: Path, monkeypa
 
 def test_parts_that_do_not_end_on_a_page_have_room() -> None:
     layout = KVLayout(3, 2, 1, 1, 256, 12)
-    device, placement = CpuDevice(), KVPlacement(layout, cpu=tuple(layout.units()))
-    assert layout.unit_bytes(Unit(0, 0)) % ALIGNMENT
+    device, placement = Device(), KVPlacement(layout, cpu=tuple(layout.units()))
+    assert layout.unit_bytes(Unit(0, 0)) % BLOCK
     with KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0) as tiers:
         assert tiers.page_locked_bytes == total(kv_cpu_lines(placement))

@@ -131,7 +131,7 @@ def _warm_up(llm: LLaMA, rows: list[list[int]], sampling: Sampling, rounds: int)
             llm.inputs.world.barrier()
             warm_up(llm, rows, sampling)
     if llm.manager is not None and rounds:
-        llm.manager.wait_loaded()
+        llm.manager.tiers.wait_loaded()
 
 
 def _measure(

@@ -25,7 +25,7 @@ from llama.weights import TensorWeights, WeightSource
 from wsm.disk.blockdev import is_block_device
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.stream import WeightStreamingManager
-from wsm.engine.telemetry import CollectiveTimes, Telemetry
+from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
 from wsm.kv.tiers import DiskOptions, KVTiers
 from wsm.plan.advice import check_fits
@@ -50,7 +50,6 @@ class LLaMA:
     def __init__(self, inputs: Inputs, plan: Plan, device: Device, settings: Settings, measured: bool) -> None:
         self.inputs, self.plan, self.device, self.settings = inputs, plan, device, settings
         self.config = inputs.share.config
-        self.collectives = CollectiveTimes(device, keep=measured)
         self.telemetry = Telemetry(device, keep=measured)
         self.manager: WeightStreamingManager | None = None
         self.kv_tiers: KVTiers | None = None
@@ -137,7 +136,7 @@ class LLaMA:
                     weights = TensorWeights(inputs.share, inputs.device, inputs.dtype, on_loaded=progress)
             else:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
-        collective = inputs.world.collective(self.collectives)
+        collective = inputs.world.collective(self.telemetry)
         self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens, collective)
         # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
         one = inputs.world.shard.size == 1
@@ -153,7 +152,7 @@ class LLaMA:
                 self.settings,
                 self.telemetry,
                 self.link,
-                wanted=lambda: self.manager.wanted_groups() if self.manager is not None else 0,
+                wanted=lambda: self.manager.tiers.wanted_groups() if self.manager is not None else 0,
                 disk=self._kv_disk() if placement.disk else None,
             )
             self.warnings += self.kv_tiers.warnings
@@ -209,9 +208,9 @@ class LLaMA:
         manager.start()
         self.load_times.parts["globals_s"] = manager.globals_s
         if not self.settings.skip_preload_wait:
-            manager.wait_loaded()
+            manager.tiers.wait_loaded()
         with self.load_times.timed("stage_s"):
-            manager.stage()
+            manager.tiers.wait_staged()
         return manager
 
     def _source(self, reporter: Reporter) -> GroupSource:

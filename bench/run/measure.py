@@ -97,14 +97,14 @@ class _Clock:
         elif mark != "pass":
             self.at[mark] = now
             self.passes[mark] = self._llm.kv.passes
-            self.steps[mark] = self._llm.manager.next_step if self._llm.manager is not None else 0
+            self.steps[mark] = self._llm.manager.tiers.next_step if self._llm.manager is not None else 0
 
 
 def run_round(
     llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[], None] = lambda: None
 ) -> Round:
     """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
-    complete = llm.manager.loaded() if llm.manager is not None else True
+    complete = llm.manager.tiers.loaded() if llm.manager is not None else True
     clock = _Clock(llm, on_token)
     generation = llm.generate(
         prompts,

@@ -66,7 +66,7 @@ def rank_report(llm: LLaMA, timed: Round, result: Result) -> Report:
     world, windows = llm.inputs.world, windows_of(timed)
 
     def phase(name: str, whole: Phase) -> RankPhase:
-        collectives_ms, count = llm.collectives.within(windows[name])
+        collectives_ms, count = llm.telemetry.collectives(windows[name])
         shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
         return RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
 

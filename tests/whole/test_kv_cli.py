@@ -19,7 +19,7 @@ from bench_infer import command_line as main
 from tests.stores import loop_device
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
 from tests.whole.test_cli import interrupted, sentence
-from wsm.engine.stream import WeightStreamingManager
+from wsm.engine.tiers import Tiers
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
 from wsm.kv.device import KVDevice
@@ -136,7 +136,7 @@ def test_the_throttle_variable_is_counted_in_the_json(
     threshold: str, pauses: bool, home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With five groups wanted whenever KV is written: how many there are at a moment, the machine decides."""
-    monkeypatch.setattr(WeightStreamingManager, "wanted_groups", lambda self: 5)
+    monkeypatch.setattr(Tiers, "wanted_groups", lambda self: 5)
     monkeypatch.setenv("WSM_KV_THROTTLE_THRESHOLD", threshold)
     monkeypatch.setenv("WSM_KV_THROTTLE_MS", "1")
     assert run(*budgets(home, full_cpu=False))[0] == 0

@@ -78,7 +78,7 @@ def test_skip_preload_wait_0_comes_back_with_every_resident_loaded(
     config = {"cache_dir": cache, **PLACES, "skip_preload_wait": not wait}
     with LLaMA.build(directory, mode="stream", mode_config=config, device="cpu", max_seq_len=128) as llm:
         assert llm.manager is not None
-        assert llm.manager.loaded() == wait
+        assert llm.manager.tiers.loaded() == wait
 
 
 def test_every_variable_is_switched_here() -> None:

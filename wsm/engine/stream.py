@@ -37,21 +37,15 @@ class WeightStreamingManager(Threaded):
     Construction takes all the memory of the plan; :meth:`start` begins to load. Use as a context manager, or call
     :meth:`close`: it joins every thread and gives every page back.
 
+    Raises DoesNotFit as :class:`WeightMemory`. From :meth:`start` on, ``globals`` are the embedding, the final norm and
+    the head on the compute device.
+
     Args:
-        plan: what is resident where, and the sizes of the pools.
         source: where group images come from; closed with the manager.
-        device: the compute device.
-        telemetry: receives every transfer and stall.
         link: shared with whatever else copies to the device.
-        kept_on_cpu: the global tensor that stays in page-locked CPU memory, from where the device reads it.
+        kept_on_cpu: see :class:`WeightMemory`.
         on_layer: called with a line about the tiers once a layer, from the computing thread.
         on_loaded: called with each resident group once it is in its tier, from a thread of the manager.
-
-    Raises:
-        DoesNotFit: if the CPU memory is refused (the device's own out-of-memory error passes through).
-
-    Attributes:
-        globals: embedding, final norm and head on the compute device, from :meth:`start` on.
     """
 
     def __init__(
@@ -71,13 +65,9 @@ class WeightStreamingManager(Threaded):
         self.n_layers = plan.residency.n_layers
         self.order = pass_order(self.n_layers)
         self.memory = WeightMemory(plan, source, device, settings, kept_on_cpu)
-        self._tiers = Tiers(
-            plan, settings, self.order, self.memory, on_loaded=on_loaded, on_starved=telemetry.link_starved
-        )
-        super().__init__(self._tiers, device)
-        self._link = link or Link()
-        self._on_layer = on_layer
-        self._known = frozenset(self.order)
+        self.tiers = Tiers(plan, settings, self.order, self.memory, telemetry.link_starved, on_loaded)
+        super().__init__(self.tiers, device)
+        self._link, self._on_layer = link or Link(), on_layer
         self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
         self._together: dict[GroupId, dict[str, Tensor]] | None = None
         self.globals: Mapping[str, Tensor] = {}
@@ -86,39 +76,38 @@ class WeightStreamingManager(Threaded):
     # -- read ahead
 
     def _read_ahead(self) -> None:
-        while (job := self._tiers.next_read()) is not None:
+        while (job := self.tiers.next_read()) is not None:
             if job.destination.drained is not None:
                 job.destination.drained.synchronize()  # the slot's last copy to the GPU
             read = self.source.read(job.group, job.destination.buffer)
             if job.step is None:
-                read.arrived.add_done_callback(lambda _: self._tiers.resident_arrived())
+                read.arrived.add_done_callback(lambda _: self.tiers.resident_arrived())
             read.checked.add_done_callback(partial(self._tell_read, job, read.chunks))
 
     def _tell_read(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
         self.telemetry.read_done(job.group, job.step, chunks)
         failure = checked.exception()
         if failure is None:
-            self._guard(partial(self._tiers.read_done, job))
+            self._guard(partial(self.tiers.read_done, job))
         else:
-            self._tiers.fail(failure)
+            self.tiers.fail(failure)
 
     # -- copy ahead
 
     def _copy_ahead(self) -> None:
         stream = self.device.stream()
-        while (job := self._tiers.next_copy()) is not None:
+        while (job := self.tiers.next_copy()) is not None:
             if job.destination.drained is not None:
                 self.device.wait(stream, job.destination.drained)  # the slot's last computation
             end = self._queue_pieces(job, stream)
             if job.last:
                 self.memory.drop_loading(end)  # before it counts as loaded: the clock may start then
-            self._tiers.copy_queued(job, end)
+            self.tiers.copy_queued(job, end)
 
     def _queue_pieces(self, job: CopyJob, stream: object) -> Event:
         """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one.
 
-        Pieces make one record as long as nothing comes between them: neither another's piece nor time without work, as
-        far as the host sees it when it queues the next.
+        Pieces make one record until the host finds, when it queues the next, another's piece or nothing before it.
         """
         nbytes = self.source.layout(job.group).nbytes
         needed_at = -1 if job.step is None else job.step
@@ -144,20 +133,16 @@ class WeightStreamingManager(Threaded):
 
         Groups are asked for in pass order; where a pass was broken off, the rest of it is passed over first.
         Waits on the host until the copy is queued, then makes the compute stream wait for it: no synchronisation.
-
-        Raises:
-            StoreError, DoesNotFit, RuntimeError: whatever failed on a thread of the manager, as the cause.
+        Raises whatever failed on a thread of the manager (see :meth:`SharedState._wait`).
         """
-        if group not in self._known:
-            raise ValueError(f"{group} is no group of a model of {self.n_layers} layers")
         self._pass_over_to(group)
         with self._use(group) as weights:
             if self._on_layer is not None and group.kind == KINDS[0]:
-                self._on_layer(self._tiers.describe())
+                self._on_layer(self.tiers.describe())
             yield weights
 
     def _pass_over_to(self, group: GroupId) -> None:
-        while (expected := self._tiers.expected()) != group:
+        while (expected := self.tiers.expected()) != group:
             with self._use(expected):
                 pass
 
@@ -165,7 +150,7 @@ class WeightStreamingManager(Threaded):
     def _use(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
         stream = self.device.compute_stream()
         asked = self.telemetry.mark(stream)
-        step, slot = self._tiers.enter()
+        step, slot = self.tiers.enter()
         try:
             assert slot.filled is not None
             self.device.wait(stream, slot.filled)  # the group's copy
@@ -173,7 +158,7 @@ class WeightStreamingManager(Threaded):
             yield self._tensors(slot, group)
         finally:
             done = self.device.record(stream)
-            self._tiers.leave(group, slot, done)
+            self.tiers.leave(group, slot, done)
         self.telemetry.used(group, step, asked, granted, done)
 
     def _tensors(self, slot: Slot, group: GroupId) -> dict[str, Tensor]:
@@ -191,16 +176,12 @@ class WeightStreamingManager(Threaded):
     def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Tensor]]]:
         """The weights of a whole pass at once, where all are ``resident``; one record in the telemetry.
 
-        Raises:
-            ValueError: where some group passes through a slot.
-            StoreError, DoesNotFit, RuntimeError: as :meth:`acquire`.
+        Raises as :meth:`acquire`.
         """
-        if not self.resident:
-            raise ValueError("only resident groups can be had all at once")
         self._pass_over_to(self.order[0])
         stream = self.device.compute_stream()
         asked = self.telemetry.mark(stream)
-        step, slots = self._tiers.enter_all()
+        step, slots = self.tiers.enter_all()
         if self._together is None:
             for slot in slots.values():
                 assert slot.filled is not None
@@ -222,32 +203,11 @@ class WeightStreamingManager(Threaded):
         self.globals_s = self._started_at_s - began
         self._begin({"wsm-pager": self._copy_ahead, "wsm-reader": self._read_ahead})
 
-    def wait_loaded(self) -> None:
-        """Block until every resident is in its tier."""
-        self._tiers.wait_loaded()
-
-    def loaded(self) -> bool:
-        """Whether every resident is in its tier."""
-        return self._tiers.loaded()
-
     @property
     def residents_s(self) -> float | None:
         """Seconds from the start of the threads until every resident was in its tier; None before that."""
-        loaded_at = self._tiers.loaded_at_s
+        loaded_at = self.tiers.loaded_at_s
         return None if loaded_at is None else loaded_at - self._started_at_s
-
-    @property
-    def next_step(self) -> int:
-        """The place in the endless pass order that :meth:`acquire` has next."""
-        return self._tiers.next_step
-
-    def wanted_groups(self) -> int:
-        """Groups that are wanted on the GPU and whose copy has not been queued."""
-        return self._tiers.wanted_groups()
-
-    def stage(self) -> None:
-        """Block until the plan's warm-up layers are on the GPU."""
-        self._tiers.wait_staged(self.plan.staged_layers)
 
     def stop(self) -> None:
         """Fetch nothing more and join every thread. The telemetry is complete after it; nothing can be acquired."""

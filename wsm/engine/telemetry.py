@@ -18,14 +18,14 @@ from wsm.store.source import ChunkRead
 
 Interval = tuple[float, float]
 T = TypeVar("T")
-KV_TIERS = ("kv_h2d", "kv_d2h", "kv_read", "kv_write")
+KV_TIERS = ("kv_h2d", "kv_d2h", "kv_read", "kv_write")  # the last two: of --kv-device
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Bytes that moved between two tiers, over ``[start, end]`` seconds of the host's clock.
 
-    ``step`` is the place in the endless pass order that the bytes were for; None while residents are loaded.
+    ``step`` is their place in the endless pass order; None while residents are loaded.
     """
 
     group: GroupId | None
@@ -37,10 +37,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One group's stay under the computation: waited from ``asked`` to ``granted``, computed until ``done``.
-
-    ``group`` is None for a pass whose groups were all used at once.
-    """
+    """A group, or all of a pass (None), waited for from ``asked`` to ``granted`` and computed with until ``done``."""
 
     group: GroupId | None
     step: int
@@ -51,10 +48,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class KVTransfer:
-    """KV that moved over ``[start, end]`` seconds of the host's clock, for the ``pass_no``-th pass of the model.
-
-    ``tier`` is ``kv_h2d``, ``kv_d2h``, ``kv_read`` or ``kv_write``, the last two of ``--kv-device``.
-    """
+    """KV that moved in one of ``KV_TIERS``, over ``[start, end]`` seconds, for the ``pass_no``-th pass of the model."""
 
     tier: str
     layer: int
@@ -100,9 +94,9 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
     return union
 
 
-def overlap_s(intervals: Iterable[Interval], window: Interval) -> float:
-    """Seconds of ``window`` that disjoint ``intervals`` cover."""
-    return sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in intervals)
+def covered_ms(intervals: Iterable[Interval], window: Interval) -> float:
+    """Milliseconds of ``window`` that ``intervals`` cover, however many at a time."""
+    return 1e3 * sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in merged(intervals))
 
 
 def moved_bytes(transfers: Iterable[Transfer | KVTransfer], window: Interval) -> int:
@@ -119,19 +113,21 @@ def moved_bytes(transfers: Iterable[Transfer | KVTransfer], window: Interval) ->
 class _Records(Generic[T]):
     """What is known once its events are resolved; an event is let go then. Any thread may add, one at a time asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._pending: deque[tuple[tuple[Any, ...], Callable[..., T]]] = deque()
         self._resolved: list[T] = []
 
-    def add(self, make: Callable[..., T], *events: Event | None) -> None:
+    def add(self, make: Callable[..., T], *events: object) -> None:
         """``make`` takes the times of ``events``, in seconds of the host's clock; None: nothing is kept."""
         if all(event is not None for event in events):
             self._pending.append((events, make))
 
-    def resolved(self, device: Device) -> list[T]:
+    def __call__(self) -> list[T]:
+        """Every record so far; to be asked when the streams are idle."""
         while self._pending:
             events, make = self._pending[0]
-            self._resolved.append(make(*(device.seconds(event) for event in events)))
+            self._resolved.append(make(*map(self._device.seconds, events)))
             self._pending.popleft()
         return list(self._resolved)
 
@@ -141,7 +137,10 @@ def _interval(start: float, end: float) -> Interval:
 
 
 class Telemetry:
-    """Collects records from every thread of the engine, which append to lists; answers once a run is over.
+    """Collects records from every thread of the engine, which append to lists; answers when the streams are idle.
+
+    ``copies()`` are CPU -> GPU, a group in as many parts as it was broken into; ``uses()`` are the groups' stays under
+    the computation, ``kv_waits()`` the stretches of time that it waited for KV.
 
     Args:
         keep: whether to record at all; a model that serves for hours should not.
@@ -151,11 +150,12 @@ class Telemetry:
         self._device, self._keep = device, keep
         self.reads: list[Transfer] = []
         self.starved: list[Interval] = []
-        self._copies = _Records[Transfer]()
-        self._uses = _Records[Use]()
-        self._kv_copies = _Records[KVTransfer]()
+        self.copies = _Records[Transfer](device)
+        self.uses = _Records[Use](device)
+        self.kv_waits = _Records[Interval](device)
+        self._kv_copies = _Records[KVTransfer](device)
         self._kv_disk: list[KVTransfer] = []
-        self._kv_waits = _Records[Interval]()
+        self._collectives = _Records[Interval](device)
 
     # -- recording
 
@@ -167,21 +167,28 @@ class Telemetry:
 
     def copied(self, group: GroupId, step: int | None, nbytes: int, start: Event | None, end: Event | None) -> None:
         """Pieces of a group were copied to the device without a break; ``start`` is from :meth:`mark`."""
-        self._copies.add(partial(Transfer, group, step, nbytes), start, end)
+        self.copies.add(partial(Transfer, group, step, nbytes), start, end)
 
     def link_starved(self, start: float, end: float) -> None:
         """The link had room and no bytes for it."""
         if self._keep:
             self.starved.append((start, end))
 
-    def mark(self, stream: Any) -> Event | None:
-        """An event behind everything queued on ``stream``, for the record alone; None where nothing is kept."""
-        return self._device.record(stream) if self._keep else None
+    def mark(self, stream: Any = None) -> Event | None:
+        """An event behind everything queued on a stream, that of the computation where none is given.
+
+        It is for the record alone; None where nothing is kept.
+        """
+        return self._device.record(stream or self._device.compute_stream()) if self._keep else None
 
     def used(
         self, group: GroupId | None, step: int, asked: Event | None, granted: Event | None, done: Event | None
     ) -> None:
-        self._uses.add(partial(Use, group, step), asked, granted, done)
+        self.uses.add(partial(Use, group, step), asked, granted, done)
+
+    def took(self, start: object, end: object) -> None:
+        """The computation was with other ranks between two marks; waiting for the slowest of them counts."""
+        self._collectives.add(_interval, start, end)
 
     def kv_moved(self, tier: str, layer: int, pass_no: int, nbytes: int, start: Event | None, end: Event) -> None:
         """A copy of KV to or from the device, for the ``pass_no``-th pass of the model."""
@@ -195,51 +202,44 @@ class Telemetry:
 
     def kv_waited(self, asked: Event | None, granted: Event | None) -> None:
         """The computation waited for KV, inside the use of an attn group."""
-        self._kv_waits.add(_interval, asked, granted)
+        self.kv_waits.add(_interval, asked, granted)
 
     # -- answering, when the streams are idle
 
-    def copies(self) -> list[Transfer]:
-        """Every copy CPU -> GPU so far, a group in as many parts as it was broken into."""
-        return self._copies.resolved(self._device)
-
-    def uses(self) -> list[Use]:
-        """Every group's stay under the computation so far."""
-        return self._uses.resolved(self._device)
-
     def kv_transfers(self) -> list[KVTransfer]:
         """Every move of KV so far."""
-        return self._kv_copies.resolved(self._device) + list(self._kv_disk)
+        return self._kv_copies() + self._kv_disk
 
-    def kv_waits(self) -> list[Interval]:
-        """Every stretch of time that the computation waited for KV."""
-        return self._kv_waits.resolved(self._device)
+    def collectives(self, window: Interval) -> tuple[float, int]:
+        """Milliseconds with other ranks in ``window`` (host seconds), and how many collectives ended in it."""
+        inside = [span for span in self._collectives() if window[0] <= span[1] <= window[1]]
+        return covered_ms(inside, window), len(inside)
 
     def phase(self, name: str, window: Interval, steps: range, passes: range) -> PhaseStats:
         """What happened in ``window`` (host seconds), whose passes took the ``steps`` of the pass order.
 
-        Args:
-            steps: empty where no weights are managed.
-            passes: the same passes by their number since the model's start.
+        ``steps`` are empty where no weights are managed; ``passes`` are the same by number since the model's start.
         """
-        reads = list(self.reads)
-        copies, uses = self.copies(), [use for use in self.uses() if use.step in steps]
+        reads, copies = list(self.reads), self.copies()
+        uses = [use for use in self.uses() if use.step in steps]
         kv = self.kv_transfers()
         by_tier = {tier: [t for t in kv if t.tier == tier] for tier in KV_TIERS}
-        spans = {tier: merged((t.start, t.end) for t in moves) for tier, moves in by_tier.items()}
-        spans["ssd"] = merged((t.start, t.end) for t in reads)
-        spans["h2d"] = merged((t.start, t.end) for t in copies)
-        wall_s, held = window[1] - window[0], merged((use.asked, use.done) for use in uses)
-        busy_s = {tier: overlap_s(found, window) or None for tier, found in spans.items()}
-        link_s = overlap_s(merged((*spans["h2d"], *spans["kv_h2d"])), window) or None
-        kv_stall_s = overlap_s(merged(self.kv_waits()), window)
+
+        def busy(moves: Iterable[Transfer | KVTransfer]) -> float | None:
+            return covered_ms(((t.start, t.end) for t in moves), window) or None
+
+        busy_ms = {tier: busy(moves) for tier, moves in by_tier.items()} | {"ssd": busy(reads), "h2d": busy(copies)}
+        link_ms = busy((*copies, *by_tier["kv_h2d"]))
+        wall_ms, kv_stall_ms = 1e3 * (window[1] - window[0]), covered_ms(self.kv_waits(), window)
+        held_ms = covered_ms(((use.asked, use.done) for use in uses), window)
+        computed_ms = 1e3 * sum(use.done - use.granted for use in uses) - kv_stall_ms
         return PhaseStats(
             name=name,
             passes=len(passes),
-            wall_ms=wall_s * 1e3,
+            wall_ms=wall_ms,
             bytes={
-                "ssd_read": _for_steps(reads, steps),
-                "weight_h2d": _for_steps(copies, steps),
+                "ssd_read": sum(t.nbytes for t in reads if t.step in steps),
+                "weight_h2d": sum(t.nbytes for t in copies if t.step in steps),
                 **{tier: sum(t.nbytes for t in moves if t.pass_no in passes) for tier, moves in by_tier.items()},
             },
             bytes_moved={
@@ -247,47 +247,15 @@ class Telemetry:
                 "weight_h2d": moved_bytes(copies, window),
                 **{tier: moved_bytes(moves, window) for tier, moves in by_tier.items()},
             },
-            busy_ms={
-                **{tier: None if seconds is None else seconds * 1e3 for tier, seconds in busy_s.items()},
-                "compute": (sum(use.done - use.granted for use in uses) - kv_stall_s) * 1e3 if uses else None,
-            },
+            busy_ms={**busy_ms, "compute": computed_ms if uses else None},
             stall_ms={
-                "ssd": overlap_s(merged(self.starved), window) * 1e3 if reads else None,
-                "h2d": sum(use.granted - use.asked for use in uses) * 1e3 if uses and copies else None,
-                "kv": kv_stall_s * 1e3 if kv else None,
+                "ssd": covered_ms(self.starved, window) if reads else None,
+                "h2d": 1e3 * sum(use.granted - use.asked for use in uses) if uses and copies else None,
+                "kv": kv_stall_ms if kv else None,
             },
             idle_ms={
-                "ssd": None if busy_s["ssd"] is None else (wall_s - busy_s["ssd"]) * 1e3,
-                "h2d": None if link_s is None else (wall_s - link_s) * 1e3,
-                "compute": (wall_s - overlap_s(held, window)) * 1e3 if uses else None,
+                "ssd": None if busy_ms["ssd"] is None else wall_ms - busy_ms["ssd"],
+                "h2d": None if link_ms is None else wall_ms - link_ms,
+                "compute": wall_ms - held_ms if uses else None,
             },
         )
-
-
-def _for_steps(transfers: Sequence[Transfer], steps: range) -> int:
-    return sum(transfer.nbytes for transfer in transfers if transfer.step is not None and transfer.step in steps)
-
-
-class CollectiveTimes:
-    """Records where the computation is with other ranks; waiting for the slowest of them counts.
-
-    Args:
-        keep: whether to record at all, as for :class:`Telemetry`.
-    """
-
-    def __init__(self, device: Device, *, keep: bool = True) -> None:
-        self._device, self._keep = device, keep
-        self._taken = _Records[Interval]()
-
-    def mark(self) -> Event | None:
-        """A point in the compute stream; None where nothing is kept."""
-        return self._device.record(self._device.compute_stream()) if self._keep else None
-
-    def took(self, start: Any, end: Any) -> None:
-        """A collective ran between two marks."""
-        self._taken.add(_interval, start, end)
-
-    def within(self, window: Interval) -> tuple[float, int]:
-        """Milliseconds in ``window`` (host seconds), and how many collectives ended in it."""
-        inside = [span for span in self._taken.resolved(self._device) if window[0] <= span[1] <= window[1]]
-        return 1e3 * overlap_s(merged(inside), window), len(inside)

@@ -29,10 +29,12 @@ class Tiers(SharedState):
     * While GPU residents wait to be read, streamed groups leave them one empty CPU slot of each kind: so loading never
       waits for the computation, and the computation, which may wait for a resident, never waits for ever.
 
+    ``next_step`` is the place in the endless pass order that the computation has next.
+
     Args:
         order: the groups of one pass, in order.
-        on_loaded: called with each resident group once it is in its tier, under the lock.
         on_starved: called with the start and end of each wait of the link for bytes, in seconds of the host's clock.
+        on_loaded: called with each resident group once it is in its tier, under the lock.
     """
 
     def __init__(
@@ -41,9 +43,8 @@ class Tiers(SharedState):
         settings: Settings,
         order: list[GroupId],
         memory: WeightMemory,
-        *,
-        on_loaded: Callable[[GroupId], None] | None = None,
-        on_starved: Callable[[float, float], None] = lambda start, end: None,
+        on_starved: Callable[[float, float], None],
+        on_loaded: Callable[[GroupId], None] | None,
     ) -> None:
         super().__init__("the weight streaming manager")
         self._plan, self._settings, self._order = plan, settings, order
@@ -57,7 +58,7 @@ class Tiers(SharedState):
         self._gpu_to_load = self._residents.unread_for_gpu
         self._staged: deque[tuple[GroupId, Slot]] = deque()
         self._held: deque[tuple[int, Line, Slot]] = deque()
-        self._step = 0
+        self.next_step = 0
         self._entered = -1
         self._on_loaded, self._on_starved = on_loaded, on_starved
         self.loaded_at_s: float | None = None
@@ -184,47 +185,39 @@ class Tiers(SharedState):
 
     # -- the computation's side
 
-    @property
-    def next_step(self) -> int:
-        return self._step
-
     def expected(self) -> GroupId:
         """The group that the pass order has next."""
-        return self._order[self._step % len(self._order)]
+        return self._order[self.next_step % len(self._order)]
 
     def enter(self) -> tuple[int, Slot]:
         """Step on to the expected group; wait until its copy has been queued and its event recorded."""
         with self._changed:
-            step, group = self._step, self.expected()
+            step, group = self.next_step, self.expected()
             self._entered = step
             if self._to_cpu:
                 self._free_passed()
                 self._changed.notify_all()
+            # No wait uses anything up, so one that was interrupted can simply be entered again.
             if group in self._gpu_homes:
-                slot = self._gpu_homes[group]
-                self._wait(lambda: slot.filled is not None)
+                slot: Slot | None = self._gpu_homes[group]
+                self._wait(lambda: slot is not None and slot.filled is not None)
             else:
-                slot = self._fetched(group)
-                self._to_gpu[group.kind].used += 1
-            # Nothing above this line has been used up, so a wait that was interrupted can simply be entered again.
-            self._step, slot.state = step + 1, "in_use"
+                line = self._to_gpu[group.kind]
+                self._wait(lambda: line.fetched > line.used)
+                slot = line.pool.find(group)
+                line.used += 1
+            assert slot is not None
+            self.next_step, slot.state = step + 1, "in_use"
             return step, slot
 
     def enter_all(self) -> tuple[int, Homes]:
         """Step over a whole pass whose groups are all resident, once they are there; its first step and their slots."""
         with self._changed:
             self._wait(self.loaded)
-            step = self._step
+            step = self.next_step
             self._entered = step + len(self._order) - 1
-            self._step = self._entered + 1
+            self.next_step = self._entered + 1
             return step, self._gpu_homes
-
-    def _fetched(self, group: GroupId) -> Slot:
-        line = self._to_gpu[group.kind]
-        self._wait(lambda: line.fetched > line.used)
-        slot = line.pool.find(group)
-        assert slot is not None
-        return slot
 
     def leave(self, group: GroupId, slot: Slot, done: Event) -> None:
         """The computation on ``slot`` is queued up to its event ``done``."""
@@ -274,11 +267,13 @@ class Tiers(SharedState):
             return sum(slot.state in ("absent", "loading") for slot in slots)
 
     def wait_loaded(self) -> None:
+        """Wait until every resident is in its tier."""
         with self._changed:
             self._wait(self.loaded)
 
-    def wait_staged(self, layers: int) -> None:
-        """Wait until the first ``layers`` of the coming pass are on the GPU, as far as they come unasked."""
+    def wait_staged(self) -> None:
+        """Wait until the plan's warm-up layers are on the GPU, as far as they come unasked."""
+        layers = self._plan.staged_layers
         if not self._settings.cpu_rolling_mode:
             layers = min([layers, *self._plan.residency.ssd])
         resident = [slot for group, slot in self._gpu_homes.items() if group.layer < layers]

@@ -104,7 +104,7 @@ class FakeSource:
 def running(plan: Placement, settings: Settings, source: FakeSource) -> Iterator[WeightStreamingManager]:
     device = Device()
     with WeightStreamingManager(plan, source, device, settings, Telemetry(device)) as manager:
-        watchdog = threading.Timer(60, manager._tiers.fail, [TimeoutError("nothing moves any more")])
+        watchdog = threading.Timer(60, manager.tiers.fail, [TimeoutError("nothing moves any more")])
         watchdog.start()
         try:
             manager.start()
@@ -155,8 +155,8 @@ def test_every_setting_delivers_every_group_whole_and_in_order(
     settings = replace(Settings(), **chosen)  # type: ignore[arg-type]
     with running(plan_for(n_layers, settings), settings, FakeSource()) as manager:
         if loaded_first:
-            manager.wait_loaded()
-        manager.stage()
+            manager.tiers.wait_loaded()
+        manager.tiers.wait_staged()
         run_passes(manager, 3)
 
 
@@ -179,7 +179,7 @@ def test_late_copies_and_computations_never_meet_another_group(
         plan_for(n_layers, settings), FakeSource(), device, settings, Telemetry(device)
     ) as manager:
         manager.start()
-        manager.stage()
+        manager.tiers.wait_staged()
         for group in pass_order(n_layers) * 2:
             with manager.acquire(group) as weights:
                 device.later(partial(compute, weights, group))
@@ -234,7 +234,7 @@ def test_staging_never_waits_for_slots_that_only_a_pass_can_free(
         Settings(), gpu_cached_layers=2, cpu_cache_layers=distance + 1, prefetch_distance=distance, cpu_evict=evict
     )
     with running(plan_for(8, settings), settings, FakeSource()) as manager:
-        manager.stage()
+        manager.tiers.wait_staged()
         run_passes(manager, 2)
 
 
@@ -278,7 +278,7 @@ def test_a_pass_broken_off_is_passed_over() -> None:
             with manager.acquire(group):
                 pass
         run_passes(manager, 2)
-        assert manager.next_step == 3 * 12
+        assert manager.tiers.next_step == 3 * 12
 
 
 def test_on_demand_reads_wait_for_the_computation() -> None:
@@ -328,13 +328,13 @@ def test_roll_sync_holds_a_cpu_slot_until_the_compute_enters_its_layer() -> None
 def test_skipping_the_wait_lets_the_first_layers_compute_while_residents_load() -> None:
     settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=10, prefetch_distance=2, warmup_layers=1)
     with running(plan_for(16, settings), settings, FakeSource(delay_s=0.01)) as manager:
-        manager.stage()
+        manager.tiers.wait_staged()
         for group in pass_order(3):
             with manager.acquire(group):
                 pass
-        assert not manager.loaded()
-        manager.wait_loaded()
-        assert manager.loaded()
+        assert not manager.tiers.loaded()
+        manager.tiers.wait_loaded()
+        assert manager.tiers.loaded()
         assert manager.residents_s is not None
 
 
@@ -346,7 +346,7 @@ def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: L
     source, plan = FakeSource(), plan_for(24, settings)
     residents = {*plan.residency.gpu, *plan.residency.cpu}
     with running(plan, settings, source) as manager:
-        manager.wait_loaded()  # nobody computes: so this waits for no slot that only a pass can free
+        manager.tiers.wait_loaded()  # nobody computes: so this waits for no slot that only a pass can free
         asked = [group for group in source.asked if group is not None and group.layer in residents]
     assert sorted(asked) == [group for group in pass_order(24) if group.layer in residents]
     for kind in KINDS:  # a group that waits for room lets the other kind pass
@@ -357,10 +357,10 @@ def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: L
 def claims(manager: WeightStreamingManager) -> list[ReadJob]:
     """What the reader of a manager that was not started would read now; the bytes are there at once, unchecked."""
     found = []
-    while (job := manager._tiers._claim_read()) is not None:
+    while (job := manager.tiers._claim_read()) is not None:
         found.append(job)
         if job.step is None:
-            manager._tiers.resident_arrived()
+            manager.tiers.resident_arrived()
     return found
 
 
@@ -369,7 +369,7 @@ def test_the_sweep_goes_on_beside_checksums_and_passes_over_what_has_no_room() -
     plan, device = plan_for(16, settings), Device()
     assert (plan.residency.gpu, plan.residency.ssd) == ((2, 6, 10, 14), (1, 5, 9, 13))
     with WeightStreamingManager(plan, FakeSource(), device, settings, Telemetry(device)) as manager:
-        tiers = manager._tiers
+        tiers = manager.tiers
         # L1 is streamed, L2 comes through the other slot, L6 and L10 through the homes of L15 and L12.
         first = claims(manager)
         assert [job.group.layer for job in first[::2]] == [0, 1, 2, 3, 4, 6, 7, 8, 10, 11]
@@ -391,7 +391,7 @@ def test_a_streamed_group_that_gets_room_waits_behind_few_residents() -> None:
     device = Device()
     with WeightStreamingManager(plan_for(16, settings), FakeSource(), device, settings, Telemetry(device)) as manager:
         jobs = []
-        while (job := manager._tiers._claim_read()) is not None:
+        while (job := manager.tiers._claim_read()) is not None:
             jobs.append(job)
         assert sum(job.step is None for job in jobs) == RESIDENTS_IN_FLIGHT
 
@@ -409,7 +409,7 @@ def test_whoever_is_told_of_loaded_layers_may_fail_without_a_hang(on_gpu: int) -
     ) as manager:
         manager.start()
         with pytest.raises(RuntimeError, match="terminal is gone"):
-            manager.wait_loaded()
+            manager.tiers.wait_loaded()
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -419,7 +419,7 @@ def test_a_copy_s_record_is_broken_where_the_link_ran_dry(dry: bool, monkeypatch
     monkeypatch.setattr(CpuEvent, "query", lambda event: dry)
     settings = Settings(mode="stream", gpu_cached_layers=1, group_prefetch_depth=2)
     with running(plan_for(4, settings), settings, FakeSource()) as manager:
-        manager.wait_loaded()
+        manager.tiers.wait_loaded()
         run_passes(manager, 2)
         manager.stop()
         copies = manager.telemetry.copies()
@@ -445,7 +445,7 @@ def test_loading_takes_memory_of_its_own_only_where_no_layer_has_any(
 ) -> None:
     settings = replace(Settings(), mode=mode, gpu_cached_layers=on_gpu, cpu_cache_layers=in_cpu, prefetch_distance=1)
     with running(plan_for(9, settings), settings, FakeSource()) as manager:
-        manager.wait_loaded()
+        manager.tiers.wait_loaded()
         assert manager.memory.page_locked_peak_bytes == layers_of_memory * sum(SLOT.values())
         run_passes(manager, 2)
 
@@ -465,7 +465,7 @@ def test_a_copy_s_record_is_broken_where_another_s_piece_comes_between(monkeypat
     device, settings = Crowded(), Settings(mode="stream", gpu_cached_layers=0, group_prefetch_depth=2)
     link, plan = Link(), plan_for(1, settings)
     with WeightStreamingManager(plan, FakeSource(), device, settings, Telemetry(device), link) as manager:
-        group, tiers = GroupId(0, "ffn"), manager._tiers
+        group, tiers = GroupId(0, "ffn"), manager.tiers
         real = link.queued
 
         def crowded(end: Event) -> None:
@@ -482,7 +482,7 @@ def test_a_copy_s_record_is_broken_where_another_s_piece_comes_between(monkeypat
 def test_two_ways_in_stay_open_while_gpu_residents_wait() -> None:
     settings, device = Settings(mode="stream", gpu_cached_layers=4), Device()
     with WeightStreamingManager(plan_for(8, settings), FakeSource(), device, settings, Telemetry(device)) as manager:
-        tiers, waiting = manager._tiers, set(manager.plan.residency.gpu)
+        tiers, waiting = manager.tiers, set(manager.plan.residency.gpu)
         jobs = claims(manager)
         while jobs:
             unread = {group for group in tiers._residents.unread if group in tiers._cpu_homes}

@@ -14,12 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wsm.engine.device import Device
+from wsm.engine.telemetry import moved_bytes
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
 from wsm.store.source import ChunkRead, GroupRead, GroupSource
@@ -27,23 +28,21 @@ from wsm.store.source import ChunkRead, GroupRead, GroupSource
 SAMPLES = 5
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeSizes:
-    """How much work a sample is at most: in all some seconds on a GPU, little on the CPU.
+class ProbeSizes(NamedTuple):
+    """How much work a sample is at most: in all some seconds (at most 5) on a GPU, little on the CPU.
 
-    ``copy_s`` bounds a sample over a slow link, ``ssd_s`` all reads of the SSD.
+    The slowest links and drives give smaller samples, not longer probes.
     """
 
     copy_bytes: int
-    copy_s: float
+    copy_s: float  # of a sample over a slow link
     hbm_bytes: int
     matmul_n: int
-    ssd_s: float
+    ssd_s: float  # of all reads of the SSD
 
 
 ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
 ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
-"""All samples together take at most 5 s: the slowest links and drives give smaller samples, not longer probes."""
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
@@ -69,11 +68,8 @@ def _seconds(device: Device, work: Callable[[], object]) -> float:
 def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = None) -> dict[str, Ceiling]:
     """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``.
 
-    The second matrix is transposed, as the model's are: CPUs multiply such a one several times as fast.
-
-    Args:
-        scratch: ``uint8`` on the device, overwritten; used where it is large enough, so that a probe within a tight
-            budget takes no memory of its own.
+    The second matrix is transposed, as the model's are: CPUs multiply such a one several times as fast. ``scratch`` is
+    ``uint8`` on the device, overwritten; where it is large enough, a probe takes no memory of its own.
     """
     sizes = sizes_for(device)
     data = _room(device, sizes.hbm_bytes, scratch).view(torch.float32).zero_()
@@ -106,10 +102,6 @@ def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
             nbytes //= 2
 
 
-Ways = tuple[Iterator[Tensor], Iterator[Tensor]]
-"""Destinations and sources."""
-
-
 def _walk(memory: Tensor, piece: int) -> Iterator[Tensor]:
     """``memory`` in whole pieces of ``piece`` bytes, over and over: as in a pass, too much for a CPU's caches."""
     return itertools.cycle(memory[: memory.nbytes // piece * piece].split(piece))
@@ -131,14 +123,16 @@ def probe_link(
 ) -> dict[str, Ceiling]:
     """``h2d``, ``d2h`` and ``h2d_d2h`` (both ways at once, their sum) between page-locked ``host`` and ``slot``.
 
-    Args:
-        in_step: called before each sample; with a barrier, several ranks' links are measured at the same time.
-        host: ``uint8``, overwritten; the samples go through it piece after piece.
-        slot: ``uint8`` on the device, overwritten; likewise.
+    The samples go through both, ``uint8`` and overwritten, piece after piece. ``in_step`` is called before each; with a
+    barrier, several ranks' links are measured at the same time.
     """
     piece = min(64 << 20, host.nbytes, slot.nbytes)
     hosts, slots = _walk(host, piece), _walk(slot, piece)
-    count = _sample_pieces(device, hosts, slots, piece)
+    for _ in range(2):  # the first copies of each way are slower
+        _copies(device, hosts, slots, 1)
+        piece_s = _copies(device, slots, hosts, 1)
+    sizes = sizes_for(device)
+    count = max(1, min(-(-sizes.copy_bytes // piece), int(sizes.copy_s / max(piece_s, 1e-9))))
     how = f"{count * piece / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
 
     def rates(sample: Callable[[], float]) -> list[float]:
@@ -154,28 +148,17 @@ def probe_link(
     half = min(piece, middle, slot_middle)
     down = _walk(slot[:slot_middle], half), _walk(host[:middle], half)
     up = _walk(host[middle:], half), _walk(slot[slot_middle:], half)
-    both = rates(lambda: 2 * count * half / _both_ways(device, down, up, count) / 1e6)
+
+    def both_ways() -> float:
+        with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
+            upwards = other.submit(_copies, device, *up, count)
+            return 2 * count * half / max(_copies(device, *down, count), upwards.result()) / 1e6
+
     return {
         "h2d": _ceiling(h2d, "MBps", how),
         "d2h": _ceiling(d2h, "MBps", how),
-        "h2d_d2h": _ceiling(both, "MBps", how + ", both ways at once, their sum"),
+        "h2d_d2h": _ceiling(rates(both_ways), "MBps", how + ", both ways at once, their sum"),
     }
-
-
-def _sample_pieces(device: Device, hosts: Iterator[Tensor], slots: Iterator[Tensor], piece: int) -> int:
-    """How many copies of one piece a sample is; the first copies of each way, which are slower, are done here."""
-    sizes = sizes_for(device)
-    for _ in range(2):
-        _copies(device, hosts, slots, 1)
-        piece_s = _copies(device, slots, hosts, 1)
-    return max(1, min(-(-sizes.copy_bytes // piece), int(sizes.copy_s / max(piece_s, 1e-9))))
-
-
-def _both_ways(device: Device, down: Ways, up: Ways, count: int) -> float:
-    """Seconds that ``count`` copies each way take, at the same time."""
-    with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
-        upwards = other.submit(_copies, device, *up, count)
-        return max(_copies(device, *down, count), upwards.result())
 
 
 def probe_ssd(
@@ -183,11 +166,8 @@ def probe_ssd(
 ) -> dict[str, Ceiling]:
     """``ssd``: the store read in the run's own chunks while the link is busy; ``h2d_with_ssd``: that link's rate.
 
-    Args:
-        groups: streamed groups, read round and round.
-        buffers: page-locked, each large enough for any of ``groups``; the last one is for the copies. With several
-            for the reads, one group's checksum is made while the others are read.
-        slot: on the device, overwritten by the copies.
+    Streamed ``groups`` are read round and round into page-locked ``buffers``, each large enough for any of them; with
+    several, one group's checksum is made while the others are read. The last one is copied to ``slot`` meanwhile.
     """
     stop = threading.Event()
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
@@ -245,11 +225,5 @@ def _window_rates(chunks: Sequence[ChunkRead]) -> list[float]:
     """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two."""
     first, last = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
     width = (last - first) / (SAMPLES + 2)
-    rates = []
-    for window in range(1, SAMPLES + 1):
-        low, high = first + window * width, first + (window + 1) * width
-        moved = sum(
-            n * max(0.0, min(end, high) - max(start, low)) / (end - start) for n, start, end in chunks if end > start
-        )
-        rates.append(moved / width / 1e6)
-    return rates
+    edges = [first + window * width for window in range(1, SAMPLES + 2)]
+    return [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]

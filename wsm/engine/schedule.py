@@ -26,23 +26,15 @@ class Line:
     """The groups of one kind that a tier has to be fed, again and again, and the slots that they pass through.
 
     Counts are of all passes and never go back: used <= fetched <= started.
-
-    Attributes:
-        groups: in pass order.
-        steps: the step of each in the first pass; a step counts the groups of all kinds and passes.
-        steps_per_pass: groups in a pass, fed or not.
-        started: fetches begun.
-        fetched: fetches that the next tier may count on.
-        used: groups that the next tier is through with.
     """
 
-    groups: tuple[GroupId, ...]
-    steps: tuple[int, ...]
-    steps_per_pass: int
+    groups: tuple[GroupId, ...]  # in pass order
+    steps: tuple[int, ...]  # of each in the first pass; a step counts the groups of all kinds and passes
+    steps_per_pass: int  # groups in a pass, fed or not
     pool: Pool
-    started: int = 0
-    fetched: int = 0
-    used: int = 0
+    started: int = 0  # fetches begun
+    fetched: int = 0  # fetches that the next tier may count on
+    used: int = 0  # groups that the next tier is through with
 
     @property
     def group(self) -> GroupId:
@@ -104,12 +96,8 @@ class Residents:
     """The residents of both tiers, in the order of a pass.
 
     A CPU resident's home holds it from its read on; before that it may have a GPU resident in it that passes through.
-    Where there are no pools, the last homes are kept open for that as long as GPU residents wait.
-
-    Args:
-        order: the groups of one pass, in order.
-        gpu_homes, cpu_homes: the residents' own buffers.
-        pools: slots in CPU memory that GPU residents may come through too; empty where there are none.
+    GPU residents may come through the CPU slots of ``pools`` too; where there are none, the last homes are kept open
+    for that as long as GPU residents wait.
     """
 
     def __init__(self, order: Sequence[GroupId], gpu_homes: Homes, cpu_homes: Homes, pools: Pools) -> None:
@@ -139,10 +127,9 @@ class Residents:
 
     def _claim(self, group: GroupId) -> ReadJob | None:
         for_gpu = group in self._gpu_homes
-        if for_gpu:
-            destination = self._claim_way_in(group)
-        else:
-            destination = self._claim_home(group, group) if not self._is_last_way_in(group) else None
+        if not for_gpu and self._is_last_way_in(group):
+            return None
+        destination = self._claim_way_in(group) if for_gpu else self._claim_home(group, group)
         if destination is None:
             return None
         self.unread.remove(group)
@@ -164,15 +151,14 @@ class Residents:
         if pool.has_room() and not pool.has_empty(2):
             return pool.take(group)
         for later in reversed(self.unread):
-            if later.kind == group.kind and later in self._cpu_homes:
-                home = self._claim_home(later, group)
-                if home is not None:
-                    return home
+            is_home = later.kind == group.kind and later in self._cpu_homes
+            if is_home and (home := self._claim_home(later, group)) is not None:
+                return home
         return pool.take(group) if pool.has_room() else None
 
     def _is_last_way_in(self, resident: GroupId) -> bool:
         """Whether a CPU resident's home has to stay open for the GPU residents that wait, there being no pool."""
-        if len(self._pool(resident.kind)):
+        if self._pool(resident.kind).slots:
             return False
         waiting = [group for group in self.unread if group.kind == resident.kind]
         homes = sum(group in self._cpu_homes for group in waiting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,15 +31,10 @@ class Slot:
 
 
 class Pool:
-    """Slots of one kind. Not thread-safe: the tiers' lock guards it.
+    """Slots of one kind, a ``uint8`` buffer each. Not thread-safe: the tiers' lock guards it.
 
     Invariants: a slot is either free (in ``_free``, empty ones first, then the oldest) or taken; a group is in at most
-    one slot; with ``retain`` a free slot keeps its group until somebody takes the slot, so that the group can be pinned
-    again.
-
-    Args:
-        buffers: one ``uint8`` tensor per slot.
-        retain: whether a freed slot keeps its group.
+    one slot; with ``retain`` a free slot keeps its group until somebody takes the slot: it can be pinned again.
     """
 
     def __init__(self, buffers: Iterable[Tensor], *, retain: bool) -> None:
@@ -47,9 +42,6 @@ class Pool:
         self._free = deque(self.slots)
         self._by_group: dict[GroupId, Slot] = {}
         self._retain = retain
-
-    def __len__(self) -> int:
-        return len(self.slots)
 
     def find(self, group: GroupId) -> Slot | None:
         """The slot that holds ``group``, free or taken."""
@@ -93,10 +85,6 @@ class Pool:
         del self._by_group[slot.group]
         slot.group, slot.state = None, "absent"
         self._free.insert(sum(free.group is None for free in self._free), slot)
-
-    def contents(self) -> Sequence[tuple[GroupId, State]]:
-        """What the slots hold, in pass order."""
-        return sorted((slot.group, slot.state) for slot in self.slots if slot.group is not None)
 
 
 Pools = Mapping[Kind, Pool]

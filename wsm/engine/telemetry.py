@@ -99,7 +99,7 @@ def covered_ms(intervals: Iterable[Interval], window: Interval) -> float:
     return 1e3 * sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in merged(intervals))
 
 
-def moved_bytes(transfers: Iterable[Transfer | KVTransfer], window: Interval) -> int:
+def moved_bytes(transfers: Iterable[Transfer | KVTransfer | ChunkRead], window: Interval) -> int:
     """Bytes that moved inside ``window``, a transfer across its edge counted by its share of time."""
     total = 0.0
     for transfer in transfers:

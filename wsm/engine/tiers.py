@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from wsm.engine.device import Event
 from wsm.engine.memory import WeightMemory
@@ -82,16 +82,14 @@ class Tiers(SharedState):
 
     def _next_streamed(self) -> Line | None:
         """The line whose next group may be read from the SSD now."""
-        if not self._residents.unread_for_gpu:  # before that nothing has been kept: see _may_read
+        if not self._residents.unread_for_gpu:  # before that nothing has been kept: see _can_read
             self._pin_retained(self._to_cpu.values())
         return choose(self._to_cpu.values(), self._can_read, self._settings)
 
     def _can_read(self, line: Line) -> bool:
-        room = line.pool.has_empty(2) if self._residents.unread_for_gpu else line.pool.has_room()
-        return room and line.ahead < self._plan.read_ahead_layers and self._may_read(line.step)
-
-    def _may_read(self, step: int) -> bool:
-        if self._residents.unread_for_gpu and step >= len(self._order):
+        step, loading = line.step, self._residents.unread_for_gpu
+        room = line.pool.has_empty(2) if loading else line.pool.has_room()
+        if not room or line.ahead >= self._plan.read_ahead_layers or (loading and step >= len(self._order)):
             return False
         if not self._settings.cpu_rolling_mode:
             return step <= self._entered
@@ -279,7 +277,7 @@ class Tiers(SharedState):
         resident = [slot for group, slot in self._gpu_homes.items() if group.layer < layers]
 
         def staged(line: Line) -> bool:
-            wanted = min(sum(group.layer < layers for group in line.groups), len(line.pool))
+            wanted = min(sum(group.layer < layers for group in line.groups), len(line.pool.slots))
             return line.fetched - line.used >= wanted
 
         with self._changed:
@@ -290,17 +288,17 @@ class Tiers(SharedState):
     def describe(self) -> str:
         """One line: what the pools of each tier hold (``*`` in use, ``…`` loading)."""
         with self._changed:
-            gpu = " ".join(_names(self._gpu_pools))
-            cpu = " ".join(_names(self._cpu_pools))
+            gpu, cpu = _names(self._gpu_pools), _names(self._cpu_pools)
             heads = sorted(line.group for line in self._to_cpu.values())
-        residents = len(self._plan.residency.gpu), len(self._plan.residency.cpu)
+        residency = self._plan.residency
         return (
-            f"GPU: {gpu or '-'} (+{residents[0]} resident layers) | CPU: {cpu or '-'} (+{residents[1]} resident layers)"
+            f"GPU: {gpu} (+{len(residency.gpu)} resident layers) | CPU: {cpu} (+{len(residency.cpu)} resident layers)"
             f" | SSD: next {' '.join(map(str, heads)) or '-'}"
         )
 
 
-def _names(pools: Pools) -> Iterator[str]:
+def _names(pools: Pools) -> str:
+    """The groups that the slots hold, in pass order."""
     marks = {"in_use": "*", "loading": "…", "ready": "", "absent": ""}
-    entries = sorted(entry for pool in pools.values() for entry in pool.contents())
-    return (f"{group}{marks[state]}" for group, state in entries)
+    held = sorted((slot.group, slot.state) for pool in pools.values() for slot in pool.slots if slot.group is not None)
+    return " ".join(f"{group}{marks[state]}" for group, state in held) or "-"

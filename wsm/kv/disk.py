@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
+from wsm.disk.direct import Transfer, transfer_fully
+from wsm.disk.io_threads import IOThreads, Piece
 from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
-from wsm.errors import UnusableInput
-from wsm.kv.device import KVDevice, Move
+from wsm.errors import KVDeviceError, UnusableInput
 from wsm.kv.schedule import Fetch, Write
-from wsm.layout.groups import BLOCK
+from wsm.kv.target import KVTarget
+from wsm.layout.groups import BLOCK, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
-from wsm.plan.kv import DISK_SLOTS
+from wsm.plan.kv import DISK_SLOTS, tail_bytes
+from wsm.store.packed_store import CHUNK_UNIT, LARGEST_CHUNK, SMALLEST_CHUNK
+
+Move = tuple[int, Tensor]
+"""An offset on the device, and CPU memory."""
 
 
 class KVDisk:
     """Reads units into page-locked slots ahead of their fetch, and writes blocks as they fill.
 
-    One thread reads, another writes.
-
-    Args:
-        take: page-locked CPU memory, ``uint8``, so many bytes.
-
-    Raises:
-        UnusableInput, DoesNotFit, StoreError: as :class:`KVDevice`.
-
-    Attributes:
-        slots: for units on their way up.
-        down: room for a window on its way down, ``uint8``.
-        wanted: the first row and the blocks to bring of each unit next time, in CPU memory.
+    One thread reads, another writes. ``take`` gives page-locked CPU memory, ``uint8``, so many bytes. Raises
+    UnusableInput, DoesNotFit or StoreError as :class:`KVDevice`; reading and writing raise StoreError if they fail.
     """
 
     def __init__(
@@ -52,22 +51,17 @@ class KVDisk:
         self._telemetry = telemetry
         ends = [0, *accumulate(layout.unit_bytes(unit) for unit in placement.disk)]
         self._offsets = dict(zip(placement.disk, ends, strict=False))
-        rows = {unit: len(layout.rows_of(unit.stretch)) for unit in placement.disk}
-        self._tails = {
-            unit: take(count * layout.n_kv_heads * layout.block_bytes).view(layout.shape(count, KV_BLOCK_TOKENS))
-            for unit, count in rows.items()
-        }
-        self.slots = [Slot(take(layout.window_bytes)) for _ in range(DISK_SLOTS - 1)]
-        self.down = take(layout.window_bytes)
+        # The newest blocks of each unit's rows, uint8 [rows, n_kv_heads, 256, 2, record].
+        self.tails: dict[Unit, Tensor] = {}
+        for unit in placement.disk:
+            rows = len(layout.rows_of(unit.stretch))
+            self.tails[unit] = take(tail_bytes(layout, rows)).view(layout.shape(rows, KV_BLOCK_TOKENS))
+        self.slots = [Slot(take(layout.window_bytes)) for _ in range(DISK_SLOTS - 1)]  # on the way up
+        self.down = take(layout.window_bytes)  # for a window on its way down
+        # The first row and the blocks to bring of each unit next time, in CPU memory.
         self.wanted: dict[Unit, tuple[int, Tensor]] = {}
         self._device = KVDevice(path, ends[-1], weights=weights)
-
-    @property
-    def warnings(self) -> list[str]:
-        return self._device.warnings
-
-    def holds(self, unit: Unit) -> bool:
-        return unit in self._offsets
+        self.warnings = self._device.warnings
 
     def _offset(self, unit: Unit, row: int, head: int) -> int:
         """Where the blocks of a head are on the device."""
@@ -76,11 +70,7 @@ class KVDisk:
     # -- up
 
     def read(self, fetch: Fetch) -> None:
-        """Read what a fetch brings into its slot.
-
-        Raises:
-            StoreError: if it cannot be read.
-        """
+        """Read what a fetch brings into its slot."""
         slot = fetch.room.buffer
         moves = list(self._chosen(fetch, slot) if fetch.k else self._whole(fetch, slot))
         self._move(moves, fetch.unit, fetch.pass_no, writing=False)
@@ -107,7 +97,7 @@ class KVDisk:
                     yield base + block * size, compact[target + number]
 
     def _add_tails(self, fetch: Fetch, slot: Tensor) -> None:
-        tails = self._tails[fetch.unit]
+        tails = self.tails[fetch.unit]
         tokens = fetch.k * KV_BLOCK_TOKENS or self.layout.tokens
         shape = self.layout.shape(len(fetch.lengths), tokens)
         window = slot[: torch.Size(shape).numel()].view(shape)
@@ -119,11 +109,7 @@ class KVDisk:
     # -- down
 
     def write_window(self, write: Write) -> None:
-        """The changed rows of a unit, which are in ``down``: whole blocks to the device, the rest to memory.
-
-        Raises:
-            StoreError: if they cannot be written.
-        """
+        """The changed rows of a unit, which are in ``down``: whole blocks to the device, the rest to memory."""
         layout, rows = self.layout, len(write.after)
         window = self.down[: rows * layout.row_bytes].view(layout.shape(rows))
         whole = [after // KV_BLOCK_TOKENS if row in write.changed else 0 for row, after in enumerate(write.after)]
@@ -135,19 +121,11 @@ class KVDisk:
         for row in write.changed:
             if write.after[row] % KV_BLOCK_TOKENS:
                 begin = whole[row] * KV_BLOCK_TOKENS
-                self._tails[write.unit][row].copy_(window[row, :, begin : begin + KV_BLOCK_TOKENS])
-
-    def tails(self, unit: Unit) -> Tensor:
-        """The newest blocks of a unit's rows, ``uint8 [rows, n_kv_heads, 256, 2, record]``."""
-        return self._tails[unit]
+                self.tails[write.unit][row].copy_(window[row, :, begin : begin + KV_BLOCK_TOKENS])
 
     def write_full(self, write: Write, rows: Sequence[int]) -> None:
-        """Blocks that a decode step has filled, from memory to the device.
-
-        Raises:
-            StoreError: if they cannot be written.
-        """
-        layout, tails = self.layout, self._tails[write.unit]
+        """Blocks that a decode step has filled, from memory to the device."""
+        layout, tails = self.layout, self.tails[write.unit]
         full = [row for row in rows if write.after[row] % KV_BLOCK_TOKENS == 0]
         begin = {row: write.before[row] // KV_BLOCK_TOKENS * layout.block_bytes for row in full}
         places = product(full, range(layout.n_kv_heads))
@@ -167,4 +145,93 @@ class KVDisk:
     def close(self) -> None:
         """Give the device back."""
         self._device.close()
-        self._tails.clear()
+        self.tails.clear()
+
+
+class KVDevice:
+    """Bytes of offloaded KV, at offsets from 0 to ``nbytes``.
+
+    Requests are begun in the order asked, and a large one is worked on by all threads, in chunks of at most 4 MiB. Two
+    that touch the same bytes are not ordered: whoever reads what was written waits until its future has ended.
+
+    Args and errors are those of :class:`KVTarget`, and a test's fake drive: as ``os.preadv`` and ``os.pwritev``.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        nbytes: int,
+        *,
+        weights: Sequence[str],
+        threads: int = 8,
+        pread: Transfer = os.preadv,
+        pwrite: Transfer = os.pwritev,
+    ) -> None:
+        self._path, self._nbytes = path, round_up(nbytes, BLOCK)
+        self._pread, self._pwrite = pread, pwrite
+        self._target = KVTarget(path, self._nbytes, weights)
+        self._closed = False
+        warning = (
+            f"the filesystem of {path} has no O_DIRECT: offloaded KV goes through the page cache, each write "
+            "waiting for the drive; name a file on ext4 or XFS, or a partition of its own"
+        )
+        self.warnings = [warning] if self._target.buffered else []
+        self._n_threads = threads
+        try:
+            self._threads = IOThreads(threads, "wsm-kv")
+        except BaseException:
+            self._target.give_back()
+            raise
+
+    def read(self, moves: Iterable[Move]) -> Future[None]:
+        """Queue one request of at least one move: to fill each tensor from its offset on.
+
+        Its future ends, with the first failure, when nothing touches their memory any more; what has not been begun
+        after a failure is left out. Tensors are contiguous and in CPU memory; their addresses and sizes and the offsets
+        are multiples of 4096, else ValueError. Raises RuntimeError if the device is closed.
+        """
+        return self._threads.submit(piece for move in moves for piece in self._pieces(*move, writing=False))
+
+    def write(self, moves: Iterable[Move]) -> Future[None]:
+        """Queue one request: to write each tensor to its offset; all else as :meth:`read`."""
+        return self._threads.submit(piece for move in moves for piece in self._pieces(*move, writing=True))
+
+    def close(self) -> None:
+        """Join every thread and give the target back; requests that were not done end with a KVDeviceError.
+
+        A second call does nothing.
+        """
+        if not self._closed:
+            self._closed = True
+            self._threads.close(KVDeviceError(f"{self._path} was closed before this KV was read or written"))
+            self._target.give_back()
+
+    def _pieces(self, offset: int, buffer: Tensor, *, writing: bool) -> Iterator[Piece]:
+        nbytes = buffer.nbytes
+        if nbytes == 0 or (buffer.data_ptr() | nbytes | offset) % BLOCK:
+            raise ValueError(f"{nbytes} bytes at {offset}: address, size and offset must be multiples of {BLOCK}")
+        if not 0 <= offset <= self._nbytes - nbytes:
+            raise ValueError(f"{nbytes} bytes at {offset} are not in the {self._nbytes} bytes of {self._path}")
+        image = memoryview(buffer.view(-1).view(torch.uint8).numpy().data)
+        chunk = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, round_up(-(-nbytes // self._n_threads), CHUNK_UNIT)))
+        for start in range(0, nbytes, chunk):
+            yield partial(self._move, image[start : start + chunk], BLOCK + offset + start, writing=writing)
+
+    def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
+        transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")
+        transfer_fully(transfer, self._target.file, image, offset, partial(self._error, verb))
+        if not self._target.buffered:
+            return
+        try:
+            if writing:
+                os.fdatasync(self._target.file)  # before it leaves the page cache: its errors are ours to tell
+            os.posix_fadvise(self._target.file, offset, len(image), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise self._error("write", offset, error) from error
+
+    def _error(self, verb: str, offset: int, failed: OSError | int) -> KVDeviceError:
+        ended = f"short {verb}: the file or device ends here"
+        what = ended if isinstance(failed, int) else f"{verb} error: {failed.strerror}"
+        return KVDeviceError(
+            f"{self._path} at byte {offset}, in offloaded KV: {what}; check the drive, or name another --kv-device"
+        )

@@ -243,7 +243,7 @@ class KVTiers(Threaded):
 
     def _settle(self, write: Write, rows: Sequence[int], end: Event, stream: Any) -> None:
         """From page-locked memory to where it stays."""
-        on_disk = self._disk if self._disk is not None and self._disk.holds(write.unit) else None
+        on_disk = self._disk if self._disk is not None and write.unit in self._disk.tails else None
         if on_disk is not None and write.wanted is not None:
             on_disk.wanted[write.unit] = write.changed[0], self._on_host(write.wanted, stream)
         if write.window is not None:
@@ -256,7 +256,7 @@ class KVTiers(Threaded):
                 self._scatter(write, rows, home, [write.before[row] for row in rows])
             else:
                 places = [write.before[row] % KV_BLOCK_TOKENS for row in rows]
-                self._scatter(write, rows, on_disk.tails(write.unit), places)
+                self._scatter(write, rows, on_disk.tails[write.unit], places)
                 on_disk.write_full(write, rows)
 
     def _throttle(self) -> None:

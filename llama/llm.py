@@ -27,7 +27,7 @@ from wsm.engine.device import Device, Link, open_device
 from wsm.engine.stream import WeightStreamingManager
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
-from wsm.kv.tiers import DiskOptions, KVTiers
+from wsm.kv.tiers import KVTiers
 from wsm.plan.advice import check_fits
 from wsm.plan.hardware import limit_device_memory
 from wsm.plan.inputs import RunShape
@@ -168,7 +168,7 @@ class LLaMA:
             topk=self.plan.inputs.topk_blk,
         )
 
-    def _kv_disk(self) -> DiskOptions:
+    def _kv_disk(self) -> tuple[str, Sequence[str]]:
         """``--kv-device``; of several ranks each has a file of its own."""
         path, world, description = self.plan.inputs.kv_device, self.inputs.world, self.inputs.description
         assert path is not None
@@ -176,7 +176,7 @@ class LLaMA:
             if is_block_device(path):
                 raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
             path = f"{path}.rank{world.shard.rank}"
-        return DiskOptions(path, tuple(description.targets) if description is not None else ())
+        return path, description.targets if description is not None else ()
 
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]

@@ -143,7 +143,7 @@ class KVCache:
                 after[segment.row] = segment.end_pos
             used = dict.fromkeys(segment.row // self.layout.stretch_rows for segment in segments)
             self._decoding = all(segment.length == 1 for segment in segments)
-            self.tier.begin(list(used), self.lengths, after, self.topk if self._decoding else 0)
+            self.tier.schedule.begin(list(used), self.lengths, after, self.topk if self._decoding else 0)
 
     def compact(self, stretch: int) -> bool:
         """Whether the coming decode step of a stretch brings chosen blocks alone from below the device."""
@@ -219,7 +219,7 @@ class KVCache:
     def end_row(self, row: int) -> None:
         """A row's KV will not be asked for again."""
         if self.tier is not None:
-            self.tier.end_row(row)
+            self.tier.schedule.end_row(row)
 
     def reset(self) -> None:
         """Empty every row."""
@@ -228,4 +228,4 @@ class KVCache:
         for bounds in self._bounds.values():
             bounds.reset()
         if self.tier is not None:
-            self.tier.reset()
+            self.tier.schedule.reset()

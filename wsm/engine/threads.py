@@ -17,32 +17,32 @@ P = TypeVar("P", bound="Threaded")
 class SharedState:
     """What a subclass adds is read and written under ``_changed`` alone, whose waiters every change wakes.
 
-    Sentences say that a thread of ``name`` failed, or that it is closed.
+    Sentences say that a thread of ``name`` failed, or that it is closed; once ``closing``, nothing more is handed out.
     """
 
     def __init__(self, name: str) -> None:
         self._changed = threading.Condition()
         self._name = name
         self._failure: BaseException | None = None
-        self._closing = False
+        self.closing = False
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait until ``ready``, with the lock held.
 
         Raises StoreError, DoesNotFit, UnusableInput or RuntimeError for whatever failed on a thread, as the cause.
         """
-        self._changed.wait_for(lambda: ready() or self._closing or self._failure is not None)
+        self._changed.wait_for(lambda: ready() or self.closing or self._failure is not None)
         if (cause := self._failure) is not None:
             if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
                 raise type(cause)(str(cause)) from cause
             raise RuntimeError(f"a thread of {self._name} failed: {cause!r}") from cause
-        if self._closing:
+        if self.closing:
             raise RuntimeError(f"closed: {self._name}")
 
     def _next(self, claim: Callable[[], T | None]) -> T | None:
         """Wait until there is something to claim; None once closing."""
         with self._changed:
-            while not self._closing:
+            while not self.closing:
                 claimed = claim()
                 if claimed is not None:
                     return claimed
@@ -52,14 +52,14 @@ class SharedState:
     def fail(self, failure: BaseException) -> None:
         """Hand an exception of any thread to whoever waits, and to the next caller."""
         with self._changed:
-            if self._failure is None and not self._closing:
+            if self._failure is None and not self.closing:
                 self._failure = failure
             self._changed.notify_all()
 
     def close(self) -> None:
         """Let everyone who waits go; nothing more is handed out."""
         with self._changed:
-            self._closing = True
+            self.closing = True
             self._changed.notify_all()
 
 

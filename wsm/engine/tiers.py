@@ -119,7 +119,7 @@ class Tiers(SharedState):
     def next_copy(self) -> CopyJob | None:
         """Wait for a copy that can be queued now and claim it; None once closing."""
         with self._changed:
-            while not self._closing:
+            while not self.closing:
                 job = self._resident_copy() or self._streamed_copy()
                 if job is not None:
                     return job

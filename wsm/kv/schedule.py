@@ -117,7 +117,11 @@ class KVSchedule(SharedState):
     # -- what the computation tells and asks
 
     def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
-        """A pass begins; what was fetched in expectation of another kind of pass is dropped."""
+        """A pass begins; what was fetched in expectation of another kind of pass is dropped.
+
+        It uses these ``stretches`` of every layer, in order. Rows of the cache have so many tokens ``before`` and
+        ``after`` it; ``k`` blocks of a row are brought where it has more, 0 for all.
+        """
         decoding = all(after[row] - before[row] <= 1 for row in range(len(before)))
         with self._changed:
             self.passes += 1
@@ -141,7 +145,7 @@ class KVSchedule(SharedState):
         self._ready.clear()
 
     def enter(self, unit: Unit) -> Fetch:
-        """The filled window of the unit that the pass has next; waits until its copy has been queued."""
+        """The filled window of the unit that the pass has next (ValueError for another), once its copy is queued."""
         with self._changed:
             now = self._pass
             if not now.units or now.units[now.used % len(now.units)] != unit:
@@ -179,14 +183,15 @@ class KVSchedule(SharedState):
         return self._layout.rows_of(unit.stretch)[row] not in self._ended
 
     def end_row(self, row: int) -> None:
+        """A row's KV will not be asked for again."""
         with self._changed:
             self._ended.add(row)
 
     def reset(self) -> None:
         """Every row is empty; a pass that was broken off is forgotten, what is being written goes on.
 
-        Who has a window, and what is still to be written, is counted anew: Ctrl-C may have come between two lines of
-        :meth:`enter` or :meth:`leave`, and neither may be lost to it.
+        Windows, and what is still to be written, are counted anew: Ctrl-C, between any two lines of :meth:`enter` or
+        :meth:`leave`, may lose neither.
         """
         with self._changed:
             self._epoch += 1
@@ -247,11 +252,6 @@ class KVSchedule(SharedState):
             self._staged[fetch.epoch, fetch.pass_no, fetch.unit] = fetch.room
             self._changed.notify_all()
 
-    @property
-    def closing(self) -> bool:
-        """Whether nothing more will be fetched."""
-        return self._closing
-
     def _fetch_at(self, place: int, room: Slot) -> Fetch | None:
         """The fetch at a place of the sequence since the pass was begun; None while it may not be made yet."""
         now = self._pass
@@ -292,7 +292,7 @@ class KVSchedule(SharedState):
     def next_write(self) -> Write | None:
         """Wait for something to write; None once closing, when all that a pass has added is written."""
         with self._changed:
-            while not self._writes and not self._closing:
+            while not self._writes and not self.closing:
                 self._changed.wait()
             self._writing = self._writes.popleft() if self._writes else None
             return self._writing

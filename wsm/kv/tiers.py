@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,12 @@ from wsm.settings import Settings
 class KVTiers(Threaded):
     """Keeps KV in page-locked CPU memory and on a disk, as the placement says, and brings it in the order of use.
 
-    Construction takes all the memory; the threads start with it. Close it, also after a failure.
+    Construction takes all the memory, or raises DoesNotFit; the threads start with it. Close it, also after a failure.
 
     Args:
-        link: shared with the weights, so that whoever needs its bytes sooner goes first.
-        disk: the device for what the placement puts on one.
+        link: shared with the weights: whoever needs its bytes sooner goes first.
         wanted: how many weight groups are wanted on the device and not there yet (``WSM_KV_THROTTLE_*``).
-
-    Raises:
-        DoesNotFit: if memory is refused.
+        disk: the path of the device for what the placement puts on one, and the weights' files, which it must not be.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class KVTiers(Threaded):
         telemetry: Telemetry,
         link: Link,
         wanted: Callable[[], int],
-        disk: DiskOptions | None = None,
+        disk: tuple[str, Sequence[str]] | None = None,
     ) -> None:
         self.layout, self.telemetry = placement.layout, telemetry
         self._settings, self._link, self._wanted_groups = settings, link, wanted
@@ -59,15 +56,15 @@ class KVTiers(Threaded):
             self._fresh = self._arena.take(fresh_bytes(self.layout))
             if placement.disk:
                 assert disk is not None
-                self._disk = KVDisk(placement, disk.path, disk.weights, self._arena.take, telemetry)
+                self._disk = KVDisk(placement, *disk, self._arena.take, telemetry)
             # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
             nbytes, where = self.layout.window_bytes, device.torch_device
             self._windows += [Slot(torch.zeros(nbytes, dtype=torch.uint8, device=where)) for _ in range(WINDOWS)]
         except BaseException:
             self._free_memory()
             raise
-        self._schedule = KVSchedule(placement, self._windows, self._disk.slots if self._disk is not None else ())
-        super().__init__(self._schedule, device)
+        self.schedule = KVSchedule(placement, self._windows, self._disk.slots if self._disk is not None else ())
+        super().__init__(self.schedule, device)
         works = {"wsm-kv-in": self._fetch_all, "wsm-kv-out": self._write_all}
         try:
             self._begin(works if self._disk is None else {**works, "wsm-kv-read": self._stage_all})
@@ -92,15 +89,10 @@ class KVTiers(Threaded):
         return [*self._arena.warnings, *(self._disk.warnings if self._disk is not None else ())]
 
     @property
-    def passes(self) -> int:
-        """Passes that have begun so far."""
-        return self._schedule.passes
-
-    @property
     def fraction_fetched(self) -> float | None:
         """Blocks brought, of those that the rows had, since the last reset; None where none were needed."""
-        whole = self._schedule.blocks_whole
-        return self._schedule.blocks_fetched / whole if whole else None
+        whole = self.schedule.blocks_whole
+        return self.schedule.blocks_fetched / whole if whole else None
 
     # -- the model's side
 
@@ -108,27 +100,15 @@ class KVTiers(Threaded):
         """Whether this KV is below the device."""
         return Unit(layer, stretch) in self._below
 
-    def begin(self, stretches: Sequence[int], before: Sequence[int], after: Sequence[int], k: int) -> None:
-        """A pass begins that uses these stretches of every layer, in order.
-
-        Args:
-            before, after: tokens of every row of the cache before and after the pass.
-            k: blocks a row that are brought where a row has more; 0 for all.
-        """
-        self._schedule.begin(stretches, before, after, k)
-
     def enter(self, layer: int, stretch: int) -> tuple[Tensor, bool]:
         """The pass's next KV, ``uint8 [rows, n_kv_heads, tokens, 2, record]``, and whether it is chosen blocks alone.
 
-        Waits on the host until the fetch is queued, then makes the compute stream wait for it.
-
-        Raises:
-            ValueError: if another unit comes next.
-            StoreError, RuntimeError: whatever failed on a thread of the tiers, as the cause.
+        Waits on the host until the fetch is queued, then makes the compute stream wait for it. Raises as
+        :meth:`KVSchedule.enter`.
         """
         stream = self.device.compute_stream()
         asked = self.telemetry.mark(stream)
-        fetch = self._schedule.enter(Unit(layer, stretch))
+        fetch = self.schedule.enter(Unit(layer, stretch))
         assert fetch.room.filled is not None
         self.device.wait(stream, fetch.room.filled)
         self.telemetry.kv_waited(asked, self.telemetry.mark(stream))
@@ -148,30 +128,22 @@ class KVTiers(Threaded):
             wanted: blocks to bring next time, int64 ``[rows, n_kv_heads, k]``, if they are chosen.
         """
         done = self.device.record(self.device.compute_stream())
-        self._schedule.leave(Unit(layer, stretch), done, fresh, wanted)
-
-    def end_row(self, row: int) -> None:
-        """A row's KV will not be asked for again."""
-        self._schedule.end_row(row)
-
-    def reset(self) -> None:
-        """Every row is empty."""
-        self._schedule.reset()
+        self.schedule.leave(Unit(layer, stretch), done, fresh, wanted)
 
     # -- the threads
 
     def _stage_all(self) -> None:
         """Read units of the disk ahead of their fetch, a slot each."""
         assert self._disk is not None
-        while (fetch := self._schedule.next_staging()) is not None:
+        while (fetch := self.schedule.next_staging()) is not None:
             if fetch.room.drained is not None:
                 fetch.room.drained.synchronize()  # the slot's last copy to the device
             self._disk.read(fetch)
-            self._schedule.staged(fetch)
+            self.schedule.staged(fetch)
 
     def _fetch_all(self) -> None:
         stream = self.device.stream()
-        while (fetch := self._schedule.next_fetch()) is not None:
+        while (fetch := self.schedule.next_fetch()) is not None:
             if fetch.room.drained is not None:
                 self.device.wait(stream, fetch.room.drained)  # the window's last reader
             needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
@@ -183,7 +155,7 @@ class KVTiers(Threaded):
                     end = self.device.record(stream)
                     self._link.queued(end)
                 self.telemetry.kv_moved("kv_h2d", fetch.unit.layer, fetch.pass_no, nbytes, start, end)
-            self._schedule.fetched(fetch, self.device.record(stream))
+            self.schedule.fetched(fetch, self.device.record(stream))
 
     def _copies(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
         """What to queue for a fetch, a piece each: its bytes, and what queues it on a stream."""
@@ -222,17 +194,17 @@ class KVTiers(Threaded):
 
     def _write_all(self) -> None:
         stream = self.device.stream()
-        while (write := self._schedule.next_write()) is not None:
+        while (write := self.schedule.next_write()) is not None:
             self._throttle()
             self.device.wait(stream, write.done)
             start = self.telemetry.mark(stream)
-            rows = [row for row in write.changed if self._schedule.active(write.unit, row)]
+            rows = [row for row in write.changed if self.schedule.active(write.unit, row)]
             nbytes = self._write_fresh(write, stream) if write.fresh is not None else self._write_window(write, stream)
             end = self.device.record(stream)
             end.synchronize()
             self.telemetry.kv_moved("kv_d2h", write.unit.layer, write.pass_no, nbytes, start, end)
             self._settle(write, rows, end, stream)
-            self._schedule.written(write)
+            self.schedule.written(write)
 
     def _on_host(self, small: Tensor, stream: Any) -> Tensor:
         """A small tensor's values, through a stream that is idle: nothing that is queued elsewhere is waited for."""
@@ -262,7 +234,7 @@ class KVTiers(Threaded):
     def _throttle(self) -> None:
         """Let the weights go first where many are wanted: one pause, then the write, so nothing waits for ever."""
         pause_ms = self._settings.kv_throttle_ms
-        if pause_ms and not self._schedule.closing and self._wanted_groups() >= self._settings.kv_throttle_threshold:
+        if pause_ms and not self.schedule.closing and self._wanted_groups() >= self._settings.kv_throttle_threshold:
             self.pauses += 1
             time.sleep(pause_ms / 1e3)
 
@@ -298,13 +270,6 @@ class KVTiers(Threaded):
         order = {row: place for place, row in enumerate(write.changed)}
         taken = torch.tensor([order[row] for row in rows])
         home.view(words)[torch.tensor(rows), :, torch.tensor(places)] = fresh[taken]
-
-
-class DiskOptions(NamedTuple):
-    """The device for KV beyond CPU memory, and what the weights lie on, which it must not be."""
-
-    path: str
-    weights: tuple[str, ...]
 
 
 Work = Callable[[Any], None]

@@ -40,7 +40,7 @@ from wsm.errors import StoreError
 from wsm.kv import disk as kv_disk
 from wsm.kv import schedule as kv_schedule
 from wsm.kv.target import kv_superblock
-from wsm.kv.tiers import DiskOptions, KVTiers
+from wsm.kv.tiers import KVTiers
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import KVLayout, KVPlacement, Unit
 from wsm.plan.kv import kv_cpu_lines
@@ -89,7 +89,7 @@ def cache(
     placement = KVPlacement(layout, cpu=units)
     if disk is not None:
         placement = KVPlacement(layout, cpu=units[::3], disk=tuple(u for u in units if u not in units[::3]))
-    where = None if disk is None else DiskOptions(str(disk), ())
+    where = None if disk is None else (str(disk), ())
     with KVTiers(placement, device, settings or Settings(), telemetry, Link(), wanted, where) as tiers:
         how: dict[str, Any] = {"record": record, "stretch_rows": stretch_rows, "tier": tiers, "topk": topk}
         yield KVCache(config, rows, tokens, model.device, torch.float32, **how), tiers
@@ -465,13 +465,13 @@ def test_nothing_is_read_before_it_is_there_nor_overwritten_while_it_is_read(
                 Telemetry(device),
                 Link(),
                 lambda: 0,
-                DiskOptions(f"{folder}/kv", ()) if on_disk else None,
+                (f"{folder}/kv", ()) if on_disk else None,
             ) as tiers,
         ):
             for number in range(passes):
                 before = [0] * rows if number == 0 else [length + number - 1 for length in lengths]
                 after = [length + number for length in lengths]
-                tiers.begin(range(layout.stretches), before, after, 0)
+                tiers.schedule.begin(range(layout.stretches), before, after, 0)
                 for unit in (unit for unit in layout.units() if tiers.holds(*unit)):
                     window, _ = tiers.enter(*unit)
                     _step(device, tiers, unit, window, before, after, number, wrong)
@@ -545,7 +545,7 @@ def test_closing_gives_the_memory_back_and_joins_the_threads(model: Transformer)
         threads = list(tiers._threads)
         assert tiers.page_locked_bytes > 0
     assert not any(thread.is_alive() for thread in threads)
-    tiers.begin([0], [0] * 5, [1] * 5, 0)
+    tiers.schedule.begin([0], [0] * 5, [1] * 5, 0)
     with pytest.raises(RuntimeError, match="closed"):
         tiers.enter(0, 0)
 
@@ -560,7 +560,7 @@ def test_threads_that_cannot_start_leave_nothing_behind(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(threading.Thread, "start", refused)
     placement = KVPlacement(layout := KVLayout(2, 1, 1, 1, 256, 8), disk=tuple(layout.units()))
-    where, device = DiskOptions(str(tmp_path / "kv"), ()), Device()
+    where, device = (str(tmp_path / "kv"), ()), Device()
     with pytest.raises(RuntimeError, match="can't start"):
         KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0, where)
     assert set(threading.enumerate()) <= before

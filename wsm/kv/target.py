@@ -37,14 +37,9 @@ def run_of(block: bytes) -> bytes | None:
 class KVTarget:
     """A file or block device, open past the page cache, ours alone, its superblock written and its space reserved.
 
-    Args:
-        nbytes: bytes of KV that it takes behind the superblock.
-        weights: the files and devices that the weights of this run are on.
-
-    Raises:
-        UnusableInput: for what must not be written, said before anything is.
-        DoesNotFit: if it is too small.
-        KVDeviceError: if it cannot be read or written.
+    It takes ``nbytes`` of KV behind the superblock; ``weights`` are the files and devices of this run's weights. Raises
+    UnusableInput for what must not be written, before anything is, DoesNotFit if it is too small, and KVDeviceError if
+    it cannot be read or written.
     """
 
     def __init__(self, path: str, nbytes: int, weights: Sequence[str]) -> None:
@@ -71,7 +66,6 @@ class KVTarget:
 
     def _check_content(self) -> None:
         head = _head(self.file, self.path)
-        _refuse_weights(head, self.path)
         if not self._is_device and target_size(self.file) and run_of(head) is None:
             raise UnusableInput(
                 f"--kv-device {self.path} holds something that is no offloaded KV: nothing was written; "
@@ -85,7 +79,9 @@ class KVTarget:
             # First: a file that a killed run leaves behind is then known for ours.
             os.pwritev(self.file, [aligned_block(kv_superblock(self._run))], 0)
             if not self._is_device:
-                self._reserve(nbytes)
+                # Through a descriptor without O_DIRECT: where there is no such call, libc writes.
+                with open(f"/proc/self/fd/{self.file}", "rb+", buffering=0) as file:
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
             if self._made:
                 os.fchmod(self.file, 0o600)  # it tells what the prompts were
         except OSError as error:
@@ -113,16 +109,8 @@ class KVTarget:
             "name a larger one, or lower --batch-size"
         )
 
-    def _reserve(self, nbytes: int) -> None:
-        """Space for all of it now, through a descriptor without O_DIRECT: where there is no such call, libc writes."""
-        file = os.open(f"/proc/self/fd/{self.file}", os.O_RDWR)
-        try:
-            os.posix_fallocate(file, 0, nbytes)
-        finally:
-            os.close(file)
-
     def give_back(self) -> None:
-        """Close it. A file that this run made is removed, one that was there is emptied, a device stays as it is.
+        """Close it; remove a file that this run made, empty one that was there, leave a device its superblock.
 
         What another run has taken since, on a filesystem without locks, is left to it.
         """
@@ -137,7 +125,7 @@ class KVTarget:
 
     def _is_ours(self) -> bool:
         """Whether the file is still where it was, and nobody else's."""
-        with contextlib.suppress(OSError, KVDeviceError):
+        with contextlib.suppress(OSError, KVDeviceError, UnusableInput):
             if not os.path.samestat(os.stat(self.path), os.fstat(self.file)):
                 return False
             head = _head(self.file, self.path)
@@ -163,7 +151,6 @@ def _check_device(path: str) -> None:
     label = f"--kv-device {path}"
     with reading(path) as file:
         head = _head(file, path)
-        _refuse_weights(head, path)
         check_writable(
             path,
             label=label,
@@ -181,18 +168,16 @@ def _check_device(path: str) -> None:
         check_blocks(file, label, "KV is")
 
 
-def _refuse_weights(head: bytes, path: str) -> None:
-    if head.startswith(superblock.MAGIC):
-        raise UnusableInput(
-            f"--kv-device {path} bears a packed store of weights: nothing was written; name another file or device"
-        )
-
-
 def _head(file: int, path: str) -> bytes:
-    """The first 4096 bytes, or as many as there are."""
+    """The first 4096 bytes, or as many as there are; refused where they are a packed store's."""
     try:
-        return first_block(file)
+        head = first_block(file)
     except OSError as error:
         raise KVDeviceError(
             f"--kv-device {path} at byte 0: read error: {error.strerror}; check the drive, or name another place"
         ) from error
+    if head.startswith(superblock.MAGIC):
+        raise UnusableInput(
+            f"--kv-device {path} bears a packed store of weights: nothing was written; name another file or device"
+        )
+    return head

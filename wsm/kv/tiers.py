@@ -106,12 +106,11 @@ class KVTiers(Threaded):
         Waits on the host until the fetch is queued, then makes the compute stream wait for it. Raises as
         :meth:`KVSchedule.enter`.
         """
-        stream = self.device.compute_stream()
-        asked = self.telemetry.mark(stream)
+        asked = self.telemetry.mark()
         fetch = self.schedule.enter(Unit(layer, stretch))
         assert fetch.room.filled is not None
-        self.device.wait(stream, fetch.room.filled)
-        self.telemetry.kv_waited(asked, self.telemetry.mark(stream))
+        self.device.wait(self.device.compute_stream(), fetch.room.filled)
+        self.telemetry.kv_waited(asked, self.telemetry.mark())
         return self._view(fetch), fetch.k > 0
 
     def _view(self, fetch: Fetch) -> Tensor:
@@ -122,10 +121,8 @@ class KVTiers(Threaded):
     def leave(self, layer: int, stretch: int, fresh: Tensor | None, wanted: Tensor | None) -> None:
         """All that this pass computes with the entered window is queued.
 
-        Args:
-            fresh: one new token a row, ``uint8 [rows, n_kv_heads, 2, record]``; None where the window itself holds
-                what is new.
-            wanted: blocks to bring next time, int64 ``[rows, n_kv_heads, k]``, if they are chosen.
+        ``fresh`` is one new token a row, ``uint8 [rows, n_kv_heads, 2, record]``, None where the window itself holds
+        what is new; ``wanted`` are blocks to bring next time, int64 ``[rows, n_kv_heads, k]``, if they are chosen.
         """
         done = self.device.record(self.device.compute_stream())
         self.schedule.leave(Unit(layer, stretch), done, fresh, wanted)
@@ -170,10 +167,10 @@ class KVTiers(Threaded):
         home = self._homes[fetch.unit] if fetch.staged is None else fetch.staged.buffer
         window = fetch.room.buffer
         for run in runs:
-            for offset in range(run.offset, run.offset + run.nbytes, PIECE_BYTES):
-                part = slice(offset, min(offset + PIECE_BYTES, run.offset + run.nbytes))
-                copy = partial(self.device.copy, window[part], home[part])
-                yield part.stop - part.start, copy
+            end = run.offset + run.nbytes
+            for offset in range(run.offset, end, PIECE_BYTES):
+                part = slice(offset, min(offset + PIECE_BYTES, end))
+                yield part.stop - offset, partial(self.device.copy, window[part], home[part])
 
     def _chosen(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
         """The chosen blocks of each row, read by a kernel straight from page-locked memory: no host knows which."""
@@ -183,14 +180,10 @@ class KVTiers(Threaded):
         home = home.view(window.shape[0], layout.n_kv_heads * blocks, -1)
         window = window.view(words).view(window.shape[0], layout.n_kv_heads * fetch.k, -1)
         assert fetch.wanted is not None
-        for place, row in enumerate(range(fetch.first, fetch.first + len(fetch.wanted))):
+        for row, wanted in enumerate(fetch.wanted, start=fetch.first):
             if fetch.lengths[row]:
-                wanted = fetch.wanted[place]
-
-                def gather(stream: Any, row: int = row, wanted: Tensor = wanted) -> None:
-                    self.device.run(stream, partial(_gather, home[row], wanted, blocks, window[row]))
-
-                yield window[row].nbytes, gather
+                gather = partial(_gather, home[row], wanted, blocks, window[row])
+                yield window[row].nbytes, partial(self.device.run, work=gather)
 
     def _write_all(self) -> None:
         stream = self.device.stream()
@@ -241,9 +234,8 @@ class KVTiers(Threaded):
     def _write_window(self, write: Write, stream: Any) -> int:
         """Whole rows from the window to their home; the bytes."""
         assert write.window is not None
-        home = self._homes.get(write.unit) if self._disk is None or write.unit in self._homes else self._disk.down
+        home = self._homes[write.unit] if self._disk is None or write.unit in self._homes else self._disk.down
         window = write.window.buffer
-        assert home is not None
         lengths = [after if after > before else 0 for before, after in zip(write.before, write.after, strict=True)]
         runs = self.layout.runs(lengths)
         for run in runs:
@@ -261,8 +253,7 @@ class KVTiers(Threaded):
     def _scatter(self, write: Write, rows: Sequence[int], home: Tensor, places: Sequence[int]) -> None:
         """The new tokens, which are in page-locked memory by now, to their ``places`` in those rows that go on.
 
-        Args:
-            home: ``uint8 [rows of the unit, n_kv_heads, tokens, 2, record]``.
+        ``home`` is ``uint8 [rows of the unit, n_kv_heads, tokens, 2, record]``.
         """
         layout, words = self.layout, word_of(self.layout.record_bytes)
         fresh = self._fresh[: len(write.changed) * layout.n_kv_heads * layout.token_bytes].view(words)

@@ -76,7 +76,7 @@ class WeightStreamingManager(Threaded):
     # -- read ahead
 
     def _read_ahead(self) -> None:
-        while (job := self.tiers.next_read()) is not None:
+        while (job := self.tiers.next(self.tiers.claim_read)) is not None:
             if job.destination.drained is not None:
                 job.destination.drained.synchronize()  # the slot's last copy to the GPU
             read = self.source.read(job.group, job.destination.buffer)
@@ -179,19 +179,18 @@ class WeightStreamingManager(Threaded):
         Raises as :meth:`acquire`.
         """
         self._pass_over_to(self.order[0])
-        stream = self.device.compute_stream()
-        asked = self.telemetry.mark(stream)
+        asked = self.telemetry.mark()
         step, slots = self.tiers.enter_all()
         if self._together is None:
             for slot in slots.values():
                 assert slot.filled is not None
                 slot.filled.synchronize()  # once: later passes have nothing to wait for, on whatever stream
             self._together = {group: self._tensors(slot, group) for group, slot in slots.items()}
-        granted = self.telemetry.mark(stream)
+        granted = self.telemetry.mark()
         try:
             yield self._together
         finally:
-            self.telemetry.used(None, step, asked, granted, self.telemetry.mark(stream))
+            self.telemetry.used(None, step, asked, granted, self.telemetry.mark())
 
     # -- life
 

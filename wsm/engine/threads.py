@@ -39,8 +39,8 @@ class SharedState:
         if self.closing:
             raise RuntimeError(f"closed: {self._name}")
 
-    def _next(self, claim: Callable[[], T | None]) -> T | None:
-        """Wait until there is something to claim; None once closing."""
+    def next(self, claim: Callable[[], T | None]) -> T | None:
+        """Wait until there is something to ``claim``, which is asked under the lock; None once closing."""
         with self._changed:
             while not self.closing:
                 claimed = claim()

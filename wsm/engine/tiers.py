@@ -19,7 +19,7 @@ from wsm.settings import Settings
 class Tiers(SharedState):
     """One state machine per group and tier: absent -> loading -> ready -> in_use -> ready or absent.
 
-    A streamed group passes through six methods: :meth:`next_read` and :meth:`read_done` of the reader,
+    A streamed group passes through six methods: :meth:`claim_read` and :meth:`read_done` of the reader,
     :meth:`next_copy` and :meth:`copy_queued` of the pager, :meth:`enter` and :meth:`leave` of the computation.
 
     Everything below is read and written under ``self._changed`` alone. Invariants:
@@ -65,12 +65,8 @@ class Tiers(SharedState):
 
     # -- the reader's side
 
-    def next_read(self) -> ReadJob | None:
-        """Wait for a read that has room now and claim it; None once closing."""
-        return self._next(self._claim_read)
-
-    def _claim_read(self) -> ReadJob | None:
-        """Residents of both tiers and streamed groups in the order of the first pass: one sweep over the store.
+    def claim_read(self) -> ReadJob | None:
+        """A read that has room now: residents and streamed groups in the order of the first pass, one sweep.
 
         A streamed group without room is passed over, and so is a resident; both come first again at the next claim.
         """

@@ -130,7 +130,9 @@ class KVSchedule(SharedState):
             alike = (now.stretches, now.k) == (tuple(stretches), k) and now.decoding and decoding
             if (alike and expected == list(before)) or not self._units:
                 return
-            self._drop_ready()
+            self._epoch += 1
+            self._free.extend(fetch.room for fetch in self._ready)
+            self._ready.clear()
             layers = range(self._layout.n_layers)
             units = [Unit(layer, stretch) for layer in layers for stretch in stretches]
             used = tuple(unit for unit in units if unit in self._units)
@@ -138,11 +140,6 @@ class KVSchedule(SharedState):
             coming.entered_before = {unit: self._units[unit].entered for unit in used}
             self._pass = coming  # whole, whenever Ctrl-C comes
             self._changed.notify_all()
-
-    def _drop_ready(self) -> None:
-        self._epoch += 1
-        self._free.extend(fetch.room for fetch in self._ready)
-        self._ready.clear()
 
     def enter(self, unit: Unit) -> Fetch:
         """The filled window of the unit that the pass has next (ValueError for another), once its copy is queued."""
@@ -210,11 +207,8 @@ class KVSchedule(SharedState):
 
     # -- what the fetching and the staging thread ask and tell
 
-    def next_fetch(self) -> Fetch | None:
-        """Wait for a unit that can be fetched from CPU memory now, and claim it with a window; None once closing."""
-        return self._next(self._claim_fetch)
-
-    def _claim_fetch(self) -> Fetch | None:
+    def claim_fetch(self) -> Fetch | None:
+        """A unit that can be fetched from CPU memory now, with a window."""
         now = self._pass
         fetch = self._fetch_at(now.fetched, self._free[0]) if now.units and self._free else None
         if fetch is not None and fetch.unit in self._disk:
@@ -227,11 +221,8 @@ class KVSchedule(SharedState):
             self._count_blocks(fetch)
         return fetch
 
-    def next_staging(self) -> Fetch | None:
-        """Wait for the next unit of the disk that can be read now, and claim it with a slot; None once closing."""
-        return self._next(self._claim_staging)
-
-    def _claim_staging(self) -> Fetch | None:
+    def claim_staging(self) -> Fetch | None:
+        """The next unit of the disk, if it can be read now, with a slot."""
         for key in [key for key in self._staged if key[0] < self._epoch]:
             self._free_slots.append(self._staged.pop(key))
         now = self._pass

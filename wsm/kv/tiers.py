@@ -132,7 +132,7 @@ class KVTiers(Threaded):
     def _stage_all(self) -> None:
         """Read units of the disk ahead of their fetch, a slot each."""
         assert self._disk is not None
-        while (fetch := self.schedule.next_staging()) is not None:
+        while (fetch := self.schedule.next(self.schedule.claim_staging)) is not None:
             if fetch.room.drained is not None:
                 fetch.room.drained.synchronize()  # the slot's last copy to the device
             self._disk.read(fetch)
@@ -140,7 +140,7 @@ class KVTiers(Threaded):
 
     def _fetch_all(self) -> None:
         stream = self.device.stream()
-        while (fetch := self.schedule.next_fetch()) is not None:
+        while (fetch := self.schedule.next(self.schedule.claim_fetch)) is not None:
             if fetch.room.drained is not None:
                 self.device.wait(stream, fetch.room.drained)  # the window's last reader
             needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)

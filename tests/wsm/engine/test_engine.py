@@ -357,7 +357,7 @@ def test_residents_of_both_tiers_are_filled_in_one_sweep_over_the_store(evict: L
 def claims(manager: WeightStreamingManager) -> list[ReadJob]:
     """What the reader of a manager that was not started would read now; the bytes are there at once, unchecked."""
     found = []
-    while (job := manager.tiers._claim_read()) is not None:
+    while (job := manager.tiers.claim_read()) is not None:
         found.append(job)
         if job.step is None:
             manager.tiers.resident_arrived()
@@ -391,7 +391,7 @@ def test_a_streamed_group_that_gets_room_waits_behind_few_residents() -> None:
     device = Device()
     with WeightStreamingManager(plan_for(16, settings), FakeSource(), device, settings, Telemetry(device)) as manager:
         jobs = []
-        while (job := manager.tiers._claim_read()) is not None:
+        while (job := manager.tiers.claim_read()) is not None:
             jobs.append(job)
         assert sum(job.step is None for job in jobs) == RESIDENTS_IN_FLIGHT
 

@@ -133,8 +133,11 @@ class WeightStreamingManager(Threaded):
 
         Groups are asked for in pass order; where a pass was broken off, the rest of it is passed over first.
         Waits on the host until the copy is queued, then makes the compute stream wait for it: no synchronisation.
-        Raises whatever failed on a thread of the manager (see :meth:`SharedState._wait`).
+        Raises whatever failed on a thread of the manager (see :meth:`SharedState._wait`), and ValueError for a layer
+        that the model does not have.
         """
+        if not 0 <= group.layer < self.n_layers:
+            raise ValueError(f"{group} is no group of a model of {self.n_layers} layers")
         self._pass_over_to(group)
         with self._use(group) as weights:
             if self._on_layer is not None and group.kind == KINDS[0]:

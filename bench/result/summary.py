@@ -8,9 +8,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import msgspec
+from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.result.results import plain, significant
@@ -18,22 +20,15 @@ from bench.result.types import METRICS, Repeats, Result
 from llama.loading import Reporter
 
 _SUMMARY = ("ttft_ms", *(metric for metric in METRICS if metric != "ttft_ms"))
+_FIRST = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total", "ttft_ms", "decode_ms", "e2e_ms"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
     "model": lambda r: r.config.resolved["model"],
-    "mode": lambda r: r.mode,
-    "device": lambda r: r.device,
-    "batch_size": lambda r: r.batch_size,
-    "prefill_tokens_total": lambda r: r.prefill_tokens_total,
-    "decode_tokens_total": lambda r: r.decode_tokens_total,
-    "ttft_ms": lambda r: r.ttft_ms,
-    "decode_ms": lambda r: r.decode_ms,
-    "e2e_ms": lambda r: r.e2e_ms,
-    "repeats": lambda r: r.repeats.n,
-    "e2e_stdev_ms": lambda r: r.repeats.statistics.e2e_ms.stdev,
-    "throughput_tok_s": lambda r: r.throughput_tok_s,
-    "end_to_end_tok_s": lambda r: r.end_to_end_tok_s,
-    "decode_bound_by": lambda r: r.phases.decode.bound_by,
-    "decode_roofline_pct": lambda r: r.phases.decode.roofline_pct,
+    **{name: attrgetter(name) for name in _FIRST},
+    "repeats": attrgetter("repeats.n"),
+    "e2e_stdev_ms": attrgetter("repeats.statistics.e2e_ms.stdev"),
+    **{name: attrgetter(name) for name in ("throughput_tok_s", "end_to_end_tok_s")},
+    "decode_bound_by": attrgetter("phases.decode.bound_by"),
+    "decode_roofline_pct": attrgetter("phases.decode.roofline_pct"),
     "gpu_GB": lambda r: r.gpu_mem_GB.allocated_GB,
     "page_locked_MB": lambda r: r.memory.cpu_page_locked_bytes / 1e6,
     "output": lambda r: r.output.sha256[:12],
@@ -105,12 +100,8 @@ def _cells(result: Result) -> dict[str, Any]:
 
 def table(results: Sequence[Result]) -> str:
     """Results as a Markdown table, a row each: what ``-o md`` prints."""
-    rows = [{name: _shown(value) for name, value in _cells(result).items()} for result in results]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
-    head = "| " + " | ".join(f"{name:<{widths[name]}}" for name in _COLUMNS) + " |"
-    rule = "| " + " | ".join("-" * widths[name] for name in _COLUMNS) + " |"
-    body = ["| " + " | ".join(f"{row[name]:<{widths[name]}}" for name in _COLUMNS) + " |" for row in rows]
-    return "\n".join([head, rule, *body])
+    rows = [[_shown(value) for value in _cells(result).values()] for result in results]
+    return str(tabulate(rows, list(_COLUMNS), "github", disable_numparse=True))
 
 
 def _shown(value: Any) -> str:

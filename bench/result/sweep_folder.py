@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench.result.results import read_result
 from bench.result.types import Result
 from wsm.disk.atomic import write_atomically
@@ -32,7 +34,7 @@ class Point:
 
     number: int
     values: Mapping[str, str]
-    argv: tuple[str, ...]
+    argv: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -75,8 +77,7 @@ class Outcome:
 def outcomes_in(folder: Path, points: Sequence[Point]) -> list[Outcome]:
     """Every process that has ended, of earlier calls with more repeats too, repeat by repeat.
 
-    Raises:
-        UnusableInput: if a file is damaged.
+    Raises UnusableInput if a file is damaged.
     """
     ended: dict[tuple[int, int], Outcome] = {}
     for point in points:
@@ -90,23 +91,18 @@ def outcomes_in(folder: Path, points: Sequence[Point]) -> list[Outcome]:
 def read_failure(path: Path) -> Failure:
     """Why a process failed, from its file."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        return Failure(int(entry["exit_code"]), str(entry["reason"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=Failure)
+    except (OSError, msgspec.DecodeError) as error:
         raise UnusableInput(f"{path} cannot be read ({error}): delete it, and the sweep runs this one again") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """sweep.json, or a failure."""
+    """Write sweep.json, or a failure."""
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """sweep.json.
-
-    Raises:
-        UnusableInput: if it is damaged, or from a newer program.
-    """
+    """sweep.json; raises UnusableInput if it is damaged, or from a newer program."""
     path = folder / DESCRIPTION
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -122,9 +118,6 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_points(folder: Path) -> list[Point]:
     """The points that a sweep's folder is of (their command lines are not kept there)."""
     try:
-        return [
-            Point(int(entry["number"]), {str(k): str(v) for k, v in entry["values"].items()}, ())
-            for entry in read_description(folder)["points"]
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return msgspec.convert(read_description(folder).get("points"), list[Point])
+    except msgspec.ValidationError as error:
         raise UnusableInput(f"{folder / DESCRIPTION} was changed by hand: it lacks what a sweep needs") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from bench.compare.sides import Side, device_of, differing, mixed_devices, mixed_within, provenance_of, settings_of
+from bench.compare.sides import Side, device_of, differing, mixed_within, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
 from bench.result.types import METRICS, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
@@ -126,10 +126,9 @@ def _against(base: Side, side: Side) -> Against:
 def _obstacles(base: Side, side: Side) -> Iterator[str]:
     for one in (base, side):
         if one.typical is None:
-            reasons = "; ".join(f"exit {failure.exit_code}: {failure.reason}" for failure in one.failures)
-            yield f"{one.name} gave no result ({reasons})"
+            yield f"{one.name} gave no result ({'; '.join(map(str, one.failures))})"
             continue
-        if devices := mixed_devices(one):
+        if len(devices := dict.fromkeys(device_of(result) for result in one.results)) > 1:
             yield f"{one.name} mixes compute devices: {', '.join(map(_short, devices))}"
         if len(hashes := {result.output.sha256 for result in one.results}) > 1:
             yield f"{one.name} gave {len(hashes)} different outputs from the same settings"
@@ -181,7 +180,7 @@ def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
         said = [*dict.fromkeys(line for result in side.results for line in result.warnings)]
         for name, values in mixed_within(side).items():
             said.append(f"its results differ in {name}: {', '.join(map(_short, values))}")
-        said += [f"a process failed with exit {failure.exit_code}: {failure.reason}" for failure in side.failures]
+        said += [f"a process failed with {failure}" for failure in side.failures]
         for warning in said:
             named.setdefault(warning, []).append(side.name)
     return named

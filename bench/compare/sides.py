@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,17 +88,13 @@ def _read(path: Path) -> list[Side]:
 
 def _folder(folder: Path, name: str, values: Mapping[str, str]) -> Side:
     try:
-        files = sorted((p for p in folder.iterdir() if p.suffix == ".json" and p.name[0] != "."), key=_in_order)
+        files = [path for path in folder.iterdir() if path.suffix == ".json" and path.name[0] != "."]
     except OSError as error:
         raise UnusableInput(f"{folder} cannot be read: {error.strerror}") from error
+    files.sort(key=lambda path: (len(path.name), path.name))  # r2 before r10
     failures = tuple(read_failure(path) for path in files if path.name.endswith(".failed.json"))
     results = tuple(read_result(path) for path in files if not path.name.endswith((".failed.json", TRACE_SUFFIX)))
     return Side(name or folder.name, results, folder, failures, values)
-
-
-def _in_order(path: Path) -> list[tuple[int, str]]:
-    """r2 before r10."""
-    return [(int(part or 0), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _spoken(values: Mapping[str, str]) -> str:
@@ -122,12 +117,6 @@ def _check_same_settings(side: Side) -> None:
 def _chosen(result: Result) -> frozenset[str]:
     """``--auto`` chooses by the memory that is free, which varies from process to process of the same command."""
     return CHOSEN if result.config.resolved.get("auto") else frozenset()
-
-
-def mixed_devices(side: Side) -> list[str]:
-    """The compute devices of a side that has more than one."""
-    found = list(dict.fromkeys(device_of(result) for result in side.results))
-    return found if len(found) > 1 else []
 
 
 def device_of(result: Result) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FEWEST = 5
-LEAST_SHARE = 0.01
-CONFIDENCE = 0.99
-
-Judged = Literal["faster", "slower", "no difference shown"]
+FEWEST, LEAST_SHARE, CONFIDENCE = 5, 0.01, 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,7 @@ class Ratio:
     low: float | None
     high: float | None
     n: tuple[int, int]
-    judged: Judged | None
+    judged: Literal["faster", "slower", "no difference shown"] | None
 
 
 def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
@@ -44,31 +41,25 @@ def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
         return Ratio(value, None, None, sizes, None)
     half = _half_width(*logs)
     low, high = _exp(difference - half), _exp(difference + half)
-    return Ratio(value, low, high, sizes, _judged(value, low, high) if min(sizes) >= FEWEST else None)
+    if min(sizes) < FEWEST:
+        return Ratio(value, low, high, sizes, None)
+    if low <= 1 <= high or abs(value - 1) <= LEAST_SHARE:
+        return Ratio(value, low, high, sizes, "no difference shown")
+    return Ratio(value, low, high, sizes, "faster" if value < 1 else "slower")
 
 
 def _exp(power: float) -> float:
     """Infinite where no float is as large."""
-    try:
-        return math.exp(power)
-    except OverflowError:
-        return math.inf
-
-
-def _judged(value: float, low: float, high: float) -> Judged:
-    if low <= 1 <= high or abs(value - 1) <= LEAST_SHARE:
-        return "no difference shown"
-    return "faster" if value < 1 else "slower"
+    return math.exp(power) if power < math.log(sys.float_info.max) else math.inf
 
 
 def _half_width(base: Sequence[float], side: Sequence[float]) -> float:
     """Half of Welch's interval for the difference of two means, variances unequal; 0 where nothing varies at all."""
-    parts = [statistics.variance(samples) / len(samples) for samples in (base, side)]
-    spread = sum(parts)
+    of_base, of_side = (statistics.variance(samples) / len(samples) for samples in (base, side))
+    spread = of_base + of_side
     if spread == 0:
         return 0.0
-    weighted = [part**2 / (len(samples) - 1) for part, samples in zip(parts, (base, side), strict=True)]
-    freedom = spread**2 / sum(weighted)
+    freedom = spread**2 / (of_base**2 / (len(base) - 1) + of_side**2 / (len(side) - 1))
     return quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(spread)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.compare.sides import Side, read_sides
+from bench.compare.sides import read_sides
 from bench.options.verb_flags import ReportOptions
-from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
+from bench.report.charts import overview_charts, side_charts, sweep_charts
 from bench.report.timeline import timelines_of
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
@@ -16,11 +16,7 @@ _RESULTS = frozenset({".json", ".jsonl"})
 
 
 def run_report(options: ReportOptions) -> int:
-    """Write the page, and with ``--png`` a file for every plot.
-
-    Raises:
-        UnusableInput: where matplotlib is not installed, too; then nothing is written.
-    """
+    """Write the page, and with ``--png`` a file for every plot; nothing, and UnusableInput, without matplotlib."""
     sides = read_sides(options.paths)
     _check_out(options.out, options.paths)
     if options.png is not None:
@@ -34,18 +30,12 @@ def run_report(options: ReportOptions) -> int:
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     if options.png is not None:
         options.png.mkdir(parents=True, exist_ok=True)
-        written = [write_png(chart, options.png, number) for number, chart in enumerate(charts_of(sides), 1)]
-        print(f"[INFO] {len(written)} plots in {options.png}")
+        charts = [*sweep_charts(sides), *overview_charts(sides)]
+        charts += [chart for side in sides for chart in (*timelines_of(side), *side_charts(side))]
+        for number, chart in enumerate(charts, 1):
+            write_png(chart, options.png, number)
+        print(f"[INFO] {len(charts)} plots in {options.png}")
     return 0
-
-
-def charts_of(sides: Sequence[Side]) -> Iterator[Chart]:
-    """Every chart of the page, in its order."""
-    yield from sweep_charts(sides)
-    yield from overview_charts(sides)
-    for side in sides:
-        yield from timelines_of(side)
-        yield from side_charts(side)
 
 
 def _check_out(out: Path, read: Sequence[Path]) -> None:

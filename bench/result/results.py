@@ -14,7 +14,6 @@ import msgspec
 from bench.result.types import SCHEMA_VERSION, Result
 from wsm.errors import UnusableInput
 
-SIGNIFICANT_DIGITS = 6
 BEYOND = 1e24
 """No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
@@ -23,7 +22,7 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 def significant(value: Any) -> Any:
     """Floats anywhere in ``value`` rounded to six significant digits; what is not finite becomes None."""
     if isinstance(value, float):
-        return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): significant(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

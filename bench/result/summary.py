@@ -16,10 +16,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.result.results import plain, significant
-from bench.result.types import METRICS, Repeats, Result
+from bench.result.types import METRICS, Result
 from llama.loading import Reporter
 
-_SUMMARY = ("ttft_ms", *(metric for metric in METRICS if metric != "ttft_ms"))
 _FIRST = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total", "ttft_ms", "decode_ms", "e2e_ms"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
     "model": lambda r: r.config.resolved["model"],
@@ -45,7 +44,9 @@ class ConsoleReporter(Reporter):
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            print(_printable(line), flush=True)
+            # With escapes for what the terminal's encoding lacks: no run ends for want of a letter.
+            encoding = sys.stdout.encoding or "utf-8"
+            print(line.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
 
     @contextmanager
     def bar(self, total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
@@ -57,41 +58,29 @@ class ConsoleReporter(Reporter):
             yield advance
 
 
-def _printable(text: str) -> str:
-    """``text`` with escapes for what the terminal's encoding lacks: no run ends for want of a letter."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, errors="backslashreplace").decode(encoding)
-
-
 def summary(result: Result) -> str:
     """The summary block: the guide's seven figures, then what the time was bound by."""
     lines = ["", "=== Benchmark Summary ==="]
-    lines += [f"{name:>24}: {getattr(result, name):.3f}" for name in _SUMMARY]
-    lines += _spread_lines(result.repeats)
+    lines += [f"{name:>24}: {getattr(result, name):.3f}" for name in sorted(METRICS, key=lambda m: m != "ttft_ms")]
+    spread = result.repeats.statistics.e2e_ms
+    if spread.stdev is not None:
+        over = f"median {spread.median:.3f} ms of {result.repeats.n} rounds, sample stdev {spread.stdev:.3f}"
+        if spread.median_ci95 is not None:
+            low, high = spread.median_ci95
+            over += f", 95 % interval of the median {low:.3f} to {high:.3f}"
+        lines.append(f"{'e2e_ms over rounds':>24}: {over}")
     for name, phase in msgspec.structs.asdict(result.phases).items():
         if phase.floor_ms is None:
             lines.append(f"{name + ' floor':>24}: not known")
             continue
-        spread = phase.ceiling_spread_pct
-        unsure = f", the ceiling itself varied by {spread:.0f} %" if spread is not None else ""
+        varied = phase.ceiling_spread_pct
+        unsure = f", the ceiling itself varied by {varied:.0f} %" if varied is not None else ""
         lines.append(
             f"{name + ' floor':>24}: {phase.floor_ms:.3f} ms, bound by {phase.bound_by}, "
             f"{phase.roofline_pct:.1f} % of it reached{unsure}"
         )
     lines += [f"[WARNING] {warning}" for warning in result.warnings]
     return "\n".join(lines)
-
-
-def _spread_lines(repeats: Repeats) -> list[str]:
-    """Of several rounds, what the figures above are the middle of."""
-    spread = repeats.statistics.e2e_ms
-    if spread.stdev is None:
-        return []
-    text = f"median {spread.median:.3f} ms of {repeats.n} rounds, sample stdev {spread.stdev:.3f}"
-    if spread.median_ci95 is not None:
-        low, high = spread.median_ci95
-        text += f", 95 % interval of the median {low:.3f} to {high:.3f}"
-    return [f"{'e2e_ms over rounds':>24}: {text}"]
 
 
 def _cells(result: Result) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -64,28 +64,25 @@ class Failure:
     exit_code: int
     reason: str
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One process that ended, of a point (by its number) and a repeat."""
-
-    point: int
-    repeat: int
-    gave: Result | Failure
+    def __str__(self) -> str:
+        return f"exit {self.exit_code}: {self.reason}"
 
 
-def outcomes_in(folder: Path, points: Sequence[Point]) -> list[Outcome]:
+Outcomes: TypeAlias = dict[tuple[int, int], Result | Failure]
+"""What each process gave that has ended, by its repeat and its point's number."""
+
+
+def outcomes_in(folder: Path, points: Sequence[Point]) -> Outcomes:
     """Every process that has ended, of earlier calls with more repeats too, repeat by repeat.
 
     Raises UnusableInput if a file is damaged.
     """
-    ended: dict[tuple[int, int], Outcome] = {}
+    ended: Outcomes = {}
     for point in points:
         for path in sorted((folder / point.folder).glob("r*.json")):  # r1.failed.json, then r1.json, which counts
             if named := re.fullmatch(r"r(\d+)(\.failed)?\.json", path.name):
-                repeat, gave = int(named[1]), read_failure(path) if named[2] else read_result(path)
-                ended[repeat, point.number] = Outcome(point.number, repeat, gave)
-    return [ended[key] for key in sorted(ended)]
+                ended[int(named[1]), point.number] = read_failure(path) if named[2] else read_result(path)
+    return {key: ended[key] for key in sorted(ended)}
 
 
 def read_failure(path: Path) -> Failure:

@@ -22,11 +22,7 @@ _TIMES = {"busy_ms": Busy, "stall_ms": Stall, "idle_ms": Idle}
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """A side against the base.
-
-    Attributes:
-        obstacles: what forbids comparing the two; then there is no ratio.
-    """
+    """A side against the base; where ``obstacles`` forbid comparing the two, there is no ratio."""
 
     side: Side
     obstacles: tuple[str, ...]

@@ -20,25 +20,19 @@ TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
 _PLACES = frozenset({"out_json", "trace", "output", "print_text", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
-
 _MAY_EXPLAIN = ("git_commit", "torch", "driver")
 """Provenance that a time may depend on, and that a machine changes while results are gathered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Results of the same settings, and processes of a sweep that gave none.
-
-    Attributes:
-        values: the swept flags' values, of a point of a sweep.
-        source: where it was read from, for messages and for traces beside it.
-    """
+    """Results of the same settings, and processes of a sweep that gave none."""
 
     name: str
     results: tuple[Result, ...]
-    source: Path
+    source: Path  # where it was read from, for messages and for traces beside it
     failures: tuple[Failure, ...] = ()
-    values: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, str] = field(default_factory=dict)  # the swept flags', of a point of a sweep
 
     def samples(self, metric: str) -> list[float]:
         """What a test may take as independent: the rounds of a single result, or each result's own figure."""
@@ -71,8 +65,8 @@ def read_sides(paths: Sequence[Path]) -> list[Side]:
 
 def _read(path: Path) -> list[Side]:
     if path.is_dir() and (path / DESCRIPTION).exists():
-        points = [(path / point.folder, point.values) for point in read_points(path)]
-        sides = [_folder(folder, _spoken(values), values) for folder, values in points if folder.is_dir()]
+        points = [point for point in read_points(path) if (path / point.folder).is_dir()]
+        sides = [_folder(path / point.folder, point.spoken(" "), point.values) for point in points]
         why = " yet: no process of the sweep has ended"
     elif path.is_dir():
         sides, why = [_folder(path, path.absolute().name, {})], ": no .json file is in it"
@@ -95,10 +89,6 @@ def _folder(folder: Path, name: str, values: Mapping[str, str]) -> Side:
     failures = tuple(read_failure(path) for path in files if path.name.endswith(".failed.json"))
     results = tuple(read_result(path) for path in files if not path.name.endswith((".failed.json", TRACE_SUFFIX)))
     return Side(name or folder.name, results, folder, failures, values)
-
-
-def _spoken(values: Mapping[str, str]) -> str:
-    return " ".join(f"{flag.lstrip('-')}={value}" for flag, value in values.items())
 
 
 # -- settings and provenance

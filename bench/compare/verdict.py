@@ -16,17 +16,14 @@ FEWEST, LEAST_SHARE, CONFIDENCE = 5, 0.01, 0.99
 class Ratio:
     """e2e_ms of a side over that of the base, as the ratio of their geometric means.
 
-    Attributes:
-        low, high: the 99 % interval of Welch's t test on logarithms; None where a side has fewer than two samples.
-        n: samples of the base and of the side.
-        judged: None where either has fewer than five samples.
+    Its 99 % interval, of Welch's t test on logarithms, is None where either has fewer than two samples.
     """
 
     value: float
     low: float | None
     high: float | None
-    n: tuple[int, int]
-    judged: Literal["faster", "slower", "no difference shown"] | None
+    n: tuple[int, int]  # samples of the base and of the side
+    judged: Literal["faster", "slower", "no difference shown"] | None  # None where either has fewer than five samples
 
 
 def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:

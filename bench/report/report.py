@@ -12,15 +12,11 @@ from bench.report.timeline import timelines_of
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
-_RESULTS = frozenset({".json", ".jsonl"})
-
 
 def run_report(options: ReportOptions) -> int:
     """Write the page, and with ``--png`` a file for every plot; nothing, and UnusableInput, without matplotlib."""
     sides = read_sides(options.paths)
-    _check_out(options.out, options.paths)
-    if options.png is not None:
-        _check_png(options.png, options.out)
+    _check_places(options.out, options.png, options.paths)
     try:
         from bench.report.draw import write_png
         from bench.report.page import page
@@ -38,17 +34,15 @@ def run_report(options: ReportOptions) -> int:
     return 0
 
 
-def _check_out(out: Path, read: Sequence[Path]) -> None:
+def _check_places(out: Path, png: Path | None, read: Sequence[Path]) -> None:
     """Nothing that holds measurements may be written over: no JSON, whatever folder it is in, and nothing named."""
-    if {out.suffix, out.resolve().suffix} & _RESULTS:
+    if {out.suffix, out.resolve().suffix} & {".json", ".jsonl"}:
         raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
     if not out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {out}: its folder does not exist")
-
-
-def _check_png(png: Path, out: Path) -> None:
-    there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
-    if not there.is_dir() or png.absolute() == out.absolute():
-        raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")
+    if png is not None:
+        there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
+        if not there.is_dir() or png.absolute() == out.absolute():
+            raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")

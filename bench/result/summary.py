@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -83,30 +83,19 @@ def summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _cells(result: Result) -> dict[str, Any]:
-    return {name: significant(read(result)) for name, read in _COLUMNS.items()}
-
-
-def table(results: Sequence[Result]) -> str:
-    """Results as a Markdown table, a row each: what ``-o md`` prints."""
-    rows = [[_shown(value) for value in _cells(result).values()] for result in results]
-    return str(tabulate(rows, list(_COLUMNS), "github", disable_numparse=True))
+def row(result: Result, output: str) -> str:
+    """One result for pipes and tables: ``md``, ``csv`` (both with a header line), or ``json`` on one line."""
+    if output == "json":
+        return json.dumps(plain(result))
+    cells = [significant(read(result)) for read in _COLUMNS.values()]
+    if output == "md":
+        return str(tabulate([[_shown(cell) for cell in cells]], list(_COLUMNS), "github", disable_numparse=True))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_COLUMNS, cells])
+    return text.getvalue().rstrip("\n")
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def row(result: Result, output: str) -> str:
-    """One result for pipes and tables: ``md``, ``csv`` (with a header line), or ``json`` on one line."""
-    if output == "md":
-        return table([result])
-    if output == "json":
-        return json.dumps(plain(result))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(_COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(_cells(result))
-    return text.getvalue().rstrip("\n")

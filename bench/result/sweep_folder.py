@@ -36,11 +36,13 @@ class Point:
     values: Mapping[str, str]
     argv: tuple[str, ...] = ()
 
+    def spoken(self, between: str) -> str:
+        return between.join(f"{flag.lstrip('-')}={value}" for flag, value in self.values.items())
+
     @property
     def folder(self) -> str:
         """A name that a person can read and every file system takes."""
-        text = ",".join(f"{flag.lstrip('-')}={value}" for flag, value in self.values.items())
-        return f"p{self.number:02d}-{re.sub(r'[^A-Za-z0-9._,=-]', '_', text)[:80]}".rstrip("-")
+        return f"p{self.number:02d}-{re.sub(r'[^A-Za-z0-9._,=-]', '_', self.spoken(','))[:80]}".rstrip("-")
 
 
 @dataclass(frozen=True, slots=True)

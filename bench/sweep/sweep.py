@@ -29,7 +29,6 @@ PATIENCE_S = 30.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PREFIX = "bench_infer.py: "
-_LOCK = ".lock"
 _DECIDING = frozenset((*PRESETS, *ECHOED_ONLY))
 
 
@@ -108,7 +107,7 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

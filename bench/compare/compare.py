@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -17,7 +17,6 @@ from wsm.errors import UnusableInput
 Cell = float | str | None
 Rows: TypeAlias = dict[str, Sequence[Cell]]
 """A cell for every side, by figures' names, which carry their units."""
-_TIMES = {"busy_ms": Busy, "stall_ms": Stall, "idle_ms": Idle}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def _where(typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cel
         else:
             yield "decode tpot_ms", [result.tpot_ms.mean if result and result.tpot_ms else None for result in typical]
         paths = {f"{tier} MB": (f"bytes_moved.{tier}", 1e6) for tier in Traffic.__struct_fields__}
-        for group, tiers in _TIMES.items():
+        for group, tiers in {"busy_ms": Busy, "stall_ms": Stall, "idle_ms": Idle}.items():
             paths |= {f"{tier} {group}": (f"{group}.{tier}", 1) for tier in tiers.__struct_fields__}
         for name, (path, unit) in paths.items():
             if any(cells := _cells(typical, f"phases.{phase}.{path}", unit)):  # what none of them used says nothing
@@ -134,15 +133,18 @@ def _obstacles(base: Side, side: Side) -> Iterator[str]:
 
 def _unlike(base: Result, side: Result) -> Iterator[str]:
     """What has to be equal for a time to mean the same. Unequal outputs are named where nothing else explains them."""
-    looked_at: dict[str, Callable[[Result], Any]] = {
-        "model": lambda r: r.config.resolved["model"],
-        "model digest": lambda r: r.provenance.model_digest,
-        "batch_size": lambda r: r.batch_size,
-        "prompt tokens": lambda r: r.prompt_lens,
-        "new tokens": lambda r: r.decode_tokens_total,
-        "compute device": device_of,
-    }
-    unlike = {name: (of(base), of(side)) for name, of in looked_at.items() if of(base) != of(side)}
+    have_to_agree = [
+        {
+            "model": result.config.resolved["model"],
+            "model digest": result.provenance.model_digest,
+            "batch_size": result.batch_size,
+            "prompt tokens": result.prompt_lens,
+            "new tokens": result.decode_tokens_total,
+            "compute device": device_of(result),
+        }
+        for result in (base, side)
+    ]
+    unlike = differing(have_to_agree)
     for name, (before, now) in unlike.items():
         yield f"{name}: {_short(before)} against {_short(now)}"
     if not unlike.keys() - {"compute device"} and base.output.sha256 != side.output.sha256:

@@ -20,8 +20,6 @@ TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
 _PLACES = frozenset({"out_json", "trace", "output", "print_text", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
-_MAY_EXPLAIN = ("git_commit", "torch", "driver")
-"""Provenance that a time may depend on, and that a machine changes while results are gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +113,8 @@ def device_of(result: Result) -> str:
 
 def mixed_within(side: Side) -> dict[str, list[Any]]:
     """What the results of a side differ in that may explain a difference of their times, with its values."""
-    explaining = [
-        {name: getattr(result.provenance, name) for name in _MAY_EXPLAIN}
+    explaining = [  # provenance that changes on a machine while results are gathered, and what --auto chose
+        {name: getattr(result.provenance, name) for name in ("git_commit", "torch", "driver")}
         | {name: result.config.resolved.get(name) for name in sorted(_chosen(result))}
         for result in side.results
     ]

@@ -36,7 +36,13 @@ def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
     value, sizes = _exp(difference), (len(base), len(side))
     if min(sizes) < 2:
         return Ratio(value, None, None, sizes, None)
-    half = _half_width(*logs)
+    # Half of Welch's interval for the difference of two means, variances unequal; 0 where nothing varies at all.
+    half, parts = 0.0, [statistics.variance(samples) / len(samples) for samples in logs]
+    if spread := sum(parts):
+        from scipy.special import stdtrit  # here, since half a second of imports is too long for other verbs
+
+        freedom = spread**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+        half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(spread)
     low, high = _exp(difference - half), _exp(difference + half)
     if min(sizes) < FEWEST:
         return Ratio(value, low, high, sizes, None)
@@ -48,20 +54,3 @@ def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
 def _exp(power: float) -> float:
     """Infinite where no float is as large."""
     return math.exp(power) if power < math.log(sys.float_info.max) else math.inf
-
-
-def _half_width(base: Sequence[float], side: Sequence[float]) -> float:
-    """Half of Welch's interval for the difference of two means, variances unequal; 0 where nothing varies at all."""
-    of_base, of_side = (statistics.variance(samples) / len(samples) for samples in (base, side))
-    spread = of_base + of_side
-    if spread == 0:
-        return 0.0
-    freedom = spread**2 / (of_base**2 / (len(base) - 1) + of_side**2 / (len(side) - 1))
-    return quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(spread)
-
-
-def quantile(probability: float, freedom: float) -> float:
-    """The t of Student's distribution below which ``probability`` is."""
-    from scipy.special import stdtrit  # here, since half a second of imports is too long for other verbs
-
-    return float(stdtrit(freedom, probability))

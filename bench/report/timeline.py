@@ -25,8 +25,6 @@ _SHOWN = {
 }
 """The lane and the legend's word of each kind of a trace's events; a phase's word is its name."""
 _KIND_OF_TIER = {"ssd": "ssd_read", "h2d": "weight_h2d", "compute": "compute", **{tier: tier for tier in KV_MOVED}}
-SAME_RUN = 1e-3
-"""How far a trace's phases may be from the result's, which are rounded."""
 
 
 class Trace(NamedTuple):
@@ -71,11 +69,11 @@ def _traces_beside(source: Path, result: Result) -> Iterator[Path]:
 
 
 def _is_of(trace: Trace, result: Result) -> bool:
-    """Whether the phases took as long in both: a file of the name may have outlived its run."""
+    """Whether the phases took as long in both (the result's are rounded): a trace may have outlived its run."""
     took_ms = {name: end - start for start, end, name in trace.lanes[0].spans}
     phases = phases_of(result)
     return took_ms.keys() == phases.keys() and all(
-        math.isclose(took_ms[name], phase.wall_ms, rel_tol=SAME_RUN, abs_tol=1e-3) for name, phase in phases.items()
+        math.isclose(took_ms[name], phase.wall_ms, rel_tol=1e-3, abs_tol=1e-3) for name, phase in phases.items()
     )
 
 

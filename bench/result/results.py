@@ -77,10 +77,8 @@ def checked(found: Any, where: str) -> Result:
     if type(version) is not int:
         raise UnusableInput(f"{where} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
-        age = "a newer" if version > SCHEMA_VERSION else "an older"
-        raise UnusableInput(
-            f"{where} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
-        )
+        by = f"{'a newer' if version > SCHEMA_VERSION else 'an older'} bench_infer.py"
+        raise UnusableInput(f"{where} is of schema {version}, from {by}; this one reads {SCHEMA_VERSION}")
     if fault := next(_beyond(found, ""), None):
         raise UnusableInput(f"{where}: {fault}, which it cannot be: was it changed by hand?")
     try:

@@ -9,10 +9,6 @@ import numpy as np
 
 from bench.result.types import Statistic
 
-RESAMPLES, SEED = 2000, 0
-FEWEST_FOR_INTERVAL = 3
-"""With two rounds every resample's median is one of three values: an interval from them says nothing."""
-
 
 def statistic(samples: Sequence[float]) -> Statistic:
     """Spread of one metric, in its unit."""
@@ -32,8 +28,8 @@ def median_interval(samples: Sequence[float]) -> list[float] | None:
 
     None for fewer than three samples. The same samples always give the same interval.
     """
-    if len(samples) < FEWEST_FOR_INTERVAL:
+    if len(samples) < 3:  # of two, every resample's median is one of three values: an interval says nothing
         return None
-    picks = np.random.default_rng(SEED).integers(0, len(samples), (RESAMPLES, len(samples)))
+    picks = np.random.default_rng(0).integers(0, len(samples), (2000, len(samples)))
     medians = np.median(np.asarray(samples, dtype=np.float64)[picks], axis=1)
     return [float(end) for end in np.percentile(medians, (2.5, 97.5))]

@@ -29,7 +29,6 @@ PATIENCE_S = 30.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PREFIX = "bench_infer.py: "
-_DECIDING = frozenset((*PRESETS, *ECHOED_ONLY))
 
 
 def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[Sequence[str]], object]) -> int:
@@ -49,8 +48,9 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
     with _opened(options, _description(options, environment)):
         outcomes = outcomes_in(folder, points)
         if options.retry_failed:
-            again = [key for key, gave in outcomes.items() if isinstance(gave, Failure) and key[0] <= options.repeats]
-            outcomes = {key: gave for key, gave in outcomes.items() if key not in again}
+            outcomes = {
+                at: gave for at, gave in outcomes.items() if isinstance(gave, Result) or at[0] > options.repeats
+            }
         left = [(repeat, point) for repeat, point in jobs if (repeat, point.number) not in outcomes]
         _say(f"[SWEEP] {len(points)} points x {options.repeats} processes, {len(left)} to run, in {folder}")
         outcomes |= _run(options, left, len(jobs), environment)
@@ -129,7 +129,8 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
 
 def _description(options: SweepOptions, environment: Mapping[str, str]) -> dict[str, object]:
     """What has to stay the same: flags, and the variables that the user set of those that decide how a run goes."""
-    chosen = {name: v for name, v in sorted(environment.items()) if name.startswith("WSM_") or name in _DECIDING}
+    deciding = (*PRESETS, *ECHOED_ONLY)
+    chosen = {name: v for name, v in sorted(environment.items()) if name.startswith("WSM_") or name in deciding}
     return {**options.sweep.as_json(), "inner_repeats": options.inner_repeats, "environment": chosen}
 
 

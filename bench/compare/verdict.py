@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FEWEST = 5
-LEAST_SHARE = 0.01
-CONFIDENCE = 0.99
-
-Judged = Literal["faster", "slower", "no difference shown"]
+FEWEST, LEAST_SHARE, CONFIDENCE = 5, 0.01, 0.99
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
     """e2e_ms of a side over that of the base, as the ratio of their geometric means.
 
-    Attributes:
-        low, high: the 99 % interval of Welch's t test on logarithms; None where a side has fewer than two samples.
-        n: samples of the base and of the side.
-        judged: None where either has fewer than five samples.
+    Its 99 % interval, of Welch's t test on logarithms, is None where either has fewer than two samples.
     """
 
     value: float
     low: float | None
     high: float | None
-    n: tuple[int, int]
-    judged: Judged | None
+    n: tuple[int, int]  # samples of the base and of the side
+    judged: Literal["faster", "slower", "no difference shown"] | None  # None where either has fewer than five samples
 
 
 def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
@@ -42,38 +36,21 @@ def ratio_of(base: Sequence[float], side: Sequence[float]) -> Ratio:
     value, sizes = _exp(difference), (len(base), len(side))
     if min(sizes) < 2:
         return Ratio(value, None, None, sizes, None)
-    half = _half_width(*logs)
+    # Half of Welch's interval for the difference of two means, variances unequal; 0 where nothing varies at all.
+    half, parts = 0.0, [statistics.variance(samples) / len(samples) for samples in logs]
+    if spread := sum(parts):
+        from scipy.special import stdtrit  # here, since half a second of imports is too long for other verbs
+
+        freedom = spread**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+        half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(spread)
     low, high = _exp(difference - half), _exp(difference + half)
-    return Ratio(value, low, high, sizes, _judged(value, low, high) if min(sizes) >= FEWEST else None)
+    if min(sizes) < FEWEST:
+        return Ratio(value, low, high, sizes, None)
+    if low <= 1 <= high or abs(value - 1) <= LEAST_SHARE:
+        return Ratio(value, low, high, sizes, "no difference shown")
+    return Ratio(value, low, high, sizes, "faster" if value < 1 else "slower")
 
 
 def _exp(power: float) -> float:
     """Infinite where no float is as large."""
-    try:
-        return math.exp(power)
-    except OverflowError:
-        return math.inf
-
-
-def _judged(value: float, low: float, high: float) -> Judged:
-    if low <= 1 <= high or abs(value - 1) <= LEAST_SHARE:
-        return "no difference shown"
-    return "faster" if value < 1 else "slower"
-
-
-def _half_width(base: Sequence[float], side: Sequence[float]) -> float:
-    """Half of Welch's interval for the difference of two means, variances unequal; 0 where nothing varies at all."""
-    parts = [statistics.variance(samples) / len(samples) for samples in (base, side)]
-    spread = sum(parts)
-    if spread == 0:
-        return 0.0
-    weighted = [part**2 / (len(samples) - 1) for part, samples in zip(parts, (base, side), strict=True)]
-    freedom = spread**2 / sum(weighted)
-    return quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(spread)
-
-
-def quantile(probability: float, freedom: float) -> float:
-    """The t of Student's distribution below which ``probability`` is."""
-    from scipy.special import stdtrit  # here, since half a second of imports is too long for other verbs
-
-    return float(stdtrit(freedom, probability))
+    return math.exp(power) if power < math.log(sys.float_info.max) else math.inf

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.options.run_flags import RunOptions
 from wsm.option import NAMES, PATH, SWITCH, number, one_of, option, same, whole
 
-_A_RESULT = "a result's .json, a folder of results of the same settings, a sweep's folder or .jsonl"
+_A_RESULT = "a result's .json, a folder of results of the same settings, a .jsonl of such, a sweep's folder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

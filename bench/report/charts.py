@@ -16,7 +16,7 @@ from bench.result.types_phases import Phase
 
 Span = tuple[float, float, str]
 """Start and end in the chart's unit, and the kind, which decides the colour and is in the legend."""
-Point = tuple[float, float, tuple[float, float] | None]
+Point = tuple[float, float, Sequence[float] | None]
 """x, y and, where it is known, the interval of y."""
 
 
@@ -127,8 +127,7 @@ def _time(side: Side, label: str) -> Bar:
 def _roofline(phase: Phase | None, label: str) -> Bar:
     if phase is None or phase.floor_ms is None:
         return Bar(label, (), "no floor known")
-    percent = phase.roofline_pct
-    if percent is None:
+    if (percent := phase.roofline_pct) is None:
         return Bar(label, (), "no time to measure the floor by")
     after = f"{percent:.1f} %, bound by {phase.bound_by}"
     if percent > MOST_BELIEVED_PCT:
@@ -139,8 +138,7 @@ def _roofline(phase: Phase | None, label: str) -> Bar:
 
 def _tier_times(name: str, phase: Phase) -> Iterator[Bar]:
     for tier, label in _TIERS.items():
-        busy: float | None = getattr(phase.busy_ms, tier)
-        if busy is None:
+        if (busy := getattr(phase.busy_ms, tier)) is None:
             continue
         parts, after = {"busy": busy}, f"{100 * busy / phase.wall_ms:.0f} % busy" if phase.wall_ms else ""
         # A tier's stall is time that the next tier waited for it: part of neither its busy nor its idle time.
@@ -173,18 +171,13 @@ def sweep_charts(sides: Sequence[Side]) -> Iterator[Curves]:
     """Curves over every swept flag whose values are numbers, two or more."""
     swept = [side for side in sides if side.values and side.results]
     for flag in dict.fromkeys(flag for side in swept for flag in side.values):
-        values = {_as_number(side.values.get(flag, "")) for side in swept}
-        if None not in values and len(values) > 1:
+        try:
+            values = {float(side.values.get(flag, "")) for side in swept}
+        except ValueError:
+            continue
+        if all(map(math.isfinite, values)) and len(values) > 1:
             yield _curves(swept, flag, "e2e_ms", "ms", "Time of a run")
             yield _curves(swept, flag, "throughput_tok_s", "tokens/s", "Decode throughput")
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _curves(sides: Sequence[Side], flag: str, metric: str, unit: str, title: str) -> Curves:

@@ -11,7 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bench.report.charts import Bars, Chart, Curves, Span
+from bench.report.charts import Bars, Chart, Curves
 
 _WIDTH, _ROW, _BAR, _CURVES_ROWS, _LEGEND_ROW, _MARGINS = 960, 30, 18, 9, 24, 64
 _POINTS_PER_INCH, _PNG_DPI = 72, 150
@@ -106,14 +106,15 @@ def _drawn(chart: Chart, title: str | None) -> tuple[Figure, list[str]]:
 def _bars(axes: Axes, chart: Bars, hints: list[str]) -> dict[str, str]:
     """Draws them; the colours of the kinds."""
     legend: dict[str, str] = {}
-    low, high = _window(chart)
+    low, high = chart.window or (0.0, max((span[1] for bar in chart.bars for span in bar.spans), default=0.0))
+    high = high if high > low else low + 1.0
     pixel = (high - low) / _WIDTH
     axes.set(xlim=(low, high), ylim=(len(chart.bars) - 0.5, -0.5), xlabel=chart.unit)  # the first bar on top
     axes.set_yticks(range(len(chart.bars)), [_shortened(bar.label) for bar in chart.bars])
     axes.grid(axis="x", clip_on=False)
     for place, (bar, label) in enumerate(zip(chart.bars, axes.get_yticklabels(), strict=True)):
         label.set_gid(_hint(hints, bar.label))
-        shown = list(_inside(bar.spans, (low, high)))
+        shown = [(max(a, low), min(b, high), kind) for a, b, kind in bar.spans if b > low and a < high]
         for kind in dict.fromkeys(span[2] for span in shown):
             legend[kind] = COLOURS.get(kind, COLOURS["busy"])
             spans = [(start, end) for start, end, found in shown if found == kind]
@@ -151,18 +152,6 @@ def _hint(hints: list[str], text: str) -> str:
     """The id of a part of which the page says ``text``."""
     hints.append(text)
     return f"hint{len(hints) - 1}"
-
-
-def _window(chart: Bars) -> tuple[float, float]:
-    low, high = chart.window or (0.0, max((span[1] for bar in chart.bars for span in bar.spans), default=0.0))
-    return low, high if high > low else low + 1.0
-
-
-def _inside(spans: Sequence[Span], window: tuple[float, float]) -> Iterator[Span]:
-    """What of the spans is in the window."""
-    for start, end, kind in spans:
-        if end > window[0] and start < window[1]:
-            yield max(start, window[0]), min(end, window[1]), kind
 
 
 def _merged(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:

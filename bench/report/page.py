@@ -9,45 +9,41 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.compare.compare import Comparison, compare
+from bench.compare.compare import compare
 from bench.compare.sides import Side, provenance_of, settings_of
 from bench.compare.text import differing_lines, letters, shown_cell, verdict_lines
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
 from bench.report.timeline import timelines_of
 
-_STYLE = Path(__file__).with_name("report.css")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>"""
 _COLUMNS = ("prefill_ms", "ttft_ms", "decode_ms", "e2e_ms", "throughput_tok_s")
 _FIGURES = ("n", *_COLUMNS, "floor reached")
 
 
 def page(sides: Sequence[Side]) -> str:
-    """The whole page.
-
-    Raises:
-        UnusableInput: if a trace beside a result is damaged.
-    """
-    comparison = compare(sides) if len(sides) > 1 else None
-    body = [
-        _head(sides),
-        *_overview(sides, comparison),
-        *(_figure(chart) for chart in sweep_charts(sides)),
-        *(_figure(chart) for chart in overview_charts(sides)),
-        *(part for place, side in enumerate(sides) for part in _side(side, place)),
-    ]
+    """The whole page; raises UnusableInput if a trace beside a result is damaged."""
     title = escaped(f"bench_infer: {', '.join(side.name for side in sides[:3])}{' …' if len(sides) > 3 else ''}")
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{title}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>",
-            *body,
-            "</body>\n</html>\n",
-        ]
-    )
+    parts = [
+        _HEAD.format(title=title, style=Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+        _heading(sides),
+        *_overview(sides),
+        *(_figure(chart) for chart in (*sweep_charts(sides), *overview_charts(sides))),
+        *(part for place, side in enumerate(sides) for part in _side(side, place)),
+        "</body>\n</html>\n",
+    ]
+    return "\n".join(parts)
 
 
 def escaped(value: Any) -> str:
@@ -58,10 +54,9 @@ def escaped(value: Any) -> str:
 # -- the top
 
 
-def _head(sides: Sequence[Side]) -> str:
+def _heading(sides: Sequence[Side]) -> str:
     models = dict.fromkeys(str(s.typical.config.resolved["model"]) for s in sides if s.typical is not None)
-    results = sum(len(side.results) for side in sides)
-    failed = sum(len(side.failures) for side in sides)
+    results, failed = sum(len(side.results) for side in sides), sum(len(side.failures) for side in sides)
     counted = f"{results} result{'s' * (results != 1)}" + (f", {failed} failed" if failed else "")
     return (
         f"<header><h1>{escaped(', '.join(models) or 'No result')}</h1>"
@@ -69,17 +64,16 @@ def _head(sides: Sequence[Side]) -> str:
     )
 
 
-def _overview(sides: Sequence[Side], comparison: Comparison | None) -> Iterator[str]:
+def _overview(sides: Sequence[Side]) -> Iterator[str]:
+    comparison = compare(sides) if len(sides) > 1 else None
     head = ["", "setting", "mode", *_FIGURES, "bound by", *(["against A"] if comparison else [])]
     verdicts = [["base"], *([against.verdict] for against in comparison.against)] if comparison else [[]]
     rows = [[letters(place), *_overview_row(side), *verdicts[place]] for place, side in enumerate(sides)]
     yield _table(head, rows)
-    if comparison is None:
-        return
-    yield f"<h3>Verdicts</h3>{_list(verdict_lines(comparison))}"
-    for title, values in (("Settings", comparison.settings), ("Provenance", comparison.provenance)):
-        if lines := list(differing_lines(values)):
-            yield f"<h3>{title} that differ</h3>{_list(lines)}"
+    if comparison is not None:
+        yield _list("Verdicts", verdict_lines(comparison))
+        yield _list("Settings that differ", differing_lines(comparison.settings))
+        yield _list("Provenance that differ", differing_lines(comparison.provenance))
 
 
 def _overview_row(side: Side) -> list[str | int | None]:
@@ -97,13 +91,10 @@ def _overview_row(side: Side) -> list[str | int | None]:
 def _side(side: Side, place: int) -> Iterator[str]:
     yield f"<section><h2>{letters(place)}: {escaped(side.name)}</h2>"
     for failure in side.failures:
-        yield f"<p>A process failed with exit {failure.exit_code}: {escaped(failure.reason)}</p>"
-    typical = side.typical
-    if typical is not None:
-        said = dict.fromkeys(line for result in side.results for line in result.warnings)
+        yield f"<p>A process failed with {escaped(failure)}</p>"
+    if (typical := side.typical) is not None:
         yield from (_figure(chart) for chart in (*timelines_of(side), *side_charts(side)))
-        if said:
-            yield f"<h3>Warnings</h3>{_list(said)}"
+        yield _list("Warnings", dict.fromkeys(line for result in side.results for line in result.warnings))
         yield _details("Settings", settings_of(typical))
         yield _details("Provenance", {**provenance_of(typical), "utc": typical.provenance.utc})
         command = shlex.join(["bench_infer.py", *typical.config.argv])
@@ -124,18 +115,21 @@ def _figure(chart: Chart) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = []
-    for tag, row in (("th", head), *(("td", row) for row in rows)):
-        kinds = ["figure" if name in _FIGURES else "value" for name in head]
+    kinds = ["figure" if name in _FIGURES else "value" for name in head]
+
+    def line(tag: str, row: Sequence[Any]) -> str:
         cells = [f'<{tag} class="{kind}">{_cell(value)}</{tag}>' for kind, value in zip(kinds, row, strict=True)]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    body = "\n".join(lines[1:])
-    return f'<div class="wide"><table><thead>{lines[0]}</thead><tbody>\n{body}\n</tbody></table></div>'
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{line("th", head)}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:
     return f'<span class="{value}">{value}</span>' if value in ("faster", "slower") else escaped(value)
 
 
-def _list(lines: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>"
+def _list(title: str, lines: Iterable[str]) -> str:
+    """Nothing where there are no lines."""
+    items = "".join(f"<li>{escaped(line)}</li>" for line in lines)
+    return items and f"<h3>{title}</h3><ul>{items}</ul>"

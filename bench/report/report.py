@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.compare.sides import Side, read_sides
+from bench.compare.sides import read_sides
 from bench.options.verb_flags import ReportOptions
-from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
+from bench.report.charts import overview_charts, side_charts, sweep_charts
 from bench.report.timeline import timelines_of
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
-_RESULTS = frozenset({".json", ".jsonl"})
-
 
 def run_report(options: ReportOptions) -> int:
-    """Write the page, and with ``--png`` a file for every plot.
-
-    Raises:
-        UnusableInput: where matplotlib is not installed, too; then nothing is written.
-    """
+    """Write the page, and with ``--png`` a file for every plot; nothing, and UnusableInput, without matplotlib."""
     sides = read_sides(options.paths)
-    _check_out(options.out, options.paths)
-    if options.png is not None:
-        _check_png(options.png, options.out)
+    _check_places(options.out, options.png, options.paths)
     try:
         from bench.report.draw import write_png
         from bench.report.page import page
@@ -34,31 +26,23 @@ def run_report(options: ReportOptions) -> int:
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     if options.png is not None:
         options.png.mkdir(parents=True, exist_ok=True)
-        written = [write_png(chart, options.png, number) for number, chart in enumerate(charts_of(sides), 1)]
-        print(f"[INFO] {len(written)} plots in {options.png}")
+        charts = [*sweep_charts(sides), *overview_charts(sides)]
+        charts += [chart for side in sides for chart in (*timelines_of(side), *side_charts(side))]
+        for number, chart in enumerate(charts, 1):
+            write_png(chart, options.png, number)
+        print(f"[INFO] {len(charts)} plots in {options.png}")
     return 0
 
 
-def charts_of(sides: Sequence[Side]) -> Iterator[Chart]:
-    """Every chart of the page, in its order."""
-    yield from sweep_charts(sides)
-    yield from overview_charts(sides)
-    for side in sides:
-        yield from timelines_of(side)
-        yield from side_charts(side)
-
-
-def _check_out(out: Path, read: Sequence[Path]) -> None:
+def _check_places(out: Path, png: Path | None, read: Sequence[Path]) -> None:
     """Nothing that holds measurements may be written over: no JSON, whatever folder it is in, and nothing named."""
-    if {out.suffix, out.resolve().suffix} & _RESULTS:
+    if {out.suffix, out.resolve().suffix} & {".json", ".jsonl"}:
         raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
     if not out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {out}: its folder does not exist")
-
-
-def _check_png(png: Path, out: Path) -> None:
-    there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
-    if not there.is_dir() or png.absolute() == out.absolute():
-        raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")
+    if png is not None:
+        there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
+        if not there.is_dir() or png.absolute() == out.absolute():
+            raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")

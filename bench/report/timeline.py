@@ -25,26 +25,19 @@ _SHOWN = {
 }
 """The lane and the legend's word of each kind of a trace's events; a phase's word is its name."""
 _KIND_OF_TIER = {"ssd": "ssd_read", "h2d": "weight_h2d", "compute": "compute", **{tier: tier for tier in KV_MOVED}}
-SAME_RUN = 1e-3
-"""How far a trace's phases may be from the result's, which are rounded."""
 
 
 class Trace(NamedTuple):
-    """A trace's lanes, and when each pass began: at the computation whose name comes first, again and again (ms)."""
+    """A trace's lanes, the phases' first, and when each pass began: at the computation named first, each time (ms)."""
 
     lanes: Sequence[Bar]
     passes: Sequence[float]
-
-    @property
-    def phases(self) -> Sequence[Span]:
-        return self.lanes[0].spans
 
 
 def timelines_of(side: Side) -> Iterator[Bars]:
     """The whole run and one decode pass, if its trace is beside the result; else what the phases' sums say.
 
-    Raises:
-        UnusableInput: if the trace is damaged.
+    Raises UnusableInput if the trace is damaged.
     """
     if side.typical is None:
         return
@@ -55,7 +48,7 @@ def timelines_of(side: Side) -> Iterator[Bars]:
             note += f"{path.name} is of another run. "
             continue
         # What was read ahead for a pass after the last one ends outside the phases.
-        window = 0.0, max((span[1] for span in read.phases), default=0.0)
+        window = 0.0, max(span[1] for span in read.lanes[0].spans)
         note = f"Every read, copy and computation, from {path.name}."
         yield Bars(f"timeline-{side.name}", "Timeline of the run", note, "ms", read.lanes, window)
         if one := _middle_pass(read):
@@ -76,20 +69,16 @@ def _traces_beside(source: Path, result: Result) -> Iterator[Path]:
 
 
 def _is_of(trace: Trace, result: Result) -> bool:
-    """Whether the phases took as long in both: a file of the name may have outlived its run."""
-    took_ms = {name: end - start for start, end, name in trace.phases}
-    return set(took_ms) == set(phases_of(result)) and all(
-        math.isclose(took_ms[name], phase.wall_ms, rel_tol=SAME_RUN, abs_tol=1e-3)
-        for name, phase in phases_of(result).items()
+    """Whether the phases took as long in both (the result's are rounded): a trace may have outlived its run."""
+    took_ms = {name: end - start for start, end, name in trace.lanes[0].spans}
+    phases = phases_of(result)
+    return took_ms.keys() == phases.keys() and all(
+        math.isclose(took_ms[name], phase.wall_ms, rel_tol=1e-3, abs_tol=1e-3) for name, phase in phases.items()
     )
 
 
 def read_trace(path: Path) -> Trace:
-    """A Chrome trace that ``--trace`` wrote.
-
-    Raises:
-        UnusableInput: if it is none.
-    """
+    """A Chrome trace that ``--trace`` wrote; raises UnusableInput if it is none."""
     try:
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
         threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
@@ -128,11 +117,10 @@ def _lanes(spans: Mapping[str, Sequence[Span]]) -> list[Bar]:
 
 def _middle_pass(trace: Trace) -> tuple[float, float] | None:
     """A pass in the middle of the decode; None where fewer than two begin in it."""
-    for start, end, phase in trace.phases:
-        starts = [begun for begun in trace.passes if phase == "decode" and start <= begun <= end]
-        if middle := len(starts) // 2:
-            return starts[middle - 1], starts[middle]
-    return None
+    start, end = next((start, end) for start, end, phase in trace.lanes[0].spans if phase == "decode")
+    starts = [begun for begun in trace.passes if start <= begun <= end]
+    middle = len(starts) // 2
+    return (starts[middle - 1], starts[middle]) if middle else None
 
 
 def _sums(result: Result) -> dict[str, list[Span]]:
@@ -144,11 +132,10 @@ def _sums(result: Result) -> dict[str, list[Span]]:
         spans["phase"].append((start, end, name))
         for tier, kind in _KIND_OF_TIER.items():
             lane, word = _SHOWN[kind]
-            at = start
-            for part, ms in {
-                word: getattr(phase.busy_ms, tier),
-                **(stalls_of(phase) if tier == "compute" else {}),
-            }.items():
+            parts, at = {word: getattr(phase.busy_ms, tier)}, start
+            if tier == "compute":
+                parts |= stalls_of(phase)
+            for part, ms in parts.items():
                 if ms and at < end:
                     spans[lane].append((at, min(end, at + ms), part))
                     at += ms

@@ -14,7 +14,6 @@ import msgspec
 from bench.result.types import SCHEMA_VERSION, Result
 from wsm.errors import UnusableInput
 
-SIGNIFICANT_DIGITS = 6
 BEYOND = 1e24
 """No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
@@ -23,9 +22,7 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 def significant(value: Any) -> Any:
     """Floats anywhere in ``value`` rounded to six significant digits; what is not finite becomes None."""
     if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): significant(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -45,34 +42,43 @@ def dump(result: Result) -> str:
 
 
 def read_result(path: Path) -> Result:
-    """A result from its file.
+    """The result of a file; raises UnusableInput if it is missing, damaged, no result, or of another schema."""
+    return _parsed(_content(path), str(path))
 
-    Raises:
-        UnusableInput: if it is missing, damaged, no result, or of another schema.
-    """
+
+def read_lines(path: Path) -> Iterator[Result]:
+    """The results of a file that has a whole one on each line; raises UnusableInput as for a file of one."""
+    for number, line in enumerate(_content(path).split(b"\n"), 1):
+        if line.strip():
+            yield _parsed(line, f"{path}, line {number},")
+
+
+def _content(path: Path) -> bytes:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parsed(text: bytes, where: str) -> Result:
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{path} is no JSON ({error}): was the run broken off?") from error
-    return checked(found, str(path))
+        raise UnusableInput(f"{where} is no JSON ({error}): was the run broken off?") from error
+    return checked(found, where)
 
 
 def checked(found: Any, where: str) -> Result:
     """The result that was ``found`` in ``where``. Keys that only newer programs write are passed over.
 
-    Raises:
-        UnusableInput: if it is no result, one of another schema, or one that this program did not write, by its key.
+    Raises UnusableInput if it is no result, one of another schema, or one that no program wrote (by its key).
     """
     version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int:
         raise UnusableInput(f"{where} is no result of bench_infer.py")
     if version != SCHEMA_VERSION:
-        age = "a newer" if version > SCHEMA_VERSION else "an older"
-        raise UnusableInput(
-            f"{where} is of schema {version}, from {age} bench_infer.py; this one reads {SCHEMA_VERSION}"
-        )
+        by = f"{'a newer' if version > SCHEMA_VERSION else 'an older'} bench_infer.py"
+        raise UnusableInput(f"{where} is of schema {version}, from {by}; this one reads {SCHEMA_VERSION}")
     if fault := next(_beyond(found, ""), None):
         raise UnusableInput(f"{where}: {fault}, which it cannot be: was it changed by hand?")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -28,8 +28,7 @@ same to programs (JSON Schema, draft 2020-12).
 def schema_of_result(resolved: Schema, environment: Schema) -> dict[str, Any]:
     """Every key of a result is described and required, but for the ceilings: a mode has those that it uses.
 
-    Args:
-        resolved, environment: the schemas of the keys of ``config.resolved`` and ``config.environment``.
+    What ``config.resolved`` and ``config.environment`` have inside comes as schemas by their keys.
     """
     parts = msgspec.json.schema(Result)["$defs"]
     config = parts["Config"]["properties"]
@@ -89,7 +88,10 @@ def _rows_inside(path: str, part: Schema, parts: Schema) -> Iterator[str]:
     for keys in makes.values():
         for key in keys:
             yield _row(path + key, inside[key], parts, missing=key != "[]" and key not in required)
-        yield from _rows_inside(path + _together(keys), inside[keys[0]], parts)
+        together = keys[0] if len(keys) == 1 else ".*"
+        if 1 < len(keys) <= 3:
+            together = f".{{{','.join(key[1:] for key in keys)}}}"
+        yield from _rows_inside(path + together, inside[keys[0]], parts)
 
 
 def _inside(part: Schema, parts: Schema) -> dict[str, Schema]:
@@ -100,13 +102,6 @@ def _inside(part: Schema, parts: Schema) -> dict[str, Schema]:
         if "items" in variant and _inside(variant["items"], parts):
             return {"[]": variant["items"]}
     return {}
-
-
-def _together(keys: Sequence[str]) -> str:
-    """How several keys are written as one: ``.{a,b}``, or ``.*`` where they are many."""
-    if len(keys) == 1:
-        return keys[0]
-    return ".*" if len(keys) > 3 else f".{{{','.join(key[1:] for key in keys)}}}"
 
 
 def _row(path: str, part: Schema, parts: Schema, *, missing: bool = False) -> str:

@@ -9,18 +9,13 @@ import numpy as np
 
 from bench.result.types import Statistic
 
-RESAMPLES, SEED = 2000, 0
-FEWEST_FOR_INTERVAL = 3
-"""With two rounds every resample's median is one of three values: an interval from them says nothing."""
-
 
 def statistic(samples: Sequence[float]) -> Statistic:
     """Spread of one metric, in its unit."""
-    interval = median_interval(samples)
     return Statistic(
         n=len(samples),
         median=statistics.median(samples),
-        median_ci95=None if interval is None else list(interval),
+        median_ci95=median_interval(samples),
         mean=statistics.fmean(samples),
         stdev=statistics.stdev(samples) if len(samples) > 1 else None,
         min=min(samples),
@@ -28,14 +23,13 @@ def statistic(samples: Sequence[float]) -> Statistic:
     )
 
 
-def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+def median_interval(samples: Sequence[float]) -> list[float] | None:
     """95 % bootstrap interval of the median: percentiles 2.5 and 97.5 of the medians of 2000 seeded resamples.
 
     None for fewer than three samples. The same samples always give the same interval.
     """
-    if len(samples) < FEWEST_FOR_INTERVAL:
+    if len(samples) < 3:  # of two, every resample's median is one of three values: an interval says nothing
         return None
-    picks = np.random.default_rng(SEED).integers(0, len(samples), (RESAMPLES, len(samples)))
+    picks = np.random.default_rng(0).integers(0, len(samples), (2000, len(samples)))
     medians = np.median(np.asarray(samples, dtype=np.float64)[picks], axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5))
-    return float(low), float(high)
+    return [float(end) for end in np.percentile(medians, (2.5, 97.5))]

@@ -6,34 +6,28 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import msgspec
+from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.result.results import plain, significant
-from bench.result.types import METRICS, Repeats, Result
+from bench.result.types import METRICS, Result
 from llama.loading import Reporter
 
-_SUMMARY = ("ttft_ms", *(metric for metric in METRICS if metric != "ttft_ms"))
+_FIRST = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total", "ttft_ms", "decode_ms", "e2e_ms"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
     "model": lambda r: r.config.resolved["model"],
-    "mode": lambda r: r.mode,
-    "device": lambda r: r.device,
-    "batch_size": lambda r: r.batch_size,
-    "prefill_tokens_total": lambda r: r.prefill_tokens_total,
-    "decode_tokens_total": lambda r: r.decode_tokens_total,
-    "ttft_ms": lambda r: r.ttft_ms,
-    "decode_ms": lambda r: r.decode_ms,
-    "e2e_ms": lambda r: r.e2e_ms,
-    "repeats": lambda r: r.repeats.n,
-    "e2e_stdev_ms": lambda r: r.repeats.statistics.e2e_ms.stdev,
-    "throughput_tok_s": lambda r: r.throughput_tok_s,
-    "end_to_end_tok_s": lambda r: r.end_to_end_tok_s,
-    "decode_bound_by": lambda r: r.phases.decode.bound_by,
-    "decode_roofline_pct": lambda r: r.phases.decode.roofline_pct,
+    **{name: attrgetter(name) for name in _FIRST},
+    "repeats": attrgetter("repeats.n"),
+    "e2e_stdev_ms": attrgetter("repeats.statistics.e2e_ms.stdev"),
+    **{name: attrgetter(name) for name in ("throughput_tok_s", "end_to_end_tok_s")},
+    "decode_bound_by": attrgetter("phases.decode.bound_by"),
+    "decode_roofline_pct": attrgetter("phases.decode.roofline_pct"),
     "gpu_GB": lambda r: r.gpu_mem_GB.allocated_GB,
     "page_locked_MB": lambda r: r.memory.cpu_page_locked_bytes / 1e6,
     "output": lambda r: r.output.sha256[:12],
@@ -50,7 +44,9 @@ class ConsoleReporter(Reporter):
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            print(_printable(line), flush=True)
+            # With escapes for what the terminal's encoding lacks: no run ends for want of a letter.
+            encoding = sys.stdout.encoding or "utf-8"
+            print(line.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
 
     @contextmanager
     def bar(self, total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
@@ -62,23 +58,23 @@ class ConsoleReporter(Reporter):
             yield advance
 
 
-def _printable(text: str) -> str:
-    """``text`` with escapes for what the terminal's encoding lacks: no run ends for want of a letter."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, errors="backslashreplace").decode(encoding)
-
-
 def summary(result: Result) -> str:
     """The summary block: the guide's seven figures, then what the time was bound by."""
     lines = ["", "=== Benchmark Summary ==="]
-    lines += [f"{name:>24}: {getattr(result, name):.3f}" for name in _SUMMARY]
-    lines += _spread_lines(result.repeats)
+    lines += [f"{name:>24}: {getattr(result, name):.3f}" for name in sorted(METRICS, key=lambda m: m != "ttft_ms")]
+    spread = result.repeats.statistics.e2e_ms
+    if spread.stdev is not None:
+        over = f"median {spread.median:.3f} ms of {result.repeats.n} rounds, sample stdev {spread.stdev:.3f}"
+        if spread.median_ci95 is not None:
+            low, high = spread.median_ci95
+            over += f", 95 % interval of the median {low:.3f} to {high:.3f}"
+        lines.append(f"{'e2e_ms over rounds':>24}: {over}")
     for name, phase in msgspec.structs.asdict(result.phases).items():
         if phase.floor_ms is None:
             lines.append(f"{name + ' floor':>24}: not known")
             continue
-        spread = phase.ceiling_spread_pct
-        unsure = f", the ceiling itself varied by {spread:.0f} %" if spread is not None else ""
+        varied = phase.ceiling_spread_pct
+        unsure = f", the ceiling itself varied by {varied:.0f} %" if varied is not None else ""
         lines.append(
             f"{name + ' floor':>24}: {phase.floor_ms:.3f} ms, bound by {phase.bound_by}, "
             f"{phase.roofline_pct:.1f} % of it reached{unsure}"
@@ -87,46 +83,19 @@ def summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _spread_lines(repeats: Repeats) -> list[str]:
-    """Of several rounds, what the figures above are the middle of."""
-    spread = repeats.statistics.e2e_ms
-    if spread.stdev is None:
-        return []
-    text = f"median {spread.median:.3f} ms of {repeats.n} rounds, sample stdev {spread.stdev:.3f}"
-    if spread.median_ci95 is not None:
-        low, high = spread.median_ci95
-        text += f", 95 % interval of the median {low:.3f} to {high:.3f}"
-    return [f"{'e2e_ms over rounds':>24}: {text}"]
-
-
-def _cells(result: Result) -> dict[str, Any]:
-    return {name: significant(read(result)) for name, read in _COLUMNS.items()}
-
-
-def table(results: Sequence[Result]) -> str:
-    """Results as a Markdown table, a row each: what ``-o md`` prints."""
-    rows = [{name: _shown(value) for name, value in _cells(result).items()} for result in results]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in _COLUMNS}
-    head = "| " + " | ".join(f"{name:<{widths[name]}}" for name in _COLUMNS) + " |"
-    rule = "| " + " | ".join("-" * widths[name] for name in _COLUMNS) + " |"
-    body = ["| " + " | ".join(f"{row[name]:<{widths[name]}}" for name in _COLUMNS) + " |" for row in rows]
-    return "\n".join([head, rule, *body])
+def row(result: Result, output: str) -> str:
+    """One result for pipes and tables: ``md``, ``csv`` (both with a header line), or ``json`` on one line."""
+    if output == "json":
+        return json.dumps(plain(result))
+    cells = [significant(read(result)) for read in _COLUMNS.values()]
+    if output == "md":
+        return str(tabulate([[_shown(cell) for cell in cells]], list(_COLUMNS), "github", disable_numparse=True))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_COLUMNS, cells])
+    return text.getvalue().rstrip("\n")
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def row(result: Result, output: str) -> str:
-    """One result for pipes and tables: ``md``, ``csv`` (with a header line), or ``json`` on one line."""
-    if output == "md":
-        return table([result])
-    if output == "json":
-        return json.dumps(plain(result))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(_COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(_cells(result))
-    return text.getvalue().rstrip("\n")

@@ -15,7 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import msgspec
 
 from bench.result.results import read_result
 from bench.result.types import Result
@@ -32,13 +34,15 @@ class Point:
 
     number: int
     values: Mapping[str, str]
-    argv: tuple[str, ...]
+    argv: tuple[str, ...] = ()
+
+    def spoken(self, between: str) -> str:
+        return between.join(f"{flag.lstrip('-')}={value}" for flag, value in self.values.items())
 
     @property
     def folder(self) -> str:
         """A name that a person can read and every file system takes."""
-        text = ",".join(f"{flag.lstrip('-')}={value}" for flag, value in self.values.items())
-        return f"p{self.number:02d}-{re.sub(r'[^A-Za-z0-9._,=-]', '_', text)[:80]}".rstrip("-")
+        return f"p{self.number:02d}-{re.sub(r'[^A-Za-z0-9._,=-]', '_', self.spoken(','))[:80]}".rstrip("-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,51 +66,42 @@ class Failure:
     exit_code: int
     reason: str
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One process that ended, of a point (by its number) and a repeat."""
-
-    point: int
-    repeat: int
-    gave: Result | Failure
+    def __str__(self) -> str:
+        return f"exit {self.exit_code}: {self.reason}"
 
 
-def outcomes_in(folder: Path, points: Sequence[Point]) -> list[Outcome]:
+Outcomes: TypeAlias = dict[tuple[int, int], Result | Failure]
+"""What each process gave that has ended, by its repeat and its point's number."""
+
+
+def outcomes_in(folder: Path, points: Sequence[Point]) -> Outcomes:
     """Every process that has ended, of earlier calls with more repeats too, repeat by repeat.
 
-    Raises:
-        UnusableInput: if a file is damaged.
+    Raises UnusableInput if a file is damaged.
     """
-    ended: dict[tuple[int, int], Outcome] = {}
+    ended: Outcomes = {}
     for point in points:
         for path in sorted((folder / point.folder).glob("r*.json")):  # r1.failed.json, then r1.json, which counts
             if named := re.fullmatch(r"r(\d+)(\.failed)?\.json", path.name):
-                repeat, gave = int(named[1]), read_failure(path) if named[2] else read_result(path)
-                ended[repeat, point.number] = Outcome(point.number, repeat, gave)
-    return [ended[key] for key in sorted(ended)]
+                ended[int(named[1]), point.number] = read_failure(path) if named[2] else read_result(path)
+    return {key: ended[key] for key in sorted(ended)}
 
 
 def read_failure(path: Path) -> Failure:
     """Why a process failed, from its file."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        return Failure(int(entry["exit_code"]), str(entry["reason"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=Failure)
+    except (OSError, msgspec.DecodeError) as error:
         raise UnusableInput(f"{path} cannot be read ({error}): delete it, and the sweep runs this one again") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """sweep.json, or a failure."""
+    """Write sweep.json, or a failure."""
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """sweep.json.
-
-    Raises:
-        UnusableInput: if it is damaged, or from a newer program.
-    """
+    """sweep.json; raises UnusableInput if it is damaged, or from a newer program."""
     path = folder / DESCRIPTION
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -122,9 +117,6 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_points(folder: Path) -> list[Point]:
     """The points that a sweep's folder is of (their command lines are not kept there)."""
     try:
-        return [
-            Point(int(entry["number"]), {str(k): str(v) for k, v in entry["values"].items()}, ())
-            for entry in read_description(folder)["points"]
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return msgspec.convert(read_description(folder).get("points"), list[Point])
+    except msgspec.ValidationError as error:
         raise UnusableInput(f"{folder / DESCRIPTION} was changed by hand: it lacks what a sweep needs") from error

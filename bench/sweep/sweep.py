@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from bench.options.sweep_flags import SweepOptions
-from bench.result.sweep_folder import DESCRIPTION, Failure, Outcome, Point, outcomes_in, read_description, write_json
+from bench.result.results import read_result
+from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
 from bench.result.types import Result
-from bench.sweep.process import run_point
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
 
-_LOCK = ".lock"
-_DECIDING = frozenset((*PRESETS, *ECHOED_ONLY))
+SCRIPT = Path(__file__).resolve().parents[2] / "bench_infer.py"
+PATIENCE_S = 30.0
+"""How long an interrupted process may take to join its threads."""
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PREFIX = "bench_infer.py: "
 
 
 def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[Sequence[str]], object]) -> int:
@@ -30,61 +38,53 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
         user_set: variables that the user had set: the processes get those, and no presets of this one.
         check: parses a run's arguments; raises UnusableInput for those that no run takes, or whose files are missing.
     """
-    for point in options.sweep.points:
+    folder, points = options.out_dir, options.sweep.points
+    for point in points:
         check([*point.argv, f"--repeats={options.inner_repeats}"])
     environment = {name: v for name, v in os.environ.items() if name not in PRESETS or name in user_set}
-    folder, points = options.out_dir, options.sweep.points
+    # All points once, then all in reverse, and so on: what drifts with time weighs on every point alike.
+    rounds = [(repeat, points if repeat % 2 else points[::-1]) for repeat in range(1, options.repeats + 1)]
+    jobs = [(repeat, point) for repeat, order in rounds for point in order]
     with _opened(options, _description(options, environment)):
-        jobs = list(_jobs(points, options.repeats))
-        ended = outcomes_in(folder, points)
+        outcomes = outcomes_in(folder, points)
         if options.retry_failed:
-            ended = [o for o in ended if not isinstance(o.gave, Failure) or o.repeat > options.repeats]
-        done = {(outcome.point, outcome.repeat) for outcome in ended}
-        left = [(point, repeat) for point, repeat in jobs if (point.number, repeat) not in done]
+            outcomes = {
+                at: gave for at, gave in outcomes.items() if isinstance(gave, Result) or at[0] > options.repeats
+            }
+        left = [(repeat, point) for repeat, point in jobs if (repeat, point.number) not in outcomes]
         _say(f"[SWEEP] {len(points)} points x {options.repeats} processes, {len(left)} to run, in {folder}")
-        outcomes = ended + _run(options, left, len(jobs), environment)
-    return _closing(options, outcomes)
-
-
-def _jobs(points: Sequence[Point], repeats: int) -> Iterator[tuple[Point, int]]:
-    """All points once, then all in reverse, and so on: what drifts with time weighs on every point alike."""
-    for repeat in range(1, repeats + 1):
-        order = points if repeat % 2 else tuple(reversed(points))
-        yield from ((point, repeat) for point in order)
+        outcomes |= _run(options, left, len(jobs), environment)
+    return _closing(folder, list(outcomes.values()))
 
 
 def _run(
-    options: SweepOptions, jobs: Sequence[tuple[Point, int]], total: int, environment: Mapping[str, str]
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+    options: SweepOptions, jobs: Sequence[tuple[int, Point]], total: int, environment: Mapping[str, str]
+) -> Outcomes:
+    outcomes: Outcomes = {}
     since = time.monotonic()
     with tqdm(total=total, initial=total - len(jobs), unit="run", desc="sweep", disable=None, leave=False) as bar:
-        for point, repeat in jobs:
+        for repeat, point in jobs:
             bar.set_postfix_str(point.folder)
-            outcomes.append(run_point(options.out_dir, point, repeat, options.inner_repeats, environment))
+            gave = run_point(options.out_dir, point, repeat, options.inner_repeats, environment)
+            outcomes[repeat, point.number] = gave
             bar.update()
             left = len(jobs) - len(outcomes)
             eta_s = (time.monotonic() - since) / len(outcomes) * left
             eta = f"{left} left, about {eta_s:.0f} s" if left else "all done"
-            _say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {_shown(outcomes[-1].gave)}, {eta}")
+            shown = f"failed, {gave}" if isinstance(gave, Failure) else f"e2e_ms {gave.e2e_ms:.1f}"
+            _say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {shown}, {eta}")
     return outcomes
 
 
-def _shown(gave: Result | Failure) -> str:
-    if isinstance(gave, Failure):
-        return f"failed, exit {gave.exit_code}: {gave.reason}"
-    return f"e2e_ms {gave.e2e_ms:.1f}"
-
-
-def _closing(options: SweepOptions, outcomes: Sequence[Outcome]) -> int:
-    failures = [outcome.gave for outcome in outcomes if isinstance(outcome.gave, Failure)]
-    _say(f"[SWEEP] {len(outcomes) - len(failures)} results and {len(failures)} failures in {options.out_dir}")
-    if outcomes and len(failures) == len(outcomes):
+def _closing(folder: Path, gave: Sequence[Result | Failure]) -> int:
+    failures = [failure for failure in gave if isinstance(failure, Failure)]
+    _say(f"[SWEEP] {len(gave) - len(failures)} results and {len(failures)} failures in {folder}")
+    if failures and len(failures) == len(gave):
         reason = failures[0].reason
-        print(f"bench_infer.py: every process of the sweep failed, the first with: {reason}", file=sys.stderr)
+        print(f"{_PREFIX}every process of the sweep failed, the first with: {reason}", file=sys.stderr)
         return 1
     for verb in ("compare", "report"):
-        _say(f"[SWEEP] next: bench_infer.py {verb} {options.out_dir}")
+        _say(f"[SWEEP] next: bench_infer.py {verb} {folder}")
     return 0
 
 
@@ -101,14 +101,13 @@ def _say(line: str) -> None:
 def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[None]:
     """The folder with this sweep's description, for this process alone, rid of what a killed one left half-written.
 
-    Raises:
-        UnusableInput: if it holds another sweep or something else, or another process sweeps in it.
+    Raises UnusableInput if it holds another sweep or something else, or another process sweeps in it.
     """
     folder = options.out_dir
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -130,18 +129,83 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
 
 def _description(options: SweepOptions, environment: Mapping[str, str]) -> dict[str, object]:
     """What has to stay the same: flags, and the variables that the user set of those that decide how a run goes."""
-    chosen = {name: v for name, v in sorted(environment.items()) if name.startswith("WSM_") or name in _DECIDING}
+    deciding = (*PRESETS, *ECHOED_ONLY)
+    chosen = {name: v for name, v in sorted(environment.items()) if name.startswith("WSM_") or name in deciding}
     return {**options.sweep.as_json(), "inner_repeats": options.inner_repeats, "environment": chosen}
 
 
 def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
-    found = read_description(folder)
-    found.setdefault("environment", {})  # of before it was kept: most likely nothing was set
-    names = ("axes", "fixed", "inner_repeats", "points", "environment")
-    differing = [name for name in names if found.get(name) != wanted[name]]
-    if differing:
-        name = differing[0]
-        raise UnusableInput(
-            f"--out-dir {folder} holds another sweep (its {name}: {found.get(name)}, not {wanted[name]}): "
-            "repeat that sweep's flags and variables to go on with it, or name another folder"
+    found = {"environment": {}, **read_description(folder)}  # of before it was kept: most likely nothing was set
+    for name in ("axes", "fixed", "inner_repeats", "points", "environment"):
+        if found.get(name) != wanted[name]:
+            raise UnusableInput(
+                f"--out-dir {folder} holds another sweep (its {name}: {found.get(name)}, not {wanted[name]}): "
+                "repeat that sweep's flags and variables to go on with it, or name another folder"
+            )
+
+
+# -- one process: ended when the sweep is, its result kept whole or not at all
+
+
+def run_point(
+    folder: Path, point: Point, repeat: int, inner_repeats: int, environment: Mapping[str, str]
+) -> Result | Failure:
+    """Run it to its end, and keep its result or why it failed.
+
+    Raises KeyboardInterrupt after the process, interrupted as well, has ended; it then counts as not run.
+    """
+    place = folder / point.folder
+    final, failed, log = (place / f"r{repeat}.{ending}" for ending in ("json", "failed.json", "log"))
+    running = place / f".r{repeat}.running.json"
+    command = [sys.executable, str(SCRIPT), "run", *point.argv, f"--repeats={inner_repeats}", f"--out-json={running}"]
+    try:
+        code = _wait(command, log, environment)
+        if code == 0:
+            result = read_result(running)
+            os.replace(running, final)
+            failed.unlink(missing_ok=True)
+            return result
+        failure = Failure(code, _reason(code, log))
+    except UnusableInput as error:
+        failure = Failure(0, str(error))
+    finally:
+        running.unlink(missing_ok=True)
+    write_json(failed, asdict(failure))
+    return failure
+
+
+def _wait(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+    """The exit code; what the process printed is in ``log``."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C comes to the sweep alone, which hands it on
+            # In the new process: be killed when the sweep is; an orphan would disturb the sweep that goes on.
+            preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+
+
+def _reason(code: int, log: Path) -> str:
+    """The sentence that the process ended with."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    sentences = [line.removeprefix(_PREFIX) for line in lines if line.startswith(_PREFIX)]
+    if sentences:
+        return sentences[-1]
+    if code < 0:
+        hint = ": the kernel kills what takes too much memory" if -code == signal.SIGKILL else ""
+        return f"killed by signal {signal.Signals(-code).name}{hint}"
+    return next((line for line in reversed(lines) if line), "it said nothing")

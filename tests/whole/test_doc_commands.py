@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from bench.options.flags import VERBS, parse
-from bench.sweep import process as sweep_process
+from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_the_commands_of_a_page_run_one_after_the_other(
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     (tmp_path / "stand_in.py.json").write_text(json.dumps(dict(measured)))
-    monkeypatch.setattr(sweep_process, "SCRIPT", script)
+    monkeypatch.setattr(sweep_module, "SCRIPT", script)
     for command in commands():
         if command.page != page or not command.runs_here:
             continue

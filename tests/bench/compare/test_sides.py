@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import Side, differing, mixed_within, read_sides
-from bench.result.sweep_folder import Failure
 from bench.result.types import SCHEMA_VERSION
 from bench_infer import command_line as main
 from tests.results import stored, varied
@@ -66,16 +65,6 @@ def test_lines_of_whole_results_are_one_side(measured: Mapping[str, Any], tmp_pa
     lines.write_text("".join(json.dumps(varied(measured, [n])) + "\n" for n in (3, 4)))
     [side] = read_sides([lines])
     assert side.samples("e2e_ms") == [3, 4]
-
-
-def test_lines_as_sweeps_once_wrote_them_are_a_side_for_each_point(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    first = {"point": 1, "values": {"--seed": "1"}, "exit_code": 0, "reason": None}
-    second = {"point": 2, "values": {"--seed": "7"}, "exit_code": 3, "reason": "no room", "result": None}
-    entries = [{**first, "result": varied(measured, [n])} for n in (3, 4)]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in (*entries, second)))
-    good, bad = read_sides([tmp_path / "results.jsonl"])
-    assert (good.name, good.samples("e2e_ms"), bad.name) == ("seed=1", [3, 4], "seed=7")
-    assert bad.failures == (Failure(3, "no room"),)
 
 
 def test_sides_of_one_name_are_told_apart(measured: Mapping[str, Any], tmp_path: Path) -> None:

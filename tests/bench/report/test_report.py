@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench.compare.sides import Side, read_sides
+from bench.compare.sides import Side
 from bench.report.charts import MOVED, STALLED_KV, Bar, Curves, overview_charts, side_charts, sweep_charts
-from bench.report.report import charts_of
 from bench.result.sweep_folder import Failure
 from bench_infer import command_line as main
 from tests.results import stored, typed, varied
@@ -171,7 +170,7 @@ def test_a_sweep_gives_a_curve_for_every_combination_of_the_other_flags(swept: l
         "mode mixed": [(4, 400), (6, 600), (8, 800)],
         "mode stream": [(4, pytest.approx(320)), (6, pytest.approx(480))],
     }
-    assert times.curves["mode mixed"][0][2] == (392.0, 416.0)
+    assert times.curves["mode mixed"][0][2] == [392.0, 416.0]
 
 
 def test_what_moves_and_what_waits_has_a_colour_of_its_own() -> None:
@@ -217,7 +216,7 @@ def test_the_verb_writes_the_page_and_a_plot_for_every_chart(
     assert main(["report", str(measured_files[0]), "--out", str(out), "--png", str(plots)]) == 0
     assert "<!doctype html>" in out.read_text(encoding="utf-8")
     written = sorted(plots.iterdir())
-    assert len(written) == len(list(charts_of(read_sides([measured_files[0]]))))
+    assert len(written) == out.read_text(encoding="utf-8").count("<figure>") > 4
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

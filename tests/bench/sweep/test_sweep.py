@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import read_sides
-from bench.result.sweep_folder import Failure, Outcome, Point, outcomes_in, read_description
-from bench.sweep import process as sweep_process
+from bench.result.sweep_folder import Failure, Point, outcomes_in, read_points
+from bench.result.types import Result
 from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
 
@@ -54,7 +54,7 @@ def script(tmp_path: Path, measured: Mapping[str, Any], monkeypatch: pytest.Monk
     folder.mkdir()
     (folder / "canned.json").write_text(json.dumps(dict(measured)))
     (folder / "script.py").write_text(STAND_IN)
-    monkeypatch.setattr(sweep_process, "SCRIPT", folder / "script.py")
+    monkeypatch.setattr(sweep_module, "SCRIPT", folder / "script.py")
     return folder / "script.py"
 
 
@@ -72,10 +72,9 @@ def sweep(folder: Path, *argv: str) -> int:
 
 def ended(folder: Path) -> dict[tuple[int, int], tuple[int, str | None]]:
     """Exit code and reason of every process that has ended, by point and repeat."""
-    points = [Point(entry["number"], entry["values"], ()) for entry in read_description(folder)["points"]]
     return {
-        (o.point, o.repeat): (o.gave.exit_code, o.gave.reason) if isinstance(o.gave, Failure) else (0, None)
-        for o in outcomes_in(folder, points)
+        (point, repeat): (gave.exit_code, gave.reason) if isinstance(gave, Failure) else (0, None)
+        for (repeat, point), gave in outcomes_in(folder, read_points(folder)).items()
     }
 
 
@@ -180,9 +179,9 @@ def started(script: Path, tmp_path: Path) -> Callable[[], tuple[subprocess.Popen
 
     def start() -> tuple[subprocess.Popen[str], int]:
         code = (
-            "import sys; from pathlib import Path; from bench.sweep import process as sweep_process; "
+            "import sys; from pathlib import Path; from bench.sweep import sweep as sweep_module; "
             "from bench_infer import command_line as main; "
-            f"sweep_process.SCRIPT = Path({str(script)!r}); "
+            f"sweep_module.SCRIPT = Path({str(script)!r}); "
             f"sys.exit(main(['sweep', '--seed', '1,9,2', '--out-dir', {str(tmp_path / 's')!r}]))"
         )
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -294,7 +293,7 @@ def test_a_retry_that_is_broken_off_leaves_an_outcome_of_each_process(
     assert sweep(tmp_path / "s", *argv) == 0
     before, real = ended(tmp_path / "s"), sweep_module.run_point
 
-    def run_point(folder: Path, point: Point, *rest: Any) -> Outcome:
+    def run_point(folder: Path, point: Point, *rest: Any) -> Result | Failure:
         if point.number == 3:
             raise KeyboardInterrupt
         return real(folder, point, *rest)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bench.options.run_flags import RunOptions
-from bench.options.sweep_flags import LISTED, SweepOptions, is_split, sweep_of
-from bench.options.verb_flags import CompareOptions, PackOptions, PromptsOptions, ReportOptions, VerifyOptions
+from bench.options.verb_flags import (
+    LISTED,
+    CompareOptions,
+    PackOptions,
+    PromptsOptions,
+    ReportOptions,
+    SweepOptions,
+    VerifyOptions,
+    is_split,
+    sweep_of,
+)
 from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, Option, options_of
 from wsm.settings import read_variables
@@ -105,8 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Options]:
     """The verb (``run`` if the first argument is none) and its options; a flag beats its variable in ``environ``.
 
-    Raises:
-        UnusableInput: for an argument or a variable that cannot be used, in one sentence.
+    Raises UnusableInput for an argument or a variable that cannot be used, in one sentence.
     """
     if not argv or (argv[0] not in VERBS and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
@@ -125,14 +134,27 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
 
 
 def check_point(argv: Sequence[str]) -> None:
-    """Whether a run takes these arguments and finds what they name.
-
-    Raises:
-        UnusableInput: naming the flag.
-    """
+    """Raises UnusableInput, naming the flag, where a run does not take these arguments or find what they name."""
     _, options = parse(["run", *argv])
     assert isinstance(options, RunOptions)
     for name in ("checkpoints", "prompts", "manifest"):
         named = getattr(options, name)
         if named is not None and not named.exists():
             raise UnusableInput(f"--{name} {named} does not exist: nothing was run")
+
+
+def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
+    """``argv`` with what ``--auto`` chose (``--flag value`` each), to keep and to share, in place of it."""
+    flags = [text.split(" ", 1) for text in chosen]
+    replaced = {flag for flag, _ in flags}
+    words = list(argv[1:] if argv and argv[0] in VERBS else argv)
+    kept: list[str] = []
+    while words:
+        word = words.pop(0)
+        name, has_value, _ = word.partition("=")
+        if name in replaced:
+            if not has_value:
+                words.pop(0)
+        elif word != "--auto":
+            kept.append(word)
+    return shlex.join(["python", "bench_infer.py", *kept, *(word for pair in flags for word in pair)])

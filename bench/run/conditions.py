@@ -14,8 +14,7 @@ import psutil
 import torch
 
 from bench.result.types_machine import Conditions
-from bench.run.gpu import Gpu
-from bench.run.provenance import disk_of
+from bench.run.provenance import Gpu, disk_of
 
 THROTTLES = {
     0x04: "power cap",

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bench.options.run_flags import RunOptions
 from bench.result.fields import Bound, ByPhase
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
@@ -18,17 +19,6 @@ from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
 from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the tokens of every round are picked, and how many."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    ignore_eos: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +35,10 @@ class Round:
     generation: Generation
     start: float
     prefill_done: float
-    tokens_at: tuple[float, ...]
     done: float
-    steps: tuple[int, int, int]
-    passes: tuple[int, int, int]
+    tokens_at: Sequence[float]
+    steps: Sequence[int]
+    passes: Sequence[int]
     complete_at_start: bool
 
     @property
@@ -69,6 +59,11 @@ class Round:
         return self.prefill_ms + self.decode_ms
 
     @property
+    def windows(self) -> dict[str, Interval]:
+        """From when to when each phase went."""
+        return {"prefill": (self.start, self.prefill_done), "decode": (self.prefill_done, self.done)}
+
+    @property
     def total_tok_s(self) -> float:
         """Prompt tokens and new ones."""
         return (self.generation.decode_tokens + self.generation.prefill_tokens) / (self.e2e_ms / 1e3)
@@ -79,57 +74,39 @@ class Round:
         return [(later - earlier) * 1e3 for earlier, later in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
 
 
-class _Clock:
-    """An observer of the generation loop."""
-
-    def __init__(self, llm: LLaMA, on_token: Callable[[], None]) -> None:
-        self._llm, self._on_token = llm, on_token
-        self.at: dict[str, float] = {}
-        self.steps: dict[str, int] = {}
-        self.passes: dict[str, int] = {}
-        self.tokens_at: list[float] = []
-
-    def __call__(self, mark: str) -> None:
-        now = time.perf_counter()
-        if mark == "token":
-            self.tokens_at.append(now)
-            self._on_token()
-        elif mark != "pass":
-            self.at[mark] = now
-            self.passes[mark] = self._llm.kv.passes
-            self.steps[mark] = self._llm.manager.next_step if self._llm.manager is not None else 0
-
-
 def run_round(
-    llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[], None] = lambda: None
+    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None] = lambda: None
 ) -> Round:
     """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
     complete = llm.manager.loaded() if llm.manager is not None else True
-    clock = _Clock(llm, on_token)
+    at: dict[str, float] = {}
+    tokens_at, steps, passes = list[float](), list[int](), list[int]()
+
+    def observe(mark: str) -> None:
+        now = time.perf_counter()
+        if mark == "token":
+            tokens_at.append(now)
+            on_token()
+        elif mark != "pass":
+            at[mark] = now
+            passes.append(llm.kv.passes)
+            steps.append(llm.manager.next_step if llm.manager is not None else 0)
+
     generation = llm.generate(
         prompts,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        ignore_eos=sampling.ignore_eos,
-        observer=clock,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        ignore_eos=options.ignore_eos,
+        observer=observe,
     )
-    return Round(
-        generation=generation,
-        start=clock.at["start"],
-        prefill_done=clock.at["prefill_done"],
-        tokens_at=tuple(clock.tokens_at),
-        done=clock.at["done"],
-        steps=(clock.steps["start"], clock.steps["prefill_done"], clock.steps["done"]),
-        passes=(clock.passes["start"], clock.passes["prefill_done"], clock.passes["done"]),
-        complete_at_start=complete,
-    )
+    return Round(generation, **at, tokens_at=tokens_at, steps=steps, passes=passes, complete_at_start=complete)
 
 
-def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -> None:
     """One untimed round: the prefill and two decode passes."""
-    run_round(llm, prompts, replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens), ignore_eos=True))
+    run_round(llm, prompts, replace(options, max_new_tokens=min(3, options.max_new_tokens), ignore_eos=True))
 
 
 def median_round(rounds: Sequence[Round]) -> int:
@@ -194,17 +171,12 @@ def phases_of(
         decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
     )
     found = {}
-    for place, (name, window) in enumerate(windows_of(timed).items()):
+    for place, (name, window) in enumerate(timed.windows.items()):
         steps = range(timed.steps[place], timed.steps[place + 1]) if llm.manager is not None else range(0)
         stats = llm.telemetry.phase(name, window, steps, passes[place])
         stats = replace(stats, flops=int(works[place].flops), hbm_bytes=int(works[place].hbm_bytes))
         found[name] = phase_of(stats, ceilings, predicted_pass_ms[name])
     return ByPhase(**found)
-
-
-def windows_of(timed: Round) -> dict[str, Interval]:
-    """From when to when each phase went, in seconds of the host's clock."""
-    return {"prefill": (timed.start, timed.prefill_done), "decode": (timed.prefill_done, timed.done)}
 
 
 def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_ms: float | None = None) -> Phase:

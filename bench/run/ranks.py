@@ -10,7 +10,7 @@ import msgspec
 from bench.result.fields import ByPhase, Part
 from bench.result.types import GpuPeak, LinkRates, Result
 from bench.result.types_phases import JobPhase, Parallel, Phase, Rank, RankPhase, Traffic
-from bench.run.measure import Round, link_rates, median_round, windows_of
+from bench.run.measure import Round, link_rates, median_round
 from bench.run.record import gpu_peak
 from llama.llm import LLaMA
 from llama.parallel.watch import RankFailed
@@ -63,10 +63,10 @@ def collect(llm: LLaMA, report: Report, *, interrupted: bool) -> list[Rank | Non
 
 def rank_report(llm: LLaMA, timed: Round, result: Result) -> Report:
     """What this rank measured in the round that its ``result`` is of; to be asked when the device is idle."""
-    world, windows = llm.inputs.world, windows_of(timed)
+    world = llm.inputs.world
 
     def phase(name: str, whole: Phase) -> RankPhase:
-        collectives_ms, count = llm.collectives.within(windows[name])
+        collectives_ms, count = llm.collectives.within(timed.windows[name])
         shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
         return RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import psutil
 import torch
 
 from bench.options.run_flags import RunOptions
@@ -20,12 +21,10 @@ from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output,
 from bench.result.types_machine import (
     KV,
     BytesPerPass,
-    Drive,
     KVTier,
     LoadSeconds,
     Memory,
     Planned,
-    Provenance,
     Residency,
     Tier,
 )
@@ -50,32 +49,30 @@ from wsm.store.description import DTYPE_NAMES
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a run has got so far, for the result of an interrupted one too; round ``chosen`` counts."""
+    """What a run's result is made of, as far as it has got, for an interrupted one too; round ``chosen`` counts."""
 
-    ceilings: dict[str, Ceiling]
-    rounds: list[Round]
+    argv: Sequence[str]
+    user_set: Sequence[str]
+    prompts: list[list[int]]
+    warnings: list[str]
+    ceilings: dict[str, Ceiling] = dataclasses.field(default_factory=dict)
+    rounds: list[Round] = dataclasses.field(default_factory=list)
     interrupted: bool = False
     chosen: int = 0
     watch: Watch = dataclasses.field(default_factory=lambda: Watch(torch.device("cpu"), ()))
 
 
-def result_of(
-    options: RunOptions,
-    argv: Sequence[str],
-    user_set: Sequence[str],
-    llm: LLaMA,
-    prompts: list[list[int]],
-    got: Progress,
-    warnings: list[str],
-) -> Result:
+def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     """The result of this process; of several ranks, :mod:`bench.run.ranks` makes it the job's."""
     chosen = got.rounds[got.chosen]
-    phases = phases_of(llm, chosen, prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
-    memory, (provenance, missing) = _memory(llm), _provenance(options, llm)
+    phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
+    memory, store = _memory(llm), llm.inputs.description
+    drive = Path(store.targets[0]) if store is not None else None
+    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, drive)
     return Result(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
-        prompt_lens=[len(prompt) for prompt in prompts],
+        prompt_lens=[len(prompt) for prompt in got.prompts],
         prefill_tokens_total=chosen.generation.prefill_tokens,
         decode_tokens_total=chosen.generation.decode_tokens,
         **msgspec.structs.asdict(metrics_of(chosen)),
@@ -97,13 +94,13 @@ def result_of(
         load_s=_load_seconds(llm),
         load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
         kv=_kv(options, llm),
-        config=_config(options, argv, user_set, llm),
+        config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
         output=_output(options, llm, chosen.generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[*warnings, *_warnings(llm, got, phases, missing)],
+        warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
     )
 
 
@@ -170,7 +167,7 @@ def _planned(llm: LLaMA) -> Planned:
 
 def _memory(llm: LLaMA) -> Memory:
     device = llm.inputs.device
-    on_gpu = device.type == "cuda"
+    on_gpu, process = device.type == "cuda", psutil.Process().memory_info()
     return Memory(
         gpu_peak_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         gpu_peak_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
@@ -178,18 +175,8 @@ def _memory(llm: LLaMA) -> Memory:
         cpu_page_locked_bytes=llm.page_locked_bytes,
         cpu_page_locked_peak_bytes=llm.page_locked_peak_bytes,
         rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        rss_anon_bytes=_rss_anon(),
+        rss_anon_bytes=process.rss - process.shared,
     )
-
-
-def _rss_anon() -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
 
 
 def _load_seconds(llm: LLaMA) -> LoadSeconds:
@@ -215,7 +202,7 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
     )
 
 
-def _config(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], llm: LLaMA) -> Config:
+def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
     chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
     found: dict[str, Setting] = {
@@ -225,19 +212,11 @@ def _config(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], l
         "tp": llm.inputs.world.shard.size,
     }
     return Config(
-        argv=list(argv),
+        argv=list(got.argv),
         resolved={**options.to_json(), **chosen, **found},
         environment=environment_echo(os.environ),
-        environment_set_by_user=list(user_set),
+        environment_set_by_user=list(got.user_set),
     )
-
-
-def _provenance(options: RunOptions, llm: LLaMA) -> tuple[Provenance, list[str]]:
-    """And a warning for each thing that could not be had."""
-    store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
-    found, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
-    drive = Drive(**found["drive"]) if found["drive"] is not None else None
-    return Provenance(**{**found, "drive": drive}), missing
 
 
 def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.options.sweep_flags import SweepOptions
+from bench.options.verb_flags import SweepOptions
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcome, Point, outcomes_in, read_description, write_json
 from bench.result.types import Result
 from bench.sweep.process import run_point

@@ -14,16 +14,14 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.cli.endings import DONE, INTERRUPTED, code_of, is_foreseen, sentence_of
 from bench.cli.verbs import run_verb
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run.job import Job, Terminated
+from bench.run.job import DONE, INTERRUPTED, Job, Terminated, is_foreseen
 from wsm.settings import Ranks, preset_environment, read_ranks, set_by_user, unknown_variables
 
 if TYPE_CHECKING:
     from bench.result.summary import ConsoleReporter
-    from bench.result.types import Result
     from bench.run.record import Progress
     from llama import LLaMA
 
@@ -38,8 +36,7 @@ def main() -> int:
 def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
     """One verb's exit code; what goes wrong is one sentence on stderr, with ``--verbose`` the traceback too.
 
-    Args:
-        user_set: names of the variables that the user had set.
+    ``user_set`` names the variables that the user had set.
     """
     job, code = Job(Ranks()), DONE
     failure: BaseException | None = None
@@ -52,10 +49,10 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
             job.refuse_other_ranks(verb)
             code = run_verb(options, argv, user_set)
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        code, failure = code_of(error), error
+        failure = error
     if failure is not None and ("--verbose" in argv or not is_foreseen(failure)):
         traceback.print_exception(failure)
-    code, sentence = job.end(code, sentence_of(failure), failure)
+    code, sentence = job.end(code, failure)
     if sentence is not None:
         print(f"bench_infer.py: {sentence}", file=sys.stderr)
     return code
@@ -76,6 +73,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         write_outputs,
     )
     from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
+    from bench.run.ranks import job_result
     from bench.run.record import Progress
     from llama import LLaMA
     from llama.inputs import open_inputs, plan_run
@@ -109,7 +107,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         _warm_up(options, llm, got)
         _measure(options, llm, got, reporter)
         with finishing():
-            result = _result(options, llm, got)
+            result = job_result(options, llm, got)
             if job.speaks:
                 write_outputs(options, llm, got, result)
     if job.speaks:
@@ -159,22 +157,6 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
         got.interrupted = True
         if not got.rounds:
             raise
-
-
-def _result(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
-    """The result, once all is still; of several ranks, each brings its report and rank 0's is the job's."""
-    from bench.run.ranks import agreed_round, collect, rank_report, with_ranks
-    from bench.run.record import result_of
-
-    if got.interrupted:
-        llm.inputs.world.abandon()
-    llm.stop()
-    got.chosen = agreed_round(llm, got.rounds, interrupted=got.interrupted)
-    result = result_of(options, llm, got)
-    if llm.inputs.world.shard.size == 1:
-        return result
-    mine = rank_report(llm, got.rounds[got.chosen], result)
-    return with_ranks(result, collect(llm, mine, interrupted=got.interrupted))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from bench.options.flags import VERBS, in_groups, metavar_of
+from bench.options.flags import in_groups, metavar_of
 from bench.options.run_flags import RunOptions
-from bench.options.verb_flags import LISTED, SweepOptions, is_split
+from bench.options.verb_flags import LISTED, VERBS, SweepOptions, is_split
 from bench.result.schema import document, schema_of_result
 from wsm.option import SWITCH, Option, options_of
 from wsm.settings import ECHOED_ONLY, THREADS, WSM_PRESETS, Settings

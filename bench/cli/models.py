@@ -13,6 +13,7 @@ from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.summary import ConsoleReporter
 from bench.run.ceilings import recall_near
+from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
 from llama.inputs import open_inputs, plan_run
@@ -112,4 +113,4 @@ def run_verify(options: VerifyOptions) -> int:
         print(sentence, file=sys.stderr)
     what = "read back" if shares[0].version == 1 else "sound"
     reporter.say(f"[INFO] {groups - len(bad)} of {groups} groups {what}, {nbytes / 1e9:.3f} GB")
-    return 4 if bad else 0
+    return BAD_STORE if bad else DONE

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.options.flags import Options, check_point
+from bench.options.flags import check_point
 from bench.options.run_flags import RunOptions
-from bench.options.verb_flags import CompareOptions, PackOptions, PromptsOptions, ReportOptions, SweepOptions
+from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, ReportOptions, SweepOptions
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer

@@ -9,32 +9,11 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bench.options.run_flags import RunOptions
-from bench.options.verb_flags import (
-    LISTED,
-    CompareOptions,
-    PackOptions,
-    PromptsOptions,
-    ReportOptions,
-    SweepOptions,
-    VerifyOptions,
-    is_split,
-    sweep_of,
-)
+from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
 from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, Option, options_of
 from wsm.settings import read_variables
 
-Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
-VERBS: Mapping[str, tuple[type[Options], str]] = {
-    "run": (RunOptions, "run and measure (the default verb)"),
-    "pack": (PackOptions, "checkpoint to packed device or file"),
-    "verify": (VerifyOptions, "read a packed store back and check it"),
-    "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
-    "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
-    "sweep": (SweepOptions, "a run for every combination of listed values"),
-    "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),
-    "report": (ReportOptions, "results as one HTML page, and as PNG"),
-}
 GROUPS = ("", "model", "paging", "work", "output")
 
 
@@ -144,7 +123,7 @@ def check_point(argv: Sequence[str]) -> None:
 
 
 def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
-    """``argv`` with what ``--auto`` chose (``--flag value`` each), to keep and to share, in place of it."""
+    """``argv`` with, in place of ``--auto``, what it has chosen (``--flag value`` each): to keep and to share."""
     flags = [text.split(" ", 1) for text in chosen]
     replaced = {flag for flag, _ in flags}
     words = list(argv[1:] if argv and argv[0] in VERBS else argv)

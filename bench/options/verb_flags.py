@@ -93,6 +93,18 @@ class SweepOptions:
     verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
 
 
+Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
+VERBS: Mapping[str, tuple[type[Options], str]] = {
+    "run": (RunOptions, "run and measure (the default verb)"),
+    "pack": (PackOptions, "checkpoint to packed device or file"),
+    "verify": (VerifyOptions, "read a packed store back and check it"),
+    "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
+    "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
+    "sweep": (SweepOptions, "a run for every combination of listed values"),
+    "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),
+    "report": (ReportOptions, "results as one HTML page, and as PNG"),
+}
+
 LISTED: Mapping[str, Option] = {
     declared.spelled: declared
     for name, declared in options_of(RunOptions).items()

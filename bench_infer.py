@@ -61,17 +61,8 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: Job) -> int:
     """Measure, print, write the JSON; the exit code. Of several ranks all measure, and the first prints and writes."""
     from bench.result.summary import ConsoleReporter
+    from bench.run import outputs
     from bench.run.ceilings import recall_near
-    from bench.run.outputs import (
-        check_outputs,
-        explained,
-        finishing,
-        print_result,
-        say_plan,
-        say_streaming,
-        warnings_of,
-        write_outputs,
-    )
     from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
     from bench.run.ranks import job_result
     from bench.run.record import Progress
@@ -84,7 +75,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     quiet = options.output is not None or not job.speaks
     reporter = ConsoleReporter(quiet=quiet, verbose=options.verbose, bars=job.speaks)
     if job.speaks:
-        check_outputs(options)
+        outputs.check_outputs(options)
     reporter.say("[INFO] Global state tracker initialized")
 
     # Plan: what is read, how much is to be computed, and what will be where.
@@ -93,25 +84,25 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     job.world.agree(facts_of(options, prompts))
     plan = plan_run(options, inputs, shape_of(prompts, options))
     ceilings = recall_near(options, inputs)
-    say_plan(reporter, options, inputs, plan, argv)
+    outputs.say_plan(reporter, options, inputs, plan, argv)
     check_fits(plan, ceilings)
 
     # Build, warm up, measure, write: after Ctrl-C with the rounds that were finished.
-    warnings = [*unknown_variables(os.environ), *warnings_of(user_set, plan)]
+    warnings = [*unknown_variables(os.environ), *outputs.warnings_of(user_set, plan)]
     got = Progress(argv, user_set, fill_batch(prompts, options.batch_size), warnings)
     with (
-        explained(options, inputs, plan, ceilings),
+        outputs.explained(options, inputs, plan, ceilings),
         LLaMA.assemble(inputs, plan, reporter, before_load=lambda llm: _probe(options, llm, got)) as llm,
     ):
-        say_streaming(reporter, plan)
+        outputs.say_streaming(reporter, plan)
         _warm_up(options, llm, got)
         _measure(options, llm, got, reporter)
-        with finishing():
+        with outputs.finishing():
             result = job_result(options, llm, got)
             if job.speaks:
-                write_outputs(options, llm, got, result)
+                outputs.write_outputs(options, llm, got, result)
     if job.speaks:
-        print_result(reporter, options, result)
+        outputs.print_result(reporter, options, result)
     return INTERRUPTED if got.interrupted else DONE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,9 +15,10 @@ from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import LISTED, VERBS, SweepOptions, is_split
 from bench.result.schema import document, schema_of_result
 from wsm.option import SWITCH, Option, options_of
-from wsm.settings import ECHOED_ONLY, THREADS, WSM_PRESETS, Settings
+from wsm.settings import ECHOED_ONLY, THREADS, Settings
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
+_VARIABLES = [declared for declared in options_of(Settings).values() if declared.by_variable]
 _HEAD = """\
 # Flags and variables
 
@@ -44,12 +45,14 @@ def flags_page() -> str:
                 f"`on,off`. Never split at commas: {unsplit}. Not taken: where a run reports, and `--tp`.\n"
             )
     parts.append("## Variables\n\nSet by the script where you have not set them; each is echoed in the JSON.\n")
-    parts.append("| variable | preset | meaning |\n| --- | --- | --- |\n" + "".join(_variables()))
-    return _HEAD + "\n".join(parts)
+    rows = [f"| `{name}` | {preset} | {meaning} |\n" for name, (_, preset, meaning) in THREADS.items()]
+    rows += [f"| `{each.spelled}` | {_default(each)} | {each.help} |\n" for each in _VARIABLES]
+    parts.append("| variable | preset | meaning |\n| --- | --- | --- |\n" + "".join(rows))
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", _HEAD + "\n".join(parts))
 
 
 def _table(declared: Iterable[Option]) -> str:
-    rows = "".join(f"| {_named(each)} | {_default(each)} | {_linked(each.help)} |\n" for each in declared)
+    rows = "".join(f"| {_named(each)} | {_default(each)} | {each.help} |\n" for each in declared)
     return f"| flag | default | meaning |\n| --- | --- | --- |\n{rows}"
 
 
@@ -65,18 +68,6 @@ def _default(declared: Option) -> str:
     return "required" if declared.required else text if declared.shown or not text else f"`{text}`"
 
 
-def _linked(text: str) -> str:
-    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
-
-
-def _variables() -> Iterator[str]:
-    for name, (_, preset, meaning) in THREADS.items():
-        yield f"| `{name}` | {preset} | {meaning} |\n"
-    for declared in options_of(Settings).values():
-        if declared.by_variable:
-            yield f"| `{declared.spelled}` | {_default(declared)} | {_linked(declared.help)} |\n"
-
-
 def result_schema() -> dict[str, Any]:
     """The schema of a result, its options and variables included."""
     kinds = get_type_hints(RunOptions)
@@ -88,10 +79,9 @@ def result_schema() -> dict[str, Any]:
         for name, declared in options_of(RunOptions).items()
     }
     text, maybe = {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}
-    variables = {declared.spelled: declared for declared in options_of(Settings).values()}
     environment = {
         **{name: {**text, "description": purpose} for name, (_, _, purpose) in THREADS.items()},
-        **{name: {**text, "description": _meaning(variables[name])} for name in WSM_PRESETS},
+        **{each.spelled: {**text, "description": _meaning(each)} for each in _VARIABLES},
         **{name: {**maybe, "description": "which GPUs CUDA shows, in which order; null: all"} for name in ECHOED_ONLY},
     }
     return schema_of_result({**resolved, "model": {**text, "description": "the model's name"}}, environment)

@@ -53,23 +53,12 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
-    inputs = open_inputs(
-        BuildOptions(
-            mode="full",
-            checkpoints=options.checkpoints,
-            synthetic=options.synthetic,
-            cache_dir=options.cache_dir,
-            device="cpu",
-            dtype=options.dtype,
-        )
-    )
-    tp = options.tp or 1
-    size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to), tp).target_bytes
+    shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
+    inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
+    tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
+    size = plan_store(config, inputs.dtype, targets, tp).target_bytes
     ranks = f" for {tp} ranks" if tp > 1 else ""
-    reporter.say(
-        f"[INFO] packing {inputs.checkpoint.config.name}{ranks}: {size / 1e9:.3f} GB on each of {len(options.to)} "
-        "target(s)"
-    )
+    reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
 
     def confirm(question: str) -> bool:
         if options.yes:
@@ -81,7 +70,7 @@ def run_pack(options: PackOptions) -> int:
         except EOFError:
             return False
 
-    with reporter.bar(size * len(options.to), "B", "packing") as advance:
+    with reporter.bar(size * targets, "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
         pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
@@ -98,8 +87,7 @@ def run_verify(options: VerifyOptions) -> int:
     read = partial(read_manifest, options.manifest, checkpoint=checkpoint)
     shares = [read(raw_device=options.raw_device, rank=rank) for rank in range(read().shard.size)]
     nbytes, groups = sum(share.nbytes for share in shares), sum(len(share.groups) for share in shares)
-    bad: list[str] = []
-    warnings: dict[str, None] = {}
+    bad, warnings = list[str](), dict[str, None]()
     with reporter.bar(nbytes, "B", "verifying") as advance:
         for share in shares:
             with closing(PackedStore(share, staging_bytes=options.staging_mb * 10**6, verify="always")) as store:

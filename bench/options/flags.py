@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -40,10 +40,9 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
     return lambda text: kind.parse(text, lambda: argparse.ArgumentTypeError(kind.instead_of(text)))
 
 
-def in_groups(declared: Iterable[Option]) -> dict[str, list[Option]]:
+def in_groups(declared: Collection[Option]) -> dict[str, list[Option]]:
     """The flags of each group that has any; what only a variable sets is left out."""
-    flags = [each for each in declared if not each.by_variable]
-    groups = {group: [each for each in flags if each.group == group] for group in GROUPS}
+    groups = {group: [each for each in declared if each.group == group and not each.by_variable] for group in GROUPS}
     return {group: found for group, found in groups.items() if found}
 
 

@@ -47,13 +47,9 @@ class Job:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self.size = ranks, ranks.size
+        self.speaks = ranks.rank == 0  # this rank prints and writes what is the whole job's
         self.world: World = ALONE
         self._joined: TorchWorld | None = None
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this rank prints and writes what is the whole job's."""
-        return self._ranks.rank == 0
 
     def refuse_other_ranks(self, verb: str) -> None:
         """Raises UnusableInput where several ranks were started for a verb that takes one process."""
@@ -136,7 +132,11 @@ class Job:
             own = isinstance(error, KeyboardInterrupt)
             said = None if error is None or self._ranks.local_rank else sentence if own else said
         elif ending.rank == self._ranks.rank:
-            said = self._own(sentence, world.watch.endings(SAME_END_S))
+            # Where all fail alike, one of them says it, for the job.
+            alike = all(end is not None and end.reason == sentence for end in world.watch.endings(SAME_END_S))
+            said = f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
+            if alike:
+                said = sentence if self.speaks else None
         self._leave(world, GRACE_S)
         _end_at_once(ending.code, said)
 
@@ -155,14 +155,6 @@ class Job:
         if isinstance(error, CollectiveBroken | Terminated):
             return self._joined.watch.wait_for_failure(LOST_S + 2)
         return None if error is None or isinstance(error, tuple(_CODES)) else self._joined.watch.failure
-
-    def _own(self, sentence: str | None, endings: Sequence[Ending | None]) -> str | None:
-        """This rank's own sentence; where all fail alike, one of them says it, for the job."""
-        if sentence is None:
-            return None
-        if all(ending is not None and ending.reason == sentence for ending in endings):
-            return sentence if self.speaks else None
-        return f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
 
 
 def _end_at_once(code: int, sentence: str | None) -> NoReturn:

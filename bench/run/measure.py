@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import Bound, ByPhase
@@ -23,13 +24,11 @@ from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, pref
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One generation, in seconds of the host's clock; ``steps`` are places in the endless pass order.
+    """One generation, in seconds of the host's clock.
 
-    Attributes:
-        tokens_at: when each token had been read back; the first one closes ``first_token``.
-        steps: at the start, at the end of the prefill, at the end.
-        passes: begun since the model's start, at the same moments.
-        complete_at_start: whether every resident was in its tier when the clock started.
+    ``tokens_at``: when each token had been read back. ``steps`` (places in the endless pass order) and ``passes``
+    (begun since the model's start) are those at the start, the end of the prefill, and the end.
+    ``complete_at_start``: whether every resident was in its tier when the clock started.
     """
 
     generation: Generation
@@ -42,23 +41,6 @@ class Round:
     complete_at_start: bool
 
     @property
-    def prefill_ms(self) -> float:
-        return (self.prefill_done - self.start) * 1e3
-
-    @property
-    def first_token_ms(self) -> float:
-        """Sampling and read-back of token 1, whose logits the prefill made."""
-        return (self.tokens_at[0] - self.prefill_done) * 1e3
-
-    @property
-    def decode_ms(self) -> float:
-        return (self.done - self.prefill_done) * 1e3
-
-    @property
-    def e2e_ms(self) -> float:
-        return self.prefill_ms + self.decode_ms
-
-    @property
     def windows(self) -> dict[str, Interval]:
         """From when to when each phase went."""
         return {"prefill": (self.start, self.prefill_done), "decode": (self.prefill_done, self.done)}
@@ -66,12 +48,12 @@ class Round:
     @property
     def total_tok_s(self) -> float:
         """Prompt tokens and new ones."""
-        return (self.generation.decode_tokens + self.generation.prefill_tokens) / (self.e2e_ms / 1e3)
+        return (self.generation.prefill_tokens + self.generation.decode_tokens) / (self.done - self.start)
 
     @property
     def pass_ms(self) -> list[float]:
         """Time of each decode pass, from token to token."""
-        return [(later - earlier) * 1e3 for earlier, later in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
+        return [(later - earlier) * 1e3 for earlier, later in pairwise(self.tokens_at)]
 
 
 def run_round(
@@ -111,7 +93,7 @@ def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -
 
 def median_round(rounds: Sequence[Round]) -> int:
     """The index of the round of median ``e2e_ms`` (the lower of two)."""
-    order = sorted(range(len(rounds)), key=lambda i: rounds[i].e2e_ms)
+    order = sorted(range(len(rounds)), key=lambda i: metrics_of(rounds[i]).e2e_ms)
     return order[(len(order) - 1) // 2]
 
 
@@ -119,16 +101,18 @@ def median_round(rounds: Sequence[Round]) -> int:
 
 
 def metrics_of(timed: Round) -> Metrics:
-    """The fixed times and rates of a round."""
-    tokens = timed.generation.decode_tokens
+    """The fixed times and rates of a round; token 1, whose logits the prefill made, takes sampling and read-back."""
+    prefill_ms, decode_ms = ((end - start) * 1e3 for start, end in timed.windows.values())
+    first_token_ms = (timed.tokens_at[0] - timed.prefill_done) * 1e3
+    tokens, e2e_ms = timed.generation.decode_tokens, prefill_ms + decode_ms
     return Metrics(
-        prefill_ms=timed.prefill_ms,
-        first_token_decode_ms=timed.first_token_ms,
-        ttft_ms=timed.prefill_ms + timed.first_token_ms,
-        decode_ms=timed.decode_ms,
-        e2e_ms=timed.e2e_ms,
-        throughput_tok_s=tokens / (timed.decode_ms / 1e3),
-        end_to_end_tok_s=tokens / (timed.e2e_ms / 1e3),
+        prefill_ms=prefill_ms,
+        first_token_decode_ms=first_token_ms,
+        ttft_ms=prefill_ms + first_token_ms,
+        decode_ms=decode_ms,
+        e2e_ms=e2e_ms,
+        throughput_tok_s=tokens / (decode_ms / 1e3),
+        end_to_end_tok_s=tokens / (e2e_ms / 1e3),
     )
 
 
@@ -143,13 +127,9 @@ def tpot_of(pass_ms: Sequence[float]) -> Tpot | None:
     """Time of a decode pass; None without decode passes."""
     if not pass_ms:
         return None
-    ordered = sorted(pass_ms)
-
-    def percentile(share: float) -> float:
-        return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
-
-    mean = statistics.fmean(ordered)
-    return Tpot(mean=mean, p50=percentile(0.5), p90=percentile(0.9), max=ordered[-1], n=len(ordered))
+    ordered, n = sorted(pass_ms), len(pass_ms)
+    p50, p90 = (ordered[math.ceil(share * n) - 1] for share in (0.5, 0.9))
+    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, max=ordered[-1], n=n)
 
 
 # -- bytes, and the floor under their time
@@ -172,9 +152,9 @@ def phases_of(
     )
     found = {}
     for place, (name, window) in enumerate(timed.windows.items()):
-        steps = range(timed.steps[place], timed.steps[place + 1]) if llm.manager is not None else range(0)
+        steps, work = range(timed.steps[place], timed.steps[place + 1]), works[place]
         stats = llm.telemetry.phase(name, window, steps, passes[place])
-        stats = replace(stats, flops=int(works[place].flops), hbm_bytes=int(works[place].hbm_bytes))
+        stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
         found[name] = phase_of(stats, ceilings, predicted_pass_ms[name])
     return ByPhase(**found)
 

@@ -8,9 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -63,10 +61,9 @@ def say_streaming(reporter: ConsoleReporter, plan: Plan) -> None:
 
 def warnings_of(user_set: Sequence[str], plan: Plan) -> list[str]:
     """Variables that the user has set in vain."""
-    names = sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE"))
-    if not names or plan.kv.below:
-        return []
-    return [f"{', '.join(names)}: no effect, since all KV is on the compute device: nothing is written back"]
+    names = ", ".join(sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")))
+    said = f"{names}: no effect, since all KV is on the compute device: nothing is written back"
+    return [said] if names and not plan.kv.below else []
 
 
 @contextlib.contextmanager
@@ -112,23 +109,18 @@ def check_outputs(options: RunOptions) -> None:
     if options.checkpoints is not None and options.checkpoints.is_dir():
         read += [path for path in options.checkpoints.iterdir() if path.is_file()]
     for path in outputs:
-        _check_writable(path)
+        try:
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "it is no regular file")
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+        except OSError as error:
+            said = f"{path} cannot be written ({error.strerror}); name another --out-json or --trace"
+            raise UnusableInput(said) from error
         if path.exists() and any(path.samefile(other) for other in read):
             raise UnusableInput(f"{path} is read by this run: name another file to write")
     if len({os.path.realpath(path) for path in outputs}) < len(outputs):
         raise UnusableInput(f"--out-json and --trace both name {options.out_json}: name two files")
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise UnusableInput(
-            f"{path} cannot be written ({error.strerror}); name another --out-json or --trace"
-        ) from error
 
 
 def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> None:
@@ -141,9 +133,6 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
 @contextlib.contextmanager
 def finishing() -> Iterator[None]:
     """Ctrl-C or SIGTERM comes too late to lose finished rounds: what takes a second is let through."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

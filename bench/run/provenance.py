@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -102,12 +103,9 @@ def _code() -> tuple[str | None, bool | None]:
 
 def cpu_model() -> str | None:
     """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        return None
+    with contextlib.suppress(OSError):
+        if named := re.search(r"^model name.*?:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return named[1].strip()
     return platform.processor() or None
 
 
@@ -116,19 +114,20 @@ def drive_of(path: Path) -> Drive | None:
 
     ``device`` is None where no single one is behind it (tmpfs, overlay, btrfs), ``filesystem`` for a device itself.
     """
-    try:
-        filesystem = None if stat.S_ISBLK(os.stat(path).st_mode) else _filesystem(path)
-    except OSError:
+    if not os.path.exists(path):
         return None
-    entry, model, rotational = _block_entry(path), None, None
-    if entry is not None:
+    device, model, rotational, filesystem = None, None, None, None
+    if not path.is_block_device():  # what is mounted at the innermost directory above it
+        mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+        real = path.resolve()
+        filesystem = next((mounts[place] for place in (real, *real.parents) if place in mounts), None)
+    if (entry := _block_entry(path)) is not None:
+        device = entry.name
         with contextlib.suppress(OSError):
             model = (_whole(entry) / "device/model").read_text().strip()
         with contextlib.suppress(OSError):
             rotational = (_whole(entry) / "queue/rotational").read_text().strip() == "1"
-    return Drive(
-        device=None if entry is None else entry.name, model=model, rotational=rotational, filesystem=filesystem
-    )
+    return Drive(device=device, model=model, rotational=rotational, filesystem=filesystem)
 
 
 def disk_of(path: Path) -> str | None:
@@ -149,13 +148,6 @@ def _block_entry(path: Path) -> Path | None:
 
 def _whole(entry: Path) -> Path:
     return entry.parent if (entry / "partition").exists() else entry
-
-
-def _filesystem(path: Path) -> str | None:
-    """The type of what is mounted at the innermost directory above ``path``."""
-    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
-    real = path.resolve()
-    return next((mounts[place] for place in (real, *real.parents) if place in mounts), None)
 
 
 def collect(

@@ -61,12 +61,11 @@ def _exchange(llm: LLaMA, mine: str, got: Progress) -> list[str | None]:
 def _rank(llm: LLaMA, timed: Round, result: Result) -> Rank:
     """What this rank measured in the round that its ``result`` is of; to be asked when the device is idle."""
     world, rates = llm.inputs.world, msgspec.structs.asdict(result.ceilings)
-
-    def phase(name: str, whole: Phase) -> RankPhase:
+    phases = {}
+    for name, whole in msgspec.structs.asdict(result.phases).items():
         collectives_ms, count = llm.collectives.within(timed.windows[name])
         shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
-        return RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
-
+        phases[name] = RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
     return Rank(
         rank=world.shard.rank,
         host=world.hosts[world.shard.rank],
@@ -77,7 +76,7 @@ def _rank(llm: LLaMA, timed: Round, result: Result) -> Rank:
         gpu_peak_reserved_bytes=result.memory.gpu_peak_reserved_bytes,
         cpu_page_locked_bytes=result.memory.cpu_page_locked_bytes,
         ceilings_MBps={name: rate.value for name, rate in rates.items() if rate and rate.unit == "MBps"},
-        phases=ByPhase(prefill=phase("prefill", result.phases.prefill), decode=phase("decode", result.phases.decode)),
+        phases=ByPhase(**phases),
         warnings=result.warnings,
     )
 
@@ -88,13 +87,16 @@ def with_ranks(result: Result, ranks: list[Rank | None]) -> Result:
     page_locked = Counter[str]()
     for rank in there:
         page_locked[rank.host] += rank.cpu_page_locked_bytes
-    prefill = _job_phase([(rank.rank, rank.phases.prefill) for rank in there])
-    decode = _job_phase([(rank.rank, rank.phases.decode) for rank in there])
+    jobs, phases = dict[str, JobPhase](), dict[str, Phase]()
+    for name, own in msgspec.structs.asdict(result.phases).items():
+        jobs[name] = job = _job_phase([(rank.rank, getattr(rank.phases, name)) for rank in there])
+        floor = {key: getattr(job, key) for key in ("floor_ms", "bound_by", "roofline_pct")}
+        phases[name] = msgspec.structs.replace(own, **floor)
     parallel = Parallel(
         world_size=len(ranks),
         hosts=list(page_locked),
         cpu_page_locked_bytes=dict(page_locked),
-        phases=ByPhase(prefill=prefill, decode=decode),
+        phases=ByPhase(**jobs),
         ranks=ranks,
     )
     rates = [link_rates(rank.phases) for rank in there]  # the links run side by side: their rates add up
@@ -105,18 +107,13 @@ def with_ranks(result: Result, ranks: list[Rank | None]) -> Result:
         result,
         io_bw_MBps=LinkRates(**links),
         gpu_mem_GB=gpu_peak(max(allocated, default=None), max(reserved, default=None)),  # of the GPU that holds most
-        phases=ByPhase(prefill=_bounded(result.phases.prefill, prefill), decode=_bounded(result.phases.decode, decode)),
+        phases=ByPhase(**phases),
         parallel=parallel,
         warnings=[
             *result.warnings,
             *(f"rank {r.rank}: {line}" for r in there[1:] for line in r.warnings if line not in result.warnings),
         ],
     )
-
-
-def _bounded(phase: Phase, job: JobPhase) -> Phase:
-    """Rank 0's phase with the job's floor."""
-    return msgspec.structs.replace(phase, floor_ms=job.floor_ms, bound_by=job.bound_by, roofline_pct=job.roofline_pct)
 
 
 def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:

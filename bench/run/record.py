@@ -18,28 +18,12 @@ import torch
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
 from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
-from bench.result.types_machine import (
-    KV,
-    BytesPerPass,
-    KVTier,
-    LoadSeconds,
-    Memory,
-    Planned,
-    Residency,
-    Tier,
-)
+from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
 from bench.result.types_phases import Ceilings, Phase, Rate
+from bench.run import warnings
 from bench.run.conditions import Watch
 from bench.run.measure import Round, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
-from bench.run.warnings import (
-    beaten_floors,
-    drive_warnings,
-    plan_warnings,
-    prediction_warnings,
-    steadiness_warnings,
-    unmeasured,
-)
 from llama.llm import LLaMA
 from wsm.option import options_of
 from wsm.plan.time import Ceiling, predicted_pass_ms
@@ -65,6 +49,7 @@ class Progress:
 def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     """The result of this process; of several ranks, :mod:`bench.run.ranks` makes it the job's."""
     chosen = got.rounds[got.chosen]
+    generation = chosen.generation
     phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
     memory, store = _memory(llm), llm.inputs.description
     drive = Path(store.targets[0]) if store is not None else None
@@ -73,18 +58,22 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         prompt_lens=[len(prompt) for prompt in got.prompts],
-        prefill_tokens_total=chosen.generation.prefill_tokens,
-        decode_tokens_total=chosen.generation.decode_tokens,
+        prefill_tokens_total=generation.prefill_tokens,
+        decode_tokens_total=generation.decode_tokens,
         **msgspec.structs.asdict(metrics_of(chosen)),
         io_bw_MBps=link_rates(phases),
         gpu_mem_GB=gpu_peak(memory.gpu_peak_allocated_bytes, memory.gpu_peak_reserved_bytes),
         mode=cast(Mode, llm.settings.mode),
         device=str(llm.inputs.device),
-        wsm=_manager(llm),
+        wsm=Manager(
+            enabled=llm.manager is not None,
+            ssd_enabled=bool(llm.plan.placement.residency.ssd),
+            gpu_max_groups=llm.settings.gpu_max_groups,
+        ),
         total_tok_s=chosen.total_tok_s,
         schema_version=SCHEMA_VERSION,
         interrupted=got.interrupted,
-        decode_forward_passes=chosen.generation.decode_passes,
+        decode_forward_passes=generation.decode_passes,
         tpot_ms=tpot_of(chosen.pass_ms),
         phases=phases,
         ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
@@ -97,7 +86,10 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
-        output=_output(options, llm, chosen.generation.tokens),
+        output=Output(
+            sha256=hashlib.sha256(json.dumps(generation.tokens).encode()).hexdigest(),
+            texts=[llm.tokenizer.decode(row) for row in generation.tokens] if options.print_text else None,
+        ),
         repeats=repeats_of(got.rounds),
         parallel=None,
         warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
@@ -107,43 +99,28 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
 def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequence[str]) -> Iterator[str]:
     """What makes the figures doubtful; ``missing`` is of the provenance."""
     chosen, named = got.rounds[got.chosen], msgspec.structs.asdict(phases)
-    yield from plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
-    yield from beaten_floors(named)
+    yield from warnings.plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
+    yield from warnings.beaten_floors(named)
     if llm.inputs.device.type == "cuda":
-        yield from prediction_warnings(named)
-    yield from drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done))
-    yield from steadiness_warnings([timed.e2e_ms for timed in got.rounds])
+        yield from warnings.prediction_warnings(named)
+    yield from warnings.drive_warnings(llm.telemetry.reads, chosen.windows["decode"])
+    yield from warnings.steadiness_warnings([metrics_of(timed).e2e_ms for timed in got.rounds])
     yield from got.watch.warnings
     yield from missing
-    yield from unmeasured(llm.inputs.device, got.ceilings, phases.decode)
+    yield from warnings.unmeasured(llm.inputs.device, got.ceilings, phases.decode)
 
 
 def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak:
     """In GiB."""
-    return GpuPeak(
-        allocated_GB=None if allocated_bytes is None else allocated_bytes / 2**30,
-        reserved_GB=None if reserved_bytes is None else reserved_bytes / 2**30,
-    )
-
-
-def _manager(llm: LLaMA) -> Manager:
-    return Manager(
-        enabled=llm.manager is not None,
-        ssd_enabled=bool(llm.plan.placement.residency.ssd),
-        gpu_max_groups=llm.settings.gpu_max_groups,
-    )
+    allocated, reserved = (None if n is None else n / 2**30 for n in (allocated_bytes, reserved_bytes))
+    return GpuPeak(allocated_GB=allocated, reserved_GB=reserved)
 
 
 def _residency(llm: LLaMA, chosen: Round) -> Residency:
     placement, layer = llm.plan.placement, llm.plan.inputs.slot_bytes()
-
-    def tier(layers: Sequence[int]) -> Tier:
-        return Tier(layers=len(layers), bytes=len(layers) * layer)
-
+    layers = {tier: len(getattr(placement.residency, tier)) for tier in ("gpu", "cpu", "ssd")}
     return Residency(
-        gpu=tier(placement.residency.gpu),
-        cpu=tier(placement.residency.cpu),
-        ssd=tier(placement.residency.ssd),
+        **{tier: Tier(layers=n, bytes=n * layer) for tier, n in layers.items()},
         gpu_slots=placement.gpu_slots,
         cpu_slots=placement.cpu_slots,
         complete_at_start=chosen.complete_at_start,
@@ -216,11 +193,4 @@ def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
         resolved={**options.to_json(), **chosen, **found},
         environment=environment_echo(os.environ),
         environment_set_by_user=list(got.user_set),
-    )
-
-
-def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
-    return Output(
-        sha256=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-        texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
     )

@@ -137,7 +137,7 @@ def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> i
             config = {**PLACES, "cache_dir": cache}
             found[f"{directory.name} {mode}"] = answer(directory, mode, config, job.world, PROMPTS)
     torch.save(found, out / f"answers-{size}-{job.world.shard.rank}.pt")
-    return job.end(0, None, None)[0]
+    return job.end(0, None)[0]
 
 
 def answer(directory: Path, mode: str, config: dict[str, Any], world: Any, prompts: Sequence[Sequence[int]]) -> Any:

@@ -1,1 +1,1 @@
-"""From the command line to an exit code."""
+"""The verbs other than ``run``, and the generated pages of docs/."""

@@ -1,41 +1,91 @@
-"""The verbs other than ``run``. Each is imported where it is called: most need torch, whose import takes seconds."""
+"""The verbs other than ``run``. Modules are imported where they are used: torch, which most need, takes seconds."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from bench.options.flags import Options, check_point
+from bench.options.flags import check_point
 from bench.options.run_flags import RunOptions
-from bench.options.sweep_flags import SweepOptions
-from bench.options.verb_flags import CompareOptions, PackOptions, PromptsOptions, VerifyOptions
+from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, ReportOptions, SweepOptions
+from llama.config import PRESETS, ModelConfig
+from llama.files import read_json
+from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from wsm.disk.atomic import write_atomically
+from wsm.errors import UnusableInput
 
 
 def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> int:
     """The exit code of the verb that takes these options."""
-    if isinstance(options, RunOptions):
-        from bench.cli.plan import run_plan
-
-        return run_plan(options, argv)
-    if isinstance(options, PackOptions):
-        from bench.cli.store import run_pack
-
-        return run_pack(options)
-    if isinstance(options, VerifyOptions):
-        from bench.cli.store import run_verify
-
-        return run_verify(options)
+    if isinstance(options, CompareOptions):
+        return _run_compare(options)
     if isinstance(options, PromptsOptions):
-        from bench.cli.prompts import run_prompts
+        return _run_prompts(options)
+    if isinstance(options, ReportOptions):
+        from bench.report.report import run_report
 
-        return run_prompts(options)
+        return run_report(options)
     if isinstance(options, SweepOptions):
         from bench.sweep.sweep import run_sweep
 
         return run_sweep(options, user_set, check_point)
-    if isinstance(options, CompareOptions):
-        from bench.cli.compare import run_compare
+    from bench.cli.models import run_pack, run_plan, run_verify
 
-        return run_compare(options)
-    from bench.report.report import run_report
+    if isinstance(options, RunOptions):
+        return run_plan(options, argv)
+    return run_pack(options) if isinstance(options, PackOptions) else run_verify(options)
 
-    return run_report(options)
+
+def _run_compare(options: CompareOptions) -> int:
+    """Print results against the first; with ``--threshold``, exit code 1 if one is slower by more."""
+    from bench.compare.compare import compare, regressions
+    from bench.compare.sides import read_sides
+    from bench.compare.text import as_csv, as_markdown, as_text
+
+    comparison = compare(read_sides(options.paths))
+    print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
+    if options.threshold is None:
+        return 0
+    slower = list(regressions(comparison, options.threshold))
+    for side, percent in slower:
+        print(
+            f"bench_infer.py: {side.name} is slower than {comparison.sides[0].name} by "
+            f"{percent:.1f} %, more than --threshold {options.threshold:g}",
+            file=sys.stderr,
+        )
+    return 1 if slower else 0
+
+
+def _run_prompts(options: PromptsOptions) -> int:
+    """Make a prompt file."""
+    from bench.result.summary import ConsoleReporter
+    from bench.run.prompts import make_prompts, prompt_file
+
+    tokenizer = _tokenizer_of(options.checkpoints)
+    if not options.out.absolute().parent.is_dir():
+        raise UnusableInput(f"--out {options.out}: its directory does not exist")
+    texts = []
+    with ConsoleReporter(quiet=False, verbose=options.verbose).bar(options.count, "prompt", "prompts") as advance:
+        for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
+            texts.append(text)
+            advance(1)
+    write_atomically(options.out, prompt_file(texts, options.tokens))
+    print(f"[INFO] {options.count} prompts of {options.tokens} tokens in {options.out}")
+    return 0
+
+
+def _tokenizer_of(directory: Path | None) -> Tokenizer:
+    """The tokenizer in a checkpoint's directory, for which its small files do; bytes, as of the built-in model."""
+    if directory is None:
+        return ByteTokenizer(PRESETS["Llama-3.2-1B"])
+    name = directory.resolve().name
+    if (directory / "config.json").exists():
+        return load_tokenizer(directory, ModelConfig.from_hf(read_json(directory / "config.json"), name))
+    if (directory / "params.json").exists():
+        params = read_json(directory / "params.json")
+        if params.get("vocab_size", -1) != -1:
+            return load_tokenizer(directory, ModelConfig.from_meta(params, name))
+    from llama.checkpoint import open_checkpoint  # needs torch: the size is that of the embedding
+
+    return load_tokenizer(directory, open_checkpoint(directory).config)

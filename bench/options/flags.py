@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bench.options.run_flags import RunOptions
-from bench.options.sweep_flags import LISTED, SweepOptions, is_split, sweep_of
-from bench.options.verb_flags import CompareOptions, PackOptions, PromptsOptions, ReportOptions, VerifyOptions
+from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
 from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, Option, options_of
 from wsm.settings import read_variables
 
-Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
-VERBS: Mapping[str, tuple[type[Options], str]] = {
-    "run": (RunOptions, "run and measure (the default verb)"),
-    "pack": (PackOptions, "checkpoint to packed device or file"),
-    "verify": (VerifyOptions, "read a packed store back and check it"),
-    "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
-    "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
-    "sweep": (SweepOptions, "a run for every combination of listed values"),
-    "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),
-    "report": (ReportOptions, "results as one HTML page, and as PNG"),
-}
 GROUPS = ("", "model", "paging", "work", "output")
 
 
@@ -51,10 +40,9 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
     return lambda text: kind.parse(text, lambda: argparse.ArgumentTypeError(kind.instead_of(text)))
 
 
-def in_groups(declared: Iterable[Option]) -> dict[str, list[Option]]:
+def in_groups(declared: Collection[Option]) -> dict[str, list[Option]]:
     """The flags of each group that has any; what only a variable sets is left out."""
-    flags = [each for each in declared if not each.by_variable]
-    groups = {group: [each for each in flags if each.group == group] for group in GROUPS}
+    groups = {group: [each for each in declared if each.group == group and not each.by_variable] for group in GROUPS}
     return {group: found for group, found in groups.items() if found}
 
 
@@ -105,8 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Options]:
     """The verb (``run`` if the first argument is none) and its options; a flag beats its variable in ``environ``.
 
-    Raises:
-        UnusableInput: for an argument or a variable that cannot be used, in one sentence.
+    Raises UnusableInput for an argument or a variable that cannot be used, in one sentence.
     """
     if not argv or (argv[0] not in VERBS and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
@@ -125,14 +112,27 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
 
 
 def check_point(argv: Sequence[str]) -> None:
-    """Whether a run takes these arguments and finds what they name.
-
-    Raises:
-        UnusableInput: naming the flag.
-    """
+    """Raises UnusableInput, naming the flag, where a run does not take these arguments or find what they name."""
     _, options = parse(["run", *argv])
     assert isinstance(options, RunOptions)
     for name in ("checkpoints", "prompts", "manifest"):
         named = getattr(options, name)
         if named is not None and not named.exists():
             raise UnusableInput(f"--{name} {named} does not exist: nothing was run")
+
+
+def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
+    """``argv`` with, in place of ``--auto``, what it has chosen (``--flag value`` each): to keep and to share."""
+    flags = [text.split(" ", 1) for text in chosen]
+    replaced = {flag for flag, _ in flags}
+    words = list(argv[1:] if argv and argv[0] in VERBS else argv)
+    kept: list[str] = []
+    while words:
+        word = words.pop(0)
+        name, has_value, _ = word.partition("=")
+        if name in replaced:
+            if not has_value:
+                words.pop(0)
+        elif word != "--auto":
+            kept.append(word)
+    return shlex.join(["python", "bench_infer.py", *kept, *(word for pair in flags for word in pair)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,10 +44,9 @@ class RunOptions(BuildOptions):
     verbose: bool = _output(False, SWITCH, "tell more, and give tracebacks")
 
     def check_together(self) -> None:
-        given = [flag for flag in ("prompts", "prompt", "prompt_len") if getattr(self, flag) is not None]
-        if len(given) > 1:
-            names = (options_of(RunOptions)[name].spelled for name in given)
-            raise UnusableInput(f"{' and '.join(names)} exclude each other: give one")
+        sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
+        if len(given := [flag for flag, value in sources.items() if value is not None]) > 1:
+            raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
         if self.max_new_tokens >= self.max_seq_len:
             raise UnusableInput(
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-seq-len "
@@ -59,7 +57,7 @@ class RunOptions(BuildOptions):
     def to_json(self) -> dict[str, Any]:
         """Every option by name, paths as text, in the order in which results have always had them."""
         names = dict.fromkeys([*_JSON_FIRST.split(), *options_of(RunOptions)])
-        values: Mapping[str, Any] = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 

@@ -1,12 +1,23 @@
-"""What the verbs other than ``run`` and ``sweep`` take."""
+"""What the verbs other than ``run`` and ``plan`` take.
+
+In a sweep every flag of a run takes a list: a comma stands between its values, or the flag is given several times.
+Flags whose own value may hold a comma (a text, a path, the devices of a striped store) are never split.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
-from wsm.option import NAMES, PATH, SWITCH, number, one_of, option, same, whole
+from wsm.errors import UnusableInput
+from wsm.option import NAMES, PATH, SWITCH, TEXT, Option, number, one_of, option, options_of, same, whole
+
+if TYPE_CHECKING:
+    from bench.result.sweep_folder import Sweep
 
 _A_RESULT = "a result's .json, a folder of results of the same settings, a .jsonl of such, a sweep's folder"
 
@@ -68,3 +79,77 @@ class ReportOptions:
     out: Path = option(Path("report.html"), PATH, "the page to write")
     png: Path | None = option(None, PATH, "write the plots as PNG there too; needs matplotlib", metavar="DIR")
     verbose: bool = same(RunOptions, "verbose")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepOptions:
+    """How often, where to, and what is swept (which is no flag of its own, but those of a run)."""
+
+    sweep: Sweep
+    repeats: int = same(RunOptions, "repeats", help="processes per point, interleaved")
+    inner_repeats: int = option(1, whole(1), "timed rounds in each")
+    out_dir: Path = option(Path("sweep"), PATH, "a new folder, or that of the same sweep, which goes on", metavar="DIR")
+    retry_failed: bool = option(False, SWITCH, "run again what failed before")
+    verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
+
+
+Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
+VERBS: Mapping[str, tuple[type[Options], str]] = {
+    "run": (RunOptions, "run and measure (the default verb)"),
+    "pack": (PackOptions, "checkpoint to packed device or file"),
+    "verify": (VerifyOptions, "read a packed store back and check it"),
+    "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
+    "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
+    "sweep": (SweepOptions, "a run for every combination of listed values"),
+    "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),
+    "report": (ReportOptions, "results as one HTML page, and as PNG"),
+}
+
+LISTED: Mapping[str, Option] = {
+    declared.spelled: declared
+    for name, declared in options_of(RunOptions).items()
+    if declared.swept and not declared.by_variable and name not in options_of(SweepOptions)
+}
+"""Flags of a run that a sweep takes as lists, by spelling."""
+
+
+def is_split(declared: Option) -> bool:
+    """Whether a comma stands between two values."""
+    return declared.kind not in (PATH, TEXT)
+
+
+def sweep_of(given: Iterable[tuple[str, str]]) -> Sweep:
+    """The points of flags and their texts, in the command line's order; refuses an empty and a repeated value."""
+    from bench.result.sweep_folder import Point, Sweep  # and so what a result is: no other verb's flags need it
+
+    texts: dict[str, list[str]] = {}
+    for flag, text in given:
+        texts.setdefault(flag, []).extend(text.split(",") if is_split(LISTED[flag]) else [text])
+    for flag, found in texts.items():
+        _check_list(flag, found)
+    axes = {flag: tuple(found) for flag, found in texts.items() if len(found) > 1}
+    fixed = [word for flag, found in texts.items() if len(found) == 1 for word in _typed(flag, found[0])]
+    points = []
+    for place, chosen in enumerate(itertools.product(*axes.values()), 1):
+        named = dict(zip(axes, chosen, strict=True))
+        argv = [*fixed, *(word for flag, value in named.items() for word in _typed(flag, value))]
+        points.append(Point(place, named, tuple(argv)))
+    return Sweep(axes, tuple(fixed), tuple(points))
+
+
+def _check_list(flag: str, values: Sequence[str]) -> None:
+    said = f"{flag} {','.join(values)}"
+    # An empty text is a prompt like another; elsewhere it is a comma too many.
+    if is_split(LISTED[flag]) and not all(values):
+        raise UnusableInput(f"{said} has an empty value: a comma too many?")
+    if len(set(values)) < len(values):
+        raise UnusableInput(f"{said} names a value twice: for several runs of a point use --repeats")
+    if LISTED[flag].kind is SWITCH and not set(values) <= {"on", "off"}:
+        raise UnusableInput(f"{said} cannot be used: in a sweep a switch is on, off, or on,off")
+
+
+def _typed(flag: str, value: str) -> list[str]:
+    """A flag with its value, as one types it for a run."""
+    if LISTED[flag].kind is SWITCH:
+        return [flag] if value == "on" else []
+    return [f"{flag}={value}"]

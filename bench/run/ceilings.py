@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import torch
 
@@ -52,51 +54,51 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     return found
 
 
-def _exact_file(options: BuildOptions, inputs: Inputs) -> Path:
-    """Of this model, mode, sizes and rank: what a run may measure itself against."""
-    shard = inputs.world.shard
-    sizes = [options.staging_mb, options.mode, options.gpu_mem_gb, options.cpu_mem_gb]
-    return _file(options, inputs, [sizes, inputs.checkpoint.config.to_json(), *(shard if shard.size > 1 else ())])
+def _files(options: BuildOptions, inputs: Inputs) -> tuple[Path, Path]:
+    """Of this model, mode, sizes and rank: what a run may measure itself against; and of layers of this shape, however
+    many, in any mode and budget: what a plan may predict from.
 
-
-def _near_file(options: BuildOptions, inputs: Inputs) -> Path:
-    """Of layers of this shape, however many, in any mode and budget: what a plan may predict from."""
-    shape = {k: v for k, v in inputs.checkpoint.config.to_json().items() if k not in ("name", "n_layers")}
-    return _file(options, inputs, ["near", shape])
-
-
-def _file(options: BuildOptions, inputs: Inputs, more: list[Any]) -> Path:
-    """One file per machine and store; machines may share the cache directory."""
-    device, folder = inputs.device, inputs.cache_dir
+    Two for each machine and store; machines may share the cache directory.
+    """
+    device, folder, shard = inputs.device, inputs.cache_dir, inputs.world.shard
     store = str(options.raw_device or options.manifest or folder)
     gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
     cpu = [cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total]
     hardware = [*gpu, *cpu, drive_of(Path(store.partition(",")[0]))]
-    key = json.dumps([hardware, str(inputs.dtype), store, *more], sort_keys=True)
-    return folder / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    model = inputs.checkpoint.config.to_json()
+    sizes = [options.staging_mb, options.mode, options.gpu_mem_gb, options.cpu_mem_gb]
+
+    def file(*more: Any) -> Path:
+        key = [hardware, str(inputs.dtype), store, *more]
+        text = json.dumps(key, sort_keys=True, default=msgspec.to_builtins)
+        return folder / f"ceilings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    exact = file(sizes, model, *(shard if shard.size > 1 else ()))
+    return exact, file("near", {name: value for name, value in model.items() if name not in ("name", "n_layers")})
 
 
 def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
     """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
-    near = _near_file(options, inputs)
-    near.parent.mkdir(parents=True, exist_ok=True)
-    for path, known in ((_exact_file(options, inputs), {}), (near, _read(near))):
+    inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the files' names
+    exact, near = _files(options, inputs)
+    for path, known in ((exact, {}), (near, _read(near))):
         content = {name: dataclasses.asdict(ceiling) for name, ceiling in {**known, **ceilings}.items()}
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def recall_for(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
     """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
-    return _of_an_earlier_run(_read(_exact_file(options, inputs)))
+    return _of_an_earlier_run(_files(options, inputs)[:1])
 
 
 def recall_near(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
     """As :func:`recall_for`, or else of other modes and budgets and of the same model with fewer layers."""
-    return recall_for(options, inputs) or _of_an_earlier_run(_read(_near_file(options, inputs)))
+    return _of_an_earlier_run(_files(options, inputs))
 
 
-def _of_an_earlier_run(ceilings: dict[str, Ceiling]) -> dict[str, Ceiling]:
-    return {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in ceilings.items()}
+def _of_an_earlier_run(files: Sequence[Path]) -> dict[str, Ceiling]:
+    found = next(filter(None, map(_read, files)), {})
+    return {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in found.items()}
 
 
 def _read(path: Path) -> dict[str, Ceiling]:

@@ -14,8 +14,7 @@ import psutil
 import torch
 
 from bench.result.types_machine import Conditions
-from bench.run.gpu import Gpu
-from bench.run.provenance import disk_of
+from bench.run.provenance import Gpu, disk_of
 
 THROTTLES = {
     0x04: "power cap",
@@ -33,8 +32,7 @@ MOST_CPU_PCT, LEAST_S = 20.0, 1.0
 class Watch:
     """A context manager around the timed rounds; afterwards ``conditions`` and ``warnings`` say what was seen.
 
-    Args:
-        targets: files or devices that the run reads from the SSD tier; empty where it reads none.
+    ``targets`` are the files or devices that the run reads from the SSD tier; empty where it reads none.
     """
 
     def __init__(self, device: torch.device, targets: Sequence[str]) -> None:
@@ -75,10 +73,8 @@ class Watch:
         """Bytes read and written on the drives, then by this process; None where they are not counted."""
         try:
             drives, own = psutil.disk_io_counters(perdisk=True, nowrap=False), psutil.Process().io_counters()
-        except (OSError, RuntimeError, psutil.Error):
-            return None
-        counted = [drives[disk] for disk in self._disks if disk in drives]
-        if len(counted) < len(self._disks):
+            counted = [drives[str(disk)] for disk in self._disks]
+        except (KeyError, OSError, RuntimeError, psutil.Error):
             return None
         read, written = sum(disk.read_bytes for disk in counted), sum(disk.write_bytes for disk in counted)
         return read, written, own.read_bytes, own.write_bytes

@@ -1,4 +1,4 @@
-"""A run of several ranks, from the start to the end of each: who joins, who prints, and why it ended.
+"""How a verb ends, alone or as one rank of several: the exit codes, and who joins, who prints. Imports no torch.
 
 A rank that fails tells the others why before it ends; one that cannot is missed by them. Either way every rank ends
 with one sentence that names the rank to blame, and with its exit code.
@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,7 +25,15 @@ from wsm.settings import Ranks
 if TYPE_CHECKING:
     from llama.parallel.ranks import TorchWorld
 
-INTERRUPTED, INTERRUPTED_CODE = "interrupted", 130
+DONE, FAILED, UNUSABLE, TOO_LARGE, BAD_STORE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+_CODES: Mapping[type[BaseException], int] = {
+    UnusableInput: UNUSABLE,
+    ModuleNotFoundError: UNUSABLE,
+    DoesNotFit: TOO_LARGE,
+    StoreError: BAD_STORE,
+    KeyboardInterrupt: INTERRUPTED,
+    OSError: UNUSABLE,
+}
 SAME_END_S = 2.0
 """How long a rank waits to see whether all others fail in the same way."""
 
@@ -37,16 +45,11 @@ class Terminated(BaseException):
 class Job:
     """One process's part in a run: one rank of several, or alone, when it only hands the exit code on."""
 
-    world: World = ALONE
-
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self.size = ranks, ranks.size
+        self.speaks = ranks.rank == 0  # this rank prints and writes what is the whole job's
+        self.world: World = ALONE
         self._joined: TorchWorld | None = None
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this rank prints and writes what is the whole job's."""
-        return self._ranks.rank == 0
 
     def refuse_other_ranks(self, verb: str) -> None:
         """Raises UnusableInput where several ranks were started for a verb that takes one process."""
@@ -66,18 +69,12 @@ class Job:
             )
 
     def join(self) -> None:
-        """Meet the other ranks.
-
-        Raises:
-            RankFailed: naming a rank that does not come.
-            UnusableInput: where ranks cannot meet.
-        """
+        """Meet the other ranks; raises RankFailed, naming one that does not come, and UnusableInput where none can."""
         if self.size == 1:
             return
         from llama.parallel.ranks import Meeting, join
 
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
         ranks = self._ranks
         self.world = self._joined = join(
             Shard(ranks.rank, ranks.size),
@@ -108,13 +105,15 @@ class Job:
 
     # -- the end
 
-    def end(self, code: int, sentence: str | None, error: BaseException | None) -> tuple[int, str | None]:
-        """The exit code and the sentence to print, with the other ranks' ends in view."""
+    def end(self, code: int, error: BaseException | None) -> tuple[int, str | None]:
+        """The exit code (``code`` if no error came) and the sentence to print, the other ranks' ends in view."""
+        sentence = None
+        if error is not None:
+            code, sentence = _code_of(error), _sentence_of(error)
         if self.size == 1:
             return code, sentence
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)
         if self._joined is None:
             # Before the ranks have met, an error in the command is every rank's; one per host says it.
             return code, sentence if isinstance(error, RankFailed) or self._ranks.local_rank == 0 else None
@@ -126,14 +125,18 @@ class Job:
         return code, sentence
 
     def _fail(self, world: TorchWorld, code: int, sentence: str | None, error: BaseException | None) -> NoReturn:
-        ending = self._cause(error) or Ending(self._ranks.rank, world.watch.host, sentence or INTERRUPTED, code)
+        ending = self._cause(error) or Ending(self._ranks.rank, world.watch.host, sentence or "interrupted", code)
         world.watch.settle(ending)
         said: str | None = ending.sentence
-        if ending.code == INTERRUPTED_CODE:  # Ctrl-C reaches all ranks of a terminal, in any order: said once a host
+        if ending.code == INTERRUPTED:  # Ctrl-C reaches all ranks of a terminal, in any order: said once a host
             own = isinstance(error, KeyboardInterrupt)
             said = None if error is None or self._ranks.local_rank else sentence if own else said
         elif ending.rank == self._ranks.rank:
-            said = self._own(sentence, world.watch.endings(SAME_END_S))
+            # Where all fail alike, one of them says it, for the job.
+            alike = all(end is not None and end.reason == sentence for end in world.watch.endings(SAME_END_S))
+            said = f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
+            if alike:
+                said = sentence if self.speaks else None
         self._leave(world, GRACE_S)
         _end_at_once(ending.code, said)
 
@@ -151,16 +154,7 @@ class Job:
             return error.ending
         if isinstance(error, CollectiveBroken | Terminated):
             return self._joined.watch.wait_for_failure(LOST_S + 2)
-        own = (UnusableInput, DoesNotFit, StoreError, OSError, KeyboardInterrupt)
-        return None if error is None or isinstance(error, own) else self._joined.watch.failure
-
-    def _own(self, sentence: str | None, endings: Sequence[Ending | None]) -> str | None:
-        """This rank's own sentence; where all fail alike, one of them says it, for the job."""
-        if sentence is None:
-            return None
-        if all(ending is not None and ending.reason == sentence for ending in endings):
-            return sentence if self.speaks else None
-        return f"rank {self._ranks.rank} of {self._ranks.size}: {sentence}"
+        return None if error is None or isinstance(error, tuple(_CODES)) else self._joined.watch.failure
 
 
 def _end_at_once(code: int, sentence: str | None) -> NoReturn:
@@ -171,3 +165,46 @@ def _end_at_once(code: int, sentence: str | None) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit code of what ended a verb."""
+    if isinstance(error, RankFailed):
+        return error.ending.code
+    if _ran_out(error):
+        return TOO_LARGE
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), FAILED)
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether it is torch's error of a GPU without memory; where that was raised, torch is imported."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether a sentence says it all; anything else is a fault of this program, and its traceback is wanted."""
+    return isinstance(error, (*_CODES, RuntimeError, Terminated))
+
+
+def _sentence_of(error: BaseException) -> str:
+    """What the user reads."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name} is not installed here: run `make bench` once, then "
+            "`.venv/bin/python bench_infer.py`"
+        )
+    if _ran_out(error):
+        return (
+            f"the GPU ran out of memory: {str(error).splitlines()[0]} "
+            "Lower --gpu-cached-layers, then --group-prefetch-depth, then --batch-size"
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing half-written was left"
+    if isinstance(error, Terminated):
+        return "ended by SIGTERM; nothing half-written was left"
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed before the end"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    return str(error) or type(error).__name__

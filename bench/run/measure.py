@@ -8,7 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+from bench.options.run_flags import RunOptions
 from bench.result.fields import Bound, ByPhase
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
@@ -21,120 +23,77 @@ from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, pref
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the tokens of every round are picked, and how many."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    ignore_eos: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Round:
-    """One generation, in seconds of the host's clock; ``steps`` are places in the endless pass order.
+    """One generation, in seconds of the host's clock.
 
-    Attributes:
-        tokens_at: when each token had been read back; the first one closes ``first_token``.
-        steps: at the start, at the end of the prefill, at the end.
-        passes: begun since the model's start, at the same moments.
-        complete_at_start: whether every resident was in its tier when the clock started.
+    ``tokens_at``: when each token had been read back. ``steps`` (places in the endless pass order) and ``passes``
+    (begun since the model's start) are those at the start, the end of the prefill, and the end.
+    ``complete_at_start``: whether every resident was in its tier when the clock started.
     """
 
     generation: Generation
     start: float
     prefill_done: float
-    tokens_at: tuple[float, ...]
     done: float
-    steps: tuple[int, int, int]
-    passes: tuple[int, int, int]
+    tokens_at: Sequence[float]
+    steps: Sequence[int]
+    passes: Sequence[int]
     complete_at_start: bool
 
     @property
-    def prefill_ms(self) -> float:
-        return (self.prefill_done - self.start) * 1e3
-
-    @property
-    def first_token_ms(self) -> float:
-        """Sampling and read-back of token 1, whose logits the prefill made."""
-        return (self.tokens_at[0] - self.prefill_done) * 1e3
-
-    @property
-    def decode_ms(self) -> float:
-        return (self.done - self.prefill_done) * 1e3
-
-    @property
-    def e2e_ms(self) -> float:
-        return self.prefill_ms + self.decode_ms
+    def windows(self) -> dict[str, Interval]:
+        """From when to when each phase went."""
+        return {"prefill": (self.start, self.prefill_done), "decode": (self.prefill_done, self.done)}
 
     @property
     def total_tok_s(self) -> float:
         """Prompt tokens and new ones."""
-        return (self.generation.decode_tokens + self.generation.prefill_tokens) / (self.e2e_ms / 1e3)
+        return (self.generation.prefill_tokens + self.generation.decode_tokens) / (self.done - self.start)
 
     @property
     def pass_ms(self) -> list[float]:
         """Time of each decode pass, from token to token."""
-        return [(later - earlier) * 1e3 for earlier, later in zip(self.tokens_at, self.tokens_at[1:], strict=False)]
-
-
-class _Clock:
-    """An observer of the generation loop."""
-
-    def __init__(self, llm: LLaMA, on_token: Callable[[], None]) -> None:
-        self._llm, self._on_token = llm, on_token
-        self.at: dict[str, float] = {}
-        self.steps: dict[str, int] = {}
-        self.passes: dict[str, int] = {}
-        self.tokens_at: list[float] = []
-
-    def __call__(self, mark: str) -> None:
-        now = time.perf_counter()
-        if mark == "token":
-            self.tokens_at.append(now)
-            self._on_token()
-        elif mark != "pass":
-            self.at[mark] = now
-            self.passes[mark] = self._llm.kv.passes
-            self.steps[mark] = self._llm.manager.tiers.next_step if self._llm.manager is not None else 0
+        return [(later - earlier) * 1e3 for earlier, later in pairwise(self.tokens_at)]
 
 
 def run_round(
-    llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[], None] = lambda: None
+    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None] = lambda: None
 ) -> Round:
     """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
     complete = llm.manager.tiers.loaded() if llm.manager is not None else True
-    clock = _Clock(llm, on_token)
+    at: dict[str, float] = {}
+    tokens_at, steps, passes = list[float](), list[int](), list[int]()
+
+    def observe(mark: str) -> None:
+        now = time.perf_counter()
+        if mark == "token":
+            tokens_at.append(now)
+            on_token()
+        elif mark != "pass":
+            at[mark] = now
+            passes.append(llm.kv.passes)
+            steps.append(llm.manager.tiers.next_step if llm.manager is not None else 0)
+
     generation = llm.generate(
         prompts,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        ignore_eos=sampling.ignore_eos,
-        observer=clock,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        ignore_eos=options.ignore_eos,
+        observer=observe,
     )
-    return Round(
-        generation=generation,
-        start=clock.at["start"],
-        prefill_done=clock.at["prefill_done"],
-        tokens_at=tuple(clock.tokens_at),
-        done=clock.at["done"],
-        steps=(clock.steps["start"], clock.steps["prefill_done"], clock.steps["done"]),
-        passes=(clock.passes["start"], clock.passes["prefill_done"], clock.passes["done"]),
-        complete_at_start=complete,
-    )
+    return Round(generation, **at, tokens_at=tokens_at, steps=steps, passes=passes, complete_at_start=complete)
 
 
-def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -> None:
     """One untimed round: the prefill and two decode passes."""
-    run_round(llm, prompts, replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens), ignore_eos=True))
+    run_round(llm, prompts, replace(options, max_new_tokens=min(3, options.max_new_tokens), ignore_eos=True))
 
 
 def median_round(rounds: Sequence[Round]) -> int:
     """The index of the round of median ``e2e_ms`` (the lower of two)."""
-    order = sorted(range(len(rounds)), key=lambda i: rounds[i].e2e_ms)
+    order = sorted(range(len(rounds)), key=lambda i: metrics_of(rounds[i]).e2e_ms)
     return order[(len(order) - 1) // 2]
 
 
@@ -142,16 +101,18 @@ def median_round(rounds: Sequence[Round]) -> int:
 
 
 def metrics_of(timed: Round) -> Metrics:
-    """The fixed times and rates of a round."""
-    tokens = timed.generation.decode_tokens
+    """The fixed times and rates of a round; token 1, whose logits the prefill made, takes sampling and read-back."""
+    prefill_ms, decode_ms = ((end - start) * 1e3 for start, end in timed.windows.values())
+    first_token_ms = (timed.tokens_at[0] - timed.prefill_done) * 1e3
+    tokens, e2e_ms = timed.generation.decode_tokens, prefill_ms + decode_ms
     return Metrics(
-        prefill_ms=timed.prefill_ms,
-        first_token_decode_ms=timed.first_token_ms,
-        ttft_ms=timed.prefill_ms + timed.first_token_ms,
-        decode_ms=timed.decode_ms,
-        e2e_ms=timed.e2e_ms,
-        throughput_tok_s=tokens / (timed.decode_ms / 1e3),
-        end_to_end_tok_s=tokens / (timed.e2e_ms / 1e3),
+        prefill_ms=prefill_ms,
+        first_token_decode_ms=first_token_ms,
+        ttft_ms=prefill_ms + first_token_ms,
+        decode_ms=decode_ms,
+        e2e_ms=e2e_ms,
+        throughput_tok_s=tokens / (decode_ms / 1e3),
+        end_to_end_tok_s=tokens / (e2e_ms / 1e3),
     )
 
 
@@ -166,13 +127,9 @@ def tpot_of(pass_ms: Sequence[float]) -> Tpot | None:
     """Time of a decode pass; None without decode passes."""
     if not pass_ms:
         return None
-    ordered = sorted(pass_ms)
-
-    def percentile(share: float) -> float:
-        return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
-
-    mean = statistics.fmean(ordered)
-    return Tpot(mean=mean, p50=percentile(0.5), p90=percentile(0.9), max=ordered[-1], n=len(ordered))
+    ordered, n = sorted(pass_ms), len(pass_ms)
+    p50, p90 = (ordered[math.ceil(share * n) - 1] for share in (0.5, 0.9))
+    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, max=ordered[-1], n=n)
 
 
 # -- bytes, and the floor under their time
@@ -194,17 +151,12 @@ def phases_of(
         decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
     )
     found = {}
-    for place, (name, window) in enumerate(windows_of(timed).items()):
-        steps = range(timed.steps[place], timed.steps[place + 1]) if llm.manager is not None else range(0)
+    for place, (name, window) in enumerate(timed.windows.items()):
+        steps, work = range(timed.steps[place], timed.steps[place + 1]), works[place]
         stats = llm.telemetry.phase(name, window, steps, passes[place])
-        stats = replace(stats, flops=int(works[place].flops), hbm_bytes=int(works[place].hbm_bytes))
+        stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
         found[name] = phase_of(stats, ceilings, predicted_pass_ms[name])
     return ByPhase(**found)
-
-
-def windows_of(timed: Round) -> dict[str, Interval]:
-    """From when to when each phase went, in seconds of the host's clock."""
-    return {"prefill": (timed.start, timed.prefill_done), "decode": (timed.prefill_done, timed.done)}
 
 
 def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_ms: float | None = None) -> Phase:

@@ -1,26 +1,95 @@
-"""Prompt files: read, and made of texts of an exact number of tokens. Imports no torch."""
+"""Prompts: files read and made, and the rows of a run's batch, cut to length. Imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from bench.options.run_flags import RunOptions
+from llama.config import ModelConfig
 from llama.tokenizer import Tokenizer
 from wsm.errors import UnusableInput
+from wsm.plan.inputs import RunShape
+
+if TYPE_CHECKING:
+    from llama.inputs import Inputs
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "prompts" / "prompts_default.txt"
 _HEADER = re.compile(r"^=====\s*PROMPT\b.*=====\s*$")
 _WORDS = Path(__file__).with_name("words.txt")
+MOST_RANDOM_PROMPTS = 512
+"""As many as the guide's prompt file has; a larger batch repeats them."""
+_SHARED = """
+batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk warmup_rounds repeats no_probe
+"""
+
+
+def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
+    """The token ids of the prompts that fill the batch, BOS counted in; ``say`` is told what was cut.
+
+    They are repeated to fill it only when it is known to fit: a batch may be asked for that no memory holds.
+    """
+    most = options.max_seq_len - options.max_new_tokens
+    if options.prompt_len is not None:
+        count = min(options.batch_size, MOST_RANDOM_PROMPTS)
+        whole = random_prompts(inputs.checkpoint.config, options.prompt_len, count, options.seed)
+    else:
+        texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
+        whole = tokenize(texts[: options.batch_size], inputs.tokenizer)
+    if long := [len(prompt) for prompt in whole if len(prompt) > most]:
+        say(f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)})")
+    return [keep_last(prompt, most) for prompt in whole]
+
+
+def shape_of(prompts: Sequence[Sequence[int]], options: RunOptions) -> RunShape:
+    """The shape of a run whose batch ``prompts`` fill, repeated."""
+    lengths = [len(prompt) for prompt in prompts]
+    times, rest = divmod(options.batch_size, len(lengths))
+    tokens = times * sum(lengths) + sum(lengths[:rest])
+    return RunShape(options.batch_size, max(lengths), options.max_new_tokens, tokens)
+
+
+def facts_of(options: RunOptions, prompts: Sequence[Sequence[int]]) -> dict[str, str]:
+    """What has to be the same on every rank, besides what is built."""
+    flags = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in _SHARED.split()}
+    return {**flags, "prompts of digest": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
+
+
+def fill_batch(prompts: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
+    """The first ``batch`` prompts, repeated to fill it."""
+    return [list(prompts[row % len(prompts)]) for row in range(batch)]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each text, BOS in front."""
+    return [[tokenizer.bos_id, *tokenizer.encode(text, bos=False)] for text in texts]
+
+
+def keep_last(prompt: Sequence[int], most: int) -> list[int]:
+    """A prompt cut to ``most`` tokens: its first, the BOS, and the last ones behind it."""
+    return [prompt[0], *prompt[max(1, len(prompt) - (most - 1)) :]]
+
+
+def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:
+    """``count`` prompts of ``length`` random ids; the first and last 256 of a real vocabulary are left out.
+
+    Special tokens lie there: Llama 2 and many Hugging Face models number them from 0, Llama 3 at the end.
+    """
+    real = config.vocab_size > 1024
+    first, end = (256, config.vocab_size - 256) if real else (0, min(config.vocab_size, 256))
+    numbers = random.Random(seed)
+    return [[numbers.randrange(first, end) for _ in range(length)] for _ in range(count)]
 
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: ``.jsonl``; blocks under ``===== PROMPT … =====`` headers; else one a line.
 
-    Raises:
-        UnusableInput: if it is missing, not UTF-8, empty, or a line of ``.jsonl`` holds no prompt.
+    Raises UnusableInput if it is missing, not UTF-8, empty, or a line of ``.jsonl`` holds no prompt.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -37,10 +106,9 @@ def read_prompts(path: Path) -> list[str]:
         prompts = _blocks(path, lines)
     else:
         prompts = [line.strip() for line in lines]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
+    if not any(prompts):
         raise UnusableInput(f"--prompts {path} holds no prompt")
-    return prompts
+    return [prompt for prompt in prompts if prompt]
 
 
 def _json_prompt(path: Path, number: int, line: str) -> str:
@@ -48,9 +116,7 @@ def _json_prompt(path: Path, number: int, line: str) -> str:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UnusableInput(f"--prompts {path}, line {number} is no JSON: {error}") from error
-    found = entry if isinstance(entry, str) else None
-    if isinstance(entry, dict):
-        found = entry.get("prompt", entry.get("text"))
+    found = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else entry
     if not isinstance(found, str):
         raise UnusableInput(
             f'--prompts {path}, line {number} holds no prompt: {{"prompt": "…"}} or a string is expected'
@@ -73,17 +139,18 @@ def _blocks(path: Path, lines: Sequence[str]) -> list[str]:
 def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Iterator[str]:
     """``count`` texts of random words that the tokenizer cuts into exactly ``tokens`` tokens each, BOS not counted."""
     numbers, words = random.Random(seed), _WORDS.read_text(encoding="utf-8").split()
-    tokens_a_word = len(tokenizer.encode(" ".join(words), bos=False)) / len(words)
-    for _ in range(count):
-        yield _exact_text(tokenizer, tokens, numbers, words, tokens_a_word)
 
-
-def _exact_text(
-    tokenizer: Tokenizer, tokens: int, numbers: random.Random, words: Sequence[str], tokens_a_word: float
-) -> str:
     def length(text: str) -> int:
         return len(tokenizer.encode(text, bos=False))
 
+    tokens_a_word = length(" ".join(words)) / len(words)
+    for _ in range(count):
+        yield _exact_text(length, tokens, numbers, words, tokens_a_word)
+
+
+def _exact_text(
+    length: Callable[[str], int], tokens: int, numbers: random.Random, words: Sequence[str], tokens_a_word: float
+) -> str:
     text = numbers.choice(words)
     # Encoding is what takes the time: nearly all that is missing at once, then nearly all of the rest.
     while (short := tokens - length(text)) > 2 * tokens_a_word:

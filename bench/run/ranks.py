@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
 
-from bench.result.fields import ByPhase, Part
-from bench.result.types import GpuPeak, LinkRates, Result
+from bench.options.run_flags import RunOptions
+from bench.result.fields import ByPhase
+from bench.result.types import LinkRates, Result
 from bench.result.types_phases import JobPhase, Parallel, Phase, Rank, RankPhase, Traffic
-from bench.run.measure import Round, link_rates, median_round, windows_of
-from bench.run.record import gpu_peak
+from bench.run.measure import Round, link_rates, median_round
+from bench.run.record import Progress, gpu_peak, result_of
 from llama.llm import LLaMA
 from llama.parallel.watch import RankFailed
 
@@ -19,59 +20,53 @@ INTERRUPTED_LIMIT_S = 5.0
 """How long the other ranks' reports are waited for after Ctrl-C."""
 
 
-class Report(Part, frozen=True, kw_only=True):
-    """What a rank sends to the others."""
+def job_result(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
+    """The result, once all is still; of several ranks, each sends its report and rank 0's is the job's.
 
-    rank: Rank
-    output_sha256: str
+    The round of median time on rank 0 counts. Raises RuntimeError if the ranks sampled different tokens.
+    """
+    world = llm.inputs.world
+    if got.interrupted:
+        world.abandon()
+    llm.stop()
+    mine = median_round(got.rounds)
+    theirs = _exchange(llm, str(mine), got)[0]
+    got.chosen = min(int(theirs), len(got.rounds) - 1) if theirs is not None else mine
+    result = result_of(options, llm, got)
+    if world.shard.size == 1:
+        return result
+    report = msgspec.json.encode((_rank(llm, got.rounds[got.chosen], result), result.output.sha256)).decode()
+    answers = _exchange(llm, report, got)
+    reports = [None if text is None else msgspec.json.decode(text, type=tuple[Rank, str]) for text in answers]
+    for number, other in enumerate(reports):
+        if other is not None and reports[0] is not None and other[1] != reports[0][1]:
+            raise RuntimeError(
+                f"rank {number} on {other[0].host} sampled other tokens than rank 0: their devices or libraries "
+                "compute differently; use hosts of one kind, or --temperature 0"
+            )
+    return with_ranks(result, [None if other is None else other[0] for other in reports])
 
 
-def agreed_round(llm: LLaMA, rounds: Sequence[Round], *, interrupted: bool) -> int:
-    """The round of median time on rank 0; where the others are going, this rank's own."""
-    mine = median_round(rounds)
-    answer = _exchange(llm, str(mine), interrupted=interrupted)[0]
-    return min(int(answer), len(rounds) - 1) if answer is not None else mine
-
-
-def _exchange(llm: LLaMA, mine: str, *, interrupted: bool) -> list[str | None]:
+def _exchange(llm: LLaMA, mine: str, got: Progress) -> list[str | None]:
     """Every rank's text; after Ctrl-C, None for a rank that is gone."""
     world = llm.inputs.world
     try:
-        return world.exchange(mine, INTERRUPTED_LIMIT_S if interrupted else None)
+        return world.exchange(mine, INTERRUPTED_LIMIT_S if got.interrupted else None)
     except RankFailed:
-        if not interrupted:
+        if not got.interrupted:
             raise
         return [mine if rank == world.shard.rank else None for rank in range(world.shard.size)]
 
 
-def collect(llm: LLaMA, report: Report, *, interrupted: bool) -> list[Rank | None]:
-    """Every rank's report; None for a rank that is gone after Ctrl-C.
-
-    Raises:
-        RuntimeError: if the ranks sampled different tokens.
-    """
-    answers = _exchange(llm, json.dumps(msgspec.to_builtins(report)), interrupted=interrupted)
-    reports = [None if text is None else msgspec.convert(json.loads(text), Report) for text in answers]
-    for rank, other in enumerate(reports):
-        if other is not None and reports[0] is not None and other.output_sha256 != reports[0].output_sha256:
-            raise RuntimeError(
-                f"rank {rank} on {other.rank.host} sampled other tokens than rank 0: their devices or libraries "
-                "compute differently; use hosts of one kind, or --temperature 0"
-            )
-    return [None if report is None else report.rank for report in reports]
-
-
-def rank_report(llm: LLaMA, timed: Round, result: Result) -> Report:
+def _rank(llm: LLaMA, timed: Round, result: Result) -> Rank:
     """What this rank measured in the round that its ``result`` is of; to be asked when the device is idle."""
-    world, windows = llm.inputs.world, windows_of(timed)
-
-    def phase(name: str, whole: Phase) -> RankPhase:
-        collectives_ms, count = llm.telemetry.collectives(windows[name])
+    world, rates = llm.inputs.world, msgspec.structs.asdict(result.ceilings)
+    phases = {}
+    for name, whole in msgspec.structs.asdict(result.phases).items():
+        collectives_ms, count = llm.telemetry.collectives(timed.windows[name])
         shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
-        return RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
-
-    rates = msgspec.structs.asdict(result.ceilings)
-    rank = Rank(
+        phases[name] = RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
+    return Rank(
         rank=world.shard.rank,
         host=world.hosts[world.shard.rank],
         device=result.device,
@@ -81,43 +76,44 @@ def rank_report(llm: LLaMA, timed: Round, result: Result) -> Report:
         gpu_peak_reserved_bytes=result.memory.gpu_peak_reserved_bytes,
         cpu_page_locked_bytes=result.memory.cpu_page_locked_bytes,
         ceilings_MBps={name: rate.value for name, rate in rates.items() if rate and rate.unit == "MBps"},
-        phases=ByPhase(prefill=phase("prefill", result.phases.prefill), decode=phase("decode", result.phases.decode)),
+        phases=ByPhase(**phases),
         warnings=result.warnings,
     )
-    return Report(rank=rank, output_sha256=result.output.sha256)
 
 
 def with_ranks(result: Result, ranks: list[Rank | None]) -> Result:
     """Rank 0's result as the whole job's: the fixed keys over all ranks, and the part ``parallel``."""
     there = [rank for rank in ranks if rank is not None]
-    hosts = list(dict.fromkeys(rank.host for rank in there))
-    prefill = _job_phase([(rank.rank, rank.phases.prefill) for rank in there])
-    decode = _job_phase([(rank.rank, rank.phases.decode) for rank in there])
+    page_locked = Counter[str]()
+    for rank in there:
+        page_locked[rank.host] += rank.cpu_page_locked_bytes
+    jobs, phases = dict[str, JobPhase](), dict[str, Phase]()
+    for name, own in msgspec.structs.asdict(result.phases).items():
+        jobs[name] = job = _job_phase([(rank.rank, getattr(rank.phases, name)) for rank in there])
+        floor = {key: getattr(job, key) for key in ("floor_ms", "bound_by", "roofline_pct")}
+        phases[name] = msgspec.structs.replace(own, **floor)
     parallel = Parallel(
         world_size=len(ranks),
-        hosts=hosts,
-        cpu_page_locked_bytes={
-            host: sum(rank.cpu_page_locked_bytes for rank in there if rank.host == host) for host in hosts
-        },
-        phases=ByPhase(prefill=prefill, decode=decode),
+        hosts=list(page_locked),
+        cpu_page_locked_bytes=dict(page_locked),
+        phases=ByPhase(**jobs),
         ranks=ranks,
     )
+    rates = [link_rates(rank.phases) for rank in there]  # the links run side by side: their rates add up
+    links = {name: sum(getattr(rate, name) or 0.0 for rate in rates) or None for name in LinkRates.__struct_fields__}
+    allocated = [rank.gpu_peak_allocated_bytes for rank in there if rank.gpu_peak_allocated_bytes is not None]
+    reserved = [rank.gpu_peak_reserved_bytes for rank in there if rank.gpu_peak_reserved_bytes is not None]
     return msgspec.structs.replace(
         result,
-        io_bw_MBps=_job_rates(there),
-        gpu_mem_GB=_largest_memory(there),
-        phases=ByPhase(prefill=_bounded(result.phases.prefill, prefill), decode=_bounded(result.phases.decode, decode)),
+        io_bw_MBps=LinkRates(**links),
+        gpu_mem_GB=gpu_peak(max(allocated, default=None), max(reserved, default=None)),  # of the GPU that holds most
+        phases=ByPhase(**phases),
         parallel=parallel,
         warnings=[
             *result.warnings,
             *(f"rank {r.rank}: {line}" for r in there[1:] for line in r.warnings if line not in result.warnings),
         ],
     )
-
-
-def _bounded(phase: Phase, job: JobPhase) -> Phase:
-    """Rank 0's phase with the job's floor."""
-    return msgspec.structs.replace(phase, floor_ms=job.floor_ms, bound_by=job.bound_by, roofline_pct=job.roofline_pct)
 
 
 def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:
@@ -137,18 +133,3 @@ def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:
         collectives_ms=collectives_ms,
         collectives_pct=100 * collectives_ms / wall_ms if wall_ms else None,
     )
-
-
-def _job_rates(ranks: Sequence[Rank]) -> LinkRates:
-    """The links run side by side, so their rates add up."""
-    rates = [link_rates(rank.phases) for rank in ranks]
-    return LinkRates(
-        **{name: sum(getattr(rate, name) or 0.0 for rate in rates) or None for name in LinkRates.__struct_fields__}
-    )
-
-
-def _largest_memory(ranks: Sequence[Rank]) -> GpuPeak:
-    """Of the GPU that holds most."""
-    allocated = [rank.gpu_peak_allocated_bytes for rank in ranks if rank.gpu_peak_allocated_bytes is not None]
-    reserved = [rank.gpu_peak_reserved_bytes for rank in ranks if rank.gpu_peak_reserved_bytes is not None]
-    return gpu_peak(max(allocated, default=None), max(reserved, default=None))

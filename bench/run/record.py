@@ -12,35 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import psutil
 import torch
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
 from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
-from bench.result.types_machine import (
-    KV,
-    BytesPerPass,
-    Drive,
-    KVTier,
-    LoadSeconds,
-    Memory,
-    Planned,
-    Provenance,
-    Residency,
-    Tier,
-)
+from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
 from bench.result.types_phases import Ceilings, Phase, Rate
+from bench.run import warnings
 from bench.run.conditions import Watch
 from bench.run.measure import Round, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
-from bench.run.warnings import (
-    beaten_floors,
-    drive_warnings,
-    plan_warnings,
-    prediction_warnings,
-    steadiness_warnings,
-    unmeasured,
-)
 from llama.llm import LLaMA
 from wsm.option import options_of
 from wsm.plan.time import Ceiling, predicted_pass_ms
@@ -50,44 +33,47 @@ from wsm.store.description import DTYPE_NAMES
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a run has got so far, for the result of an interrupted one too; round ``chosen`` counts."""
+    """What a run's result is made of, as far as it has got, for an interrupted one too; round ``chosen`` counts."""
 
-    ceilings: dict[str, Ceiling]
-    rounds: list[Round]
+    argv: Sequence[str]
+    user_set: Sequence[str]
+    prompts: list[list[int]]
+    warnings: list[str]
+    ceilings: dict[str, Ceiling] = dataclasses.field(default_factory=dict)
+    rounds: list[Round] = dataclasses.field(default_factory=list)
     interrupted: bool = False
     chosen: int = 0
     watch: Watch = dataclasses.field(default_factory=lambda: Watch(torch.device("cpu"), ()))
 
 
-def result_of(
-    options: RunOptions,
-    argv: Sequence[str],
-    user_set: Sequence[str],
-    llm: LLaMA,
-    prompts: list[list[int]],
-    got: Progress,
-    warnings: list[str],
-) -> Result:
+def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     """The result of this process; of several ranks, :mod:`bench.run.ranks` makes it the job's."""
     chosen = got.rounds[got.chosen]
-    phases = phases_of(llm, chosen, prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
-    memory, (provenance, missing) = _memory(llm), _provenance(options, llm)
+    generation = chosen.generation
+    phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
+    memory, store = _memory(llm), llm.inputs.description
+    drive = Path(store.targets[0]) if store is not None else None
+    provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, drive)
     return Result(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
-        prompt_lens=[len(prompt) for prompt in prompts],
-        prefill_tokens_total=chosen.generation.prefill_tokens,
-        decode_tokens_total=chosen.generation.decode_tokens,
+        prompt_lens=[len(prompt) for prompt in got.prompts],
+        prefill_tokens_total=generation.prefill_tokens,
+        decode_tokens_total=generation.decode_tokens,
         **msgspec.structs.asdict(metrics_of(chosen)),
         io_bw_MBps=link_rates(phases),
         gpu_mem_GB=gpu_peak(memory.gpu_peak_allocated_bytes, memory.gpu_peak_reserved_bytes),
         mode=cast(Mode, llm.settings.mode),
         device=str(llm.inputs.device),
-        wsm=_manager(llm),
+        wsm=Manager(
+            enabled=llm.manager is not None,
+            ssd_enabled=bool(llm.plan.placement.residency.ssd),
+            gpu_max_groups=llm.settings.gpu_max_groups,
+        ),
         total_tok_s=chosen.total_tok_s,
         schema_version=SCHEMA_VERSION,
         interrupted=got.interrupted,
-        decode_forward_passes=chosen.generation.decode_passes,
+        decode_forward_passes=generation.decode_passes,
         tpot_ms=tpot_of(chosen.pass_ms),
         phases=phases,
         ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
@@ -97,56 +83,44 @@ def result_of(
         load_s=_load_seconds(llm),
         load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
         kv=_kv(options, llm),
-        config=_config(options, argv, user_set, llm),
+        config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
-        output=_output(options, llm, chosen.generation.tokens),
+        output=Output(
+            sha256=hashlib.sha256(json.dumps(generation.tokens).encode()).hexdigest(),
+            texts=[llm.tokenizer.decode(row) for row in generation.tokens] if options.print_text else None,
+        ),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[*warnings, *_warnings(llm, got, phases, missing)],
+        warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
     )
 
 
 def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequence[str]) -> Iterator[str]:
     """What makes the figures doubtful; ``missing`` is of the provenance."""
     chosen, named = got.rounds[got.chosen], msgspec.structs.asdict(phases)
-    yield from plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
-    yield from beaten_floors(named)
+    yield from warnings.plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
+    yield from warnings.beaten_floors(named)
     if llm.inputs.device.type == "cuda":
-        yield from prediction_warnings(named)
-    yield from drive_warnings(llm.telemetry.reads, (chosen.prefill_done, chosen.done))
-    yield from steadiness_warnings([timed.e2e_ms for timed in got.rounds])
+        yield from warnings.prediction_warnings(named)
+    yield from warnings.drive_warnings(llm.telemetry.reads, chosen.windows["decode"])
+    yield from warnings.steadiness_warnings([metrics_of(timed).e2e_ms for timed in got.rounds])
     yield from got.watch.warnings
     yield from missing
-    yield from unmeasured(llm.inputs.device, got.ceilings, phases.decode)
+    yield from warnings.unmeasured(llm.inputs.device, got.ceilings, phases.decode)
 
 
 def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak:
     """In GiB."""
-    return GpuPeak(
-        allocated_GB=None if allocated_bytes is None else allocated_bytes / 2**30,
-        reserved_GB=None if reserved_bytes is None else reserved_bytes / 2**30,
-    )
-
-
-def _manager(llm: LLaMA) -> Manager:
-    return Manager(
-        enabled=llm.manager is not None,
-        ssd_enabled=bool(llm.plan.placement.residency.ssd),
-        gpu_max_groups=llm.settings.gpu_max_groups,
-    )
+    allocated, reserved = (None if n is None else n / 2**30 for n in (allocated_bytes, reserved_bytes))
+    return GpuPeak(allocated_GB=allocated, reserved_GB=reserved)
 
 
 def _residency(llm: LLaMA, chosen: Round) -> Residency:
     placement, layer = llm.plan.placement, llm.plan.inputs.slot_bytes()
-
-    def tier(layers: Sequence[int]) -> Tier:
-        return Tier(layers=len(layers), bytes=len(layers) * layer)
-
+    layers = {tier: len(getattr(placement.residency, tier)) for tier in ("gpu", "cpu", "ssd")}
     return Residency(
-        gpu=tier(placement.residency.gpu),
-        cpu=tier(placement.residency.cpu),
-        ssd=tier(placement.residency.ssd),
+        **{tier: Tier(layers=n, bytes=n * layer) for tier, n in layers.items()},
         gpu_slots=placement.gpu_slots,
         cpu_slots=placement.cpu_slots,
         complete_at_start=chosen.complete_at_start,
@@ -170,7 +144,7 @@ def _planned(llm: LLaMA) -> Planned:
 
 def _memory(llm: LLaMA) -> Memory:
     device = llm.inputs.device
-    on_gpu = device.type == "cuda"
+    on_gpu, process = device.type == "cuda", psutil.Process().memory_info()
     return Memory(
         gpu_peak_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         gpu_peak_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
@@ -178,18 +152,8 @@ def _memory(llm: LLaMA) -> Memory:
         cpu_page_locked_bytes=llm.page_locked_bytes,
         cpu_page_locked_peak_bytes=llm.page_locked_peak_bytes,
         rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        rss_anon_bytes=_rss_anon(),
+        rss_anon_bytes=process.rss - process.shared,
     )
-
-
-def _rss_anon() -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
 
 
 def _load_seconds(llm: LLaMA) -> LoadSeconds:
@@ -215,7 +179,7 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
     )
 
 
-def _config(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], llm: LLaMA) -> Config:
+def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
     chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
     found: dict[str, Setting] = {
@@ -225,23 +189,8 @@ def _config(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], l
         "tp": llm.inputs.world.shard.size,
     }
     return Config(
-        argv=list(argv),
+        argv=list(got.argv),
         resolved={**options.to_json(), **chosen, **found},
         environment=environment_echo(os.environ),
-        environment_set_by_user=list(user_set),
-    )
-
-
-def _provenance(options: RunOptions, llm: LLaMA) -> tuple[Provenance, list[str]]:
-    """And a warning for each thing that could not be had."""
-    store = Path(llm.inputs.description.targets[0]) if llm.inputs.description is not None else None
-    found, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, store)
-    drive = Drive(**found["drive"]) if found["drive"] is not None else None
-    return Provenance(**{**found, "drive": drive}), missing
-
-
-def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
-    return Output(
-        sha256=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-        texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
+        environment_set_by_user=list(got.user_set),
     )

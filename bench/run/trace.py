@@ -41,8 +41,13 @@ def chrome_trace(telemetry: Telemetry, phases: dict[str, Interval]) -> str:
         tracks = _side_by_side(stay for stay in stays if stay.lane == lane)
         for beside, track in enumerate(tracks or [[]]):
             tid = place * _MOST_SIDE_BY_SIDE + beside
-            events += _named(tid, lane if len(tracks) < 2 else f"{lane} {beside + 1}")
-            events += [_event(stay, tid, start) for stay in track]
+            shown = lane if len(tracks) < 2 else f"{lane} {beside + 1}"
+            for name, args in {"thread_name": {"name": shown}, "thread_sort_index": {"sort_index": tid}}.items():
+                events.append({"ph": "M", "pid": 0, "tid": tid, "name": name, "args": args})
+            for stay in track:
+                first, last = stay.interval
+                times = {"ts": (first - start) * 1e6, "dur": (last - first) * 1e6}
+                events.append({"ph": "X", "name": stay.name, "pid": 0, "tid": tid, **times, "args": stay.args})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
@@ -101,17 +106,3 @@ def _side_by_side(stays: Iterable[Stay]) -> list[list[Stay]]:
         tracks[track].append(stay)
         heapq.heappush(free_at, (stay.interval[1], track))
     return tracks
-
-
-def _named(tid: int, name: str) -> list[dict[str, Any]]:
-    common = {"ph": "M", "pid": 0, "tid": tid}
-    return [
-        {**common, "name": "thread_name", "args": {"name": name}},
-        {**common, "name": "thread_sort_index", "args": {"sort_index": tid}},
-    ]
-
-
-def _event(stay: Stay, tid: int, start: float) -> dict[str, Any]:
-    first, last = stay.interval
-    times = {"ts": (first - start) * 1e6, "dur": (last - first) * 1e6}
-    return {"ph": "X", "name": stay.name, "pid": 0, "tid": tid, **times, "args": stay.args}

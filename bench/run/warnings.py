@@ -33,14 +33,12 @@ def beaten_floors(phases: Mapping[str, Phase]) -> Iterator[str]:
 def plan_warnings(phases: Mapping[str, Phase], planned: BytesPerPass) -> Iterator[str]:
     """A line for each phase whose passes used other bytes than planned, by more than 1 %."""
     for name, phase in phases.items():
-        for tier, used, of_pass in (
-            ("ssd_read", phase.bytes.ssd_read, planned.ssd_read),
-            ("weight_h2d", phase.bytes.weight_h2d, planned.weight_h2d),
-        ):
-            if abs(used - of_pass * phase.passes) > 0.01 * max(of_pass * phase.passes, 1):
+        for tier in ("ssd_read", "weight_h2d"):
+            used, expected = getattr(phase.bytes, tier), getattr(planned, tier) * phase.passes
+            if abs(used - expected) > 0.01 * max(expected, 1):
                 yield (
-                    f"{name}: {used / 1e6:.1f} MB of {tier} were used, {of_pass * phase.passes / 1e6:.1f} MB were "
-                    "planned: paging did not go as planned"
+                    f"{name}: {used / 1e6:.1f} MB of {tier} were used, {expected / 1e6:.1f} MB were planned: "
+                    "paging did not go as planned"
                 )
 
 
@@ -83,40 +81,35 @@ def _read_MBps(reads: Sequence[Transfer]) -> float:
 
 def steadiness_warnings(e2e_ms: Sequence[float]) -> list[str]:
     """A line for a first round that stands out, and one for rounds that grow or shrink one after the other."""
-    return [*_outlier_first(e2e_ms), *_trend(e2e_ms)]
+    outlier = _outlier_first(e2e_ms) if len(e2e_ms) >= FEWEST_FOR_OUTLIER else ()
+    return [*outlier, *(_trend(e2e_ms) if len(e2e_ms) >= FEWEST_FOR_TREND else ())]
 
 
-def _outlier_first(e2e_ms: Sequence[float]) -> list[str]:
+def _outlier_first(e2e_ms: Sequence[float]) -> Iterator[str]:
     """The first round against the others: off by over 5 % and by over 5 of their robust standard deviations."""
-    if len(e2e_ms) < FEWEST_FOR_OUTLIER:
-        return []
     first, rest = e2e_ms[0], e2e_ms[1:]
     middle = statistics.median(rest)
     deviation = _MAD_TO_STDEV * statistics.median(abs(sample - middle) for sample in rest)
-    if abs(first - middle) <= max(OUTLIER_DEVIATIONS * deviation, OUTLIER_SHARE * middle):
-        return []
-    return [
-        f"the first round took {first:.1f} ms, the median of the others is {middle:.1f} ms: "
-        "the machine was not warm; raise --warmup-rounds"
-    ]
+    if abs(first - middle) > max(OUTLIER_DEVIATIONS * deviation, OUTLIER_SHARE * middle):
+        yield (
+            f"the first round took {first:.1f} ms, the median of the others is {middle:.1f} ms: "
+            "the machine was not warm; raise --warmup-rounds"
+        )
 
 
-def _trend(e2e_ms: Sequence[float]) -> list[str]:
+def _trend(e2e_ms: Sequence[float]) -> Iterator[str]:
     """Mann and Kendall's test at 5 %, and a change over all rounds (Theil and Sen's slope) above 2 %."""
     n = len(e2e_ms)
-    if n < FEWEST_FOR_TREND:
-        return []
     pairs = [(j - i, e2e_ms[j] - e2e_ms[i]) for i in range(n) for j in range(i + 1, n)]
     balance = sum((change > 0) - (change < 0) for _, change in pairs)
     deviations = (abs(balance) - 1) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     change = statistics.median(change / distance for distance, change in pairs) * (n - 1)
     share = change / statistics.median(e2e_ms)
-    if deviations < TREND_DEVIATIONS or abs(share) < TREND_SHARE:
-        return []
-    return [
-        f"e2e_ms {'rises' if share > 0 else 'falls'} by {100 * abs(share):.1f} % from the first to the last of {n} "
-        "rounds: no steady state was reached; raise --warmup-rounds, and see whether the drive or the chip gets hot"
-    ]
+    if deviations >= TREND_DEVIATIONS and abs(share) >= TREND_SHARE:
+        yield (
+            f"e2e_ms {'rises' if share > 0 else 'falls'} by {100 * abs(share):.1f} % from the first to the last of {n} "
+            "rounds: no steady state was reached; raise --warmup-rounds, and see whether the drive or the chip gets hot"
+        )
 
 
 def unmeasured(device: torch.device, ceilings: Mapping[str, Ceiling], decode: Phase) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.options.sweep_flags import SweepOptions
+from bench.options.verb_flags import SweepOptions
 from bench.result.results import read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
 from bench.result.types import Result

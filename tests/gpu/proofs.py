@@ -25,12 +25,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.run.measure import Sampling, run_round  # noqa: E402
+from bench.options.run_flags import RunOptions  # noqa: E402
+from bench.run.measure import run_round  # noqa: E402
 from llama.config import PRESETS  # noqa: E402
 from llama.inputs import open_inputs, plan_run  # noqa: E402
 from llama.llm import LLaMA  # noqa: E402
 from llama.loading import Reporter  # noqa: E402
-from llama.options import BuildOptions  # noqa: E402
 from wsm.engine.arena import PageLockedArena  # noqa: E402
 from wsm.engine.device import open_device  # noqa: E402
 from wsm.plan.plan import RunShape  # noqa: E402
@@ -60,7 +60,8 @@ def pinning() -> dict[str, Any]:
 
 def telemetry() -> dict[str, Any]:
     """Median decode pass of 30, of streamed layers, with every record and with none; two builds of each, in turn."""
-    options = BuildOptions(mode="stream", gpu_cached_layers=2, gpu_mem_gb=24, synthetic=SHAPE, device="cuda")
+    work: dict[str, Any] = {"max_new_tokens": 31, "temperature": 0.0, "top_p": 1.0, "ignore_eos": True}
+    options = RunOptions(mode="stream", gpu_cached_layers=2, gpu_mem_gb=24, synthetic=SHAPE, device="cuda", **work)
     passes: dict[bool, list[float]] = {True: [], False: []}
     for measured in (True, False, True, False):
         inputs = open_inputs(options)
@@ -68,8 +69,7 @@ def telemetry() -> dict[str, Any]:
         with LLaMA.assemble(inputs, plan, Reporter(), measured=measured) as llm:
             prompt = [list(range(1000, 1128))]
             llm.generate(prompt, max_new_tokens=3, temperature=0.0, ignore_eos=True)
-            sampling = Sampling(31, temperature=0.0, top_p=1.0, seed=0, ignore_eos=True)
-            passes[measured] += run_round(llm, prompt, sampling).pass_ms
+            passes[measured] += run_round(llm, prompt, options).pass_ms
         del llm, inputs, plan
         gc.collect()
         torch.cuda.empty_cache()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli import endings as cli
 from bench.cli.docs import GENERATED, result_schema
 from bench.options.flags import VERBS, build_parser
 from bench.options.run_flags import RunOptions
 from bench.result.schema import document
 from bench.result.types import FIXED_KEYS
+from bench.run import job as cli
 from wsm.option import options_of
 from wsm.settings import PRESETS
 

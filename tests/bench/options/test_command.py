@@ -6,8 +6,7 @@ import shlex
 
 import pytest
 
-from bench.options.command import kept_command
-from bench.options.flags import parse
+from bench.options.flags import kept_command, parse
 from bench.options.run_flags import RunOptions
 
 CHOSEN = ["--gpu-cached-layers 7", "--cpu-cache-layers 9"]

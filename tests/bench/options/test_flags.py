@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from bench.options.flags import (
+from bench.options.flags import parse
+from bench.options.run_flags import RunOptions
+from bench.options.verb_flags import (
     VERBS,
+    CompareOptions,
     PackOptions,
     PromptsOptions,
-    RunOptions,
+    ReportOptions,
     VerifyOptions,
-    parse,
 )
-from bench.options.verb_flags import CompareOptions, ReportOptions
 from bench_infer import command_line as main
 from llama.options import BuildOptions
 from wsm.errors import UnusableInput

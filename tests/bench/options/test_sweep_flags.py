@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.options.flags import build_parser, parse
-from bench.options.sweep_flags import SweepOptions
+from bench.options.verb_flags import SweepOptions
 from bench_infer import command_line as main
 from tests.whole.test_docs import verbs_of
 from wsm.errors import UnusableInput

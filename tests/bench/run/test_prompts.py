@@ -17,12 +17,16 @@ from tokenizers.trainers import BpeTrainer
 
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run.batch import fill_batch, keep_last, random_prompts, shape_of, tokenize
 from bench.run.prompts import (
     DEFAULT_FILE,
+    fill_batch,
+    keep_last,
     make_prompts,
     prompt_file,
+    random_prompts,
     read_prompts,
+    shape_of,
+    tokenize,
 )
 from bench_infer import command_line as main
 from llama.config import ModelConfig
@@ -205,7 +209,7 @@ def test_a_batch_is_planned_before_its_rows_are_made(
     def never(prompts: object, batch: int) -> list[list[int]]:
         raise AssertionError("rows were made for a batch that does not fit")
 
-    monkeypatch.setattr("bench.run.batch.fill_batch", never)
+    monkeypatch.setattr("bench.run.prompts.fill_batch", never)
     flags = ["--device", "cpu", "--prompt-len", "4", "--batch-size", "400", "--cpu-mem-gb", "0.2"]
     assert main([*flags, "--cache-dir", str(tmp_path), "--out-json", str(tmp_path / "r.json")]) == 3
     assert "--batch-size" in capsys.readouterr().err

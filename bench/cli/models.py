@@ -1,16 +1,31 @@
-"""The verbs on a packed store: pack and verify."""
+"""The verbs on a model's weights, which need torch: plan, and pack and verify of a packed store."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 
+from bench.options.flags import kept_command
+from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.summary import ConsoleReporter
+from bench.run.ceilings import recall_near
+from bench.run.job import BAD_STORE, DONE
+from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import open_inputs
+from llama.inputs import open_inputs, plan_run
 from llama.options import BuildOptions
+from llama.parallel.world import World
 from llama.stores import read_manifest
 from wsm.errors import UnusableInput
+from wsm.layout.model import Shard
+from wsm.plan.advice import check_fits
+from wsm.plan.levers import auto_flags
+from wsm.plan.text import describe
+from wsm.settings import unknown_variables
 from wsm.store.extents import plan_store
 from wsm.store.match import compare_heads
 from wsm.store.pack import PackRequest, pack
@@ -18,26 +33,32 @@ from wsm.store.packed_store import PackedStore
 from wsm.store.verify import verify
 
 
+def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
+    """Print what would lie where, and what each flag would buy; exit code 3 if it does not fit."""
+    ranks = options.tp or 1
+    inputs = open_inputs(options, World(Shard(0, ranks), Shard(0, ranks)))
+    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, print), options))
+    ceilings = recall_near(options, inputs)
+    if not ceilings:
+        print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
+    print(describe(plan, ceilings))
+    if options.auto:
+        print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
+    for warning in unknown_variables(os.environ):
+        print(f"[WARNING] {warning}")
+    check_fits(plan, ceilings)
+    return 0
+
+
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
-    inputs = open_inputs(
-        BuildOptions(
-            mode="full",
-            checkpoints=options.checkpoints,
-            synthetic=options.synthetic,
-            cache_dir=options.cache_dir,
-            device="cpu",
-            dtype=options.dtype,
-        )
-    )
-    tp = options.tp or 1
-    size = plan_store(inputs.checkpoint.config, inputs.dtype, len(options.to), tp).target_bytes
+    shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
+    inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
+    tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
+    size = plan_store(config, inputs.dtype, targets, tp).target_bytes
     ranks = f" for {tp} ranks" if tp > 1 else ""
-    reporter.say(
-        f"[INFO] packing {inputs.checkpoint.config.name}{ranks}: {size / 1e9:.3f} GB on each of {len(options.to)} "
-        "target(s)"
-    )
+    reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
 
     def confirm(question: str) -> bool:
         if options.yes:
@@ -49,7 +70,7 @@ def run_pack(options: PackOptions) -> int:
         except EOFError:
             return False
 
-    with reporter.bar(size * len(options.to), "B", "packing") as advance:
+    with reporter.bar(size * targets, "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
         pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
@@ -63,22 +84,16 @@ def run_verify(options: VerifyOptions) -> int:
     if options.checkpoints is not None:
         weightless = options.checkpoints.is_dir() and not has_weights(options.checkpoints)
         checkpoint = WeightlessCheckpoint(options.checkpoints) if weightless else open_checkpoint(options.checkpoints)
-    shares = [
-        read_manifest(options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=rank)
-        for rank in range(read_manifest(options.manifest, checkpoint=checkpoint).shard.size)
-    ]
+    read = partial(read_manifest, options.manifest, checkpoint=checkpoint)
+    shares = [read(raw_device=options.raw_device, rank=rank) for rank in range(read().shard.size)]
     nbytes, groups = sum(share.nbytes for share in shares), sum(len(share.groups) for share in shares)
-    bad: list[str] = []
-    warnings: dict[str, None] = {}
+    bad, warnings = list[str](), dict[str, None]()
     with reporter.bar(nbytes, "B", "verifying") as advance:
         for share in shares:
-            store = PackedStore(share, staging_bytes=options.staging_mb * 10**6, verify="always")
-            try:
+            with closing(PackedStore(share, staging_bytes=options.staging_mb * 10**6, verify="always")) as store:
                 if checkpoint is not None:
                     compare_heads(store, checkpoint.share(share.shard))
                 bad += verify(store, progress=advance)
-            finally:
-                store.close()
             warnings |= dict.fromkeys(store.warnings)
     for warning in warnings:
         reporter.say(f"[WARNING] {warning}")
@@ -86,4 +101,4 @@ def run_verify(options: VerifyOptions) -> int:
         print(sentence, file=sys.stderr)
     what = "read back" if shares[0].version == 1 else "sound"
     reporter.say(f"[INFO] {groups - len(bad)} of {groups} groups {what}, {nbytes / 1e9:.3f} GB")
-    return 4 if bad else 0
+    return BAD_STORE if bad else DONE

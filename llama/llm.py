@@ -16,7 +16,7 @@ from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
 from llama.inputs import Inputs, open_inputs, plan_run
 from llama.kv.cache import KVCache
-from llama.loading import LayerProgress, LoadTimes, Reporter
+from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
@@ -130,7 +130,7 @@ class LLaMA:
             self.kv = self._make_kv()
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
-            progress = LayerProgress(advance)
+            progress = lambda group: advance(group.kind == "ffn")  # noqa: E731 - the second group of a layer
             if self.settings.mode == "full":
                 before_load(self)
                 with self.load_times.timed("residents_s"):
@@ -142,7 +142,7 @@ class LLaMA:
         # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
         one = inputs.world.shard.size == 1
         if inputs.device.type == "cuda" and weights.resident and self.kv.resident and one:
-            self.graphs = self.model.graphs = DecodeGraphs(self.model, self.kv)
+            self.graphs = self.model.graphs = DecodeGraphs(weights, self.kv, inputs.device)
 
     def _make_kv(self) -> KVCache:
         inputs, placement = self.inputs, self.plan.kv
@@ -309,7 +309,9 @@ class LLaMA:
         with contextlib.ExitStack() as parts:
             parts.callback(self._forget)
             parts.callback(self.inputs.close)
-            for part in (self.graphs, self.kv_tiers, self.manager):
+            if self.graphs is not None:
+                parts.callback(self.graphs.captured.clear)
+            for part in (self.kv_tiers, self.manager):
                 if part is not None:
                     parts.callback(part.close)
 

@@ -7,9 +7,8 @@ import sys
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.summary import ConsoleReporter
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import open_inputs
+from llama.inputs import open_inputs, read_manifest
 from llama.options import BuildOptions
-from llama.stores import read_manifest
 from wsm.errors import UnusableInput
 from wsm.store.extents import plan_store
 from wsm.store.match import compare_heads

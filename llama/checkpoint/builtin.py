@@ -41,18 +41,14 @@ _HF_CONFIG: dict[str, object] = {
 
 # The name is part of the cache directory's: change it when the weights change.
 BUILTIN = ModelConfig.from_hf(_HF_CONFIG, "builtin-v1")
-_SEED = 0
 _TOKENIZER: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
 
 
 def builtin_checkpoint(cache_dir: Path) -> Checkpoint:
     """The built-in model, bfloat16, about 80 MB; made in ``cache_dir`` at the first call.
 
-    It is written beside its place and then renamed, so an interrupted call leaves no half of a model, and of two
-    processes that make it at once one wins and both go on.
-
-    Raises:
-        UnusableInput: if it cannot be written.
+    It is written beside its place and then renamed: an interrupted call leaves no half of a model, and of two
+    processes that make it at once one wins and both go on. UnusableInput if it cannot be written.
     """
     directory = cache_dir / BUILTIN.name
     if not directory.is_dir():
@@ -87,7 +83,7 @@ def _make(directory: Path) -> None:
 
 
 def _weights() -> dict[str, Tensor]:
-    synthetic = SyntheticCheckpoint(BUILTIN, seed=_SEED, dtype=torch.bfloat16)
+    synthetic = SyntheticCheckpoint(BUILTIN, seed=0, dtype=torch.bfloat16)
     heads = {"wq": BUILTIN.n_heads, "wk": BUILTIN.n_kv_heads}
     tensors = {}
     for name, shape in all_tensors(BUILTIN):

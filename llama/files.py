@@ -13,11 +13,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
-
-    Raises:
-        UnusableInput: if it is missing, no JSON, or no object.
-    """
+    """A JSON object from a file of a checkpoint; UnusableInput if it is missing, no JSON, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,11 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse what git leaves in place of a large file that it has not downloaded.
-
-    Raises:
-        UnusableInput: if ``path`` is such a pointer, or cannot be read.
-    """
+    """Refuse (UnusableInput) what git leaves in place of a large file that it has not downloaded."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER

@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +35,7 @@ class Tokenizer(Protocol):
 def load_tokenizer(directory: Path | None, config: ModelConfig) -> Tokenizer:
     """The tokenizer beside a checkpoint; without a directory (synthetic weights) the byte tokenizer.
 
-    Raises:
-        UnusableInput: if there is none that can be read, or it does not fit ``config.vocab_size``.
+    UnusableInput if there is none that can be read, or it does not fit ``config.vocab_size``.
     """
     if directory is None:
         return ByteTokenizer(config)
@@ -49,11 +49,7 @@ def load_tokenizer(directory: Path | None, config: ModelConfig) -> Tokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, then the beginning and the end of a text; for models without a vocabulary.
-
-    Raises:
-        UnusableInput: if the model's vocabulary has no room for 258 ids.
-    """
+    """UTF-8 bytes as ids 0 to 255, then the beginning and the end of a text; for models without a vocabulary."""
 
     vocab_size = 258
     bos_id = 256
@@ -85,10 +81,8 @@ _SPLIT = (
 class Llama3Tokenizer:
     """Llama 3's ``tokenizer.model``: lines of a base64 token and its rank, and 256 special tokens after them.
 
-    Special tokens in a text are read as plain text, as Meta's own code does.
-
-    Raises:
-        UnusableInput: for a damaged file, LLaMA 2's SentencePiece, or a size other than ``config.vocab_size``.
+    Special tokens in a text are read as plain text, as Meta's own code does. UnusableInput for a damaged file,
+    LLaMA 2's SentencePiece, or a size other than ``config.vocab_size``.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
@@ -102,10 +96,8 @@ class Llama3Tokenizer:
         self.stop_ids = frozenset(len(ranks) + place for place in _STOPS)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        ids = [self.bos_id] * bos
-        for piece in digestible_pieces(text):
-            ids += self._encoding.encode_ordinary(piece)
-        return ids
+        pieces = map(self._encoding.encode_ordinary, digestible_pieces(text))
+        return [self.bos_id] * bos + list(chain.from_iterable(pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
         plain = [token for token in ids if 0 <= token < self._first_special]
@@ -149,10 +141,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 class HFTokenizer:
     """Hugging Face's ``tokenizer.json``; begin and stop ids from the JSON files beside it, as transformers takes them.
 
-    Special tokens in a text are recognised, as transformers does.
-
-    Raises:
-        UnusableInput: for a damaged file, a size that does not fit ``config.vocab_size``, or no begin id.
+    Special tokens in a text are recognised, as transformers does. UnusableInput for a damaged file, a size that does
+    not fit ``config.vocab_size``, or no begin id.
     """
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:

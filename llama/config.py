@@ -169,12 +169,7 @@ def _same_fields(cls: type[ModelConfig] | type[RopeScaling], found: Mapping[str,
         raise UnusableInput(f"a model description lacks fields: {', '.join(missing)}")
 
 
-_SHARED = {
-    "n_heads": "heads",
-    "n_kv_heads": "KV heads",
-    "ffn_dim": "feed-forward width",
-    "vocab_size": "vocabulary",
-}
+_SHARED = {"n_heads": "heads", "n_kv_heads": "KV heads", "ffn_dim": "feed-forward width", "vocab_size": "vocabulary"}
 """What ranks share evenly."""
 _BEYOND_ANY_MODEL = 1e15  # so products of two fields stay finite
 

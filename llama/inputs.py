@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json
 """Of a packed LLaMA."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Inputs:
     """``checkpoint`` is the whole model's, ``share`` what this rank has of it; packed files are in ``cache_dir``."""
 
@@ -55,14 +55,11 @@ class Inputs:
     kv_format: KVFormat
     cache_dir: Path
     description: StoreDescription | None
-    _tokenizer: Tokenizer | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
-        return self._tokenizer
+        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
 
     def close(self) -> None:
         self.checkpoint.close()

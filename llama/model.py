@@ -14,7 +14,7 @@ from torch import Tensor
 from llama.batch import Segment, TokenBatch, cut
 from llama.config import ModelConfig, RopeScaling
 from llama.graphs import DecodeGraphs
-from llama.kv.cache import KVCache, Wrote, attended_tokens
+from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
 from llama.weights import Acquire, WeightSource, side_by_side
@@ -81,20 +81,6 @@ def _kernel_shares_kv(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.device.type != "cuda":
         return True
     return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True))
-
-
-class Rows(NamedTuple):
-    """One new token each of neighbouring rows: attended as one batch over ``tokens`` positions of each.
-
-    They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: the shapes change seldom, and
-    a captured graph serves many passes.
-    """
-
-    first: int  # row of the window
-    places: Tensor  # int64 [n]: rows of the window
-    positions: Tensor  # int64 [n]: where in its row each token goes
-    tokens: int
-    mask: Tensor  # [n, 1, 1, tokens], added to the scores: 0 for a position that the row has, else -inf
 
 
 class Part(NamedTuple):
@@ -260,8 +246,7 @@ class Transformer:
             out = self._attend_segments(q, new, part, chunk, kv, layer, window.data)
         else:
             out = self._attend_rows(q_part, new_part, rows, kv, window.data)
-            wrote = Wrote(chunk.positions[part.tokens], rows.positions, new_part[:, 0], q_part)
-            kv.wrote_tokens(layer, part.stretch, rows.first, rows.places, wrote)
+            kv.wrote_tokens(layer, part.stretch, rows, chunk.positions[part.tokens], new_part[:, 0], q_part)
         if part.last:
             kv.leave(layer, part.stretch)
         return out

@@ -211,9 +211,8 @@ class Watch:
     def _say(self, **changes: Any) -> None:
         with self._lock:
             self._said = msgspec.structs.replace(self._said, count=self._said.count + 1, **changes)
-            self._store.set(
-                self._keys[self.rank], json.dumps(msgspec.to_builtins(self._said))
-            )  # escapes what is no text
+            # The standard library's JSON: it escapes what is no text, as a path in a reason may be.
+            self._store.set(self._keys[self.rank], json.dumps(msgspec.to_builtins(self._said)))
 
     # -- the threads
 

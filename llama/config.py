@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from llama import names
 from wsm.errors import UnusableInput
@@ -190,11 +190,11 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
-class _Fields:
+class _Fields(NamedTuple):
     """Typed reading of a checkpoint's JSON; a field that is absent or null takes its default, if it has one."""
 
-    def __init__(self, values: Mapping[str, Any], file: str) -> None:
-        self.values, self.file = values, file
+    values: Mapping[str, Any]
+    file: str
 
     def whole(self, field: str, default: int | None = None) -> int:
         return _whole(self._value(field, default), f"{self.file}: field {field}")

@@ -9,7 +9,6 @@ from typing import Any
 from wsm.errors import UnusableInput
 
 AGAIN = "download it from the original checkpoint again"
-_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def refuse_pointer(path: Path) -> None:
     """Refuse (UnusableInput) what git leaves in place of a large file that it has not downloaded."""
     try:
         with path.open("rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
+            is_pointer = file.read(64).startswith(b"version https://git-lfs")
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     if is_pointer:

@@ -35,8 +35,6 @@ from wsm.store.description import DTYPES, StoreDescription
 from wsm.store.extents import plan_store
 from wsm.store.match import check_suits
 
-SYNTHETIC_SEED = 0
-"""Of synthetic weights, which are a model's and not a run's: `--seed` is of prompts and sampling alone."""
 _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
 """Flags that ranks have to agree on, besides those of ``Settings``."""
 read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json)
@@ -98,7 +96,8 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
         return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = DTYPES.get(options.dtype or "auto") or torch.bfloat16
-        return synthetic_checkpoint(options.synthetic, seed=SYNTHETIC_SEED, dtype=dtype)
+        # Weights are a model's and not a run's: `--seed` is of prompts and sampling alone.
+        return synthetic_checkpoint(options.synthetic, seed=0, dtype=dtype)
     return builtin_checkpoint(options.cache_dir.expanduser())
 
 
@@ -123,7 +122,9 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         description = read_manifest(
             options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=world.shard.rank
         )
-        check_suits(description, checkpoint.config, wanted, world.shard.size, _model_flags(options))
+        named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
+        flags = " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
+        check_suits(description, checkpoint.config, wanted, world.shard.size, flags)
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     inputs = Inputs(world, checkpoint, share, device, dtype, record, options.cache_dir.expanduser(), description)
@@ -131,12 +132,6 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         world.agree(_facts(options, inputs))
         world.connect(device)
     return inputs
-
-
-def _model_flags(options: BuildOptions) -> str:
-    """The flags that name the model, as the user gave them."""
-    named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
-    return " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
 
 
 def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:

@@ -300,8 +300,6 @@ class LLaMA:
         with contextlib.ExitStack() as parts:
             parts.callback(self._forget)
             parts.callback(self.inputs.close)
-            if self.graphs is not None:
-                parts.callback(self.graphs.captured.clear)
             for part in (self.kv_tiers, self.manager):
                 if part is not None:
                     parts.callback(part.close)

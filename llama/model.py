@@ -112,12 +112,9 @@ def _causal_at_the_end(length: int, end: int) -> Tensor:
 
 
 class Transformer:
-    """A LLaMA over any :class:`WeightSource`.
+    """A LLaMA over any :class:`WeightSource`; with a ``collective`` ``config`` and ``weights`` are one rank's share.
 
-    Args:
-        weights: hands out groups in pass order, and the globals.
-        max_tokens: the longest row, prompt and new tokens together.
-        collective: sums and gathers over the ranks, where ``config`` and ``weights`` are one rank's share.
+    ``max_tokens`` is the longest row, prompt and new tokens together.
     """
 
     def __init__(

@@ -69,8 +69,8 @@ class ByteTokenizer:
 
 
 SPECIAL_TOKENS = 256
-_BEGIN, _STOPS = 0, (1, 8, 9)
-"""Places of begin_of_text, and of end_of_text, eom_id and eot_id, among the special tokens."""
+_STOPS = (1, 8, 9)
+"""Places of end_of_text, eom_id and eot_id among the special tokens; begin_of_text is the first."""
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,9 +90,8 @@ class Llama3Tokenizer:
         self.vocab_size = len(ranks) + SPECIAL_TOKENS
         if self.vocab_size != config.vocab_size:
             raise _wrong_size(path, self.vocab_size, config)
-        self._first_special = len(ranks)
         self._encoding = tiktoken.Encoding(path.name, pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={})
-        self.bos_id = len(ranks) + _BEGIN
+        self.bos_id = len(ranks)
         self.stop_ids = frozenset(len(ranks) + place for place in _STOPS)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
@@ -100,7 +99,7 @@ class Llama3Tokenizer:
         return [self.bos_id] * bos + list(chain.from_iterable(pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
-        plain = [token for token in ids if 0 <= token < self._first_special]
+        plain = [token for token in ids if 0 <= token < self.bos_id]
         return self._encoding.decode_bytes(plain).decode("utf-8", errors="replace")
 
 

@@ -26,10 +26,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
 class Checkpoint(ABC):
     """Named tensors, lazily, in Meta's names and Meta's RoPE convention.
 
-    Args:
-        dtype: of the stored weights.
-        directory: None for weights that are in no file.
-        paths: the files that hold the weights.
+    ``dtype`` is that of the stored weights, ``paths`` are their files; ``directory`` is None for weights in no file.
     """
 
     has_weights = True

@@ -41,7 +41,6 @@ _HF_CONFIG: dict[str, object] = {
 
 # The name is part of the cache directory's: change it when the weights change.
 BUILTIN = ModelConfig.from_hf(_HF_CONFIG, "builtin-v1")
-_TOKENIZER: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
 
 
 def builtin_checkpoint(cache_dir: Path) -> Checkpoint:
@@ -69,7 +68,8 @@ def _make(directory: Path) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         save_file(_weights(), beside / SINGLE, metadata={"format": "pt"})
-        for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", _TOKENIZER)):
+        tokenizer: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
+        for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", tokenizer)):
             (beside / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         # The temporary directory and safetensors' file are the owner's alone, which would hide a shared cache.
         (beside / SINGLE).chmod(0o644)

@@ -15,7 +15,10 @@ from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import Cut
 from wsm.errors import UnusableInput
 
-_LAYER_NAMES = {
+_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -26,21 +29,17 @@ _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_GLOBAL_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def hf_name(name: str) -> str:
     """Hugging Face's name for one of Meta's."""
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
-    _, layer, rest = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{layer}.{_LAYER_NAMES[rest]}.weight"
+    short = name.removesuffix(".weight")
+    if short in _NAMES:
+        return f"{_NAMES[short]}.weight"
+    _, layer, rest = short.split(".", 2)
+    return f"model.layers.{layer}.{_NAMES[rest]}.weight"
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -181,11 +181,9 @@ class Watch:
 
     def wait_for_others(self, seconds: float) -> None:
         """Until no other rank that is alive needs the store."""
-
-        def gone(rank: int) -> bool:
-            return self._beats[rank].state == "left" or self._roll.is_silent(rank, time.monotonic())
-
-        self._listen_until(lambda: all(gone(rank) for rank in range(self.size) if rank != self.rank), seconds)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        gone = lambda rank: self._beats[rank].state == "left" or self._roll.is_silent(rank, time.monotonic())  # noqa: E731
+        self._listen_until(lambda: all(map(gone, others)), seconds)
 
     def _listen_until(self, enough: Callable[[], bool], seconds: float) -> None:
         until = time.monotonic() + seconds

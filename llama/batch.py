@@ -72,12 +72,11 @@ def prefill_batch(prompts: Sequence[Sequence[int]], rows: Sequence[int], device:
 
 def decode_batch(tokens: Tensor, lengths: Sequence[int], device: torch.device) -> TokenBatch:
     """One new token (int64 ``[B]``, on the device) for each of the first B rows; ``lengths``: the tokens before it."""
-    rows = range(len(lengths))
     return TokenBatch(
         tokens=tokens,
         positions=_upload(torch.tensor(lengths, dtype=torch.int64), device),
         last=torch.arange(len(lengths), device=device),
-        segments=tuple(Segment(row, length, 1, row) for row, length in zip(rows, lengths, strict=True)),
+        segments=tuple(Segment(row, length, 1, row) for row, length in enumerate(lengths)),
     )
 
 
@@ -85,18 +84,15 @@ def cut(segments: Sequence[Segment], chunk_tokens: int) -> list[tuple[Segment, .
     """Chunks of at most ``chunk_tokens`` tokens; a long row is cut, short rows share a chunk."""
     if chunk_tokens < 1:
         raise ValueError(f"a chunk must hold at least one token, not {chunk_tokens}")
-    chunks: list[tuple[Segment, ...]] = []
-    chunk: list[Segment] = []
+    chunks: list[list[Segment]] = [[]]
     room = chunk_tokens
     for segment in segments:
         done = 0
         while done < segment.length:
             take = min(room, segment.length - done)
-            chunk.append(Segment(segment.row, segment.start_pos + done, take, segment.offset + done))
+            chunks[-1].append(Segment(segment.row, segment.start_pos + done, take, segment.offset + done))
             done, room = done + take, room - take
             if room == 0:
-                chunks.append(tuple(chunk))
-                chunk, room = [], chunk_tokens
-    if chunk:
-        chunks.append(tuple(chunk))
-    return chunks
+                chunks.append([])
+                room = chunk_tokens
+    return [tuple(chunk) for chunk in chunks if chunk]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from llama import names
 from wsm.errors import UnusableInput
-from wsm.layout.groups import GroupId, Kind, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything about a LLaMA that its weights' shapes and its arithmetic depend on.
-
-    Raises:
-        UnusableInput: for sizes that make no LLaMA.
-    """
+    """All that a LLaMA's shapes and its arithmetic depend on; raises UnusableInput for sizes that make no LLaMA."""
 
     name: str
     dim: int
@@ -57,6 +52,8 @@ class ModelConfig:
 
     embedding: ClassVar[str] = names.EMBEDDING
     fused: ClassVar[tuple[str, ...]] = names.QKV
+    specs = names.tensor_specs
+    full_name = staticmethod(names.full_name)
 
     def __post_init__(self) -> None:
         for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_position"):
@@ -72,8 +69,7 @@ class ModelConfig:
     def from_meta(cls, params: Mapping[str, Any], name: str, *, vocab_size: int | None = None) -> ModelConfig:
         """From Meta's ``params.json``; ``vocab_size`` (from the embedding) counts where the file gives none.
 
-        Raises:
-            UnusableInput: for a missing field, or a model that is not a plain LLaMA.
+        UnusableInput for a missing field, or a model that is not a plain LLaMA.
         """
         fields = _Fields(params, f"{name}/params.json")
         for field in ("quantization_args", "lora_args", "moe_args", "vision_chunk_size"):
@@ -83,14 +79,11 @@ class ModelConfig:
                     "here; take the plain text model in bfloat16"
                 )
         dim, n_heads = fields.whole("dim"), fields.whole("n_heads")
-        vocab = params.get("vocab_size")
-        if vocab is None or vocab == -1:
-            vocab = vocab_size
+        vocab = vocab_size if params.get("vocab_size") in (None, -1) else params["vocab_size"]
         if vocab is None:
             raise UnusableInput(f"{fields.file} gives no vocab_size and no embedding was found to take it from")
-        scaling = None
-        if params.get("use_scaled_rope"):
-            scaling = RopeScaling("llama3", fields.number("rope_scaling_factor", 8.0))
+        scaled = params.get("use_scaled_rope")
+        scaling = RopeScaling("llama3", fields.number("rope_scaling_factor", 8.0)) if scaled else None
         # LLaMA 2 was trained on 4096 positions and names no rope_theta; LLaMA 3 on 8192 and does.
         unscaled = 8192 if params.get("rope_theta") else 4096
         return cls(
@@ -112,8 +105,7 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], name: str) -> ModelConfig:
         """From a Hugging Face ``config.json`` of ``LlamaForCausalLM``.
 
-        Raises:
-            UnusableInput: for a missing field, another architecture, or a feature that does not run here, by name.
+        UnusableInput for a missing field, another architecture, or a feature that does not run here, by name.
         """
         fields = _Fields(config, f"{name}/config.json")
         _refuse_hf(fields)
@@ -139,43 +131,18 @@ class ModelConfig:
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
-    def specs(self, kind: Kind | None) -> tuple[TensorSpec, ...]:
-        """The tensors of a group of ``kind`` (None: the globals), in the order in which they are stored."""
-        return names.tensor_specs(self, kind)
-
-    def full_name(self, group: GroupId | None, short: str) -> str:
-        """Meta's name of a tensor; ``group`` is None for the globals."""
-        return names.full_name(group, short)
-
     def share(self, ranks: int) -> ModelConfig:
-        """The shape of one of ``ranks`` shares; each has the same.
-
-        Raises:
-            UnusableInput: if heads, KV heads, feed-forward width or vocabulary cannot be cut evenly, with the numbers
-                that can.
-        """
-        if ranks == 1:
-            return self
-        counts = {
-            "heads": self.n_heads,
-            "KV heads": self.n_kv_heads,
-            "feed-forward width": self.ffn_dim,
-            "vocabulary": self.vocab_size,
-        }
-        for what, count in counts.items():
+        """The shape of one of ``ranks`` equal shares; UnusableInput, with the numbers that can be, if it has none."""
+        counts = {field: getattr(self, field) for field in _SHARED}
+        for field, count in counts.items():
             if count % ranks:
-                possible = [n for n in range(1, min(counts.values()) + 1) if all(c % n == 0 for c in counts.values())]
+                divisors = range(1, min(counts.values()) + 1)
+                possible = [str(n) for n in divisors if not any(count % n for count in counts.values())]
                 raise UnusableInput(
-                    f"{self.name} cannot be cut for {ranks} ranks, its {what} being {count}: start it with "
-                    f"torchrun --nproc-per-node {' or '.join(map(str, possible))}"
+                    f"{self.name} cannot be cut for {ranks} ranks, its {_SHARED[field]} being {count}: start it with "
+                    f"torchrun --nproc-per-node {' or '.join(possible)}"
                 )
-        return dataclasses.replace(
-            self,
-            n_heads=self.n_heads // ranks,
-            n_kv_heads=self.n_kv_heads // ranks,
-            ffn_dim=self.ffn_dim // ranks,
-            vocab_size=self.vocab_size // ranks,
-        )
+        return dataclasses.replace(self, **{field: count // ranks for field, count in counts.items()})
 
     def to_json(self) -> dict[str, Any]:
         """All fields, for a manifest."""
@@ -183,20 +150,15 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            UnusableInput: unless ``fields`` has every field, and no other, with values that make a LLaMA.
-        """
-        values = dict(fields)
-        _same_fields(cls, values)
-        if values["rope_scaling"] is not None:
-            scaling = values["rope_scaling"]
-            if not isinstance(scaling, Mapping):
-                raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r}")
-            _same_fields(RopeScaling, scaling)
-            values["rope_scaling"] = RopeScaling(**scaling)
-        return cls(**values)
+        """The inverse of :meth:`to_json`; UnusableInput for a missing or foreign field, or values of no LLaMA."""
+        _same_fields(cls, fields)
+        scaling = fields["rope_scaling"]
+        if scaling is None:
+            return cls(**fields)
+        if not isinstance(scaling, Mapping):
+            raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r}")
+        _same_fields(RopeScaling, scaling)
+        return cls(**{**fields, "rope_scaling": RopeScaling(**scaling)})
 
 
 def _same_fields(cls: type[ModelConfig] | type[RopeScaling], found: Mapping[str, Any]) -> None:
@@ -207,6 +169,8 @@ def _same_fields(cls: type[ModelConfig] | type[RopeScaling], found: Mapping[str,
         raise UnusableInput(f"a model description lacks fields: {', '.join(missing)}")
 
 
+_SHARED = {"n_heads": "heads", "n_kv_heads": "KV heads", "ffn_dim": "feed-forward width", "vocab_size": "vocabulary"}
+"""What ranks share evenly."""
 _BEYOND_ANY_MODEL = 1e15  # so products of two fields stay finite
 
 
@@ -226,11 +190,11 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
-class _Fields:
+class _Fields(NamedTuple):
     """Typed reading of a checkpoint's JSON; a field that is absent or null takes its default, if it has one."""
 
-    def __init__(self, values: Mapping[str, Any], file: str) -> None:
-        self.values, self.file = values, file
+    values: Mapping[str, Any]
+    file: str
 
     def whole(self, field: str, default: int | None = None) -> int:
         return _whole(self._value(field, default), f"{self.file}: field {field}")
@@ -254,18 +218,6 @@ def _meta_ffn_dim(dim: int, multiple_of: int, multiplier: float) -> int:
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-_UNSUPPORTED = (
-    "attention_bias",
-    "mlp_bias",
-    "quantization_config",
-    "compression_config",
-    "sliding_window",
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-)
-
-
 def _refuse_hf(fields: _Fields) -> None:
     config = fields.values
     architectures, model_type = config.get("architectures"), config.get("model_type")
@@ -276,7 +228,9 @@ def _refuse_hf(fields: _Fields) -> None:
         )
     if not architectures and not model_type:
         raise UnusableInput(f"{fields.file} names neither architectures nor model_type: it is no model's config.json")
-    for field in _UNSUPPORTED:
+    features = "attention_bias mlp_bias quantization_config compression_config sliding_window"
+    experts = "num_local_experts num_experts n_routed_experts"
+    for field in (*features.split(), *experts.split()):
         if config.get(field):
             raise UnusableInput(
                 f"{fields.file} sets {field}, which does not run here; plain LLaMA models in float weights do"
@@ -313,9 +267,8 @@ def _llama3(
 ) -> ModelConfig:
     """``factor``: of RoPE scaling; 0 for none."""
     config = ModelConfig(name, dim, layers, heads, 8, dim // heads, ffn, 128256, tied_embeddings=tied)
-    if not factor:
-        return config
-    return dataclasses.replace(config, rope_scaling=RopeScaling("llama3", factor), max_position=131072)
+    scaling, longest = (RopeScaling("llama3", factor), 131072) if factor else (None, 8192)
+    return dataclasses.replace(config, rope_scaling=scaling, max_position=longest)
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -9,15 +9,10 @@ from typing import Any
 from wsm.errors import UnusableInput
 
 AGAIN = "download it from the original checkpoint again"
-_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
-
-    Raises:
-        UnusableInput: if it is missing, no JSON, or no object.
-    """
+    """A JSON object from a file of a checkpoint; UnusableInput if it is missing, no JSON, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,14 +25,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse what git leaves in place of a large file that it has not downloaded.
-
-    Raises:
-        UnusableInput: if ``path`` is such a pointer, or cannot be read.
-    """
+    """Refuse (UnusableInput) what git leaves in place of a large file that it has not downloaded."""
     try:
         with path.open("rb") as file:
-            is_pointer = file.read(len(_POINTER)) == _POINTER
+            is_pointer = file.read(64).startswith(b"version https://git-lfs")
     except OSError as error:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     if is_pointer:

@@ -59,10 +59,8 @@ def generate(
     """New tokens for every prompt (one row each); ``kv`` is emptied first.
 
     Token 1 comes from the prefill's last logits, so n tokens take n - 1 decode passes. Rows that ended keep their
-    place in the batch, for fixed shapes, but their tokens are dropped.
-
-    Raises:
-        UnusableInput: for an empty prompt, one that ``kv`` has no room for, or impossible options.
+    place in the batch, for fixed shapes, but their tokens are dropped. UnusableInput for an empty prompt, one that
+    ``kv`` has no room for, or impossible options.
     """
     _check(model, kv, prompts, options)
     kv.reset()
@@ -72,7 +70,8 @@ def generate(
     going = set(range(len(prompts)))
     if model.graphs is not None:
         longest = max(map(len, prompts))
-        model.graphs.prepare(len(prompts), longest + 1, longest + options.max_new_tokens - 1, options.chunk_tokens)
+        last = longest + options.max_new_tokens - 1
+        model.graphs.prepare(model.layers, len(prompts), longest + 1, last, options.chunk_tokens)
     observer("start")
     logits, waves = _prefill(model, kv, prompts, options, observer)
     if model.device.type == "cuda":
@@ -102,11 +101,7 @@ def generate(
 
 
 def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
-    """The picked tokens on the host, in one copy with whether they mean anything.
-
-    Raises:
-        UnusableInput: if the logits behind them were not finite.
-    """
+    """The picked tokens on the host, in one copy with whether their logits were finite, else UnusableInput."""
     *tokens, sound = torch.cat((picked, finite.view(1).to(picked.dtype))).tolist()
     if not sound:
         raise UnusableInput(

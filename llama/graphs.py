@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from llama.batch import Segment, TokenBatch
 from llama.kv.cache import KVCache, attended_tokens
-from llama.model import Transformer
+from llama.weights import Acquire, WeightSource
 
-
-class _Graph(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    residual: Tensor  # [rows, dim] behind the last layer
+Layers = Callable[[TokenBatch, KVCache, Acquire, int], Tensor]
+"""``Transformer.layers``."""
 
 
 class DecodeGraphs:
     """Captured decode passes, one for each number of rows and of attended positions.
 
-    A replay runs the kernels of :meth:`Transformer.layers` in their order, on the same shapes: its results are
-    bit-equal. Tokens and positions stay where they were at the capture; everything else follows from them.
+    A replay runs the kernels of ``Transformer.layers`` in their order, on the same shapes: its results are bit-equal.
+    Tokens and positions stay where they were at the capture; everything else follows from them.
+
+    Args:
+        weights: ``resident``, since a graph needs weights that stay where they are.
+
+    ``captured`` has, for each number of rows and of attended positions, the graph and the residual ``[rows, dim]``
+    behind the last layer.
     """
 
-    def __init__(self, model: Transformer, kv: KVCache) -> None:
-        if not model.weights.resident:
-            raise ValueError("a graph needs weights that stay where they are")
-        self._model, self._kv = model, kv
-        self._tokens = torch.zeros(kv.batch, dtype=torch.int64, device=model.device)
+    def __init__(self, weights: WeightSource, kv: KVCache, device: torch.device) -> None:
+        self._weights, self._kv, self._device = weights, kv, device
+        self._tokens = torch.zeros(kv.batch, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    @property
-    def captured(self) -> list[tuple[int, int]]:
-        """Rows and attended positions of each graph."""
-        return list(self._graphs)
-
-    def prepare(self, rows: int, shortest: int, longest: int, chunk_tokens: int) -> None:
+    def prepare(self, layers: Layers, rows: int, shortest: int, longest: int, chunk_tokens: int) -> None:
         """Capture what decoding ``rows`` rows will need whose longest row grows from ``shortest`` to ``longest``.
 
         The cache must be empty: a capture writes a token into each row.
@@ -49,41 +46,36 @@ class DecodeGraphs:
             wanted.append(attended_tokens(length, self._kv.tokens))
             length = wanted[-1] + 1
         for tokens in reversed(wanted):  # the largest first: the others fit into its memory
-            if (rows, tokens) not in self._graphs:
-                self._graphs[rows, tokens] = self._capture(rows, min(tokens, longest), chunk_tokens)
+            if (rows, tokens) not in self.captured:
+                self.captured[rows, tokens] = self._capture(layers, rows, min(tokens, longest), chunk_tokens)
 
-    def _capture(self, rows: int, length: int, chunk_tokens: int) -> _Graph:
-        model = self._model
+    def _capture(
+        self, layers: Layers, rows: int, length: int, chunk_tokens: int
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         self._tokens.zero_()
         self._positions.fill_(length - 1)
         segments = tuple(Segment(row, length - 1, 1, row) for row in range(rows))
-        places = torch.arange(rows, device=model.device)
+        places = torch.arange(rows, device=self._device)
         batch = TokenBatch(self._tokens[:rows], self._positions[:rows], places, segments)
-        with model.weights.acquire_all() as groups:
+        with self._weights.acquire_all() as groups:
             acquire = lambda group: contextlib.nullcontext(groups[group])  # noqa: E731
-            model.layers(batch, self._kv, acquire, chunk_tokens)  # libraries take their workspaces outside the graph
-            torch.cuda.synchronize(model.device)
+            layers(batch, self._kv, acquire, chunk_tokens)  # libraries take their workspaces outside the graph
+            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                residual = model.layers(batch, self._kv, acquire, chunk_tokens)
-        return _Graph(graph, residual)
+                residual = layers(batch, self._kv, acquire, chunk_tokens)
+        return graph, residual
 
     def replayed(self, batch: TokenBatch) -> Tensor | None:
         """The residual ``[rows, dim]`` of a decode pass, valid until the next one; None where no graph fits it."""
         rows = len(batch.segments)
-        if any(segment.length != 1 or segment.row != place for place, segment in enumerate(batch.segments)):
-            return None
         tokens = attended_tokens(max(segment.end_pos for segment in batch.segments), self._kv.tokens)
-        captured = self._graphs.get((rows, tokens))
-        if captured is None:
+        in_order = all(segment.length == 1 and segment.row == place for place, segment in enumerate(batch.segments))
+        if not in_order or (rows, tokens) not in self.captured:
             return None
+        graph, residual = self.captured[rows, tokens]
         self._tokens[:rows].copy_(batch.tokens)
         self._positions[:rows].copy_(batch.positions)
-        with self._model.weights.acquire_all():
-            captured.graph.replay()
-        return captured.residual
-
-    def close(self) -> None:
-        """Free the graphs; the model goes on without them."""
-        self._graphs.clear()
-        self._model.graphs = None
+        with self._weights.acquire_all():
+            graph.replay()
+        return residual

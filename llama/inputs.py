@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,35 +17,33 @@ from llama.checkpoint import (
     open_checkpoint,
     synthetic_checkpoint,
 )
+from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
-from llama.loading import choose_device
 from llama.options import BuildOptions
 from llama.parallel.world import ALONE, World
-from llama.stores import read_manifest, stored_config
 from llama.tokenizer import Tokenizer, load_tokenizer
+from wsm.errors import UnusableInput
+from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
 from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
+from wsm.store import manifest
 from wsm.store.description import DTYPES, StoreDescription
 from wsm.store.extents import plan_store
 from wsm.store.match import check_suits
 
-SYNTHETIC_SEED = 0
-"""Of synthetic weights, which are a model's and not a run's: `--seed` is of prompts and sampling alone."""
 _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
 """Flags that ranks have to agree on, besides those of ``Settings``."""
+read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json)
+"""Of a packed LLaMA."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Inputs:
-    """What a run reads: opened and checked, nothing large allocated.
-
-    ``checkpoint`` is the whole model's, ``share`` what this rank holds of it,
-    ``world`` the processes that run the model together, ``cache_dir`` where packed files are kept.
-    """
+    """``checkpoint`` is the whole model's, ``share`` what this rank has of it; packed files are in ``cache_dir``."""
 
     world: World
     checkpoint: Checkpoint
@@ -54,41 +53,65 @@ class Inputs:
     kv_format: KVFormat
     cache_dir: Path
     description: StoreDescription | None
-    _tokenizer: Tokenizer | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; bytes for the built-in and the synthetic models.
-
-        Raises:
-            UnusableInput: if the checkpoint has none, or one that does not fit its vocabulary.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
-        return self._tokenizer
+        """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
+        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
 
     def close(self) -> None:
         self.checkpoint.close()
+
+
+def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
+    """The named device, or a CUDA device, or the CPU; of several ranks on a host each has its own GPU."""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        raise UnusableInput(f"--device {name} is not known; cpu and cuda[:N] are") from None
+    if device.type == "cuda":
+        if device.index is not None and local.size > 1:
+            raise UnusableInput(f"--device {name} would be every rank's: with --device cuda each has its own")
+        index, count = device.index or local.rank, torch.cuda.device_count()
+        if index >= count and local.size > 1:
+            raise UnusableInput(
+                f"there are {count} CUDA devices here for {local.size} ranks: start fewer with torchrun "
+                f"--nproc-per-node {max(1, count)}, or give --device cpu"
+            )
+        if index >= count:
+            raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UnusableInput(f"--device {name} is not supported; cpu and cuda[:N] are")
+    return device
 
 
 def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
     if options.checkpoints is not None:
         directory = options.checkpoints.expanduser()
         if options.manifest is not None and directory.is_dir() and not has_weights(directory):
-            return WeightlessCheckpoint(directory, stored_config(options.manifest))
+            return WeightlessCheckpoint(directory, _stored_config(options.manifest))
         return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = DTYPES.get(options.dtype or "auto") or torch.bfloat16
-        return synthetic_checkpoint(options.synthetic, seed=SYNTHETIC_SEED, dtype=dtype)
+        # Weights are a model's and not a run's: `--seed` is of prompts and sampling alone.
+        return synthetic_checkpoint(options.synthetic, seed=0, dtype=dtype)
     return builtin_checkpoint(options.cache_dir.expanduser())
 
 
-def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
-    """Open and check everything that the run reads.
+def _stored_config(path: Path) -> ModelConfig | None:
+    """The model that a manifest describes; None for version 1, which does not."""
+    if manifest.load_json(path)["version"] == 1:
+        return None
+    config = read_manifest(path).config
+    assert isinstance(config, ModelConfig)
+    return config
 
-    Raises:
-        UnusableInput: for a checkpoint, manifest, device or dtype that cannot be used.
-    """
+
+def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
+    """Open and check everything that the run reads; UnusableInput for what cannot be used."""
     options.check_together()
     device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
@@ -99,7 +122,9 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         description = read_manifest(
             options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=world.shard.rank
         )
-        check_suits(description, checkpoint.config, wanted, world.shard.size, _model_flags(options))
+        named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
+        flags = " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
+        check_suits(description, checkpoint.config, wanted, world.shard.size, flags)
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     inputs = Inputs(world, checkpoint, share, device, dtype, record, options.cache_dir.expanduser(), description)
@@ -107,12 +132,6 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         world.agree(_facts(options, inputs))
         world.connect(device)
     return inputs
-
-
-def _model_flags(options: BuildOptions) -> str:
-    """The flags that name the model, as the user gave them."""
-    named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
-    return " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
 
 
 def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:

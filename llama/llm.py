@@ -16,7 +16,7 @@ from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
 from llama.inputs import Inputs, open_inputs, plan_run
 from llama.kv.cache import KVCache
-from llama.loading import LayerProgress, LoadTimes, Reporter
+from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
@@ -85,11 +85,10 @@ class LLaMA:
             device: ``cpu``, ``cuda`` or ``cuda:N``; None for the best there is.
             max_seq_len: the most tokens of a row, prompt and new ones together.
             max_batch_size: the most rows.
-            topk_blk: KV blocks a row and layer that a decode step may bring from below the GPU; 0 for all.
+            topk_blk: KV blocks per row and layer that a decode step may fetch from below the GPU; 0 for all.
             world: the processes that run the model together.
 
-        Raises:
-            UnusableInput, DoesNotFit, StoreError: what cannot be used, does not fit, or is damaged.
+        UnusableInput, DoesNotFit or StoreError for what cannot be used, does not fit, or is damaged.
         """
         places = {"checkpoints": checkpoints_dir, "device": device, "load_model": load_model or None}
         options = build_options(mode_config or {}, mode=mode, topk_blk=topk_blk, **places)
@@ -107,11 +106,9 @@ class LLaMA:
         before_load: Callable[[LLaMA], None] = lambda llm: None,
         measured: bool = True,
     ) -> LLaMA:
-        """Allocate what the plan says, load, and be ready.
+        """Allocate what the plan says, load, and be ready; ``measured`` keeps a record of every transfer and wait.
 
-        Args:
-            before_load: called when all memory is there and nothing is loaded yet (the benchmark's probe).
-            measured: whether to keep a record of every transfer and wait.
+        ``before_load`` is called when all memory is there and nothing is loaded yet (the benchmark's probe).
         """
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(inputs.close)
@@ -129,7 +126,7 @@ class LLaMA:
             self.kv = self._make_kv()
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
-            progress = LayerProgress(advance)
+            progress = lambda group: advance(group.kind == "ffn")  # noqa: E731 - the second group of a layer
             if self.settings.mode == "full":
                 before_load(self)
                 with self.load_times.timed("residents_s"):
@@ -140,8 +137,8 @@ class LLaMA:
         self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens, collective)
         # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
         one = inputs.world.shard.size == 1
-        if inputs.device.type == "cuda" and weights.resident and self.kv.resident and one:
-            self.graphs = self.model.graphs = DecodeGraphs(self.model, self.kv)
+        if inputs.device.type == "cuda" and weights.resident and self.kv.tier is None and one:
+            self.graphs = self.model.graphs = DecodeGraphs(weights, self.kv, inputs.device)
 
     def _make_kv(self) -> KVCache:
         inputs, placement = self.inputs, self.plan.kv
@@ -244,18 +241,12 @@ class LLaMA:
     # -- use
 
     @property
-    def page_locked_bytes(self) -> int:
-        """Page-locked CPU memory of weights and KV, held now."""
-        return self._kv_page_locked_bytes + (self.manager.memory.page_locked_bytes if self.manager else 0)
-
-    @property
-    def page_locked_peak_bytes(self) -> int:
-        """The most of it so far, loading buffers included."""
-        return self._kv_page_locked_bytes + (self.manager.memory.page_locked_peak_bytes if self.manager else 0)
-
-    @property
-    def _kv_page_locked_bytes(self) -> int:
-        return self.kv_tiers.page_locked_bytes if self.kv_tiers is not None else 0
+    def page_locked_bytes(self) -> tuple[int, int]:
+        """Page-locked CPU memory of weights and KV: held now, and the most so far, loading buffers included."""
+        kv = self.kv_tiers.page_locked_bytes if self.kv_tiers is not None else 0
+        if self.manager is None:
+            return kv, kv
+        return kv + self.manager.memory.page_locked_bytes, kv + self.manager.memory.page_locked_peak_bytes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -308,7 +299,7 @@ class LLaMA:
         with contextlib.ExitStack() as parts:
             parts.callback(self._forget)
             parts.callback(self.inputs.close)
-            for part in (self.graphs, self.kv_tiers, self.manager):
+            for part in (self.kv_tiers, self.manager):
                 if part is not None:
                     parts.callback(part.close)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from itertools import groupby
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from llama.batch import Segment, TokenBatch, cut
 from llama.config import ModelConfig, RopeScaling
-from llama.kv.cache import KVCache, Wrote, attended_tokens
+from llama.graphs import DecodeGraphs
+from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
-from llama.weights import WeightSource, side_by_side
+from llama.weights import Acquire, WeightSource, side_by_side
 from wsm.layout.groups import GroupId
 from wsm.layout.kv import KV_BLOCK_TOKENS
-
-Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
 
 
 def scaled_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
@@ -32,10 +30,8 @@ def scaled_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     """
     if scaling.kind == "linear":
         return freqs / scaling.factor
-    wavelength = 2 * math.pi / freqs
-    smooth = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    wavelength, low = 2 * math.pi / freqs, scaling.low_freq_factor
+    smooth = (scaling.original_max_position / wavelength - low) / (scaling.high_freq_factor - low)
     smooth = smooth.clamp(0.0, 1.0)
     return (1 - smooth) * freqs / scaling.factor + smooth * freqs
 
@@ -51,12 +47,7 @@ def rotary_table(config: ModelConfig, tokens: int, device: torch.device) -> Tens
 
 
 def rotate_(x: Tensor, freqs_cis: Tensor) -> None:
-    """RoPE in place, in float32, on interleaved pairs.
-
-    Args:
-        x: ``[n, heads, head_dim]``.
-        freqs_cis: complex64 ``[n, 1, head_dim / 2]``.
-    """
+    """RoPE of ``x [n, heads, head_dim]`` in place, in float32; ``freqs_cis`` is ``[n, 1, head_dim / 2]``."""
     wide = x.float()
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(freqs_cis)
     if wide is not x:
@@ -69,20 +60,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a row's newest positions over all its positions so far; ``[n_heads, n, head_dim]``.
+    """Attention of ``q [n_heads, n, head_dim]``, the last n of a row's ``end`` positions, over all of them.
 
-    Args:
-        q: ``[n_heads, n, head_dim]``, the last n of the row's ``end`` positions.
-        k, v: ``[n_kv_heads, end, head_dim]``.
+    ``k`` and ``v`` are ``[n_kv_heads, end, head_dim]``; the result is of the shape of ``q``.
     """
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     length, end, n_rep = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if n_rep > 1 and not _kernel_shares_kv(q, k, v):
         k, v = k.repeat_interleave(n_rep, dim=1), v.repeat_interleave(n_rep, dim=1)
         n_rep = 1
-    starts_here = length == end
-    mask = None if starts_here or length == 1 else _causal_at_the_end(length, end)
-    causal = starts_here and length > 1
+    mask = None if length in (1, end) else _causal_at_the_end(length, end)
+    causal = length == end > 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=n_rep > 1)
     return out.squeeze(0)
 
@@ -93,20 +81,6 @@ def _kernel_shares_kv(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.device.type != "cuda":
         return True
     return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True))
-
-
-class Rows(NamedTuple):
-    """One new token each of neighbouring rows: attended as one batch over ``tokens`` positions of each.
-
-    They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: the shapes change seldom, and
-    a captured graph serves many passes.
-    """
-
-    first: int  # row of the window
-    places: Tensor  # int64 [n]: rows of the window
-    positions: Tensor  # int64 [n]: where in its row each token goes
-    tokens: int
-    mask: Tensor  # [n, 1, 1, tokens], added to the scores: 0 for a position that the row has, else -inf
 
 
 class Part(NamedTuple):
@@ -137,23 +111,10 @@ def _causal_at_the_end(length: int, end: int) -> Tensor:
     return causal_lower_right(length, end)
 
 
-class Replay(Protocol):
-    """Decode passes that are captured once and replayed (:mod:`llama.graphs`)."""
-
-    def prepare(self, rows: int, shortest: int, longest: int, chunk_tokens: int) -> None:
-        """Capture what decoding ``rows`` rows will need whose longest row grows from ``shortest`` to ``longest``."""
-
-    def replayed(self, batch: TokenBatch) -> Tensor | None:
-        """The residual ``[rows, dim]`` of a decode pass; None where nothing captured fits it."""
-
-
 class Transformer:
-    """A LLaMA over any :class:`WeightSource`.
+    """A LLaMA over any :class:`WeightSource`; with a ``collective`` ``config`` and ``weights`` are one rank's share.
 
-    Args:
-        weights: hands out groups in pass order, and the globals.
-        max_tokens: the longest row, prompt and new tokens together.
-        collective: sums and gathers over the ranks, where ``config`` and ``weights`` are one rank's share.
+    ``max_tokens`` is the longest row, prompt and new tokens together.
     """
 
     def __init__(
@@ -168,7 +129,7 @@ class Transformer:
         self.collective = collective or Collective()
         self.vocab_size = config.vocab_size * self.collective.shard.size
         self.dtype = weights.globals["norm"].dtype
-        self.graphs: Replay | None = None
+        self.graphs: DecodeGraphs | None = None
         self._freqs_cis = rotary_table(config, max_tokens, device)
         _causal_at_the_end(1, 2)
 
@@ -181,15 +142,13 @@ class Transformer:
             chunk_tokens: the most tokens that are computed at once while a group is here.
             logits: of each row's last token, float32 ``[rows, vocab]``, or of all, float32 ``[N, vocab]``.
 
-        Raises:
-            ValueError: if a segment does not go on where its row of ``kv`` ends, or runs past ``max_tokens``.
+        ValueError if a segment does not go on where its row of ``kv`` ends, or runs past ``max_tokens``.
         """
         kv.begin(batch.segments)
         if max(segment.end_pos for segment in batch.segments) > self.max_tokens:
             raise ValueError(f"a row runs past the {self.max_tokens} positions that this model was made for")
-        if self.graphs is not None and (found := self.graphs.replayed(batch)) is not None:
-            h = found
-        else:
+        h = self.graphs.replayed(batch) if self.graphs is not None else None
+        if h is None:
             h = self.layers(batch, kv, self.weights.acquire, chunk_tokens)
             h = h[batch.last] if logits == "last" else h
         kv.extend(batch.segments)
@@ -278,14 +237,13 @@ class Transformer:
 
     def _attend(self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
         """What a part of a chunk attends to, ``[n, n_heads * head_dim]``; may take the place of its queries."""
-        window, (q_part, new_part) = kv.enter(layer, part.stretch), (q[part.tokens], new[part.tokens])
+        window, q_part, new_part = kv.enter(layer, part.stretch), q[part.tokens], new[part.tokens]
         rows = part.compact if window.compact else part.rows
         if rows is None:
             out = self._attend_segments(q, new, part, chunk, kv, layer, window.data)
         else:
             out = self._attend_rows(q_part, new_part, rows, kv, window.data)
-            wrote = Wrote(chunk.positions[part.tokens], rows.positions, new_part[:, 0], q_part)
-            kv.wrote_tokens(layer, part.stretch, rows.first, rows.places, wrote)
+            kv.wrote_tokens(layer, part.stretch, rows, chunk.positions[part.tokens], new_part[:, 0], q_part)
         if part.last:
             kv.leave(layer, part.stretch)
         return out

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from llama.kv import KV_DTYPES
-from llama.loading import DEFAULT_CACHE
 from wsm.errors import UnusableInput
 from wsm.option import NAME, PATH, SWITCH, TEXT, TRUTH, Kind, one_of, option, options_of, whole
 from wsm.settings import Settings
@@ -35,7 +34,9 @@ class BuildOptions(Settings):
     tp: int | None = _model(
         None, whole(1), "ranks that share the model (docs/PARALLEL.md)", shown="torchrun's number", swept=False
     )
-    cache_dir: Path = _model(DEFAULT_CACHE, PATH, "packed files, the built-in model, ceilings", metavar="DIR")
+    cache_dir: Path = _model(
+        Path("~/.cache/wsm-bench"), PATH, "packed files, the built-in model, ceilings", metavar="DIR"
+    )
     device: str | None = _model(None, NAME, "compute device: cpu, cuda or cuda:N", metavar="DEV", shown="auto")
     load_model: bool | None = _model(
         None, TRUTH, "whole model on the device, as old scripts say it", shown="by mode", flags=("--load_model",)
@@ -71,11 +72,7 @@ class BuildOptions(Settings):
 
 
 def build_options(mode_config: Mapping[str, Any], **given: Any) -> BuildOptions:
-    """Options from ``mode_config`` of ``LLaMA.build`` and from its arguments.
-
-    Raises:
-        UnusableInput: for a name that is not known, or a value that is not allowed.
-    """
+    """Options from ``LLaMA.build``'s arguments; UnusableInput for a name that is not known, or a value not allowed."""
     known = options_of(BuildOptions)
     if unknown := sorted(name for name in mode_config if name not in known or name in _ARGUMENTS):
         raise UnusableInput(f"mode_config has unknown entries: {', '.join(unknown)}")

@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +35,7 @@ class Tokenizer(Protocol):
 def load_tokenizer(directory: Path | None, config: ModelConfig) -> Tokenizer:
     """The tokenizer beside a checkpoint; without a directory (synthetic weights) the byte tokenizer.
 
-    Raises:
-        UnusableInput: if there is none that can be read, or it does not fit ``config.vocab_size``.
+    UnusableInput if there is none that can be read, or it does not fit ``config.vocab_size``.
     """
     if directory is None:
         return ByteTokenizer(config)
@@ -49,11 +49,7 @@ def load_tokenizer(directory: Path | None, config: ModelConfig) -> Tokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, then the beginning and the end of a text; for models without a vocabulary.
-
-    Raises:
-        UnusableInput: if the model's vocabulary has no room for 258 ids.
-    """
+    """UTF-8 bytes as ids 0 to 255, then the beginning and the end of a text; for models without a vocabulary."""
 
     vocab_size = 258
     bos_id = 256
@@ -73,8 +69,8 @@ class ByteTokenizer:
 
 
 SPECIAL_TOKENS = 256
-_BEGIN, _STOPS = 0, (1, 8, 9)
-"""Places of begin_of_text, and of end_of_text, eom_id and eot_id, among the special tokens."""
+_STOPS = (1, 8, 9)
+"""Places of end_of_text, eom_id and eot_id among the special tokens; begin_of_text is the first."""
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -85,10 +81,8 @@ _SPLIT = (
 class Llama3Tokenizer:
     """Llama 3's ``tokenizer.model``: lines of a base64 token and its rank, and 256 special tokens after them.
 
-    Special tokens in a text are read as plain text, as Meta's own code does.
-
-    Raises:
-        UnusableInput: for a damaged file, LLaMA 2's SentencePiece, or a size other than ``config.vocab_size``.
+    Special tokens in a text are read as plain text, as Meta's own code does. UnusableInput for a damaged file,
+    LLaMA 2's SentencePiece, or a size other than ``config.vocab_size``.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
@@ -96,19 +90,16 @@ class Llama3Tokenizer:
         self.vocab_size = len(ranks) + SPECIAL_TOKENS
         if self.vocab_size != config.vocab_size:
             raise _wrong_size(path, self.vocab_size, config)
-        self._first_special = len(ranks)
         self._encoding = tiktoken.Encoding(path.name, pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={})
-        self.bos_id = len(ranks) + _BEGIN
+        self.bos_id = len(ranks)
         self.stop_ids = frozenset(len(ranks) + place for place in _STOPS)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        ids = [self.bos_id] * bos
-        for piece in digestible_pieces(text):
-            ids += self._encoding.encode_ordinary(piece)
-        return ids
+        pieces = map(self._encoding.encode_ordinary, digestible_pieces(text))
+        return [self.bos_id] * bos + list(chain.from_iterable(pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
-        plain = [token for token in ids if 0 <= token < self._first_special]
+        plain = [token for token in ids if 0 <= token < self.bos_id]
         return self._encoding.decode_bytes(plain).decode("utf-8", errors="replace")
 
 
@@ -149,10 +140,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 class HFTokenizer:
     """Hugging Face's ``tokenizer.json``; begin and stop ids from the JSON files beside it, as transformers takes them.
 
-    Special tokens in a text are recognised, as transformers does.
-
-    Raises:
-        UnusableInput: for a damaged file, a size that does not fit ``config.vocab_size``, or no begin id.
+    Special tokens in a text are recognised, as transformers does. UnusableInput for a damaged file, a size that does
+    not fit ``config.vocab_size``, or no begin id.
     """
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:

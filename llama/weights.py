@@ -13,6 +13,9 @@ from llama.checkpoint import Checkpoint
 from llama.names import QKV
 from wsm.layout.groups import GroupId, TensorSpec, pass_order
 
+Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
+"""A group's tensors by short name, on the compute device until the block ends."""
+
 
 class WeightSource(Protocol):
     """Anything that can hand out a group's tensors by short name (``w["wq"]``)."""
@@ -45,11 +48,7 @@ def side_by_side(w: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 class TensorWeights:
-    """Mode ``full``: every tensor on the device, loaded one by one, nothing in between.
-
-    Args:
-        on_loaded: called with each group once it is there.
-    """
+    """Mode ``full``: every tensor on the device, loaded one by one; ``on_loaded`` is called with each group then."""
 
     resident = True
 

@@ -93,6 +93,8 @@ def started(
     processes: list[BaseProcess] = [
         CONTEXT.Process(target=_rank, args=(rank, size, port, directory, work, arguments(rank))) for rank in ranks
     ]
+    for rank in ranks:
+        (directory / f"out{rank}").touch()  # read before the rank itself opens it
     for process in processes:
         process.start()
     try:

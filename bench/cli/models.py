@@ -16,10 +16,9 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import open_inputs, plan_run
+from llama.inputs import open_inputs, plan_run, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
-from llama.stores import read_manifest
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits

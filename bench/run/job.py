@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NoReturn
 from llama.parallel.watch import GRACE_S, LOST_S, START_S, Ending, RankFailed
 from llama.parallel.world import ALONE, World
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
-from wsm.layout.model import Shard
 from wsm.settings import Ranks
 
 if TYPE_CHECKING:
@@ -72,17 +71,10 @@ class Job:
         """Meet the other ranks; raises RankFailed, naming one that does not come, and UnusableInput where none can."""
         if self.size == 1:
             return
-        from llama.parallel.ranks import Meeting, join
+        from llama.parallel.ranks import join
 
         signal.signal(signal.SIGTERM, self._on_signal)
-        ranks = self._ranks
-        self.world = self._joined = join(
-            Shard(ranks.rank, ranks.size),
-            Shard(ranks.local_rank, ranks.local_size),
-            Meeting(ranks.address, ranks.port, ranks.keeps_store, ranks.attempt),
-            on_failure=self._interrupt,
-            last_resort=self._last_resort,
-        )
+        self.world = self._joined = join(self._ranks, on_failure=self._interrupt, last_resort=self._last_resort)
 
     # -- while it runs
 

@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.builtin import builtin_checkpoint
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
-from llama.checkpoint.weightless import WeightlessCheckpoint, has_weights
+from llama.config import ModelConfig
+from llama.files import read_json
+from llama.names import Cut
 from wsm.errors import UnusableInput
 
 __all__ = [
@@ -22,11 +27,7 @@ __all__ = [
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in ``directory``: Meta's if it holds params.json and shards, else Hugging Face's.
-
-    Raises:
-        UnusableInput: if there is no such directory, or nothing in it that runs here.
-    """
+    """The checkpoint there: Meta's if it has params.json and shards, else Hugging Face's; UnusableInput for none."""
     if not directory.exists():
         raise UnusableInput(f"--checkpoints {directory}: no such directory")
     if not directory.is_dir():
@@ -45,3 +46,31 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         f"--checkpoints {directory}: neither params.json (Meta) nor config.json (Hugging Face) is in it; "
         "name the directory that holds the model's files"
     )
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether any file in ``directory`` can hold weights that run here."""
+    return any(directory.glob("consolidated.*.pth")) or any(directory.glob("*.safetensors"))
+
+
+class WeightlessCheckpoint(Checkpoint):
+    """A directory without its shards: enough for a run from a packed store, which people keep when they delete them.
+
+    ``config`` is what the store's manifest says; version 1 says nothing, and then the directory's own file counts;
+    UnusableInput if there is none either.
+    """
+
+    has_weights = False
+
+    def __init__(self, directory: Path, config: ModelConfig | None = None) -> None:
+        for file, read in (("params.json", ModelConfig.from_meta), ("config.json", ModelConfig.from_hf)):
+            if config is None and (directory / file).exists():
+                config = read(read_json(directory / file), directory.resolve().name)
+        if config is None:
+            raise UnusableInput(f"--checkpoints {directory}: neither params.json nor config.json is in it")
+        super().__init__(config, torch.bfloat16, directory)
+
+    def fill(self, name: str, out: Tensor, cut: Cut) -> None:
+        raise UnusableInput(
+            f"{self.directory} holds no weights: only a packed store of mode mixed, stream or preload runs"
+        )

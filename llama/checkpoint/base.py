@@ -1,30 +1,32 @@
-"""What every checkpoint offers, whatever its files look like: named tensors, whole or a rank's share of them."""
+"""What every checkpoint offers, whole or a rank's share, and what is refused in all their files alike."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
-from llama.checkpoint.files import source_file
 from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 from wsm.layout.groups import pass_order
 from wsm.layout.model import Shard, SourceFile
 
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10
+
 
 class Checkpoint(ABC):
     """Named tensors, lazily, in Meta's names and Meta's RoPE convention.
 
-    Args:
-        dtype: of the stored weights.
-        directory: None for weights that are in no file.
-        paths: the files that hold the weights.
+    ``dtype`` is that of the stored weights, ``paths`` are their files; ``directory`` is None for weights in no file.
     """
 
     has_weights = True
@@ -42,14 +44,10 @@ class Checkpoint(ABC):
 
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""
-        return tuple(map(source_file, self._paths))
+        return tuple(map(_source_file, self._paths))
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
-
-        Raises:
-            UnusableInput: if the model has no such tensor, or one of another shape.
-        """
+        """Fill ``out``, any float dtype, with the tensor of that full name and shape, or UnusableInput; thread-safe."""
         if self._shapes.get(name) != tuple(out.shape):
             raise UnusableInput(f"{self.config.name} has no tensor {name} of shape {list(out.shape)}")
         matrix = out.view(-1, out.shape[-1])
@@ -112,3 +110,65 @@ def stretch(tensor: Tensor, cut: Cut) -> Tensor:
     """A view ``[cut.rows, cut.columns]`` of a matrix, or of a vector as a matrix of one row."""
     matrix = tensor.view(-1, tensor.shape[-1])
     return matrix[cut.row : cut.row + cut.rows, cut.column : cut.column + cut.columns]
+
+
+def _source_file(path: Path) -> SourceFile:
+    """A file's entry; its digest, of its size and of 64 KiB at 16 even places, notices another file.
+
+    So 140 GB need not be read.
+    """
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * place // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return SourceFile(path.name, size, digest.hexdigest())
+
+
+class Stored(NamedTuple):
+    """A tensor as the files describe it: the file's path, what the file calls it, its dtype and shape."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_stored(stored: Stored, shape: tuple[int, ...], config_file: str) -> None:
+    """Refuse a tensor that is no float or has another shape than ``config_file`` asks for: UnusableInput."""
+    if stored.dtype not in FLOATS:
+        raise UnusableInput(
+            f"{stored.path}: {stored.name} is of dtype {stored.dtype}; only {', '.join(FLOATS)} weights run here, "
+            "so take the unquantised checkpoint"
+        )
+    if stored.shape != shape:
+        raise UnusableInput(
+            f"{stored.path}: {stored.name} has shape {list(stored.shape)}, but {config_file} asks for {list(shape)}: "
+            "the two are not of the same model"
+        )
+
+
+def weights_dtype(matrices: Iterable[Stored]) -> torch.dtype:
+    """The dtype that holds every matrix without loss; norms do not count, they are often wider than the rest."""
+    return functools.reduce(torch.promote_types, {FLOATS[stored.dtype] for stored in matrices if len(stored.shape) > 1})
+
+
+def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -> None:
+    """Refuse (UnusableInput) what the model's shape has no place for: without it the tokens are another model's."""
+    for name in names:
+        if name not in known and not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):
+            raise UnusableInput(
+                f"{where} holds tensor {name}, which a plain LLaMA of this configuration has no place for: "
+                "it is another architecture, or has more layers than its configuration says"
+            )
+
+
+def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
+    """Refuse (UnusableInput) biases and LoRA adapters, which are no plain LLaMA's."""
+    for name in names:
+        if name.endswith(".bias") or "lora_" in name:
+            raise UnusableInput(
+                f"{path}: tensor {name} belongs to no plain LLaMA; biases do not run here, and LoRA adapters have to "
+                "be merged into the weights first"
+            )

@@ -41,18 +41,13 @@ _HF_CONFIG: dict[str, object] = {
 
 # The name is part of the cache directory's: change it when the weights change.
 BUILTIN = ModelConfig.from_hf(_HF_CONFIG, "builtin-v1")
-_SEED = 0
-_TOKENIZER: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
 
 
 def builtin_checkpoint(cache_dir: Path) -> Checkpoint:
     """The built-in model, bfloat16, about 80 MB; made in ``cache_dir`` at the first call.
 
-    It is written beside its place and then renamed, so an interrupted call leaves no half of a model, and of two
-    processes that make it at once one wins and both go on.
-
-    Raises:
-        UnusableInput: if it cannot be written.
+    It is written beside its place and then renamed: an interrupted call leaves no half of a model, and of two
+    processes that make it at once one wins and both go on. UnusableInput if it cannot be written.
     """
     directory = cache_dir / BUILTIN.name
     if not directory.is_dir():
@@ -73,7 +68,8 @@ def _make(directory: Path) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         save_file(_weights(), beside / SINGLE, metadata={"format": "pt"})
-        for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", _TOKENIZER)):
+        tokenizer: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
+        for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", tokenizer)):
             (beside / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         # The temporary directory and safetensors' file are the owner's alone, which would hide a shared cache.
         (beside / SINGLE).chmod(0o644)
@@ -87,7 +83,7 @@ def _make(directory: Path) -> None:
 
 
 def _weights() -> dict[str, Tensor]:
-    synthetic = SyntheticCheckpoint(BUILTIN, seed=_SEED, dtype=torch.bfloat16)
+    synthetic = SyntheticCheckpoint(BUILTIN, seed=0, dtype=torch.bfloat16)
     heads = {"wq": BUILTIN.n_heads, "wk": BUILTIN.n_kv_heads}
     tensors = {}
     for name, shape in all_tensors(BUILTIN):

@@ -8,20 +8,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, all_tensors, stretch
-from llama.checkpoint.files import (
-    Stored,
-    check_stored,
-    refuse_foreign_tensors,
-    refuse_unknown_tensors,
-    weights_dtype,
-)
+from llama.checkpoint import base
+from llama.checkpoint.base import Checkpoint, Stored, all_tensors, stretch
 from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import Cut
 from wsm.errors import UnusableInput
 
-_LAYER_NAMES = {
+_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -32,21 +29,17 @@ _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_GLOBAL_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def hf_name(name: str) -> str:
     """Hugging Face's name for one of Meta's."""
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
-    _, layer, rest = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{layer}.{_LAYER_NAMES[rest]}.weight"
+    short = name.removesuffix(".weight")
+    if short in _NAMES:
+        return f"{_NAMES[short]}.weight"
+    _, layer, rest = short.split(".", 2)
+    return f"model.layers.{layer}.{_NAMES[rest]}.weight"
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -64,8 +57,7 @@ def to_halves(weight: Tensor, heads: int) -> Tensor:
 class HFCheckpoint(Checkpoint):
     """Every file is mapped once; a tensor is copied once, into the place where it is wanted.
 
-    Raises:
-        UnusableInput: for a missing or damaged file, a missing tensor, or a model that does not run here.
+    UnusableInput for a missing or damaged file, a missing tensor, or a model that does not run here.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -73,8 +65,8 @@ class HFCheckpoint(Checkpoint):
         if (directory / "adapter_config.json").exists():
             raise UnusableInput(f"{directory} holds a LoRA adapter; merge it into the weights and save the whole model")
         files = {path: _open_file(path) for path in _weight_files(directory)}
-        self._files = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
         where = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
+        self._files = {name: files[path] for name, path in where.items()}
         stored = []
         for name, shape in all_tensors(config):
             theirs = hf_name(name)
@@ -85,10 +77,10 @@ class HFCheckpoint(Checkpoint):
             found = self._files[theirs].get_slice(theirs)
             dtype = _DTYPES.get(found.get_dtype(), found.get_dtype())
             stored.append(Stored(where[theirs], theirs, dtype, tuple(found.get_shape())))
-            check_stored(stored[-1], shape, "config.json")
+            base.check_stored(stored[-1], shape, "config.json")
         tied_head = {hf_name("output.weight")} if config.tied_embeddings else set[str]()
-        refuse_unknown_tensors(directory, where, {one.name for one in stored} | tied_head)
-        super().__init__(config, weights_dtype(stored), directory, list(files))
+        base.refuse_unknown_tensors(directory, where, {one.name for one in stored} | tied_head)
+        super().__init__(config, base.weights_dtype(stored), directory, list(files))
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         # Views of the mapped file: only what is copied is read.
@@ -118,8 +110,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
-        if pickled:
+        if pickled := sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*")):
             raise UnusableInput(
                 f"{directory} holds {pickled[0].name} but no .safetensors file; convert it first: load it with "
                 "transformers and call save_pretrained"
@@ -134,5 +125,5 @@ def _open_file(path: Path) -> Any:
         file: Any = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise UnusableInput(f"{path} is damaged or cut short ({error}); {AGAIN}") from error
-    refuse_foreign_tensors(path, file.keys())
+    base.refuse_foreign_tensors(path, file.keys())
     return file

@@ -10,14 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, all_tensors, stretch
-from llama.checkpoint.files import (
-    Stored,
-    check_stored,
-    refuse_foreign_tensors,
-    refuse_unknown_tensors,
-    weights_dtype,
-)
+from llama.checkpoint import base
+from llama.checkpoint.base import Checkpoint, Stored, all_tensors, stretch
 from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import BY_COLUMNS, Cut
@@ -33,9 +27,7 @@ class MetaCheckpoint(Checkpoint):
 
     fairscale's model-parallel layers cut q, k, v, w1, w3 and the head by rows, wo and w2 by columns; the embedding was
     cut by columns in Llama 2 and by rows since. Norms are whole in every shard.
-
-    Raises:
-        UnusableInput: for a missing or damaged file, a missing tensor, or a model that does not run here.
+    UnusableInput for a missing or damaged file, a missing tensor, or a model that does not run here.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -48,9 +40,9 @@ class MetaCheckpoint(Checkpoint):
         if not any("output.weight" in shard for shard in self._shards.values()):
             config = dataclasses.replace(config, tied_embeddings=True)
         shapes = dict(all_tensors(config))
-        dtype = weights_dtype([self._check(name, shape, directory) for name, shape in shapes.items()])
-        found = {str(name) for shard in self._shards.values() for name in shard}
-        refuse_unknown_tensors(directory, sorted(found), set(shapes))
+        dtype = base.weights_dtype([self._check(name, shape, directory) for name, shape in shapes.items()])
+        found = sorted({str(name) for shard in self._shards.values() for name in shard})
+        base.refuse_unknown_tensors(directory, found, set(shapes))
         super().__init__(config, dtype, directory, paths)
 
     def _parts(self, name: str) -> list[Tensor]:
@@ -79,7 +71,7 @@ class MetaCheckpoint(Checkpoint):
             shape = tuple(size // len(parts) if axis == place else size for place, size in enumerate(shape))
         for path, part in zip(self._shards, parts, strict=True):
             stored = Stored(path, name, str(part.dtype).removeprefix("torch."), tuple(part.shape))
-            check_stored(stored, shape, f"params.json, over {len(parts)} shard(s),")
+            base.check_stored(stored, shape, f"params.json, over {len(parts)} shard(s),")
         return stored
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
@@ -131,5 +123,5 @@ def _open_shard(path: Path) -> Mapping[str, Tensor]:
         raise UnusableInput(f"{path} is damaged or cut short ({reason}); {AGAIN}") from error
     if not isinstance(shard, dict):
         raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")
-    refuse_foreign_tensors(path, map(str, shard))
+    base.refuse_foreign_tensors(path, map(str, shard))
     return shard

@@ -47,16 +47,13 @@ class SyntheticCheckpoint(Checkpoint):
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
         columns = self._shapes[name][-1]
-        begin, row = self._start(name) + cut.row * columns + cut.column, 0
+        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+        begin, row = int.from_bytes(digest[:8], "little") + cut.row * columns + cut.column, 0
         while row < cut.rows:  # in as few copies as the block's end allows
             start = (begin + row * columns) % BLOCK_VALUES
             count = min(cut.rows - row, -(-(BLOCK_VALUES - start) // columns))
             out[row : row + count].copy_(block.as_strided((count, cut.columns), (columns, 1), start))
             row += count
-
-    def _start(self, name: str) -> int:
-        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") % BLOCK_VALUES
 
     def _block(self, role: Literal["norm", "matrix"], dtype: torch.dtype) -> Tensor:
         """The block in a role, its beginning once more behind it: a row may go over its end."""
@@ -81,11 +78,7 @@ def _unit_block(seed: int) -> Tensor:
 
 
 def synthetic_checkpoint(spec: str, *, seed: int, dtype: torch.dtype) -> SyntheticCheckpoint:
-    """``NAME`` or ``NAME:layers=N``, NAME being a known model.
-
-    Raises:
-        UnusableInput: for an unknown name or option.
-    """
+    """``NAME`` or ``NAME:layers=N``, NAME being a known model; UnusableInput for an unknown name or option."""
     name, colon, option = spec.partition(":")
     config = PRESETS.get(name)
     if config is None:

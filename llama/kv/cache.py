@@ -38,17 +38,18 @@ class KVWindow(NamedTuple):
     compact: bool = False
 
 
-class Wrote(NamedTuple):
-    """One new token per row, for :meth:`KVCache.wrote_tokens`.
+class Rows(NamedTuple):
+    """One new token each of neighbouring rows: attended as one batch over ``tokens`` positions of each.
 
-    ``positions`` are the tokens' own, ``places_in_row`` where they stand in the window, both int64 ``[n]``; ``keys``
-    are ``[n, n_kv_heads, head_dim]``, ``queries`` ``[n, n_heads, head_dim]``.
+    They are as many as :func:`attended_tokens` says, whatever the rows' lengths are: the shapes change seldom, and
+    a captured graph serves many passes.
     """
 
-    positions: Tensor
-    places_in_row: Tensor
-    keys: Tensor
-    queries: Tensor
+    first: int  # row of the window
+    places: Tensor  # int64 [n]: rows of the window
+    positions: Tensor  # int64 [n]: where in its row of the window each token goes
+    tokens: int
+    mask: Tensor  # [n, 1, 1, tokens], added to the scores: 0 for a position that the row has, else -inf
 
 
 @dataclass(slots=True)
@@ -113,11 +114,6 @@ class KVCache:
         }
 
     @property
-    def resident(self) -> bool:
-        """Whether all of it stays on the device."""
-        return self.tier is None
-
-    @property
     def nbytes(self) -> int:
         """Bytes on the device, without the tier's windows."""
         return self._data.nbytes + sum(bounds.data.nbytes for bounds in self._bounds.values())
@@ -125,11 +121,7 @@ class KVCache:
     # -- a pass
 
     def begin(self, segments: Sequence[Segment]) -> None:
-        """A pass over ``segments`` begins.
-
-        Raises:
-            ValueError: unless each segment goes on where its row ends, and fits.
-        """
+        """A pass over ``segments`` begins; ValueError unless each goes on where its row ends, and fits."""
         for segment in segments:
             if segment.start_pos != self.lengths[segment.row] or segment.end_pos > self.tokens:
                 raise ValueError(
@@ -153,10 +145,9 @@ class KVCache:
     def enter(self, layer: int, stretch: int) -> KVWindow:
         """The KV of a layer and a stretch of rows, to be read and appended to until it is left."""
         unit = layer, stretch
-        if unit in self._windows:
+        if self.tier is None or unit in self._windows:
             return self._windows[unit]
         if unit not in self._entered:
-            assert self.tier is not None
             self._entered[unit] = _Entered(KVWindow(*self.tier.enter(layer, stretch)), self._bounds.get(unit))
         return self._entered[unit].window
 
@@ -180,12 +171,9 @@ class KVCache:
     def wrote_span(
         self, layer: int, stretch: int, segment: Segment, key: Tensor, query: Tensor, position: Tensor
     ) -> None:
-        """A segment's keys and values are in the window of its stretch.
+        """A segment's keys, ``key [n, n_kv_heads, head_dim]``, and values are in the window of its stretch.
 
-        Args:
-            key: ``[n, n_kv_heads, head_dim]``.
-            query: of its last token, ``[1, n_heads, head_dim]``.
-            position: of its last token, int64 ``[1]`` on the device.
+        ``query [1, n_heads, head_dim]`` and ``position`` (int64 ``[1]`` on the device) are its last token's.
         """
         new = self._entered.get((layer, stretch))
         if new is not None and new.bounds is not None:
@@ -193,23 +181,23 @@ class KVCache:
             new.bounds.add_span(row, segment.start_pos, key)
             new.queries[row], new.positions[row] = query.clone(), position
 
-    def wrote_tokens(self, layer: int, stretch: int, first: int, places: Tensor, wrote: Wrote) -> None:
-        """One new token per row is in the window of a stretch, in its rows ``first`` on.
+    def wrote_tokens(
+        self, layer: int, stretch: int, rows: Rows, positions: Tensor, keys: Tensor, queries: Tensor
+    ) -> None:
+        """One new token per row is in the window of a stretch; ``positions`` int64 ``[n]`` are those in the whole row.
 
-        Args:
-            places: those rows, int64 ``[n]`` on the device.
+        ``keys`` are ``[n, n_kv_heads, head_dim]``, ``queries`` ``[n, n_heads, head_dim]``.
         """
         new = self._entered.get((layer, stretch))
         if new is None:
             return
         words = new.window.data.view(word_of(self.record.record_bytes))
-        new.fresh.append(words[places, :, wrote.places_in_row].view(torch.uint8))
+        new.fresh.append(words[rows.places, :, rows.positions].view(torch.uint8))
         if new.bounds is not None:
-            new.bounds.add_tokens(places, wrote.positions, wrote.keys)
-            queries = wrote.queries.clone()
-            for place in range(len(queries)):  # row by row: a later chunk may go on with the last of them
-                new.queries[first + place] = queries[place : place + 1]
-                new.positions[first + place] = wrote.positions[place : place + 1]
+            new.bounds.add_tokens(rows.places, positions, keys)
+            # Row by row: a later chunk may go on with the last of them.
+            new.queries.update(enumerate(queries.clone().split(1), rows.first))
+            new.positions.update(enumerate(positions.split(1), rows.first))
 
     def extend(self, segments: Sequence[Segment]) -> None:
         """Count the tokens that a pass has added in every layer."""

@@ -28,32 +28,21 @@ class KVFormat:
         return new
 
     def write_(self, window: Tensor, rows: Tensor, positions: Tensor, new: Tensor) -> None:
-        """Put one token of each row into ``window``.
+        """Put one token of each row into ``window [R, n_kv_heads, tokens, 2, record]``, uint8.
 
-        Args:
-            window: uint8 ``[R, n_kv_heads, tokens, 2, record]``.
-            rows, positions: int64 ``[n]``, on the window's device; no pair twice.
-            new: model dtype ``[n, 2, n_kv_heads, head_dim]``, keys before values.
+        ``rows`` and ``positions`` are int64 ``[n]`` on its device, no pair twice; ``new``, in the model dtype, is
+        ``[n, 2, n_kv_heads, head_dim]``, keys before values.
         """
         window.view(self._word)[rows, :, positions] = self._packed(new).transpose(1, 2)
 
     def write_span_(self, row: Tensor, begin: int, new: Tensor) -> None:
-        """Put neighbouring tokens into one row.
-
-        Args:
-            row: uint8 ``[n_kv_heads, tokens, 2, record]``.
-            new: model dtype ``[n, 2, n_kv_heads, head_dim]``, for the positions from ``begin`` on.
-        """
+        """Put ``new``, as for :meth:`write_`, into one row ``[n_kv_heads, tokens, 2, record]`` from ``begin`` on."""
         row.view(self._word)[:, begin : begin + new.shape[0]] = self._packed(new).permute(2, 0, 1, 3)
 
     def read(self, window: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first ``tokens`` positions, in the model dtype: views where nothing is converted.
 
-        Args:
-            window: uint8 ``[..., n_kv_heads, room, 2, record]``, of rows or of one row.
-
-        Returns:
-            Two tensors ``[..., n_kv_heads, tokens, head_dim]``.
+        From a window of rows, or one row of it: two tensors ``[..., n_kv_heads, tokens, head_dim]``.
         """
         keys, values = window.view(self._dtype).narrow(-3, 0, tokens).unbind(-2)
         return keys, values
@@ -90,11 +79,7 @@ class Int8Format(KVFormat):
 
 
 def kv_format(name: str, dtype: torch.dtype, head_dim: int) -> KVFormat:
-    """The format that ``--kv-dtype`` names: ``auto``, the model's ``dtype``, or ``int8``.
-
-    Raises:
-        UnusableInput: for another name, or for int8 where ``head_dim`` is no multiple of 8.
-    """
+    """What ``--kv-dtype`` names: ``auto``, the model's ``dtype``, or ``int8``; UnusableInput where neither runs."""
     if name == "auto":
         return KVFormat(dtype, head_dim)
     if name != "int8":

@@ -50,12 +50,7 @@ class BlockBounds:
             done += take
 
     def add_tokens(self, rows: Tensor, positions: Tensor, keys: Tensor) -> None:
-        """Take in one token each of some rows.
-
-        Args:
-            rows, positions: int64 ``[n]``; no row twice.
-            keys: ``[n, n_kv_heads, head_dim]``.
-        """
+        """Take in one token each of ``rows``, none twice, with ``keys`` ``[n, n_kv_heads, head_dim]``."""
         blocks = positions // KV_BLOCK_TOKENS
         low, high = self.data.unbind(0)
         low[rows, :, blocks] = torch.minimum(low[rows, :, blocks], keys)
@@ -66,13 +61,8 @@ def block_scores(queries: Tensor, bounds: BlockBounds, rows: Tensor) -> Tensor:
     """The most that the keys of a block can score, summed over the query heads of a KV head.
 
     ``max(q * min, q * max)`` is ``q * max`` for a q above 0 and ``q * min`` below: so the query heads are added up
-    before they meet the bounds.
-
-    Args:
-        queries: ``[n, n_heads, head_dim]``, of the unit's ``rows`` (int64 ``[n]``).
-
-    Returns:
-        float32 ``[n, n_kv_heads, blocks]``; meaningless for a block without keys.
+    before they meet the bounds. ``queries`` are ``[n, n_heads, head_dim]``, of the unit's ``rows`` (int64 ``[n]``); the
+    scores are float32 ``[n, n_kv_heads, blocks]``, meaningless for a block without keys.
     """
     grouped = queries.float().unflatten(1, (bounds.data.shape[2], -1))  # [n, n_kv_heads, n_rep, head_dim]
     signed = torch.stack((grouped.clamp(max=0).sum(dim=2), grouped.clamp(min=0).sum(dim=2)))
@@ -81,7 +71,7 @@ def block_scores(queries: Tensor, bounds: BlockBounds, rows: Tensor) -> Tensor:
 
 
 def select_blocks(queries: Tensor, bounds: BlockBounds, rows: Tensor, newest: Tensor, k: int) -> Tensor:
-    """The ``k`` blocks that each row's next step attends over, for each KV head; int64 ``[n, n_kv_heads, k]``.
+    """The ``k`` blocks (at least 2) that each row's next step attends over, by KV head; int64 ``[n, n_kv_heads, k]``.
 
     Slot 0 is block 0 and the last slot is ``newest``; between them stand, ascending, the k - 2 blocks of
     1 .. newest - 1 that score highest, of equal ones the lower. A row with no more than k blocks has block 0, 1, … in
@@ -91,9 +81,6 @@ def select_blocks(queries: Tensor, bounds: BlockBounds, rows: Tensor, newest: Te
         queries: ``[n, n_heads, head_dim]``.
         rows: int64 ``[n]``, of the unit that the bounds are of.
         newest: int64 ``[n]``, the block that the row's next token goes into.
-
-    Raises:
-        ValueError: for a ``k`` below 2.
     """
     if k < 2:
         raise ValueError(f"a step needs the first and the newest block, not {k} blocks")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,21 +27,14 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llama.parallel.watch import START_S, Ending, RankFailed, Watch
-from llama.parallel.world import Collective, Timer, World
+from llama.parallel.world import Collective, World
+from wsm.engine.telemetry import CollectiveTimes
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
+from wsm.settings import Ranks
 
 _LONGEST = timedelta(hours=1)
 """Of a collective. One rank may load for long while another waits; the watch finds lost ranks."""
-
-
-class Meeting(NamedTuple):
-    """Where the job's store is, whether this process keeps it, and how often the ranks were started again."""
-
-    address: str
-    port: int
-    keeps_store: bool
-    attempt: int
 
 
 class CollectiveBroken(RuntimeError):
@@ -54,7 +47,7 @@ class FairscaleCollective(Collective):
     On CUDA they are queued in the order of the current stream, as a kernel is: the host never waits.
     """
 
-    def __init__(self, shard: Shard, timer: Timer) -> None:
+    def __init__(self, shard: Shard, timer: CollectiveTimes) -> None:
         self.shard, self._timer = shard, timer
 
     def reduce_(self, x: Tensor) -> Tensor:
@@ -83,16 +76,11 @@ def _broken_if_it_fails() -> Iterator[None]:
 
 
 class TorchWorld(World):
-    """Several ranks: their messages go through torchrun's store, their collectives through NCCL or gloo.
-
-    Made by :func:`join`.
-    """
+    """Several ranks, by :func:`join`: messages go through torchrun's store, collectives through NCCL or gloo."""
 
     def __init__(self, shard: Shard, local: Shard, store: Store, watch: Watch) -> None:
         super().__init__(shard, local)
-        self.watch = watch
-        self._store = store
-        self._asked = 0
+        self.watch, self._store, self._asked = watch, store, 0
         self._device: torch.device | None = None
 
     @property
@@ -111,11 +99,10 @@ class TorchWorld(World):
 
     def _await(self, keys: list[str], limit_s: float | None = None) -> bool:
         """Whether all keys came; a blocking wait of the store would hear neither signals nor the watch."""
-        until = None if limit_s is None else time.monotonic() + limit_s
-        pause = 0.001
+        until, pause = math.inf if limit_s is None else time.monotonic() + limit_s, 0.001
         while not self._store.check(keys):
             self.watch.check()
-            if until is not None and time.monotonic() > until:
+            if time.monotonic() > until:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
@@ -160,29 +147,24 @@ class TorchWorld(World):
                 timeout=_LONGEST,
             )
             initialize_model_parallel(self.shard.size)
-            self._warm_up(device)
+            # NCCL takes its buffers at the first collective of each kind and size: now, before memory is measured.
+            for nbytes in (4 << 10, 1 << 20, 32 << 20) if device.type == "cuda" else (4,):
+                x = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+                dist.all_reduce(x, group=get_model_parallel_group())
+                gather_from_model_parallel_region(x[: 1 << 20])
         self.barrier()
 
-    def _warm_up(self, device: torch.device) -> None:
-        """NCCL takes its buffers at the first collective of each kind and size: now, before memory is measured."""
-        for nbytes in (4 << 10, 1 << 20, 32 << 20) if device.type == "cuda" else (4,):
-            x = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-            dist.all_reduce(x, group=get_model_parallel_group())
-            gather_from_model_parallel_region(x[: 1 << 20])
-
-    def collective(self, timer: Timer) -> Collective:
+    def collective(self, timer: CollectiveTimes) -> Collective:
         return FairscaleCollective(self.shard, timer)
 
     def barrier(self) -> None:
-        if self._device is None:
-            raise RuntimeError("a barrier needs a world that is connected")
+        assert self._device is not None, "a barrier needs a world that is connected"
+        idle = torch.cuda.synchronize if self._device.type == "cuda" else lambda device: None
         with _broken_if_it_fails():
             here = torch.zeros(1, device=self._device)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            idle(self._device)
             dist.all_reduce(here, group=get_model_parallel_group())
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            idle(self._device)
 
     def abandon(self) -> None:
         """NCCL's kernels wait on the GPU, where only an abort reaches them; gloo's calls end with the peer's socket."""
@@ -199,61 +181,44 @@ class TorchWorld(World):
             dist.destroy_process_group()
 
 
-def join(
-    shard: Shard,
-    local: Shard,
-    meeting: Meeting,
-    *,
-    on_failure: Callable[[Ending], None],
-    last_resort: Callable[[Ending], None],
-) -> TorchWorld:
-    """Meet the other ranks in the job's store; nothing is computed yet.
+def join(ranks: Ranks, *, on_failure: Callable[[Ending], None], last_resort: Callable[[Ending], None]) -> TorchWorld:
+    """Meet the other ranks in the job's store; nothing is computed yet. For the callables see :class:`Watch`.
 
-    Args:
-        on_failure, last_resort: see :class:`Watch`.
-
-    Raises:
-        RankFailed: naming a rank that does not come.
-        UnusableInput: if there is no store to meet in.
+    RankFailed, naming a rank that does not come; UnusableInput if there is no store to meet in.
     """
-    limit, prefix = timedelta(seconds=START_S), f"attempt/{meeting.attempt}"
-    if not meeting.keeps_store:
-        _wait_for_store(meeting)
+    if not ranks.keeps_store:
+        _wait_for_store(ranks.address, ranks.port)
 
     def connection(keeps: bool) -> Store:
-        store = TCPStore(meeting.address, meeting.port, None, keeps, limit, wait_for_workers=False)
-        return PrefixStore(prefix, store)
+        limit = timedelta(seconds=START_S)
+        store = TCPStore(ranks.address, ranks.port, None, keeps, limit, wait_for_workers=False)
+        return PrefixStore(f"attempt/{ranks.attempt}", store)
 
     try:
         # Two connections: the watch must not queue behind somebody's wait.
-        store, ours = connection(meeting.keeps_store), connection(False)
+        store, ours = connection(ranks.keeps_store), connection(False)
     except (RuntimeError, ValueError) as error:
         raise UnusableInput(
-            f"rank {shard.rank} of {shard.size} found no store at {meeting.address}:{meeting.port} "
+            f"rank {ranks.rank} of {ranks.size} found no store at {ranks.address}:{ranks.port} "
             f"({str(error).splitlines()[0]}): start the ranks with torchrun, and name the first host by --master-addr "
             "where there are several"
         ) from error
-    watch = Watch(ours, shard.rank, shard.size, socket.gethostname(), on_failure=on_failure, last_resort=last_resort)
+    watch = Watch(ours, ranks.rank, ranks.size, socket.gethostname(), on_failure=on_failure, last_resort=last_resort)
     watch.start(START_S)
-    return TorchWorld(shard, local, store, watch)
+    return TorchWorld(Shard(ranks.rank, ranks.size), Shard(ranks.local_rank, ranks.local_size), store, watch)
 
 
-def _wait_for_store(meeting: Meeting) -> None:
-    """Until somebody listens where the store is to be; torch's own client would wait twice as long, and say more.
-
-    Raises:
-        RankFailed: if nobody does.
-    """
+def _wait_for_store(address: str, port: int) -> None:
+    """Until somebody listens there, or RankFailed; torch's own client would wait twice as long, and say more."""
     until = time.monotonic() + START_S
     while True:
         try:
-            socket.create_connection((meeting.address, meeting.port), timeout=START_S).close()
-            return
+            return socket.create_connection((address, port), timeout=START_S).close()
         except OSError as error:
             if time.monotonic() > until:
                 reason = (
-                    f"did not start within {START_S:g} s: nobody keeps the job's store at port {meeting.port} "
+                    f"did not start within {START_S:g} s: nobody keeps the job's store at port {port} "
                     f"({error.strerror or error}); see its own output, and --master-addr where there are several hosts"
                 )
-                raise RankFailed(Ending(0, meeting.address, reason, 1)) from error
+                raise RankFailed(Ending(0, address, reason, 1)) from error
             time.sleep(0.1)

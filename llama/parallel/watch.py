@@ -11,8 +11,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
+
+import msgspec
+from msgspec import Struct
 
 BEAT_S = 1.0
 LOST_S = 10.0
@@ -31,8 +33,7 @@ class Store(Protocol):
     def multi_get(self, keys: list[str]) -> list[bytes]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(Struct, frozen=True):
     """Why a job ends: the rank that is to blame, its host, what the user reads, the exit code."""
 
     rank: int
@@ -53,8 +54,7 @@ class RankFailed(RuntimeError):
         self.ending = ending
 
 
-@dataclass(frozen=True, slots=True)
-class Beat:
+class Beat(Struct, frozen=True):
     """What a rank says: a count that goes on, where it runs, how it stands, and why it failed (None: it did not).
 
     ``ended``: it still reads how the others end; ``left``: it needs the store no more.
@@ -65,16 +65,6 @@ class Beat:
     state: Literal["running", "ended", "left"] = "running"
     ending: Ending | None = None
 
-    def to_text(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_text(cls, text: str | bytes) -> Beat:
-        fields: dict[str, Any] = json.loads(text)
-        if fields["ending"] is not None:
-            fields["ending"] = Ending(**fields["ending"])
-        return cls(**fields)
-
 
 class Roll:
     """Who is alive, from the beats that were read; a function of them and of the clock.
@@ -84,45 +74,39 @@ class Roll:
     """
 
     def __init__(self, rank: int, size: int, lost_s: float) -> None:
-        self._rank, self._lost_s = rank, lost_s
-        self._last: list[tuple[int, float] | None] = [None] * size
+        self._others, self._lost_s = [other for other in range(size) if other != rank], lost_s
+        self._last: dict[int, tuple[int, float]] = {}  # by rank: its count, and when it was first seen
 
     def read(self, beats: Sequence[Beat], now_s: float) -> Ending | None:
         """The first failure among the other ranks: what one says of itself before what its silence says."""
-        for rank, beat in enumerate(beats):
-            if rank != self._rank and beat.ending is not None:
-                return beat.ending
-        for rank, beat in enumerate(beats):
-            last = self._last[rank]
-            if last is None or last[0] != beat.count:
-                self._last[rank] = (beat.count, now_s)
-            elif rank != self._rank and beat.state == "running" and self.is_silent(rank, now_s):
-                reason = (
-                    f"no sign of life for {self._lost_s:g} s: it was killed or its host is gone; see its own output"
-                )
-                return Ending(rank, beat.host, reason, 1)
+        for rank in self._others:
+            if rank not in self._last or self._last[rank][0] != beats[rank].count:
+                self._last[rank] = (beats[rank].count, now_s)
+        for rank in self._others:
+            if (ending := beats[rank].ending) is not None:
+                return ending
+        for rank in self._others:
+            if beats[rank].state == "running" and self.is_silent(rank, now_s):
+                reason = f"no sign of life for {self._lost_s:g} s: it was killed or its host is gone"
+                return Ending(rank, beats[rank].host, f"{reason}; see its own output", 1)
         return None
 
     def is_silent(self, rank: int, now_s: float) -> bool:
-        """Whether a rank's count has not changed for so long that it counts as lost."""
-        last = self._last[rank]
-        return last is not None and now_s - last[1] > self._lost_s
+        """Whether another rank's count has not changed for so long that it counts as lost."""
+        return rank in self._last and now_s - self._last[rank][1] > self._lost_s
 
 
 class Watch:
     """This rank's sign of life, and its eye on the others.
 
     Two threads: one beats and reads, the other acts on what was found, even where the store no longer answers.
-    ``_said`` (this rank's newest beat) and ``failure`` are written under ``_lock`` alone; ``failure`` only once.
+    ``_said`` (this rank's newest beat) and ``failure`` (how another rank ended the job, if one did) are written under
+    ``_lock`` alone; ``failure`` only once.
 
     Args:
         store: a connection of its own, used by this object alone.
-        host: the name of this rank's machine.
         on_failure: called once, on a thread of its own, when another rank has failed.
         last_resort: called if the job is not closed or settled ``GRACE_S`` after that.
-
-    Attributes:
-        failure: how another rank ended the job, if one did.
     """
 
     def __init__(
@@ -144,18 +128,13 @@ class Watch:
         self.failure: Ending | None = None
         self._beats: list[Beat] = []
         self._heard_s = time.monotonic()
-        self._settled = threading.Event()
-        self._closed = threading.Event()
+        self._settled, self._closed = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
 
     # -- life
 
     def start(self, limit_s: float) -> None:
-        """Say that this rank is here, wait for all others, then watch.
-
-        Raises:
-            RankFailed: naming a rank that did not come within ``limit_s``.
-        """
+        """Say that this rank is here, wait for all others, then watch; RankFailed names one not here in ``limit_s``."""
         self._say()
         until = time.monotonic() + limit_s
         while not self._store.check(self._keys):
@@ -167,9 +146,8 @@ class Watch:
             time.sleep(_POLL_S)
         self._listen()
         for name, work in (("watch-beat", self._beat), ("watch-guard", self._guard)):
-            thread = threading.Thread(target=work, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self._threads[-1].start()
 
     def close(self) -> None:
         """Watch no more; a second call does nothing."""
@@ -203,11 +181,9 @@ class Watch:
 
     def wait_for_others(self, seconds: float) -> None:
         """Until no other rank that is alive needs the store."""
-
-        def gone(rank: int) -> bool:
-            return self._beats[rank].state == "left" or self._roll.is_silent(rank, time.monotonic())
-
-        self._listen_until(lambda: all(gone(rank) for rank in range(self.size) if rank != self.rank), seconds)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        gone = lambda rank: self._beats[rank].state == "left" or self._roll.is_silent(rank, time.monotonic())  # noqa: E731
+        self._listen_until(lambda: all(map(gone, others)), seconds)
 
     def _listen_until(self, enough: Callable[[], bool], seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -232,13 +208,14 @@ class Watch:
 
     def _say(self, **changes: Any) -> None:
         with self._lock:
-            self._said = replace(self._said, count=self._said.count + 1, **changes)
-            self._store.set(self._keys[self.rank], self._said.to_text())
+            self._said = msgspec.structs.replace(self._said, count=self._said.count + 1, **changes)
+            # The standard library's JSON: it escapes what is no text, as a path in a reason may be.
+            self._store.set(self._keys[self.rank], json.dumps(msgspec.to_builtins(self._said)))
 
     # -- the threads
 
     def _listen(self) -> None:
-        beats = [Beat.from_text(text) for text in self._store.multi_get(self._keys)]
+        beats = [msgspec.convert(json.loads(text), Beat) for text in self._store.multi_get(self._keys)]
         found = self._roll.read(beats, time.monotonic())
         self._beats, self._heard_s = beats, time.monotonic()
         if found is not None:

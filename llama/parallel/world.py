@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from wsm.layout.model import WHOLE, Shard
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from wsm.engine.telemetry import CollectiveTimes
 
 
 class Collective:
@@ -31,23 +33,8 @@ class Collective:
         return x
 
 
-class Timer(Protocol):
-    """Takes note of how long each collective takes."""
-
-    def mark(self) -> object:
-        """A point in the computation."""
-
-    def took(self, start: object, end: object) -> None:
-        """A collective ran between two marks."""
-
-
 class World:
-    """One process among those that run a model together. Alone, it waits for nobody and agrees with itself.
-
-    Args:
-        shard: this process among all.
-        local: this process among those of its host.
-    """
+    """One process among all (``shard``) and among those of its host (``local``); alone, it waits for nobody."""
 
     def __init__(self, shard: Shard = WHOLE, local: Shard = WHOLE) -> None:
         self.shard, self.local = shard, local
@@ -60,16 +47,12 @@ class World:
     def connect(self, device: torch.device) -> None:
         """Be ready for collectives on ``device``; what they need of its memory is taken now."""
 
-    def collective(self, timer: Timer) -> Collective:
+    def collective(self, timer: CollectiveTimes) -> Collective:
         """What the model's layers call; only when connected."""
         return Collective()
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Compare facts, by name, with the other ranks'.
-
-        Raises:
-            UnusableInput: on every rank alike, naming the rank that has another fact, and the fact.
-        """
+        """Compare facts, by name, with the other ranks'; UnusableInput on every rank alike, naming rank and fact."""
 
     def exchange(self, text: str, limit_s: float | None = None) -> list[str | None]:
         """Every rank's text, in order; None for one that gave none within ``limit_s`` (None: it is waited for)."""

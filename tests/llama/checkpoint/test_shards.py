@@ -19,8 +19,8 @@ from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.checkpoint.base import all_tensors
 from llama.checkpoint.synthetic import BLOCK_VALUES, SyntheticCheckpoint
 from llama.config import PRESETS, ModelConfig
+from llama.inputs import read_manifest
 from llama.names import BY_COLUMNS, Cut
-from llama.stores import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, assert_equals, checkpoint, flip, pack_tiny, read_tensors
 from tests.tiny import hf_directory, hf_model, meta_directory
 from wsm.errors import StoreError, UnusableInput

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from llama.inputs import read_manifest
 from llama.parallel.world import ALONE
-from llama.stores import read_manifest
 from tests.parallel_models import N_LAYERS, PLACES, PROMPTS, make_models
 from tests.ranks import answer, answers, free_port, impatient_script, script, started
 from tests.stores import flip

@@ -61,11 +61,6 @@ def test_what_a_rank_says_of_itself_comes_before_anothers_silence() -> None:
     assert roll.read([Beat(1, "a"), Beat(1, "b"), Beat(1, "c", "ended", ending)], 60.0) == ending
 
 
-def test_a_beat_comes_back_from_its_text() -> None:
-    for beat in (Beat(3, "a"), Beat(4, "b", "ended", Ending(1, "c", "why", 2))):
-        assert Beat.from_text(beat.to_text()) == beat
-
-
 # -- the watch
 
 
@@ -144,6 +139,13 @@ def test_a_rank_that_settles_in_time_meets_no_last_resort(three: Group) -> None:
     time.sleep(0.5)
     assert three.last_resorts == {}
     assert [ending and ending.code for ending in three.watches[0].endings(1.0)] == [2, 2, 2]
+
+
+def test_an_ending_comes_back_from_its_text_even_where_it_names_a_path_that_is_no_text(three: Group) -> None:
+    ending = Ending(1, "host1", "no such file: \udce9", 2)
+    three.watches[1].settle(ending)
+    assert three.watches[0].wait_for_failure(2.0) == ending
+    assert three.watches[0].hosts == ["host0", "host1", "host2"]
 
 
 def test_ranks_that_ended_well_are_not_missed(three: Group) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.stores import read_manifest
+from llama.inputs import read_manifest
 from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_tiny, write_v1
 from wsm.disk import blockdev
 from wsm.disk.blockdev import check_writable, loop_device_over, signatures, unusable_target, why_busy

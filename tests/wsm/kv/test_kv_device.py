@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.stores import read_manifest
+from llama.inputs import read_manifest
 from tests.stores import aligned, assert_equals, checkpoint, loop_device, pack_tiny
 from wsm.disk import blockdev, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput

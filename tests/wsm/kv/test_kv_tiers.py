@@ -26,11 +26,11 @@ import wsm.kv.tiers
 from llama.batch import decode_batch, prefill_batch
 from llama.checkpoint import open_checkpoint
 from llama.generation import GenerationOptions, generate
+from llama.inputs import choose_device
 from llama.kv import cache as kv_cache
-from llama.kv.cache import KVCache
+from llama.kv.cache import KVCache, Rows
 from llama.kv.format import kv_format
-from llama.loading import choose_device
-from llama.model import Rows, Transformer
+from llama.model import Transformer
 from llama.weights import TensorWeights
 from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model

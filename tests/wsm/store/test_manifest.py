@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.stores import read_manifest
+from llama.inputs import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, checkpoint, pack_tiny
 from tests.wsm.layout.test_groups import configs
 from wsm.errors import StoreError, UnusableInput

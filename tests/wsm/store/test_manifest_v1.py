@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llama.checkpoint import WeightlessCheckpoint
 from llama.checkpoint.base import all_tensors
-from llama.stores import read_manifest
+from llama.inputs import read_manifest
 from tests.stores import CONFIG, assert_equals, checkpoint, edit, edit_param, flip, write_v1
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, TENSOR_ALIGNMENT, GroupId

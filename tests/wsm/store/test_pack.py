@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import wsm.disk.atomic
 import wsm.store.pack
 from llama.checkpoint.base import all_tensors
-from llama.stores import read_manifest
+from llama.inputs import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
 from wsm.disk.atomic import write_atomically
 from wsm.disk.targets import opened

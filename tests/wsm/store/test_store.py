@@ -18,7 +18,7 @@ import pytest
 import torch
 import xxhash
 
-from llama.stores import read_manifest
+from llama.inputs import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, GroupId

@@ -29,7 +29,7 @@ from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 from wsm.store.description import DTYPES, StoreDescription
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.match import check_suits
 
 SYNTHETIC_SEED = 0

@@ -11,11 +11,10 @@ from llama.inputs import open_inputs
 from llama.options import BuildOptions
 from llama.stores import read_manifest
 from wsm.errors import UnusableInput
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
 from wsm.store.pack import PackRequest, pack
-from wsm.store.packed_store import PackedStore
-from wsm.store.verify import verify
+from wsm.store.packed_store import PackedStore, verify
 
 
 def run_pack(options: PackOptions) -> int:

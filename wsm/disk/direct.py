@@ -18,8 +18,6 @@ MOST_BYTES = 8 << 20
 
 Transfer = Callable[[int, Sequence[memoryview], int], int]
 """As ``os.preadv`` and ``os.pwritev``."""
-
-
 Failed = Callable[[int, OSError | int], Exception]
 """Makes the exception to raise, from the offset and the error, or the bytes that the last call moved."""
 

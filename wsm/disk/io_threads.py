@@ -12,7 +12,7 @@ Piece = Callable[[], None]
 
 
 class _Job:
-    """The pieces not dealt out yet, how many have not come back, and the first failure."""
+    """The pieces not dealt out yet, how many have not come back (``left``), and the first failure."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self.pieces = deque(pieces)
@@ -38,12 +38,8 @@ class _Job:
 class IOThreads:
     """A job's pieces are dealt out in order, the next job's while the last of this one's are under way.
 
-    Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order. A job is ended once,
-    by whoever brings ``left`` to 0.
-
-    Args:
-        threads: how many; at least 1.
-        name: what they are called, a number behind it.
+    Threads (at least 1, called ``name`` and a number) share the jobs under ``_changed``: ``_jobs`` holds those with
+    pieces to deal, in order. A job is ended once, by whoever brings ``left`` to 0.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -63,13 +59,8 @@ class IOThreads:
     def submit(self, pieces: Iterable[Piece], *, after: Future[None] | None = None) -> Future[None]:
         """Queue a job of at least one piece; its future ends, with the first failure, when no piece is under way.
 
-        Callbacks of the future run on one of the threads, or on that of :meth:`close`.
-
-        Args:
-            after: a job of other threads that has to end well first; where it fails, this one fails with it.
-
-        Raises:
-            RuntimeError: if the threads have been closed.
+        Callbacks of the future run on one of the threads, or on that of :meth:`close`. ``after`` is a job of other
+        threads that has to end well first; where it fails, this one fails with it. RuntimeError after :meth:`close`.
         """
         job = _Job(pieces)
         if not job.pieces:
@@ -128,14 +119,11 @@ class IOThreads:
                 piece()
             except BaseException as error:
                 failure = error
-            self._finish_piece(job, failure)
+            with self._changed:
+                job.left -= 1
+                if failure is not None:
+                    job.give_up(failure)
+                is_last = job.left == 0
+            if is_last:
+                job.end()
             del work, job, piece, failure  # an idle thread keeps no buffer alive
-
-    def _finish_piece(self, job: _Job, failure: BaseException | None) -> None:
-        with self._changed:
-            job.left -= 1
-            if failure is not None:
-                job.give_up(failure)
-            if job.left > 0:
-                return
-        job.end()

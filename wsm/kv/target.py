@@ -14,7 +14,7 @@ from wsm.disk.direct import aligned_block, first_block, is_buffered
 from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK
-from wsm.store import superblock
+from wsm.store.layout import MAGIC as STORE_MAGIC
 
 MAGIC = b"WSMKV\0\0\0"
 VERSION = 1
@@ -182,7 +182,7 @@ def _check_device(path: str) -> None:
 
 
 def _refuse_weights(head: bytes, path: str) -> None:
-    if head.startswith(superblock.MAGIC):
+    if head.startswith(STORE_MAGIC):
         raise UnusableInput(
             f"--kv-device {path} bears a packed store of weights: nothing was written; name another file or device"
         )

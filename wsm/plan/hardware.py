@@ -69,10 +69,7 @@ def _cgroup_directories(root: Path, own: Path) -> Iterator[Path]:
 
 
 def _read_cgroup(directory: Path) -> CgroupMemory | None:
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
+    for limit_file, used_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             limit, used = int((directory / limit_file).read_text()), int((directory / used_file).read_text())
             cached = _cached_bytes(directory / "memory.stat")

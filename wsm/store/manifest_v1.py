@@ -18,7 +18,7 @@ from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK, TENSOR_ALIGNMENT, GroupId, GroupLayout, TensorLayout, pass_order, round_up
 from wsm.layout.model import TensorSource
 from wsm.store.description import DTYPES, StoreDescription, StoredGroup, typed
-from wsm.store.extents import Extent
+from wsm.store.layout import Extent
 
 _EMBEDDING = ("tok_embeddings.weight", "embed_tokens.weight")
 _AGAIN = "pack the model anew with `bench_infer.py pack`"
@@ -45,16 +45,12 @@ class _Manifest(msgspec.Struct):
 
 
 def describe_v1(
-    content: Mapping[str, Any],
-    path: Path,
-    targets: tuple[str, ...] | None,
-    checkpoint: TensorSource | None,
+    content: Mapping[str, Any], path: Path, targets: tuple[str, ...] | None, checkpoint: TensorSource | None
 ) -> StoreDescription:
     """The store behind a version 1 manifest.
 
-    Raises:
-        UnusableInput: for a missing tensor or field, a shape that is not the model's, an unknown dtype, or a
-            misaligned or overlapping offset.
+    Raises UnusableInput for a missing tensor or field, a shape that is not the model's, an unknown dtype, or a
+    misaligned or overlapping offset.
     """
     if checkpoint is None:
         raise UnusableInput(
@@ -79,7 +75,11 @@ def describe_v1(
     if beyond := [name for name in entries if name.startswith(f"layers.{config.n_layers}.")]:
         raise UnusableInput(f"--manifest {path} has {beyond[0]}, but the model has {config.n_layers} layers")
     everything = [param for group in params.values() for param in group.values()]
-    _check_apart(everything, path)
+    for before, after in itertools.pairwise(sorted(everything, key=lambda param: (param.offset, param.nbytes))):
+        if before.offset + before.nbytes > after.offset:
+            raise UnusableInput(
+                f"--manifest {path}: {after.name}: field offset: {after.offset} lies within {before.name}; {_AGAIN}"
+            )
     dtypes = {param.dtype for param in everything}
     if len(dtypes) != 1:
         raise UnusableInput(f"--manifest {path}: field dtype differs from tensor to tensor; {_AGAIN}")
@@ -95,14 +95,6 @@ def _by_name(params: Sequence[Param], path: Path) -> dict[str, Param]:
             raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
         entries[entry.name] = entry
     return entries
-
-
-def _check_apart(params: Sequence[Param], path: Path) -> None:
-    for before, after in itertools.pairwise(sorted(params, key=lambda param: (param.offset, param.nbytes))):
-        if before.offset + before.nbytes > after.offset:
-            raise UnusableInput(
-                f"--manifest {path}: {after.name}: field offset: {after.offset} lies within {before.name}; {_AGAIN}"
-            )
 
 
 def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Param], path: Path) -> Param:
@@ -133,8 +125,7 @@ def _read_unit(target: str) -> int:
 def place(group: GroupId | None, params: Mapping[str, Param], unit: int) -> StoredGroup:
     """Reads widened to whole units, adjacent ones merged, each with its own aligned room in the slot.
 
-    Args:
-        params: by short name, in the order of the image.
+    ``params`` are by short name, in the order of the image.
     """
     extents: list[Extent] = []
     tensors: dict[str, TensorLayout] = {}

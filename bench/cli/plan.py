@@ -12,9 +12,8 @@ from bench.run.ceilings import recall_near
 from llama.inputs import open_inputs, plan_run
 from llama.parallel.world import World
 from wsm.layout.model import Shard
-from wsm.plan.advice import check_fits
+from wsm.plan.advice import check_fits, describe
 from wsm.plan.levers import auto_flags
-from wsm.plan.text import describe
 from wsm.settings import unknown_variables
 
 

@@ -14,10 +14,9 @@ from bench.result.summary import ConsoleReporter, row, summary
 from bench.result.types import Result
 from llama.inputs import Inputs
 from wsm.errors import KVDeviceError, StoreError
-from wsm.plan.advice import ran_out
+from wsm.plan.advice import budget_text, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
-from wsm.plan.text import budget_text
 from wsm.plan.time import Ceiling
 
 

@@ -20,13 +20,16 @@ from wsm.settings import (
     read_ranks,
     read_variables,
     set_by_user,
-    spelled,
     unknown_variables,
 )
 
 
 def field_of(variable: str) -> str:
     return variable.removeprefix("WSM_").lower()
+
+
+def spelled(field: str) -> str:
+    return options_of(Settings)[field].spelled
 
 
 def test_settings_come_without_torch() -> None:

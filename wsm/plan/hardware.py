@@ -96,9 +96,8 @@ def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory |
 def measure_hardware(device: torch.device, ranks_here: int = 1, most_context_bytes: int = GIB) -> Hardware:
     """The memory of this machine now, the CPU's divided among the ranks that run on it.
 
-    On CUDA this creates the context and takes its size from what it leaves free.
-
-    To be called before the first computation: no kernel is loaded then.
+    On CUDA this creates the context and takes its size from what it leaves free. To be called before the first
+    computation: no kernel is loaded then.
     """
     memory = psutil.virtual_memory()
     cpu = cpu_available(memory.available, memory.total, cgroup_memory()) // ranks_here
@@ -127,9 +126,8 @@ def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
 
 def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
     """Make torch fail beyond ``allowed_bytes``: a large GPU stands in for a small one."""
-    if device.type != "cuda" or allowed_bytes is None:
-        return
-    import torch
+    if device.type == "cuda" and allowed_bytes is not None:
+        import torch
 
-    _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)

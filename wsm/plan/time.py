@@ -47,46 +47,35 @@ class Floor(NamedTuple):
     passes: int
 
 
-_CEILINGS: Mapping[Bound, tuple[str, float]] = {
-    "ssd": ("ssd", 1e6),
-    "h2d": ("h2d", 1e6),
-    "d2h": ("d2h", 1e6),
-    "hbm": ("hbm", 1e6),
-    "compute": ("matmul", 1e12),
-}
-"""By resource, in the order of :class:`Work`: the ceiling's name, and its unit per second."""
+_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute")
+"""The resources, in the order of :class:`Work`."""
 
 
 def ceiling_of(bound: Bound) -> str:
     """The name of the ceiling that is behind a bound."""
-    return _CEILINGS[bound][0]
+    return "matmul" if bound == "compute" else bound
 
 
 def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | None]:
     """Milliseconds that each resource needs for what it is asked for at all; None where its ceiling is not known.
 
     Their maximum is the floor (DESIGN section 2): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
-    B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten.
-
-    Args:
-        ceilings: ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
+    B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten. ``ceilings``
+    are ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
     """
-    return {
-        bound: 1e3 * amount / (ceilings[name] * unit) if ceilings.get(name) else None
-        for (bound, (name, unit)), amount in zip(_CEILINGS.items(), work, strict=True)
-        if amount
-    }
+    parts: dict[Bound, float | None] = {}
+    for bound, amount in zip(_BOUNDS, work, strict=True):
+        if amount:
+            rate = ceilings.get(ceiling_of(bound))
+            parts[bound] = 1e3 * amount / (rate * (1e12 if bound == "compute" else 1e6)) if rate else None
+    return parts
 
 
 # -- what a phase computes
 
 
 def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
-    """Operations, and the fewest bytes of device memory: each weight once per pass.
-
-    Args:
-        rows: how many there are, by the tokens of their prompt.
-    """
+    """Operations, and the fewest bytes of device memory: each weight once per pass. ``rows``: how many, by tokens."""
     tokens = sum(count * n for n, count in rows.items())
     pairs = sum(count * n * (n + 1) / 2 for n, count in rows.items())
     return _work(config, passes * itemsize, tokens, sum(rows.values()), pairs)
@@ -105,9 +94,7 @@ def decode_work(
 def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pairs: float) -> Work:
     """A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
 
-    Args:
-        weight_bytes: moved for each weight.
-        pairs: of a token and a position that it attends to.
+    ``weight_bytes`` are moved for each weight; ``pairs`` are of a token and a position that it attends to.
     """
     specs = [spec for kind in KINDS for spec in config.specs(kind)]
     matrices = config.n_layers * sum(math.prod(spec.shape) for spec in specs if len(spec.shape) == 2)
@@ -146,9 +133,7 @@ def _passes(plan: Plan) -> dict[str, int]:
 def predicted_floor(plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Floor]:
     """The floor under a steady pass of each phase, ``prefill`` and ``decode``.
 
-    Args:
-        ceilings: as for :func:`parts_ms`. One that is missing is left out of the maximum; a phase for which none is
-            known is left out of the answer.
+    A ceiling that is missing is left out of the maximum; a phase for which none is known is left out of the answer.
     """
     floors = {}
     for phase, work in pass_work(plan).items():

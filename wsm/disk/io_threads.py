@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from queue import Empty, SimpleQueue
 
 Piece = Callable[[], None]
 
 
 class _Job:
-    """The pieces not dealt out yet, how many have not come back (``left``), and the first failure."""
+    """Pieces, how many of them have not come back (``left``), and the first failure."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self.pieces = deque(pieces)
+        self.pieces = list(pieces)
         self.left = len(self.pieces)
         self.failure: BaseException | None = None
         self.future = Future[None]()
         self.future.set_running_or_notify_cancel()  # so nobody can cancel it: a thread may write into its memory
-
-    def give_up(self, failure: BaseException) -> None:
-        """Deal out no more of it. Pieces under way still use its memory, so its future waits for them."""
-        if self.failure is None:
-            self.failure = failure
-        self.left -= len(self.pieces)
-        self.pieces.clear()
 
     def end(self) -> None:
         if self.failure is None:
@@ -38,14 +32,14 @@ class _Job:
 class IOThreads:
     """A job's pieces are dealt out in order, the next job's while the last of this one's are under way.
 
-    Threads (at least 1, called ``name`` and a number) share the jobs under ``_changed``: ``_jobs`` holds those with
-    pieces to deal, in order. A job is ended once, by whoever brings ``left`` to 0.
+    There is at least 1 thread; they are called ``name`` and a number. Once a piece has failed, or the threads are
+    closed, the pieces behind it are passed over. A job ends with its last piece, since those under way use its memory.
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._jobs: deque[_Job] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
+        self._dealt = SimpleQueue[tuple[_Job, Piece] | None]()
+        self._lock = threading.Lock()
+        self._closed: BaseException | None = None
         self._workers: list[threading.Thread] = []
         try:
             for number in range(threads):
@@ -72,11 +66,11 @@ class IOThreads:
         return job.future
 
     def _queue(self, job: _Job) -> None:
-        with self._changed:
-            if self._closing:
+        with self._lock:
+            if self._closed is not None:
                 raise RuntimeError("closed: nothing more is read or written")
-            self._jobs.append(job)
-            self._changed.notify_all()
+            for piece in job.pieces:
+                self._dealt.put((job, piece))
 
     def _queue_after(self, job: _Job, ended: Future[None]) -> None:
         try:
@@ -88,42 +82,33 @@ class IOThreads:
 
     def close(self, failure: BaseException) -> None:
         """Join every thread; jobs with pieces left to deal end with ``failure``. A second call does nothing."""
-        with self._changed:
-            self._closing = True
-            waiting = [job for job in self._jobs if job.pieces]
-            self._jobs.clear()
-            for job in waiting:
-                job.give_up(failure)
-            untouched = [job for job in waiting if job.left == 0]
-            self._changed.notify_all()
-        for job in untouched:
-            job.end()
+        with self._lock:
+            is_first, self._closed = self._closed is None, self._closed or failure
+        if is_first:
+            with contextlib.suppress(Empty):  # here, since a thread may be held up by the drive
+                while work := self._dealt.get_nowait():
+                    self._work(*work)
+            for _ in self._workers:
+                self._dealt.put(None)
         for worker in self._workers:
             worker.join()
 
-    def _next_piece(self) -> tuple[_Job, Piece] | None:
-        with self._changed:
-            while not self._closing:
-                while self._jobs and not self._jobs[0].pieces:
-                    self._jobs.popleft()
-                if self._jobs:
-                    return self._jobs[0], self._jobs[0].pieces.popleft()
-                self._changed.wait()
-        return None
-
     def _serve(self) -> None:
-        while (work := self._next_piece()) is not None:
-            job, piece = work
-            failure: BaseException | None = None
+        while work := self._dealt.get():
+            self._work(*work)
+            del work  # an idle thread keeps no buffer alive, nor does a failure's traceback
+
+    def _work(self, job: _Job, piece: Piece) -> None:
+        failure = job.failure or self._closed
+        if failure is None:
             try:
                 piece()
             except BaseException as error:
                 failure = error
-            with self._changed:
-                job.left -= 1
-                if failure is not None:
-                    job.give_up(failure)
-                is_last = job.left == 0
-            if is_last:
-                job.end()
-            del work, job, piece, failure  # an idle thread keeps no buffer alive
+        with self._lock:
+            job.left -= 1
+            job.failure = job.failure or failure
+            is_last = job.left == 0
+        if is_last:
+            job.end()
+        del job, piece, failure

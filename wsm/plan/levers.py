@@ -16,8 +16,6 @@ from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import Ceiling, PassTimes, pass_times
 from wsm.settings import CHOSEN, MODES
 
-# -- the table
-
 _PAGED = ("mixed", "stream")
 
 
@@ -98,9 +96,6 @@ FOR_GPU, FOR_CPU = (RESIDENTS, DEPTH, BATCH), (CPU_LAYERS,)
 _OTHER_MODES = {"full": ("stream", "mixed"), "preload": ("stream", "mixed"), "stream": ("mixed",), "mixed": ()}
 
 
-# -- what one step buys
-
-
 class Step(NamedTuple):
     """One flag's next value and the plan that it gives; ``times`` is None where no rates are known."""
 
@@ -137,9 +132,6 @@ def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
     ]
 
 
-# -- the search
-
-
 Good = Callable[[Plan], bool]
 
 
@@ -167,18 +159,13 @@ def largest(
     return found
 
 
-# -- the smallest change that fits
-
-
 def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> PlanInputs | None:
     """The inputs that fit and give up least; None if nothing does.
 
     Another mode alone is tried first, where the mode's own rule (everything on the GPU; all the rest in CPU memory)
     may be what does not fit. Then flags, each as large as fits, and each only once those before it are used up: for the
-    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory.
-
-    Args:
-        most_gpu_bytes: what is to be planned at most, besides fitting the budget.
+    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory. Besides
+    fitting the budget, at most ``most_gpu_bytes`` are planned.
     """
 
     def on_gpu(plan: Plan) -> bool:
@@ -189,7 +176,7 @@ def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> Pl
 
     candidates = [inputs, *(MODE.at(inputs, mode) for mode in _OTHER_MODES[inputs.settings.mode])]
     alone = (candidate for candidate in candidates if good(make_plan(candidate)))
-    reduced = (found for original in candidates if (found := _reduced(original, on_gpu, good)) is not None)
+    reduced = filter(None, (_reduced(original, on_gpu, good) for original in candidates))
     return next(alone, None) or next(reduced, None)
 
 
@@ -238,9 +225,6 @@ def least_memory(inputs: PlanInputs) -> Plan:
         )
         plan = make_plan(replace(_with(inputs, {"gpu_mem_gb": budget, "cpu_mem_gb": None}), hardware=there))
     return plan
-
-
-# -- --auto
 
 
 LOOK_AHEAD_GROUPS, READ_AHEAD_LAYERS = 2, 2

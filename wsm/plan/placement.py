@@ -13,7 +13,6 @@ from wsm.settings import Settings
 
 LOADING_SLOTS = 2
 """Staging slots per kind where there is no CPU pool, used only while GPU residents load: one fills, another is copied.
-
 CPU residents' homes serve as such until they are read; what is missing then is memory for loading alone.
 """
 
@@ -85,11 +84,9 @@ def place(n_layers: int, settings: Settings) -> Placement:
         everything = tuple(range(n_layers))
         return Placement(mode, Residency(everything, (), ()), 0, 0, 0, n_layers)
     gpu = spread(range(n_layers), _clip("--gpu-cached-layers", settings.gpu_cached_layers, n_layers, notes))
-    on_gpu = set(gpu)
-    rest = [layer for layer in range(n_layers) if layer not in on_gpu]
+    rest = sorted({*range(n_layers)} - {*gpu})
     cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
-    on_cpu = set(cpu)
-    residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu))
+    residency = Residency(gpu, cpu, tuple(sorted({*rest} - {*cpu})))
     depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
     gpu_slots = min(depth // 2 + 1, settings.gpu_max_groups // 2, len(rest))
     staged = _staged(n_layers, residency, gpu_slots, settings, ahead, notes)
@@ -127,9 +124,9 @@ def _staged(
     """
     wanted, staged = settings.warmup_layers, 0
     slots, reads = gpu_slots, ahead if settings.cpu_roll_sync else n_layers
-    for layer in range(min(wanted, n_layers)):
-        slots -= layer not in residency.gpu
-        reads -= layer in residency.ssd
+    while staged < min(wanted, n_layers):
+        slots -= staged not in residency.gpu
+        reads -= staged in residency.ssd
         if slots < 0 or reads < 0:
             break
         staged += 1

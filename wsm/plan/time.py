@@ -71,9 +71,6 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
     return parts
 
 
-# -- what a phase computes
-
-
 def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
     """Operations, and the fewest bytes of device memory: each weight once per pass. ``rows``: how many, by tokens."""
     tokens = sum(count * n for n, count in rows.items())
@@ -101,9 +98,6 @@ def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pai
     head, attention = config.dim * config.vocab_size, 4 * config.n_layers * config.n_heads * config.head_dim
     flops = 2 * matrices * tokens + attention * pairs + 2 * head * logits
     return Work(hbm_bytes=(matrices + head) * weight_bytes, flops=flops)
-
-
-# -- of a plan
 
 
 def pass_work(plan: Plan) -> dict[str, Work]:
@@ -175,11 +169,7 @@ def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> flo
     return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone
 
 
-# -- of a change
-
-
-@dataclass(frozen=True, slots=True)
-class PassTimes:
+class PassTimes(NamedTuple):
     """A decode pass of two plans, in ms; ``at_least`` if both are floors and no predictions."""
 
     before_ms: float

@@ -180,12 +180,7 @@ def _make_image(
     checkpoint: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor, readers: Executor
 ) -> memoryview:
     """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
-    image = buffer[: layout.nbytes]
-    end = 0
-    for tensor in layout.tensors:
-        image[end : tensor.offset].zero_()
-        end = tensor.offset + tensor.nbytes
-    image[end:].zero_()
+    image = buffer[: layout.nbytes].zero_()
     tensors = views(image, layout)
     names = [checkpoint.config.full_name(group, name) for name in tensors]
     list(readers.map(checkpoint.read_into, names, tensors.values()))

@@ -1,7 +1,4 @@
-"""How a flag or a variable is declared: once, as a field of a dataclass. Imports no torch.
-
-The command line, the reading of the environment, the checks and docs/FLAGS.md all follow from the declaration.
-"""
+"""How a flag or variable is declared: once, as a field; reading, checks and docs/FLAGS.md follow. Imports no torch."""
 
 from __future__ import annotations
 
@@ -76,9 +73,8 @@ NAMES = Kind("names with commas between them", all, lambda text: tuple(text.spli
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """What is declared of a field.
+    """What is declared of a field; ``help`` is for docs/FLAGS.md too, where ``code`` and docs/PAGE.md are marked up.
 
-    ``help`` says what it does, for ``--help`` and for docs/FLAGS.md, where ``code`` and docs/PAGE.md are marked up;
     ``shown`` is the default in words, where the value does not say it; ``flags`` are other spellings than
     ``--the-name``. ``positional``: not a flag, but the arguments themselves; ``by_variable``: set by ``WSM_THE_NAME``
     and by no flag; ``swept``: whether ``sweep`` takes it as a list.

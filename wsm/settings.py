@@ -114,18 +114,15 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
     return Ranks(rank, size, local_rank, local_size, attempt, environ["MASTER_ADDR"], port, keeps_store)
 
 
-def preset_environment(environ: MutableMapping[str, str]) -> None:
-    """Set what the user has not set. Must run before torch is imported, since OpenMP reads its variable once."""
+def preset_environment(environ: MutableMapping[str, str]) -> tuple[str, ...]:
+    """Set what the user has not set; the presets' names that were. Before torch: OpenMP reads its variable once."""
+    set_by_user = tuple(name for name in PRESETS if name in environ)
     for name, preset in PRESETS.items():
         environ.setdefault(name, preset)
     if environ.get("WORLD_SIZE", "1") != "1":
         # The watch ends a job that lost a rank, with a sentence; NCCL's own watchdog would kill it without.
         environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-
-
-def set_by_user(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The presets' names that are in ``environ`` already; ask before :func:`preset_environment`."""
-    return tuple(name for name in PRESETS if name in environ)
+    return set_by_user
 
 
 ECHOED_ONLY = ("CUDA_VISIBLE_DEVICES",)

@@ -119,8 +119,7 @@ def _unescaped(text: str) -> str:
 def signatures(path: str, *, mend: str = "give --force") -> list[str]:
     """What blkid finds on a device, by type: "a signature of type ext4", "a partition table of type gpt".
 
-    Raises UnusableInput if blkid (util-linux) is not installed or cannot read the device, with ``mend``: what the user
-    may do then.
+    Raises UnusableInput, with ``mend`` as what to do, if blkid (util-linux) is not there or cannot read the device.
     """
     if (blkid := shutil.which("blkid", path=_TOOL_PATH)) is None:
         raise UnusableInput(
@@ -154,13 +153,10 @@ def check_writable(
     mend: str = "--force overwrites it",
     root: Path = Path("/"),
 ) -> list[str]:
-    """Raises UnusableInput for a device that is in use or holds something; returns what it holds, if that is forced.
+    """Raises UnusableInput for a device that is in use or, without ``force``, holds something; returns what it holds.
 
-    Args:
-        force: let a device with a signature pass; never one in use.
-        label: how the sentence names the device; by default its path.
-        instead, mend: what the user may do where blkid cannot tell, and where there is a signature.
-        root: where /proc and /sys are.
+    The sentence names the device by ``label``, its path where that is empty. ``instead`` and ``mend`` say what the user
+    may do where blkid cannot tell, and where there is a signature. ``root`` has /proc and /sys.
     """
     label = label or path
     if busy := why_busy(path, root=root):

@@ -32,9 +32,8 @@ def unsealed(block: bytes, nbytes: int) -> bytes | None:
 def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[str]:
     """What will be overwritten of files or block devices that are each to take ``nbytes``, a phrase each.
 
-    Refuses what must not be written (UnusableInput) and what is too small (DoesNotFit), in the order of DESIGN
-    section 7: in use, has a signature, too small. With ``force``, block devices pass that hold a filesystem or the
-    like.
+    Refuses what must not be written (UnusableInput) or is too small (DoesNotFit), in the order of DESIGN section 7: in
+    use, has a signature, too small. With ``force``, block devices pass that hold a filesystem or the like.
     """
     if len({os.path.realpath(target) for target in targets}) != len(targets):
         raise UnusableInput("--to names one target twice")
@@ -112,10 +111,7 @@ def free_bytes(place: Path | int) -> int:
 
 
 def open_target(target: str) -> tuple[int, bool]:
-    """A target, open for writing past the page cache, a block device exclusively; whether it is a file made just now.
-
-    Raises UnusableInput if it cannot be opened.
-    """
+    """A target, open for writing past the page cache, a device exclusively; whether it is a file made just now."""
     if is_block_device(target):
         return open_direct(target, os.O_RDWR | os.O_EXCL), False
     path = os.path.realpath(target)
@@ -131,10 +127,7 @@ def take(file: int, target: str) -> None:
 
 @contextlib.contextmanager
 def opened(target: str) -> Iterator[int]:
-    """A target, open for writing past the page cache, and ours alone; a file that is new goes again if the body raises.
-
-    Raises UnusableInput if it cannot be opened, or somebody else has it.
-    """
+    """A target, open for writing and ours alone (else UnusableInput); a file that is new goes if the body raises."""
     file, new = open_target(target)
     path = os.path.realpath(target)
     try:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 
 from wsm.disk.blockdev import check_writable, device_number, is_block_device, related_devices, target_size
-from wsm.disk.direct import aligned_block, first_block, is_buffered
+from wsm.disk.direct import aligned_block, is_buffered
 from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK
@@ -190,8 +190,9 @@ def _refuse_weights(head: bytes, path: str) -> None:
 
 def _head(file: int, path: str) -> bytes:
     """The first 4096 bytes, or as many as there are."""
+    block = aligned_block()
     try:
-        return first_block(file)
+        return block[: os.preadv(file, [block], 0)]
     except OSError as error:
         raise KVDeviceError(
             f"--kv-device {path} at byte 0: read error: {error.strerror}; check the drive, or name another place"

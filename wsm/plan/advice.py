@@ -1,6 +1,4 @@
-"""A plan in words: what will be where, both budgets, what each flag would buy; and where it does not fit: why, the
-smallest change of flags that fits, and what that costs.
-"""
+"""A plan in words: what will be where, what each flag would buy, and where it does not fit, why and what would."""
 
 from __future__ import annotations
 
@@ -112,14 +110,10 @@ def _cells(step: Step) -> list[str]:
     return [step.flag, pass_ms, token_ms, *moved, *held, "" if step.after.fits else "does not fit"]
 
 
-# -- where it does not fit
-
-
 def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> None:
-    """Raises DoesNotFit unless the plan fits.
+    """Raises DoesNotFit unless the plan fits: what is short, the smallest change of flags that fits, both budgets.
 
-    A line says what is short and the smallest change of flags that fits, one what the change costs, as predicted from
-    this machine's rates as far as they are known; then both budgets follow.
+    What the change costs is predicted from this machine's rates, as far as they are known.
     """
     if not plan.fits:
         tiers = (("GPU", plan.gpu_bytes, plan.gpu_budget_bytes), ("CPU", plan.cpu_bytes, plan.cpu_budget_bytes))
@@ -133,11 +127,9 @@ def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> Non
 
 
 def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotFit:
-    """What to say when the device ran out although the plan fitted: the next smaller run, for 5 % less memory.
-
-    The same budget with less in it, so that what was not planned for finds room; where KV fills whatever the budget
-    leaves, a smaller budget, since nothing else frees any.
-    """
+    """What to say when the device ran out although the plan fitted: the next smaller run, for 5 % less memory."""
+    # The same budget with less in it, to leave room for what was not planned; where KV fills whatever the budget
+    # leaves, a smaller budget, since nothing else frees any.
     target = int(0.95 * plan.gpu_bytes)
     sentence = f"the GPU ran out of memory ({cause}), though {_gib(plan.gpu_bytes)} were planned"
     fitting = None if plan.kv.below else smallest_change(plan.inputs, most_gpu_bytes=target)

@@ -48,10 +48,7 @@ _UNLIMITED = 1 << 60
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> CgroupMemory | None:
-    """The tightest memory limit of this process's cgroup and its parents, of version 2 or 1; None without a limit.
-
-    The page cache is not counted as used: the kernel gives it back before it refuses memory.
-    """
+    """The tightest memory limit of this process's cgroup and its parents, of version 2 or 1; None without a limit."""
     found = [memory for directory in _cgroup_directories(root, own) if (memory := _read_cgroup(directory))]
     return min(found, key=lambda memory: memory.free, default=None)
 
@@ -81,6 +78,7 @@ def _read_cgroup(directory: Path) -> CgroupMemory | None:
 
 
 def _cached_bytes(file: Path) -> int:
+    """The page cache, which is not counted as used: the kernel gives it back before it refuses memory."""
     counters = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
     files = ("inactive_file", "active_file")
     return max(sum(int(counters.get(whole + name, 0)) for name in files) for whole in ("", "total_"))

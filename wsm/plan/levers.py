@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from wsm.plan.hardware import GIB
@@ -44,11 +45,8 @@ class Lever:
         return self.asked(inputs) if self.most is None else min(self.asked(inputs), self.most(inputs))
 
     def at(self, inputs: PlanInputs, value: Any, original: PlanInputs | None = None) -> PlanInputs:
-        """The inputs with this flag at ``value``; where that is the ``original`` one, as it was asked for.
-
-        The rows' lengths are known for the original batch alone, so every batch is cut from that one.
-        """
-        if self is BATCH:
+        """The inputs with this flag at ``value``; where that is the ``original`` one, as it was asked for."""
+        if self is BATCH:  # cut from the original one: the rows' lengths are known for it alone
             return replace(inputs, shape=(original or inputs).shape.with_batch(value))
         if original is not None and value == self.value(original):
             value = self.asked(original)
@@ -63,10 +61,6 @@ def _with(inputs: PlanInputs, changes: dict[str, Any]) -> PlanInputs:
     return replace(inputs, settings=replace(inputs.settings, **changes))
 
 
-def _layers(inputs: PlanInputs) -> int:
-    return inputs.config.n_layers
-
-
 def _least_depth(inputs: PlanInputs) -> int:
     """WSM_AGGRESSIVE_GPU_PREFETCH is a floor under the depth: a smaller depth would free nothing."""
     return max(1, inputs.settings.aggressive_gpu_prefetch)
@@ -77,6 +71,7 @@ def _most_depth(inputs: PlanInputs) -> int:
     return max(inputs.settings.gpu_max_groups, _least_depth(inputs))
 
 
+_layers = attrgetter("config.n_layers")
 RESIDENTS = Lever("gpu_cached_layers", _PAGED, lambda inputs, now: min(now + 1, _layers(inputs)), _layers)
 DEPTH = Lever(
     "group_prefetch_depth", _PAGED, lambda inputs, now: min(now, _least_depth(inputs)), _most_depth, _least_depth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import IntEnum, auto
+from enum import IntEnum
 from typing import NamedTuple
 
 from wsm.layout.groups import BLOCK, KINDS, bytes_apart, round_up
@@ -22,24 +22,12 @@ SORTED_BYTES = 56
 """Bytes per logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
 
 
-class MemoryKind(IntEnum):
-    """What takes memory, in the order in which it is shown."""
-
-    WEIGHTS = auto()
-    POOLS = auto()
-    GLOBALS = auto()
-    LOADING_TENSOR = auto()
-    """Ordinary memory, unlike all else of the CPU's."""
-    LOADING = auto()
-    KV = auto()
-    KV_WINDOWS = auto()
-    KV_BOUNDS = auto()
-    KV_DISK = auto()
-    ACTIVATIONS = auto()
-    GRAPHS = auto()
-    CONTEXT = auto()
-    WORKSPACE = auto()
-    SLACK = auto()
+MemoryKind = IntEnum(
+    "MemoryKind",
+    "WEIGHTS POOLS GLOBALS LOADING_TENSOR LOADING KV KV_WINDOWS KV_BOUNDS KV_DISK "
+    "ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
+)
+"""What takes memory, in the order in which it is shown; LOADING_TENSOR alone of the CPU's is ordinary memory."""
 
 
 class MemoryLine(NamedTuple):

@@ -118,10 +118,8 @@ def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) 
 def _staged(
     n_layers: int, residency: Residency, gpu_slots: int, settings: Settings, ahead: int, notes: list[str]
 ) -> int:
-    """The longest stretch of first layers that can be on the GPU before the first pass, at most ``warmup_layers``.
-
-    Residents and slots bound it; so does the read-ahead where a CPU slot is held until the compute enters its layer.
-    """
+    """How many first layers can be on the GPU before the first pass: at most ``warmup_layers``, bound by the slots."""
+    # The read-ahead bounds them too, where a CPU slot is held until the compute enters its layer.
     wanted, staged = settings.warmup_layers, 0
     slots, reads = gpu_slots, ahead if settings.cpu_roll_sync else n_layers
     while staged < min(wanted, n_layers):

@@ -1,7 +1,4 @@
-"""How long a pass takes: at least, by what it has to move and compute (the floor), and by prediction.
-
-The one place where both formulas are; ``bench`` asks it of what was measured, too.
-"""
+"""How long a pass takes: at least, by what it moves and computes (the floor, of a measured phase too); and probably."""
 
 from __future__ import annotations
 
@@ -89,10 +86,8 @@ def decode_work(
 
 
 def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pairs: float) -> Work:
-    """A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
-
-    ``weight_bytes`` are moved for each weight; ``pairs`` are of a token and a position that it attends to.
-    """
+    """``weight_bytes`` are moved for each weight; ``pairs`` are of a token and a position that it attends to."""
+    # A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
     specs = [spec for kind in KINDS for spec in config.specs(kind)]
     matrices = config.n_layers * sum(math.prod(spec.shape) for spec in specs if len(spec.shape) == 2)
     head, attention = config.dim * config.vocab_size, 4 * config.n_layers * config.n_heads * config.head_dim
@@ -125,10 +120,7 @@ def _passes(plan: Plan) -> dict[str, int]:
 
 
 def predicted_floor(plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Floor]:
-    """The floor under a steady pass of each phase, ``prefill`` and ``decode``.
-
-    A ceiling that is missing is left out of the maximum; a phase for which none is known is left out of the answer.
-    """
+    """The floor under a steady pass, by phase, of the ceilings that are known; without a phase where none is."""
     floors = {}
     for phase, work in pass_work(plan).items():
         parts = {bound: ms for bound, ms in parts_ms(work, ceilings).items() if ms is not None}
@@ -159,11 +151,9 @@ def _pass_ms(work: Work, ceilings: Mapping[str, Ceiling]) -> float | None:
 
 
 def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> float:
-    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards.
-
-    A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
-    """
+    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards."""
     alone = ceilings["h2d"].median * 1e6
+    # A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
     beside = min(alone, ceilings["h2d_with_ssd"].median * 1e6) if "h2d_with_ssd" in ceilings else alone
     moved = beside * ssd_s
     return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone
@@ -182,13 +172,11 @@ class PassTimes(NamedTuple):
 
 
 def pass_times(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> PassTimes | None:
-    """Both by the same rule: predicted where both can be, else both floors; None where neither is known.
-
-    A floor is not known either where the plan moves bytes whose rate is not: without them it would be flattered.
-    """
+    """Both by the same rule: predicted where both can be, else both floors; None where neither is known."""
     old, new = (predicted_pass_ms(plan, ceilings)["decode"] for plan in (before, after))
     if old is not None and new is not None:
         return PassTimes(old, new, at_least=False)
+    # A floor is not known where the plan moves bytes whose rate is not: without them it would be flattered.
     for moved, rate in (("ssd_read", "ssd"), ("weight_h2d", "h2d")):
         if rate not in ceilings and (before.bytes_per_pass[moved] or after.bytes_per_pass[moved]):
             return None

@@ -24,16 +24,15 @@ from wsm.store.packed_store import PackedStore
 
 def store_path(checkpoint: TensorSource, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
     """Where a checkpoint's packed file is: one per dtype and number of ranks, named after its sources' content."""
-    files = [[*astuple(file), _written(checkpoint, file.name)] for file in checkpoint.sources()]
+    files = []
+    for file in checkpoint.sources():
+        # In ns: its digest is a sample, and must not be all that tells two files apart.
+        written = (checkpoint.directory / file.name).stat().st_mtime_ns if checkpoint.directory is not None else None
+        files.append([*astuple(file), written])
     content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
     return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
-
-
-def _written(checkpoint: TensorSource, name: str) -> int | None:
-    """When a file was last written, in ns: its digest is a sample, and must not be all that tells two files apart."""
-    return (checkpoint.directory / name).stat().st_mtime_ns if checkpoint.directory is not None else None
 
 
 def cached_store(
@@ -47,10 +46,8 @@ def cached_store(
 ) -> StoreDescription:
     """The checkpoint's packed file, packed now if it is not there or not whole; DoesNotFit if there is too little room.
 
-    Args:
-        shard: whose part of it is described; the file is packed for ``shard.size`` ranks.
-        say: called with the size and the free space before anything is written.
-        progress: given the bytes to come; what it returns is called with the bytes of each group.
+    It is packed for ``shard.size`` ranks, and the part of ``shard`` described. ``say`` is called with the size and the
+    free space before anything is written, ``progress`` with the bytes to come, and its answer with those of each group.
     """
     path = store_path(checkpoint, dtype, cache_dir, shard.size)
     manifest = path.with_suffix(".json")

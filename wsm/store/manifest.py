@@ -113,11 +113,9 @@ def read_manifest(
 ) -> StoreDescription:
     """The store that ``path`` names, of version 2 or 1; raises UnusableInput, naming the field, if it cannot be used.
 
-    Args:
-        read_shape: makes the model's shape of what version 2 says of it.
-        rank: whose share of the store is meant, where it was packed for several.
-        raw_device: overrides the manifest's devices (comma-separated where it is striped).
-        checkpoint: gives the model's shape to a version 1 manifest, which has none.
+    ``read_shape`` makes the model's shape of what version 2 says of it; ``checkpoint`` gives it to a version 1
+    manifest, which has none. ``raw_device`` overrides the manifest's devices (comma-separated where it is striped).
+    ``rank``: whose share of the store is meant, where it was packed for several.
     """
     content = load_json(path)
     targets = tuple(raw_device.split(",")) if raw_device else None

@@ -47,11 +47,7 @@ class _Manifest(msgspec.Struct):
 def describe_v1(
     content: Mapping[str, Any], path: Path, targets: tuple[str, ...] | None, checkpoint: TensorSource | None
 ) -> StoreDescription:
-    """The store behind a version 1 manifest.
-
-    Raises UnusableInput for a missing tensor or field, a shape that is not the model's, an unknown dtype, or a
-    misaligned or overlapping offset.
-    """
+    """The store behind a version 1 manifest; raises UnusableInput for what is missing, unknown, misaligned or wrong."""
     if checkpoint is None:
         raise UnusableInput(
             f"--manifest {path} is of version 1, which does not say the model's shape: give --checkpoints too"
@@ -123,10 +119,7 @@ def _read_unit(target: str) -> int:
 
 
 def place(group: GroupId | None, params: Mapping[str, Param], unit: int) -> StoredGroup:
-    """Reads widened to whole units, adjacent ones merged, each with its own aligned room in the slot.
-
-    ``params`` are by short name, in the order of the image.
-    """
+    """Reads of ``params`` (by short name, in the image's order), widened to whole units; adjacent ones are merged."""
     extents: list[Extent] = []
     tensors: dict[str, TensorLayout] = {}
     for name, param in sorted(params.items(), key=lambda item: item[1].offset):

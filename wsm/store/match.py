@@ -17,8 +17,7 @@ def check_suits(
 ) -> None:
     """Raises UnusableInput for a store of another model, for another number of ranks, or of another dtype than asked.
 
-    ``config`` is the whole model's; ``dtype`` is None where any will do; ``model_flags`` are those with which the user
-    named the model, for the `pack` command that mends it.
+    ``config`` is the whole model's; a ``dtype`` of None is any; ``model_flags`` are the user's, for the `pack` command.
     """
     found = description.config.to_json()
     for part, asked in config.to_json().items():
@@ -44,11 +43,10 @@ def check_suits(
 
 
 def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:
-    """Compare the first 4 KiB of each tensor (at most its first row) of a store with the checkpoint beside it.
+    """Raises StoreError for a tensor whose first 4 KiB (at most a row) are not the checkpoint's, or a changed file.
 
-    Raises StoreError, naming the first tensor that differs, or the file that has changed since it was packed. Without
-    weights in the checkpoint, version 2 relies on its superblock and checksums; for version 1, which has neither, a
-    warning is left in ``store.warnings``.
+    Without weights in the checkpoint, version 2 relies on its superblock and checksums; for version 1, which has
+    neither, a warning is left in ``store.warnings``.
     """
     packed = {source.name: source for source in store.description.sources}
     for source in checkpoint.sources():

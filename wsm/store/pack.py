@@ -50,17 +50,12 @@ def pack(
     confirm: Callable[[str], bool],
     progress: Progress = lambda nbytes: None,
 ) -> None:
-    """Write ``checkpoint`` to the targets and the manifest last.
+    """Write ``checkpoint`` to the targets, each tensor read once, and the manifest last.
 
-    Each tensor of the checkpoint is read once. Broken off at any point, it leaves no manifest, no valid superblock,
-    and no file that was not there before.
-
-    Args:
-        confirm: asked with a sentence before anything that exists is overwritten.
-        progress: called with the bytes of each group written.
-
-    Raises UnusableInput for a target that must not be written or an answer of no, DoesNotFit for one that is too small,
-    StoreError for one that cannot be written.
+    Broken off at any point, it leaves no manifest, no valid superblock, and no file that was not there before.
+    ``confirm`` is asked with a sentence before anything that exists is overwritten; ``progress`` is called with the
+    bytes of each group written. Raises UnusableInput for a target that must not be written or an answer of no,
+    DoesNotFit for one that is too small, StoreError for one that cannot be written.
     """
     if request.dtype not in DTYPE_NAMES:
         raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
@@ -78,7 +73,11 @@ def pack(
         try:
             _write_store(checkpoint, sources, request, plan, files, progress)
         except BaseException:
-            _withdraw(request.manifest, files)
+            # It may come after the superblock, even after the manifest: take both back.
+            with contextlib.suppress(OSError):
+                request.manifest.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, StoreError, DoesNotFit):
+                _write_first(files, [b""] * len(files))
             raise
 
 
@@ -117,14 +116,6 @@ def _remove(manifest: Path) -> None:
         ) from error
 
 
-def _withdraw(manifest: Path, files: Sequence[int]) -> None:
-    """A failure may come after the superblock, even after the manifest: take both back."""
-    with contextlib.suppress(OSError):
-        manifest.unlink(missing_ok=True)
-    with contextlib.suppress(OSError, StoreError, DoesNotFit):
-        _write_first(files, [b""] * len(files))
-
-
 def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
     """The manifest can be written, and nothing that is written is also read."""
     manifest = Path(os.path.realpath(request.manifest))
@@ -149,10 +140,8 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
 def _write_groups(
     checkpoint: TensorSource, plan: StorePlan, files: Sequence[int], progress: Progress
 ) -> dict[GroupId | None, list[str]]:
-    """Groups in order, each rank by rank, one image being read while the one before it is written; their checksums.
-
-    So what the ranks share a page of is read from the drive once, whichever way it is cut.
-    """
+    """Groups in order, one image being read while the one before it is written; their checksums, rank by rank."""
+    # Each group rank by rank: what the ranks share a page of is read from the drive once, whichever way it is cut.
     shares = [checkpoint.share(Shard(rank, plan.tp)) for rank in range(plan.tp)]
     images = [(group, rank) for group in plan.layouts for rank in range(plan.tp)]
     largest = max(layout.nbytes for layout in plan.layouts.values())

@@ -47,12 +47,8 @@ class PackedStore:
 
     A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Groups are
     read in the order asked, the next one's chunks beginning while the last of this one's are under way; checksums are
-    made by threads of their own, meanwhile.
-
-    Args:
-        staging_bytes: SSD bytes in flight.
-        verify: check a group's checksum the first time it is read, or always.
-        pread: reads groups as ``os.preadv`` does; a test's fake drive.
+    made by threads of their own, meanwhile, the first time that a group is read or (``verify``) always. A test's fake
+    drive reads by ``pread``.
 
     Raises UnusableInput if a target cannot be opened, StoreError if it has not the manifest's store or not all of it.
     """
@@ -82,8 +78,6 @@ class PackedStore:
             on_failure.callback(self._checks.close, _closed())
             self._reads = IOThreads(self.threads, "wsm-io")
             on_failure.pop_all()
-
-    # -- opening
 
     def _open(self) -> None:
         for target in self.description.targets:
@@ -134,8 +128,6 @@ class PackedStore:
             raise StoreError(f"{target} ends at byte {start + len(found)}: it was cut short; {AGAIN}")
         return found
 
-    # -- GroupSource
-
     def layout(self, group: GroupId | None) -> GroupLayout:
         return self.description.groups[group].layout
 
@@ -169,8 +161,6 @@ class PackedStore:
         while self._files:
             os.close(self._files.pop())
 
-    # -- the I/O threads
-
     def _read(self, stored: StoredGroup, image: memoryview, extent: Extent, start: int, came: list[ChunkRead]) -> None:
         """Read a chunk whole, but for what is behind the end of a target in its last block."""
         began = time.perf_counter()
@@ -203,10 +193,8 @@ def _closed() -> StoreError:
 def verify(store: PackedStore, *, progress: Callable[[int], None] = lambda nbytes: None) -> list[str]:
     """A sentence for every group that cannot be read or is not what was packed; none if the store is sound.
 
-    A store of version 1 has no checksums: reading is then all that is checked.
-
-    Args:
-        progress: called with the bytes of each group read.
+    A store of version 1 has no checksums: reading is then all that is checked. ``progress`` is called with the bytes of
+    each group read.
     """
     groups = store.description.groups.values()
     largest = max(stored.layout.nbytes for stored in groups)

@@ -215,9 +215,8 @@ def least_memory(inputs: PlanInputs) -> Plan:
     while not plan.fits:  # a larger budget may make larger chunks: until both agree
         gpu, cpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0), max(plan.cpu_bytes, plan.cpu_budget_bytes)
         budget = None if plan.gpu_budget_bytes is None else gpu / GIB
-        there = replace(
-            inputs.hardware, gpu_available_bytes=gpu if inputs.hardware.has_gpu else None, cpu_available_bytes=cpu
-        )
+        on_gpu = gpu if inputs.hardware.has_gpu else None
+        there = replace(inputs.hardware, gpu_available_bytes=on_gpu, cpu_available_bytes=cpu)
         plan = make_plan(replace(_with(inputs, {"gpu_mem_gb": budget, "cpu_mem_gb": None}), hardware=there))
     return plan
 

@@ -93,9 +93,9 @@ def place(n_layers: int, settings: Settings) -> Placement:
     return Placement(mode, residency, gpu_slots, slots, ahead, staged, tuple(notes))
 
 
-def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
+def _clip(name: str, value: int, limit: int, notes: list[str], what: str = "") -> int:
     if value > limit:
-        notes.append(f"{name} {value} clipped to {limit}")
+        notes.append(f"{name} {value} clipped to {limit}{what}")
     return min(value, limit)
 
 
@@ -104,12 +104,9 @@ def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) 
     if mode == "stream" or not rest:
         return tuple(rest), 0, 0
     cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)
-    ahead = settings.prefetch_distance
     if settings.cpu_evict == "belady" and cached >= len(rest):
         return tuple(rest), 0, 0
-    if ahead > cached:
-        notes.append(f"--prefetch-distance {ahead} clipped to {cached}, the layers of CPU memory")
-        ahead = cached
+    ahead = _clip("--prefetch-distance", settings.prefetch_distance, cached, notes, ", the layers of CPU memory")
     if settings.cpu_evict == "fifo":
         return (), cached, ahead
     return spread(rest, cached - ahead), ahead, ahead
@@ -128,6 +125,4 @@ def _staged(
         if slots < 0 or reads < 0:
             break
         staged += 1
-    if staged < wanted:
-        notes.append(f"--warmup-layers {wanted} clipped to {staged}, what residents and slots hold")
-    return staged
+    return _clip("--warmup-layers", wanted, staged, notes, ", what residents and slots hold")

@@ -1,4 +1,4 @@
-"""How long a pass takes: at least, by what it moves and computes (the floor, of a measured phase too); and probably."""
+"""How long a pass takes, at least (the floor) and by prediction; ``bench`` asks it of what was measured, too."""
 
 from __future__ import annotations
 

@@ -70,8 +70,6 @@ def cached_store(
 
 def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> StoreDescription | None:
     """The store, if its manifest and superblock are there and fit each other."""
-    if not manifest.exists() or not path.exists():
-        return None
     try:
         description = read_manifest(manifest, checkpoint.config.from_json, raw_device=str(path), rank=rank)
         PackedStore(description, staging_bytes=1 << 20).close()

@@ -64,9 +64,6 @@ class Superblock:
             raise StoreError(f"{where} was packed with another manifest than this one: use that one, or {AGAIN}")
 
 
-# -- where the groups are
-
-
 @dataclass(frozen=True, slots=True)
 class Extent:
     """A stretch of a target, ready for O_DIRECT; only its first ``needed`` bytes have to exist."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +59,11 @@ def describe_v1(
     target = targets[0] if targets is not None else manifest.raw_device
     if not isinstance(target, str) or not target:
         raise UnusableInput(f"--manifest {path}: field raw_device must name a device, not {target!r}")
-    entries = _by_name(manifest.params, path)
+    entries: dict[str, Param] = {}
+    for number, entry in enumerate(manifest.params):
+        if entry.name in entries:
+            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
+        entries[entry.name] = entry
     names: list[GroupId | None] = [None, *pass_order(config.n_layers)]
     params = {
         group: {
@@ -82,15 +86,6 @@ def describe_v1(
     unit = _read_unit(target)
     groups = {group: place(group, found, unit) for group, found in params.items()}
     return StoreDescription(1, path, (target,), config, DTYPES[dtypes.pop()], groups)
-
-
-def _by_name(params: Sequence[Param], path: Path) -> dict[str, Param]:
-    entries: dict[str, Param] = {}
-    for number, entry in enumerate(params):
-        if entry.name in entries:
-            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
-        entries[entry.name] = entry
-    return entries
 
 
 def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Param], path: Path) -> Param:

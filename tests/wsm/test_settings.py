@@ -27,10 +27,6 @@ def field_of(variable: str) -> str:
     return variable.removeprefix("WSM_").lower()
 
 
-def spelled(field: str) -> str:
-    return options_of(Settings)[field].spelled
-
-
 def test_settings_come_without_torch() -> None:
     """OMP_NUM_THREADS has to be set before torch is imported."""
     code = "import sys, wsm.settings; sys.exit('torch' in sys.modules)"

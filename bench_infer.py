@@ -18,7 +18,7 @@ from bench.cli.verbs import run_verb
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
 from bench.run.job import DONE, INTERRUPTED, Job, Terminated, is_foreseen
-from wsm.settings import Ranks, preset_environment, read_ranks, set_by_user, unknown_variables
+from wsm.settings import Ranks, preset_environment, read_ranks, unknown_variables
 
 if TYPE_CHECKING:
     from bench.result.summary import ConsoleReporter
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """The script, and the command ``bench-infer``: the exit code."""
-    user_set = set_by_user(os.environ)
-    preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
+    user_set = preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
     return command_line(sys.argv[1:], user_set)
 
 

@@ -32,7 +32,7 @@ from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 from wsm.store import manifest
 from wsm.store.description import DTYPES, StoreDescription
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.match import check_suits
 
 _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")

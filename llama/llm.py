@@ -134,7 +134,7 @@ class LLaMA:
             else:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
         collective = inputs.world.collective(self.telemetry)
-        self.model = Transformer(self.config, weights, inputs.device, plan.kv_tokens, collective)
+        self.model = Transformer(self.config, weights, inputs.device, plan.inputs.kv_tokens, collective)
         # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
         one = inputs.world.shard.size == 1
         if inputs.device.type == "cuda" and weights.resident and self.kv.tier is None and one:
@@ -156,7 +156,7 @@ class LLaMA:
         return KVCache(
             self.config,
             self.plan.shape.batch,
-            self.plan.kv_tokens,
+            self.plan.inputs.kv_tokens,
             inputs.device,
             inputs.dtype,
             record=inputs.kv_format,

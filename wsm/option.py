@@ -1,12 +1,8 @@
-"""How a flag or a variable is declared: once, as a field of a dataclass. Imports no torch.
-
-The command line, the reading of the environment, the checks and docs/FLAGS.md all follow from the declaration.
-"""
+"""How a flag or variable is declared: once, as a field; reading, checks and docs/FLAGS.md follow. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,14 +73,11 @@ NAMES = Kind("names with commas between them", all, lambda text: tuple(text.spli
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """What is declared of a field.
+    """What is declared of a field; ``help`` is for docs/FLAGS.md too, where ``code`` and docs/PAGE.md are marked up.
 
-    Attributes:
-        help: what it does, for ``--help`` and for docs/FLAGS.md, where ``code`` and docs/PAGE.md are marked up.
-        shown: the default in words, where the value does not say it.
-        flags: other spellings than ``--the-name``. positional: not a flag, but the arguments themselves.
-        by_variable: set by ``WSM_THE_NAME`` and by no flag.
-        swept: whether ``sweep`` takes it as a list.
+    ``shown`` is the default in words, where the value does not say it; ``flags`` are other spellings than
+    ``--the-name``. ``positional``: not a flag, but the arguments themselves; ``by_variable``: set by ``WSM_THE_NAME``
+    and by no flag; ``swept``: whether ``sweep`` takes it as a list.
     """
 
     kind: Kind
@@ -135,19 +128,10 @@ def same(cls: type, name: str, default: Any = None, **changes: Any) -> Any:
     return dataclasses.field(default=found.default if default is None else default, metadata={"option": found})
 
 
-def _options_of(cls: type) -> Mapping[str, Option]:
+def options_of(cls: type) -> Mapping[str, Option]:
+    """The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
     return {
         field.name: dataclasses.replace(field.metadata["option"], name=field.name, default=field.default)
         for field in dataclasses.fields(cls)
         if "option" in field.metadata
     }
-
-
-options_of: Callable[[type], Mapping[str, Option]] = functools.cache(_options_of)
-"""The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
-
-
-def check_all(values: Any) -> None:
-    """Raises UnusableInput for the first field with a value that is not allowed."""
-    for name, declared in options_of(type(values)).items():
-        declared.check(getattr(values, name))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from wsm.errors import UnusableInput
-from wsm.option import SWITCH, Kind, check_all, number, one_of, option, options_of, whole
+from wsm.option import SWITCH, Kind, number, one_of, option, options_of, whole
 
 MODES = ("mixed", "stream", "preload", "full")
 _GIB = number(0, 1e6, above=True, says="a number of GiB above 0, at most 1e+06", metavar="GIB")
@@ -21,8 +21,7 @@ _flag, _variable = partial(option, group="paging"), partial(option, by_variable=
 class Settings:
     """How a model is paged: flags (the guide's command line as defaults), then variables.
 
-    Raises:
-        UnusableInput: for a value that is not allowed, naming the flag or variable, the value and what is allowed.
+    Raises UnusableInput for a value that is not allowed, naming the flag or variable, the value and what is allowed.
     """
 
     mode: str = _flag("mixed", one_of(*MODES), "the tiers that layers pass through")
@@ -59,7 +58,8 @@ class Settings:
     kind_ahead_cap: int = _variable(2, whole(0), "with balance off: the most layers that one kind may run ahead")
 
     def __post_init__(self) -> None:
-        check_all(self)
+        for name, declared in options_of(type(self)).items():
+            declared.check(getattr(self, name))
 
 
 CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_layers", "prefetch_distance", "embedding"})
@@ -67,12 +67,9 @@ CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_laye
 
 _VARIABLES = {declared.spelled: declared for declared in options_of(Settings).values() if declared.by_variable}
 WSM_PRESETS: Mapping[str, str] = {name: declared.default_text for name, declared in _VARIABLES.items()}
+_CORES = len(os.sched_getaffinity(0))
 THREADS: Mapping[str, tuple[str, str, str]] = {
-    "OMP_NUM_THREADS": (
-        str(min(8, len(os.sched_getaffinity(0)))),
-        "8, at most the cores there are",
-        "CPU threads of torch",
-    ),
+    "OMP_NUM_THREADS": (str(min(8, _CORES)), "8, at most the cores there are", "CPU threads of torch"),
     "MALLOC_ARENA_MAX": ("2", "2", "fewer malloc arenas"),
 }
 """Variables of libraries: the preset, in words, and what it is for."""
@@ -98,11 +95,7 @@ class Ranks(NamedTuple):
 
 
 def read_ranks(environ: Mapping[str, str]) -> Ranks:
-    """From torchrun's variables; one rank without them.
-
-    Raises:
-        UnusableInput: for variables that are missing or contradict each other.
-    """
+    """From torchrun's variables, else one rank; raises UnusableInput if any is missing or contradicts others."""
     if environ.get("WORLD_SIZE", "1") == "1":
         return Ranks()
     numbers = {}
@@ -117,49 +110,36 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
             f"rank {rank} of {size}, {local_rank} of {local_size} here, meeting at {environ.get('MASTER_ADDR')!r}: "
             "these variables are not torchrun's; start several ranks with it"
         )
-    agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Ranks(
-        rank, size, local_rank, local_size, attempt, environ["MASTER_ADDR"], port, keeps_store=rank == 0 and not agent
-    )
+    keeps_store = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Ranks(rank, size, local_rank, local_size, attempt, environ["MASTER_ADDR"], port, keeps_store)
 
 
-def preset_environment(environ: MutableMapping[str, str]) -> None:
-    """Set what the user has not set. Must run before torch is imported, since OpenMP reads its variable once."""
+def preset_environment(environ: MutableMapping[str, str]) -> tuple[str, ...]:
+    """Set what the user has not set; the presets' names that were. Before torch: OpenMP reads its variable once."""
+    set_by_user = tuple(name for name in PRESETS if name in environ)
     for name, preset in PRESETS.items():
         environ.setdefault(name, preset)
     if environ.get("WORLD_SIZE", "1") != "1":
         # The watch ends a job that lost a rank, with a sentence; NCCL's own watchdog would kill it without.
         environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-
-
-def set_by_user(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The presets' names that are in ``environ`` already; ask before :func:`preset_environment`."""
-    return tuple(name for name in PRESETS if name in environ)
+    return set_by_user
 
 
 ECHOED_ONLY = ("CUDA_VISIBLE_DEVICES",)
-"""Read by CUDA and not here; told because it renumbers the devices."""
+"""Read by CUDA and not here; in the JSON because it renumbers the devices."""
 
 
 def environment_echo(environ: Mapping[str, str]) -> dict[str, str | None]:
     """The variables in force, for the JSON; None for one that is not set and has no preset."""
-    preset = {name: environ.get(name, preset) for name, preset in PRESETS.items()}
-    return {**preset, **{name: environ.get(name) for name in ECHOED_ONLY}}
+    return {name: environ.get(name, PRESETS.get(name)) for name in (*PRESETS, *ECHOED_ONLY)}
 
 
 def read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of :class:`Settings` that the variables in ``environ`` set.
-
-    Raises:
-        UnusableInput: for a variable with a value that it does not allow.
-    """
+    """The fields of :class:`Settings` that variables set; raises UnusableInput for a value that is not allowed."""
     for name in THREADS:
         _read(name, environ.get(name, PRESETS[name]), whole(1))
-    return {
-        declared.name: _read(name, environ[name], declared.kind)
-        for name, declared in _VARIABLES.items()
-        if name in environ
-    }
+    given = {name: declared for name, declared in _VARIABLES.items() if name in environ}
+    return {declared.name: _read(name, environ[name], declared.kind) for name, declared in given.items()}
 
 
 def _read(name: str, text: str, kind: Kind) -> Any:

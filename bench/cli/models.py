@@ -21,15 +21,13 @@ from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
-from wsm.plan.advice import check_fits
+from wsm.plan.advice import check_fits, describe
 from wsm.plan.levers import auto_flags
-from wsm.plan.text import describe
 from wsm.settings import unknown_variables
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
 from wsm.store.pack import PackRequest, pack
-from wsm.store.packed_store import PackedStore
-from wsm.store.verify import verify
+from wsm.store.packed_store import PackedStore, verify
 
 
 def run_plan(options: RunOptions, argv: Sequence[str]) -> int:

@@ -23,10 +23,9 @@ from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
 from wsm.errors import KVDeviceError, StoreError, UnusableInput
-from wsm.plan.advice import ran_out
+from wsm.plan.advice import budget_text, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
-from wsm.plan.text import budget_text
 from wsm.plan.time import Ceiling
 
 

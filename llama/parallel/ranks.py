@@ -28,7 +28,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from llama.parallel.watch import START_S, Ending, RankFailed, Watch
 from llama.parallel.world import Collective, World
-from wsm.engine.telemetry import CollectiveTimes
+from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.settings import Ranks
@@ -47,7 +47,7 @@ class FairscaleCollective(Collective):
     On CUDA they are queued in the order of the current stream, as a kernel is: the host never waits.
     """
 
-    def __init__(self, shard: Shard, timer: CollectiveTimes) -> None:
+    def __init__(self, shard: Shard, timer: Telemetry) -> None:
         self.shard, self._timer = shard, timer
 
     def reduce_(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class TorchWorld(World):
                 gather_from_model_parallel_region(x[: 1 << 20])
         self.barrier()
 
-    def collective(self, timer: CollectiveTimes) -> Collective:
+    def collective(self, timer: Telemetry) -> Collective:
         return FairscaleCollective(self.shard, timer)
 
     def barrier(self) -> None:

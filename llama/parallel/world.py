@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wsm.engine.telemetry import CollectiveTimes
+    from wsm.engine.telemetry import Telemetry
 
 
 class Collective:
@@ -47,7 +47,7 @@ class World:
     def connect(self, device: torch.device) -> None:
         """Be ready for collectives on ``device``; what they need of its memory is taken now."""
 
-    def collective(self, timer: CollectiveTimes) -> Collective:
+    def collective(self, timer: Telemetry) -> Collective:
         """What the model's layers call; only when connected."""
         return Collective()
 

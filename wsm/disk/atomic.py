@@ -17,11 +17,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``: temporary file, fsync, rename.
-
-    Raises:
-        OSError: if it cannot be written; nothing is then left behind, and an older file stays as it was.
-    """
+    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was."""
     path = path.resolve()
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

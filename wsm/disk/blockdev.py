@@ -119,14 +119,9 @@ def _unescaped(text: str) -> str:
 def signatures(path: str, *, mend: str = "give --force") -> list[str]:
     """What blkid finds on a device, by type: "a signature of type ext4", "a partition table of type gpt".
 
-    Args:
-        mend: what the user may do where blkid cannot tell.
-
-    Raises:
-        UnusableInput: if blkid (util-linux) is not installed or cannot read the device.
+    Raises UnusableInput, with ``mend`` as what to do, if blkid (util-linux) is not there or cannot read the device.
     """
-    blkid = shutil.which("blkid", path=_TOOL_PATH)
-    if blkid is None:
+    if (blkid := shutil.which("blkid", path=_TOOL_PATH)) is None:
         raise UnusableInput(
             f"blkid, which tells whether {path} bears a filesystem, is not installed: nothing was written; "
             f"install util-linux, or {mend}"
@@ -158,20 +153,13 @@ def check_writable(
     mend: str = "--force overwrites it",
     root: Path = Path("/"),
 ) -> list[str]:
-    """Refuse a device that is in use or holds something; returns what it holds, if that is forced.
+    """Raises UnusableInput for a device that is in use or, without ``force``, holds something; returns what it holds.
 
-    Args:
-        force: let a device with a signature pass; never one in use.
-        label: how the sentence names the device; by default its path.
-        instead, mend: what the user may do where blkid cannot tell, and where there is a signature.
-        root: where /proc and /sys are.
-
-    Raises:
-        UnusableInput: with what was found.
+    The sentence names the device by ``label``, its path where that is empty. ``instead`` and ``mend`` say what the user
+    may do where blkid cannot tell, and where there is a signature. ``root`` has /proc and /sys.
     """
     label = label or path
-    busy = why_busy(path, root=root)
-    if busy is not None:
+    if busy := why_busy(path, root=root):
         raise UnusableInput(f"{label} is in use ({busy}): nothing was written; choose a free device")
     try:
         found = signatures(path, mend=instead)

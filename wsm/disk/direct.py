@@ -18,8 +18,6 @@ MOST_BYTES = 8 << 20
 
 Transfer = Callable[[int, Sequence[memoryview], int], int]
 """As ``os.preadv`` and ``os.pwritev``."""
-
-
 Failed = Callable[[int, OSError | int], Exception]
 """Makes the exception to raise, from the offset and the error, or the bytes that the last call moved."""
 
@@ -29,10 +27,8 @@ def transfer_fully(
 ) -> None:
     """Move all of ``data``; after a short transfer go on at a whole block, as O_DIRECT asks.
 
-    Args:
-        data, offset: aligned to the file's blocks.
-        failed: asked for what to raise if the file gives or takes no more.
-        needed: bytes that have to be there, where the file may end before the last block does; else all of them.
+    ``data`` and ``offset`` are aligned to the file's blocks. ``needed`` bytes have to be there, where the file may end
+    before the last block does; else all of them. ``failed`` makes what is raised if the file gives or takes no more.
     """
     done, tried = 0, False
     needed = len(data) if needed is None else needed
@@ -57,12 +53,6 @@ def aligned_block(content: bytes = b"") -> mmap.mmap:
     return block
 
 
-def first_block(file: int) -> bytes:
-    """The first 4096 bytes, or as many as there are; raises OSError if they cannot be read."""
-    block = aligned_block()
-    return block[: os.preadv(file, [block], 0)]
-
-
 def open_direct(path: str, flags: int) -> int:
     """``path``, opened with ``flags``, past the page cache where that can be; raises UnusableInput if it fails."""
     try:
@@ -83,10 +73,7 @@ def is_buffered(file: int) -> bool:
 
 
 def lock(file: int, how: int, refusal: str) -> None:
-    """Hold an open target by LOCK_EX or LOCK_SH (``how``): readers share it, so nothing is written over a store in use.
-
-    Raises UnusableInput with ``refusal`` if somebody else has it.
-    """
+    """Hold an open target by LOCK_EX, or to read it by LOCK_SH; UnusableInput with ``refusal`` if others have it."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -96,10 +83,7 @@ def lock(file: int, how: int, refusal: str) -> None:
 
 
 def open_for_reading(target: str) -> tuple[int, bool]:
-    """A store's file or block device, open and locked for reading; whether it goes through the page cache.
-
-    Raises UnusableInput if it cannot be opened, or is being packed.
-    """
+    """A store's target, open and locked for reading (else UnusableInput); whether it goes through the page cache."""
     try:
         mode = os.stat(target).st_mode
     except OSError as error:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from queue import Empty, SimpleQueue
 
 Piece = Callable[[], None]
 
 
 class _Job:
-    """The pieces not dealt out yet, how many have not come back, and the first failure."""
+    """Pieces, how many of them have not come back (``left``), and the first failure."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self.pieces = deque(pieces)
+        self.pieces = list(pieces)
         self.left = len(self.pieces)
         self.failure: BaseException | None = None
         self.future = Future[None]()
         self.future.set_running_or_notify_cancel()  # so nobody can cancel it: a thread may write into its memory
-
-    def give_up(self, failure: BaseException) -> None:
-        """Deal out no more of it. Pieces under way still use its memory, so its future waits for them."""
-        if self.failure is None:
-            self.failure = failure
-        self.left -= len(self.pieces)
-        self.pieces.clear()
 
     def end(self) -> None:
         if self.failure is None:
@@ -38,18 +32,14 @@ class _Job:
 class IOThreads:
     """A job's pieces are dealt out in order, the next job's while the last of this one's are under way.
 
-    Threads share the jobs under ``_changed``: ``_jobs`` holds those with pieces to deal, in order. A job is ended once,
-    by whoever brings ``left`` to 0.
-
-    Args:
-        threads: how many; at least 1.
-        name: what they are called, a number behind it.
+    There is at least 1 thread; they are called ``name`` and a number. Once a piece has failed, or the threads are
+    closed, the pieces behind it are passed over. A job ends with its last piece, since those under way use its memory.
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._jobs: deque[_Job] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
+        self._dealt = SimpleQueue[tuple[_Job, Piece] | None]()
+        self._lock = threading.Lock()
+        self._closed: BaseException | None = None
         self._workers: list[threading.Thread] = []
         try:
             for number in range(threads):
@@ -63,13 +53,8 @@ class IOThreads:
     def submit(self, pieces: Iterable[Piece], *, after: Future[None] | None = None) -> Future[None]:
         """Queue a job of at least one piece; its future ends, with the first failure, when no piece is under way.
 
-        Callbacks of the future run on one of the threads, or on that of :meth:`close`.
-
-        Args:
-            after: a job of other threads that has to end well first; where it fails, this one fails with it.
-
-        Raises:
-            RuntimeError: if the threads have been closed.
+        Callbacks of the future run on one of the threads, or on that of :meth:`close`. ``after`` is a job of other
+        threads that has to end well first; where it fails, this one fails with it. RuntimeError after :meth:`close`.
         """
         job = _Job(pieces)
         if not job.pieces:
@@ -81,11 +66,11 @@ class IOThreads:
         return job.future
 
     def _queue(self, job: _Job) -> None:
-        with self._changed:
-            if self._closing:
+        with self._lock:
+            if self._closed is not None:
                 raise RuntimeError("closed: nothing more is read or written")
-            self._jobs.append(job)
-            self._changed.notify_all()
+            for piece in job.pieces:
+                self._dealt.put((job, piece))
 
     def _queue_after(self, job: _Job, ended: Future[None]) -> None:
         try:
@@ -97,45 +82,33 @@ class IOThreads:
 
     def close(self, failure: BaseException) -> None:
         """Join every thread; jobs with pieces left to deal end with ``failure``. A second call does nothing."""
-        with self._changed:
-            self._closing = True
-            waiting = [job for job in self._jobs if job.pieces]
-            self._jobs.clear()
-            for job in waiting:
-                job.give_up(failure)
-            untouched = [job for job in waiting if job.left == 0]
-            self._changed.notify_all()
-        for job in untouched:
-            job.end()
+        with self._lock:
+            is_first, self._closed = self._closed is None, self._closed or failure
+        if is_first:
+            with contextlib.suppress(Empty):  # here, since a thread may be held up by the drive
+                while work := self._dealt.get_nowait():
+                    self._work(*work)
+            for _ in self._workers:
+                self._dealt.put(None)
         for worker in self._workers:
             worker.join()
 
-    def _next_piece(self) -> tuple[_Job, Piece] | None:
-        with self._changed:
-            while not self._closing:
-                while self._jobs and not self._jobs[0].pieces:
-                    self._jobs.popleft()
-                if self._jobs:
-                    return self._jobs[0], self._jobs[0].pieces.popleft()
-                self._changed.wait()
-        return None
-
     def _serve(self) -> None:
-        while (work := self._next_piece()) is not None:
-            job, piece = work
-            failure: BaseException | None = None
+        while work := self._dealt.get():
+            self._work(*work)
+            del work  # an idle thread keeps no buffer alive, nor does a failure's traceback
+
+    def _work(self, job: _Job, piece: Piece) -> None:
+        failure = job.failure or self._closed
+        if failure is None:
             try:
                 piece()
             except BaseException as error:
                 failure = error
-            self._finish_piece(job, failure)
-            del work, job, piece, failure  # an idle thread keeps no buffer alive
-
-    def _finish_piece(self, job: _Job, failure: BaseException | None) -> None:
-        with self._changed:
+        with self._lock:
             job.left -= 1
-            if failure is not None:
-                job.give_up(failure)
-            if job.left > 0:
-                return
-        job.end()
+            job.failure = job.failure or failure
+            is_last = job.left == 0
+        if is_last:
+            job.end()
+        del job, piece, failure

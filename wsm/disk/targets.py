@@ -10,15 +10,9 @@ from pathlib import Path
 
 import xxhash
 
+from wsm.disk import blockdev
 from wsm.disk.atomic import sync_directory
-from wsm.disk.blockdev import (
-    check_writable,
-    is_block_device,
-    logical_block,
-    loop_device_over,
-    target_size,
-    unusable_target,
-)
+from wsm.disk.blockdev import is_block_device, logical_block, target_size, unusable_target
 from wsm.disk.direct import lock, open_direct
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.layout.groups import BLOCK
@@ -36,18 +30,10 @@ def unsealed(block: bytes, nbytes: int) -> bytes | None:
 
 
 def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[str]:
-    """Refuse what must not be written, in the order of DESIGN section 7: in use, has a signature, too small.
+    """What will be overwritten of files or block devices that are each to take ``nbytes``, a phrase each.
 
-    Args:
-        targets: files or block devices, each to take ``nbytes``.
-        force: let block devices pass that hold a filesystem or the like.
-
-    Returns:
-        What will be overwritten, a phrase each; empty if nothing is.
-
-    Raises:
-        UnusableInput: for a target that must not be written.
-        DoesNotFit: for one that is too small.
+    Refuses what must not be written (UnusableInput) or is too small (DoesNotFit), in the order of DESIGN section 7: in
+    use, has a signature, too small. With ``force``, block devices pass that hold a filesystem or the like.
     """
     if len({os.path.realpath(target) for target in targets}) != len(targets):
         raise UnusableInput("--to names one target twice")
@@ -58,7 +44,7 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
             continue
         path = check_place(target, f"--to {target}")
         if path.exists():
-            if loop := loop_device_over(path):
+            if loop := blockdev.loop_device_over(path):
                 raise UnusableInput(
                     f"{target} is in use (it is the contents of {loop}): nothing was written; name another file, or "
                     f"detach it: losetup -d /dev/{loop}"
@@ -78,7 +64,7 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
 
 def _check_device(target: str, nbytes: int, force: bool) -> str:
     with reading(target) as file:
-        found = check_writable(target, force=force)
+        found = blockdev.check_writable(target, force=force)
         check_blocks(file, target, "stores are")
         room = target_size(file)
     if room < nbytes:
@@ -125,10 +111,7 @@ def free_bytes(place: Path | int) -> int:
 
 
 def open_target(target: str) -> tuple[int, bool]:
-    """A target, open for writing past the page cache, a block device exclusively; whether it is a file made just now.
-
-    Raises UnusableInput if it cannot be opened.
-    """
+    """A target, open for writing past the page cache, a device exclusively; whether it is a file made just now."""
     if is_block_device(target):
         return open_direct(target, os.O_RDWR | os.O_EXCL), False
     path = os.path.realpath(target)
@@ -144,10 +127,7 @@ def take(file: int, target: str) -> None:
 
 @contextlib.contextmanager
 def opened(target: str) -> Iterator[int]:
-    """A target, open for writing past the page cache, and ours alone; a file that is new goes again if the body raises.
-
-    Raises UnusableInput if it cannot be opened, or somebody else has it.
-    """
+    """A target, open for writing and ours alone (else UnusableInput); a file that is new goes if the body raises."""
     file, new = open_target(target)
     path = os.path.realpath(target)
     try:

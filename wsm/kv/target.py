@@ -10,11 +10,10 @@ import uuid
 from collections.abc import Sequence
 
 from wsm.disk.blockdev import check_writable, device_number, is_block_device, related_devices, target_size
-from wsm.disk.direct import aligned_block, first_block, is_buffered
+from wsm.disk.direct import aligned_block, is_buffered
 from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK
-from wsm.store import superblock
 
 MAGIC = b"WSMKV\0\0\0"
 VERSION = 1
@@ -170,13 +169,14 @@ def _check_device(path: str) -> None:
 
 def _head(file: int, path: str) -> bytes:
     """The first 4096 bytes, or as many as there are; refused where they are a packed store's."""
+    block = aligned_block()
     try:
-        head = first_block(file)
+        head = block[: os.preadv(file, [block], 0)]
     except OSError as error:
         raise KVDeviceError(
             f"--kv-device {path} at byte 0: read error: {error.strerror}; check the drive, or name another place"
         ) from error
-    if head.startswith(superblock.MAGIC):
+    if head.startswith(STORE_MAGIC):
         raise UnusableInput(
             f"--kv-device {path} bears a packed store of weights: nothing was written; name another file or device"
         )

@@ -16,7 +16,6 @@ BLOCK = 4096
 TENSOR_ALIGNMENT = 512
 """As torch's own CUDA allocations: every mode runs the same kernels."""
 
-
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -23,7 +24,8 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
-class SourceFile(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SourceFile:
     """A file that weights come from; ``digest`` is a sample of its content, cheap at any size."""
 
     name: str
@@ -65,11 +67,7 @@ class ModelShape(Protocol):
         """The checkpoint's name of a tensor; ``group`` is None for the globals."""
 
     def share(self, ranks: int) -> ModelShape:
-        """The shape of one of ``ranks`` equal shares.
-
-        Raises:
-            UnusableInput: if it cannot be cut evenly.
-        """
+        """The shape of one of ``ranks`` equal shares; raises UnusableInput if it cannot be cut evenly."""
 
     def to_json(self) -> dict[str, Any]:
         """All that describes the model, for a manifest."""
@@ -101,8 +99,7 @@ class TensorSource(Protocol):
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
 
-        Raises:
-            UnusableInput: if the model has no such tensor, or one of another shape.
+        Raises UnusableInput if the model has no such tensor, or one of another shape.
         """
 
     def first_row(self, name: str, dtype: torch.dtype) -> Tensor:

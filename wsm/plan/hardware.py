@@ -48,10 +48,7 @@ _UNLIMITED = 1 << 60
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> CgroupMemory | None:
-    """The tightest memory limit of this process's cgroup and its parents, of version 2 or 1; None without a limit.
-
-    The page cache is not counted as used: the kernel gives it back before it refuses memory.
-    """
+    """The tightest memory limit of this process's cgroup and its parents, of version 2 or 1; None without a limit."""
     found = [memory for directory in _cgroup_directories(root, own) if (memory := _read_cgroup(directory))]
     return min(found, key=lambda memory: memory.free, default=None)
 
@@ -69,10 +66,7 @@ def _cgroup_directories(root: Path, own: Path) -> Iterator[Path]:
 
 
 def _read_cgroup(directory: Path) -> CgroupMemory | None:
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
+    for limit_file, used_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             limit, used = int((directory / limit_file).read_text()), int((directory / used_file).read_text())
             cached = _cached_bytes(directory / "memory.stat")
@@ -84,6 +78,7 @@ def _read_cgroup(directory: Path) -> CgroupMemory | None:
 
 
 def _cached_bytes(file: Path) -> int:
+    """The page cache, which is not counted as used: the kernel gives it back before it refuses memory."""
     counters = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
     files = ("inactive_file", "active_file")
     return max(sum(int(counters.get(whole + name, 0)) for name in files) for whole in ("", "total_"))
@@ -99,9 +94,8 @@ def cpu_available(available_bytes: int, total_bytes: int, cgroup: CgroupMemory |
 def measure_hardware(device: torch.device, ranks_here: int = 1, most_context_bytes: int = GIB) -> Hardware:
     """The memory of this machine now, the CPU's divided among the ranks that run on it.
 
-    On CUDA this creates the context and takes its size from what it leaves free.
-
-    To be called before the first computation: no kernel is loaded then.
+    On CUDA this creates the context and takes its size from what it leaves free. To be called before the first
+    computation: no kernel is loaded then.
     """
     memory = psutil.virtual_memory()
     cpu = cpu_available(memory.available, memory.total, cgroup_memory()) // ranks_here
@@ -130,9 +124,8 @@ def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
 
 def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
     """Make torch fail beyond ``allowed_bytes``: a large GPU stands in for a small one."""
-    if device.type != "cuda" or allowed_bytes is None:
-        return
-    import torch
+    if device.type == "cuda" and allowed_bytes is not None:
+        import torch
 
-    _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)

@@ -57,7 +57,7 @@ class PlanInputs:
 
     def slot_bytes(self) -> int:
         """Bytes of a slot of each kind together: a layer."""
-        return sum(self.kind_bytes(kind) for kind in KINDS)
+        return sum(map(self.kind_bytes, KINDS))
 
     def kind_bytes(self, kind: Kind) -> int:
         """Bytes of a slot of ``kind``: its largest image."""

@@ -20,11 +20,7 @@ DISK_SLOTS = 3
 
 @dataclass(frozen=True, slots=True)
 class KVCosts:
-    """What the tiers of KV take beside it.
-
-    ``bounds_row_bytes`` are what the choice of blocks keeps on the device of one row and layer, 0 where none are
-    chosen.
-    """
+    """What the tiers of KV take beside it; ``bounds_row_bytes``: of one row and layer, 0 where no blocks are chosen."""
 
     bounds_row_bytes: int
     on_gpu: bool
@@ -49,11 +45,8 @@ def place_kv(layout: KVLayout, gpu_room: int | None, cpu_room: int, costs: KVCos
     """All of it on the device if it fits; else as many units as do, spread evenly over the pass, the rest below.
 
     Below the device, page-locked CPU memory comes first, then ``--kv-device`` if there is one; without it all the
-    rest is given to the CPU's memory, whether that has room or not.
-
-    Args:
-        gpu_room: bytes that nothing else takes of the GPU's budget; None for no limit.
-        cpu_room: likewise of the CPU's.
+    rest is given to the CPU's memory, whether that has room or not. ``gpu_room`` and ``cpu_room`` are the bytes of each
+    budget that nothing else takes; None for no limit.
     """
     everywhere = KVPlacement(layout)
     if gpu_room is None or costs.on_device(everywhere.gpu_bytes) <= gpu_room:

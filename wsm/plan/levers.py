@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from wsm.plan.hardware import GIB
@@ -15,8 +16,6 @@ from wsm.plan.inputs import PlanInputs
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import Ceiling, PassTimes, pass_times
 from wsm.settings import CHOSEN, MODES
-
-# -- the table
 
 _PAGED = ("mixed", "stream")
 
@@ -46,11 +45,8 @@ class Lever:
         return self.asked(inputs) if self.most is None else min(self.asked(inputs), self.most(inputs))
 
     def at(self, inputs: PlanInputs, value: Any, original: PlanInputs | None = None) -> PlanInputs:
-        """The inputs with this flag at ``value``; where that is the ``original`` one, as it was asked for.
-
-        The rows' lengths are known for the original batch alone, so every batch is cut from that one.
-        """
-        if self is BATCH:
+        """The inputs with this flag at ``value``; where that is the ``original`` one, as it was asked for."""
+        if self is BATCH:  # cut from the original one: the rows' lengths are known for it alone
             return replace(inputs, shape=(original or inputs).shape.with_batch(value))
         if original is not None and value == self.value(original):
             value = self.asked(original)
@@ -65,10 +61,6 @@ def _with(inputs: PlanInputs, changes: dict[str, Any]) -> PlanInputs:
     return replace(inputs, settings=replace(inputs.settings, **changes))
 
 
-def _layers(inputs: PlanInputs) -> int:
-    return inputs.config.n_layers
-
-
 def _least_depth(inputs: PlanInputs) -> int:
     """WSM_AGGRESSIVE_GPU_PREFETCH is a floor under the depth: a smaller depth would free nothing."""
     return max(1, inputs.settings.aggressive_gpu_prefetch)
@@ -79,6 +71,7 @@ def _most_depth(inputs: PlanInputs) -> int:
     return max(inputs.settings.gpu_max_groups, _least_depth(inputs))
 
 
+_layers = attrgetter("config.n_layers")
 RESIDENTS = Lever("gpu_cached_layers", _PAGED, lambda inputs, now: min(now + 1, _layers(inputs)), _layers)
 DEPTH = Lever(
     "group_prefetch_depth", _PAGED, lambda inputs, now: min(now, _least_depth(inputs)), _most_depth, _least_depth
@@ -96,9 +89,6 @@ LEVERS = (RESIDENTS, DEPTH, CPU_LAYERS, DISTANCE, MODE, EMBEDDING, BATCH)
 FOR_GPU, FOR_CPU = (RESIDENTS, DEPTH, BATCH), (CPU_LAYERS,)
 """What frees memory of each tier, in the order in which it is given up."""
 _OTHER_MODES = {"full": ("stream", "mixed"), "preload": ("stream", "mixed"), "stream": ("mixed",), "mixed": ()}
-
-
-# -- what one step buys
 
 
 class Step(NamedTuple):
@@ -137,9 +127,6 @@ def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
     ]
 
 
-# -- the search
-
-
 Good = Callable[[Plan], bool]
 
 
@@ -167,18 +154,13 @@ def largest(
     return found
 
 
-# -- the smallest change that fits
-
-
 def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> PlanInputs | None:
     """The inputs that fit and give up least; None if nothing does.
 
     Another mode alone is tried first, where the mode's own rule (everything on the GPU; all the rest in CPU memory)
     may be what does not fit. Then flags, each as large as fits, and each only once those before it are used up: for the
-    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory.
-
-    Args:
-        most_gpu_bytes: what is to be planned at most, besides fitting the budget.
+    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory. Besides
+    fitting the budget, at most ``most_gpu_bytes`` are planned.
     """
 
     def on_gpu(plan: Plan) -> bool:
@@ -189,7 +171,7 @@ def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> Pl
 
     candidates = [inputs, *(MODE.at(inputs, mode) for mode in _OTHER_MODES[inputs.settings.mode])]
     alone = (candidate for candidate in candidates if good(make_plan(candidate)))
-    reduced = (found for original in candidates if (found := _reduced(original, on_gpu, good)) is not None)
+    reduced = filter(None, (_reduced(original, on_gpu, good) for original in candidates))
     return next(alone, None) or next(reduced, None)
 
 
@@ -233,14 +215,10 @@ def least_memory(inputs: PlanInputs) -> Plan:
     while not plan.fits:  # a larger budget may make larger chunks: until both agree
         gpu, cpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0), max(plan.cpu_bytes, plan.cpu_budget_bytes)
         budget = None if plan.gpu_budget_bytes is None else gpu / GIB
-        there = replace(
-            inputs.hardware, gpu_available_bytes=gpu if inputs.hardware.has_gpu else None, cpu_available_bytes=cpu
-        )
+        on_gpu = gpu if inputs.hardware.has_gpu else None
+        there = replace(inputs.hardware, gpu_available_bytes=on_gpu, cpu_available_bytes=cpu)
         plan = make_plan(replace(_with(inputs, {"gpu_mem_gb": budget, "cpu_mem_gb": None}), hardware=there))
     return plan
-
-
-# -- --auto
 
 
 LOOK_AHEAD_GROUPS, READ_AHEAD_LAYERS = 2, 2

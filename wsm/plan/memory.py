@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import IntEnum, auto
+from enum import IntEnum
 from typing import NamedTuple
 
 from wsm.layout.groups import BLOCK, KINDS, bytes_apart, round_up
@@ -22,24 +22,12 @@ SORTED_BYTES = 56
 """Bytes per logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
 
 
-class MemoryKind(IntEnum):
-    """What takes memory, in the order in which it is shown."""
-
-    WEIGHTS = auto()
-    POOLS = auto()
-    GLOBALS = auto()
-    LOADING_TENSOR = auto()
-    """Ordinary memory, unlike all else of the CPU's."""
-    LOADING = auto()
-    KV = auto()
-    KV_WINDOWS = auto()
-    KV_BOUNDS = auto()
-    KV_DISK = auto()
-    ACTIVATIONS = auto()
-    GRAPHS = auto()
-    CONTEXT = auto()
-    WORKSPACE = auto()
-    SLACK = auto()
+MemoryKind = IntEnum(
+    "MemoryKind",
+    "WEIGHTS POOLS GLOBALS LOADING_TENSOR LOADING KV KV_WINDOWS KV_BOUNDS KV_DISK "
+    "ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
+)
+"""What takes memory, in the order in which it is shown; LOADING_TENSOR alone of the CPU's is ordinary memory."""
 
 
 class MemoryLine(NamedTuple):
@@ -53,9 +41,6 @@ class MemoryLine(NamedTuple):
 def total(lines: Iterable[MemoryLine]) -> int:
     """Bytes of all lines together."""
     return sum(line.nbytes for line in lines)
-
-
-# -- what is computed at once
 
 
 class Portions(NamedTuple):
@@ -132,14 +117,17 @@ def _attention_extra(inputs: PlanInputs, portions: Portions, chunk: int) -> int:
     return max(padding, 12 * min(chunk, longest) * longest if goes_on else 0)
 
 
-# -- the GPU's
-
-
 def gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> list[MemoryLine]:
-    """All but KV."""
+    """What a run takes of the GPU, but for KV."""
     residents, layer, chunk = len(placement.residency.gpu), inputs.slot_bytes(), portions.chunk_tokens
     converted = _converted_kv(inputs, portions)
-    activations = activation_bytes(inputs, portions) + _copied_matrices(inputs) + _gathered_bytes(inputs) + converted
+    # The model takes queries, keys and values in one product: where their matrices are apart, it copies them first.
+    attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
+    copied = 0 if placement.mode == "full" else max(bytes_apart(layout, inputs.config.fused) for layout in attn)
+    # Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both.
+    rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
+    gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
+    activations = activation_bytes(inputs, portions) + copied + gathered + converted
     embedding = "" if inputs.embedding_on_cpu else "embedding, "
     computing = f"activations, {portions.wave_tokens(inputs)} tokens in chunks of {chunk}"
     lines = [
@@ -150,7 +138,7 @@ def gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> l
     ]
     if not inputs.hardware.has_gpu:
         return lines
-    if inputs.settings.mode in ("full", "preload") and inputs.ranks == 1:
+    if placement.mode in ("full", "preload") and inputs.ranks == 1:
         graphs = chunk_bytes(inputs.config, inputs.shape.batch, inputs.dtype.itemsize) + converted
         lines.append(MemoryLine(MemoryKind.GRAPHS, "decode graphs", graphs))
     slack = _rounding(inputs, placement) + activations // 8 + 32 * MIB
@@ -170,20 +158,6 @@ def _converted_kv(inputs: PlanInputs, portions: Portions) -> int:
     return portions.stretch_rows * values * (inputs.dtype.itemsize if inputs.hardware.has_gpu else 8)
 
 
-def _copied_matrices(inputs: PlanInputs) -> int:
-    """The model takes queries, keys and values in one product: where their matrices are apart, it copies them first."""
-    if inputs.settings.mode == "full":
-        return 0
-    attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
-    return max(bytes_apart(layout, inputs.config.fused) for layout in attn)
-
-
-def _gathered_bytes(inputs: PlanInputs) -> int:
-    """Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both."""
-    rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
-    return 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
-
-
 def allocator_bytes(nbytes: int) -> int:
     """What torch's CUDA allocator takes for a tensor: from 10 MiB on whole 2 MiB."""
     return nbytes if nbytes < 10 * MIB else round_up(nbytes, 2 * MIB)
@@ -191,21 +165,16 @@ def allocator_bytes(nbytes: int) -> int:
 
 def _rounding(inputs: PlanInputs, placement: Placement) -> int:
     """What torch's allocator adds to weights and slots."""
-
-    def added(nbytes: int) -> int:
-        return allocator_bytes(nbytes) - nbytes
-
     if placement.mode == "full":
-        return sum(added(tensor.nbytes) for layout in inputs.layouts.values() for tensor in layout.tensors)
-    layers = len(placement.residency.gpu) + placement.gpu_slots
-    return layers * sum(added(inputs.kind_bytes(kind)) for kind in KINDS) + added(inputs.gpu_globals_bytes)
-
-
-# -- the CPU's
+        taken = [tensor.nbytes for layout in inputs.layouts.values() for tensor in layout.tensors]
+    else:
+        layers = len(placement.residency.gpu) + placement.gpu_slots
+        taken = [*map(inputs.kind_bytes, KINDS)] * layers + [inputs.gpu_globals_bytes]
+    return sum(allocator_bytes(nbytes) - nbytes for nbytes in taken)
 
 
 def cpu_lines(inputs: PlanInputs, placement: Placement) -> list[MemoryLine]:
-    """All but KV."""
+    """What a run takes of the CPU's memory, but for KV."""
     if placement.mode == "full":
         largest = max(tensor.nbytes for layout in inputs.layouts.values() for tensor in layout.tensors)
         line = MemoryLine(MemoryKind.LOADING_TENSOR, "loading, one tensor at a time", largest)

@@ -13,7 +13,6 @@ from wsm.settings import Settings
 
 LOADING_SLOTS = 2
 """Staging slots per kind where there is no CPU pool, used only while GPU residents load: one fills, another is copied.
-
 CPU residents' homes serve as such until they are read; what is missing then is memory for loading alone.
 """
 
@@ -85,20 +84,18 @@ def place(n_layers: int, settings: Settings) -> Placement:
         everything = tuple(range(n_layers))
         return Placement(mode, Residency(everything, (), ()), 0, 0, 0, n_layers)
     gpu = spread(range(n_layers), _clip("--gpu-cached-layers", settings.gpu_cached_layers, n_layers, notes))
-    on_gpu = set(gpu)
-    rest = [layer for layer in range(n_layers) if layer not in on_gpu]
+    rest = sorted({*range(n_layers)} - {*gpu})
     cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
-    on_cpu = set(cpu)
-    residency = Residency(gpu, cpu, tuple(layer for layer in rest if layer not in on_cpu))
+    residency = Residency(gpu, cpu, tuple(sorted({*rest} - {*cpu})))
     depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
     gpu_slots = min(depth // 2 + 1, settings.gpu_max_groups // 2, len(rest))
     staged = _staged(n_layers, residency, gpu_slots, settings, ahead, notes)
     return Placement(mode, residency, gpu_slots, slots, ahead, staged, tuple(notes))
 
 
-def _clip(name: str, value: int, limit: int, notes: list[str]) -> int:
+def _clip(name: str, value: int, limit: int, notes: list[str], what: str = "") -> int:
     if value > limit:
-        notes.append(f"{name} {value} clipped to {limit}")
+        notes.append(f"{name} {value} clipped to {limit}{what}")
     return min(value, limit)
 
 
@@ -107,12 +104,9 @@ def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) 
     if mode == "stream" or not rest:
         return tuple(rest), 0, 0
     cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)
-    ahead = settings.prefetch_distance
     if settings.cpu_evict == "belady" and cached >= len(rest):
         return tuple(rest), 0, 0
-    if ahead > cached:
-        notes.append(f"--prefetch-distance {ahead} clipped to {cached}, the layers of CPU memory")
-        ahead = cached
+    ahead = _clip("--prefetch-distance", settings.prefetch_distance, cached, notes, ", the layers of CPU memory")
     if settings.cpu_evict == "fifo":
         return (), cached, ahead
     return spread(rest, cached - ahead), ahead, ahead
@@ -121,18 +115,14 @@ def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) 
 def _staged(
     n_layers: int, residency: Residency, gpu_slots: int, settings: Settings, ahead: int, notes: list[str]
 ) -> int:
-    """The longest stretch of first layers that can be on the GPU before the first pass, at most ``warmup_layers``.
-
-    Residents and slots bound it; so does the read-ahead where a CPU slot is held until the compute enters its layer.
-    """
+    """How many first layers can be on the GPU before the first pass: at most ``warmup_layers``, bound by the slots."""
+    # The read-ahead bounds them too, where a CPU slot is held until the compute enters its layer.
     wanted, staged = settings.warmup_layers, 0
     slots, reads = gpu_slots, ahead if settings.cpu_roll_sync else n_layers
-    for layer in range(min(wanted, n_layers)):
-        slots -= layer not in residency.gpu
-        reads -= layer in residency.ssd
+    while staged < min(wanted, n_layers):
+        slots -= staged not in residency.gpu
+        reads -= staged in residency.ssd
         if slots < 0 or reads < 0:
             break
         staged += 1
-    if staged < wanted:
-        notes.append(f"--warmup-layers {wanted} clipped to {staged}, what residents and slots hold")
-    return staged
+    return _clip("--warmup-layers", wanted, staged, notes, ", what residents and slots hold")

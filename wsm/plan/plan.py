@@ -39,11 +39,6 @@ class Plan:
         return self.inputs.shape
 
     @property
-    def kv_tokens(self) -> int:
-        """Tokens of KV per row, in whole blocks."""
-        return self.inputs.kv_tokens
-
-    @property
     def waves(self) -> int:
         """Passes of the prefill."""
         return -(-self.shape.batch // self.wave_rows)
@@ -103,17 +98,13 @@ def make_plan(inputs: PlanInputs) -> Plan:
         kv=kv,
         chunk_tokens=portions.chunk_tokens,
         wave_rows=portions.wave_rows,
-        gpu_lines=_in_order(on_gpu + kv_gpu_lines(kv, costs)),
-        cpu_lines=_in_order(on_cpu + kv_cpu_lines(kv)),
+        gpu_lines=tuple(sorted(on_gpu + kv_gpu_lines(kv, costs), key=lambda line: line.kind)),
+        cpu_lines=tuple(sorted(on_cpu + kv_cpu_lines(kv), key=lambda line: line.kind)),
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
         bytes_per_pass={**_bytes_per_pass(inputs, placement), "kv_h2d": kv_bytes},
         notes=(*placement.notes, *notes),
     )
-
-
-def _in_order(lines: Iterable[MemoryLine]) -> tuple[MemoryLine, ...]:
-    return tuple(sorted(lines, key=lambda line: line.kind))
 
 
 def _budgets(inputs: PlanInputs, notes: list[str]) -> tuple[int | None, int]:
@@ -141,12 +132,12 @@ def _bytes_per_pass(inputs: PlanInputs, placement: Placement) -> dict[str, int]:
     streamed = () if kept else (*residency.cpu, *residency.ssd)
     tied = inputs.config.tied_embeddings
     head = [tensor for tensor in inputs.layouts[None].tensors if tied or tensor.name != inputs.config.embedding]
+
+    def nbytes(layers: Iterable[int]) -> int:
+        return sum(inputs.layouts[GroupId(layer, kind)].nbytes for layer in layers for kind in KINDS)
+
     return {
-        "ssd_read": _layers_bytes(inputs, from_ssd),
-        "weight_h2d": _layers_bytes(inputs, streamed),
-        "hbm_read": _layers_bytes(inputs, range(inputs.config.n_layers)) + sum(tensor.nbytes for tensor in head),
+        "ssd_read": nbytes(from_ssd),
+        "weight_h2d": nbytes(streamed),
+        "hbm_read": nbytes(range(inputs.config.n_layers)) + sum(tensor.nbytes for tensor in head),
     }
-
-
-def _layers_bytes(inputs: PlanInputs, layers: Iterable[int]) -> int:
-    return sum(inputs.layouts[GroupId(layer, kind)].nbytes for layer in layers for kind in KINDS)

@@ -1,7 +1,4 @@
-"""How long a pass takes: at least, by what it has to move and compute (the floor), and by prediction.
-
-The one place where both formulas are; ``bench`` asks it of what was measured, too.
-"""
+"""How long a pass takes, at least (the floor) and by prediction; ``bench`` asks it of what was measured, too."""
 
 from __future__ import annotations
 
@@ -47,46 +44,32 @@ class Floor(NamedTuple):
     passes: int
 
 
-_CEILINGS: Mapping[Bound, tuple[str, float]] = {
-    "ssd": ("ssd", 1e6),
-    "h2d": ("h2d", 1e6),
-    "d2h": ("d2h", 1e6),
-    "hbm": ("hbm", 1e6),
-    "compute": ("matmul", 1e12),
-}
-"""By resource, in the order of :class:`Work`: the ceiling's name, and its unit per second."""
+_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute")
+"""The resources, in the order of :class:`Work`."""
 
 
 def ceiling_of(bound: Bound) -> str:
     """The name of the ceiling that is behind a bound."""
-    return _CEILINGS[bound][0]
+    return "matmul" if bound == "compute" else bound
 
 
 def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | None]:
     """Milliseconds that each resource needs for what it is asked for at all; None where its ceiling is not known.
 
     Their maximum is the floor (DESIGN section 2): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
-    B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten.
-
-    Args:
-        ceilings: ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
+    B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten. ``ceilings``
+    are ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
     """
-    return {
-        bound: 1e3 * amount / (ceilings[name] * unit) if ceilings.get(name) else None
-        for (bound, (name, unit)), amount in zip(_CEILINGS.items(), work, strict=True)
-        if amount
-    }
-
-
-# -- what a phase computes
+    parts: dict[Bound, float | None] = {}
+    for bound, amount in zip(_BOUNDS, work, strict=True):
+        if amount:
+            rate = ceilings.get(ceiling_of(bound))
+            parts[bound] = 1e3 * amount / (rate * (1e12 if bound == "compute" else 1e6)) if rate else None
+    return parts
 
 
 def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
-    """Operations, and the fewest bytes of device memory: each weight once per pass.
-
-    Args:
-        rows: how many there are, by the tokens of their prompt.
-    """
+    """Operations, and the fewest bytes of device memory: each weight once per pass. ``rows``: how many, by tokens."""
     tokens = sum(count * n for n, count in rows.items())
     pairs = sum(count * n * (n + 1) / 2 for n, count in rows.items())
     return _work(config, passes * itemsize, tokens, sum(rows.values()), pairs)
@@ -103,20 +86,13 @@ def decode_work(
 
 
 def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pairs: float) -> Work:
-    """A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
-
-    Args:
-        weight_bytes: moved for each weight.
-        pairs: of a token and a position that it attends to.
-    """
+    """``weight_bytes`` are moved for each weight; ``pairs`` are of a token and a position that it attends to."""
+    # A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
     specs = [spec for kind in KINDS for spec in config.specs(kind)]
     matrices = config.n_layers * sum(math.prod(spec.shape) for spec in specs if len(spec.shape) == 2)
     head, attention = config.dim * config.vocab_size, 4 * config.n_layers * config.n_heads * config.head_dim
     flops = 2 * matrices * tokens + attention * pairs + 2 * head * logits
     return Work(hbm_bytes=(matrices + head) * weight_bytes, flops=flops)
-
-
-# -- of a plan
 
 
 def pass_work(plan: Plan) -> dict[str, Work]:
@@ -144,12 +120,7 @@ def _passes(plan: Plan) -> dict[str, int]:
 
 
 def predicted_floor(plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Floor]:
-    """The floor under a steady pass of each phase, ``prefill`` and ``decode``.
-
-    Args:
-        ceilings: as for :func:`parts_ms`. One that is missing is left out of the maximum; a phase for which none is
-            known is left out of the answer.
-    """
+    """The floor under a steady pass, by phase, of the ceilings that are known; without a phase where none is."""
     floors = {}
     for phase, work in pass_work(plan).items():
         parts = {bound: ms for bound, ms in parts_ms(work, ceilings).items() if ms is not None}
@@ -180,21 +151,15 @@ def _pass_ms(work: Work, ceilings: Mapping[str, Ceiling]) -> float | None:
 
 
 def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> float:
-    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards.
-
-    A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
-    """
+    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards."""
     alone = ceilings["h2d"].median * 1e6
+    # A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
     beside = min(alone, ceilings["h2d_with_ssd"].median * 1e6) if "h2d_with_ssd" in ceilings else alone
     moved = beside * ssd_s
     return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone
 
 
-# -- of a change
-
-
-@dataclass(frozen=True, slots=True)
-class PassTimes:
+class PassTimes(NamedTuple):
     """A decode pass of two plans, in ms; ``at_least`` if both are floors and no predictions."""
 
     before_ms: float
@@ -207,13 +172,11 @@ class PassTimes:
 
 
 def pass_times(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> PassTimes | None:
-    """Both by the same rule: predicted where both can be, else both floors; None where neither is known.
-
-    A floor is not known either where the plan moves bytes whose rate is not: without them it would be flattered.
-    """
+    """Both by the same rule: predicted where both can be, else both floors; None where neither is known."""
     old, new = (predicted_pass_ms(plan, ceilings)["decode"] for plan in (before, after))
     if old is not None and new is not None:
         return PassTimes(old, new, at_least=False)
+    # A floor is not known where the plan moves bytes whose rate is not: without them it would be flattered.
     for moved, rate in (("ssd_read", "ssd"), ("weight_h2d", "h2d")):
         if rate not in ceilings and (before.bytes_per_pass[moved] or after.bytes_per_pass[moved]):
             return None

@@ -7,8 +7,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -16,24 +16,23 @@ from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.model import WHOLE, Shard, TensorSource
 from wsm.store.description import DTYPE_NAMES, StoreDescription
-from wsm.store.extents import plan_store
-from wsm.store.manifest import VERSION, read_manifest
+from wsm.store.layout import VERSION, plan_store
+from wsm.store.manifest import read_manifest
 from wsm.store.pack import PackRequest, Progress, pack
 from wsm.store.packed_store import PackedStore
 
 
 def store_path(checkpoint: TensorSource, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
     """Where a checkpoint's packed file is: one per dtype and number of ranks, named after its sources' content."""
-    files = [[*file, _written(checkpoint, file.name)] for file in checkpoint.sources()]
+    files = []
+    for file in checkpoint.sources():
+        # In ns: its digest is a sample, and must not be all that tells two files apart.
+        written = (checkpoint.directory / file.name).stat().st_mtime_ns if checkpoint.directory is not None else None
+        files.append([*astuple(file), written])
     content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
     return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
-
-
-def _written(checkpoint: TensorSource, name: str) -> int | None:
-    """When a file was last written, in ns: its digest is a sample, and must not be all that tells two files apart."""
-    return (checkpoint.directory / name).stat().st_mtime_ns if checkpoint.directory is not None else None
 
 
 def cached_store(
@@ -45,21 +44,15 @@ def cached_store(
     progress: Callable[[int], Progress],
     shard: Shard = WHOLE,
 ) -> StoreDescription:
-    """The checkpoint's packed file, packed now if it is not there or not whole.
+    """The checkpoint's packed file, packed now if it is not there or not whole; DoesNotFit if there is too little room.
 
-    Args:
-        shard: whose part of it is described; the file is packed for ``shard.size`` ranks.
-        say: called with the size and the free space before anything is written.
-        progress: given the bytes to come; what it returns is called with the bytes of each group.
-
-    Raises:
-        DoesNotFit: if the filesystem has too little room.
+    It is packed for ``shard.size`` ranks, and the part of ``shard`` described. ``say`` is called with the size and the
+    free space before anything is written, ``progress`` with the bytes to come, and its answer with those of each group.
     """
     path = store_path(checkpoint, dtype, cache_dir, shard.size)
     manifest = path.with_suffix(".json")
     with _locked(path.with_suffix(".lock")):
-        found = _sound(checkpoint, manifest, path, shard.rank)
-        if found is not None:
+        if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
         path.unlink(missing_ok=True)
         size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
@@ -77,8 +70,6 @@ def cached_store(
 
 def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> StoreDescription | None:
     """The store, if its manifest and superblock are there and fit each other."""
-    if not manifest.exists() or not path.exists():
-        return None
     try:
         description = read_manifest(manifest, checkpoint.config.from_json, raw_device=str(path), rank=rank)
         PackedStore(description, staging_bytes=1 << 20).close()
@@ -88,7 +79,7 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
+def _locked(path: Path) -> Iterator[None]:
     """Two runs that start together pack once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,4 +88,4 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
         raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+        yield

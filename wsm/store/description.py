@@ -13,8 +13,7 @@ import torch
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, ModelShape, Shard, SourceFile
-from wsm.store.extents import Extent
-from wsm.store.superblock import Superblock
+from wsm.store.layout import Extent, Superblock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import msgspec
 import xxhash
@@ -15,11 +18,10 @@ from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK, KINDS, GroupId
 from wsm.layout.model import ReadShape, Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES, DTYPES, Name, StoreDescription, StoredGroup, typed
-from wsm.store.extents import StorePlan, plan_store, stride_of
+from wsm.store.layout import AGAIN, VERSION, StorePlan, Superblock, plan_store, stride_of
 from wsm.store.manifest_v1 import describe_v1
-from wsm.store.superblock import AGAIN, Superblock
 
-FORMAT, VERSION = "wsm-packed-store", 2
+FORMAT = "wsm-packed-store"
 
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 
@@ -31,12 +33,6 @@ class _Checksums(msgspec.Struct):
     checksums: list[Digest] = []
 
 
-class _Source(TypedDict):
-    name: str
-    size: int
-    digest: str
-
-
 class _Manifest(msgspec.Struct):
     """What of a version 2 manifest does not follow from the model and its dtype: the rest is computed and compared."""
 
@@ -45,34 +41,31 @@ class _Manifest(msgspec.Struct):
     block_size: Literal[4096]
     dtype: str
     model: dict[str, Any]
-    source: list[_Source]
+    source: tuple[SourceFile, ...]
     globals: _Checksums
     groups: list[_Checksums]
     tp: Annotated[int, Meta(ge=1)] = 1
 
 
-def manifest_json(
+def new_manifest(
     plan: StorePlan,
-    *,
-    store_id: str,
-    created: str,
     targets: Sequence[str],
     sources: Sequence[SourceFile],
     checksums: Mapping[GroupId | None, Sequence[str]],
 ) -> dict[str, Any]:
-    """The manifest of a store packed by ``plan``; ``checksums`` has one per rank."""
+    """The manifest of a store just packed by ``plan``, with an id of its own; ``checksums`` has one per rank."""
     entries = [_entry(plan, group, checksums[group]) for group in plan.offsets]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "store_id": store_id,
-        "created": created,
-        "targets": list(targets),
+        "store_id": uuid.uuid4().hex,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "targets": [os.path.abspath(target) for target in targets],
         "block_size": BLOCK,
         **({"tp": plan.tp} if plan.tp > 1 else {}),
         "dtype": DTYPE_NAMES[plan.dtype],
         "model": plan.config.to_json(),
-        "source": [source._asdict() for source in sources],
+        "source": msgspec.to_builtins(sources),
         "globals": entries[0],
         "groups": entries[1:],
     }
@@ -98,11 +91,7 @@ def manifest_digest(manifest: Mapping[str, Any], without: Sequence[str] = ("targ
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The manifest's JSON object.
-
-    Raises:
-        UnusableInput: if it is missing, damaged, or no manifest.
-    """
+    """The manifest's JSON object; raises UnusableInput if it is missing, damaged, or no manifest."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -122,16 +111,11 @@ def read_manifest(
     checkpoint: TensorSource | None = None,
     rank: int = 0,
 ) -> StoreDescription:
-    """The description of the store that ``path`` names, of version 2 or 1.
+    """The store that ``path`` names, of version 2 or 1; raises UnusableInput, naming the field, if it cannot be used.
 
-    Args:
-        read_shape: makes the model's shape of what version 2 says of it.
-        rank: whose share of the store is meant, where it was packed for several.
-        raw_device: overrides the manifest's devices (comma-separated where it is striped).
-        checkpoint: gives the model's shape to a version 1 manifest, which has none.
-
-    Raises:
-        UnusableInput: for a manifest that cannot be used, naming the field.
+    ``read_shape`` makes the model's shape of what version 2 says of it; ``checkpoint`` gives it to a version 1
+    manifest, which has none. ``raw_device`` overrides the manifest's devices (comma-separated where it is striped).
+    ``rank``: whose share of the store is meant, where it was packed for several.
     """
     content = load_json(path)
     targets = tuple(raw_device.split(",")) if raw_device else None
@@ -170,7 +154,7 @@ def _describe_v2(
         plan.dtype,
         groups,
         tuple(Superblock(manifest.store_id, digest, number, count) for number in range(count)),
-        tuple(SourceFile(**source) for source in manifest.source),
+        manifest.source,
         shard=Shard(rank, plan.tp),
         content=manifest_digest(content, ("targets", "store_id", "created")),
     )

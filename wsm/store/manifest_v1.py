@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK, TENSOR_ALIGNMENT, GroupId, GroupLayout, TensorLayout, pass_order, round_up
 from wsm.layout.model import TensorSource
 from wsm.store.description import DTYPES, StoreDescription, StoredGroup, typed
-from wsm.store.extents import Extent
+from wsm.store.layout import Extent
 
 _EMBEDDING = ("tok_embeddings.weight", "embed_tokens.weight")
 _AGAIN = "pack the model anew with `bench_infer.py pack`"
@@ -45,17 +45,9 @@ class _Manifest(msgspec.Struct):
 
 
 def describe_v1(
-    content: Mapping[str, Any],
-    path: Path,
-    targets: tuple[str, ...] | None,
-    checkpoint: TensorSource | None,
+    content: Mapping[str, Any], path: Path, targets: tuple[str, ...] | None, checkpoint: TensorSource | None
 ) -> StoreDescription:
-    """The store behind a version 1 manifest.
-
-    Raises:
-        UnusableInput: for a missing tensor or field, a shape that is not the model's, an unknown dtype, or a
-            misaligned or overlapping offset.
-    """
+    """The store behind a version 1 manifest; raises UnusableInput for what is missing, unknown, misaligned or wrong."""
     if checkpoint is None:
         raise UnusableInput(
             f"--manifest {path} is of version 1, which does not say the model's shape: give --checkpoints too"
@@ -67,7 +59,11 @@ def describe_v1(
     target = targets[0] if targets is not None else manifest.raw_device
     if not isinstance(target, str) or not target:
         raise UnusableInput(f"--manifest {path}: field raw_device must name a device, not {target!r}")
-    entries = _by_name(manifest.params, path)
+    entries: dict[str, Param] = {}
+    for number, entry in enumerate(manifest.params):
+        if entry.name in entries:
+            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
+        entries[entry.name] = entry
     names: list[GroupId | None] = [None, *pass_order(config.n_layers)]
     params = {
         group: {
@@ -79,30 +75,17 @@ def describe_v1(
     if beyond := [name for name in entries if name.startswith(f"layers.{config.n_layers}.")]:
         raise UnusableInput(f"--manifest {path} has {beyond[0]}, but the model has {config.n_layers} layers")
     everything = [param for group in params.values() for param in group.values()]
-    _check_apart(everything, path)
+    for before, after in itertools.pairwise(sorted(everything, key=lambda param: (param.offset, param.nbytes))):
+        if before.offset + before.nbytes > after.offset:
+            raise UnusableInput(
+                f"--manifest {path}: {after.name}: field offset: {after.offset} lies within {before.name}; {_AGAIN}"
+            )
     dtypes = {param.dtype for param in everything}
     if len(dtypes) != 1:
         raise UnusableInput(f"--manifest {path}: field dtype differs from tensor to tensor; {_AGAIN}")
     unit = _read_unit(target)
     groups = {group: place(group, found, unit) for group, found in params.items()}
     return StoreDescription(1, path, (target,), config, DTYPES[dtypes.pop()], groups)
-
-
-def _by_name(params: Sequence[Param], path: Path) -> dict[str, Param]:
-    entries: dict[str, Param] = {}
-    for number, entry in enumerate(params):
-        if entry.name in entries:
-            raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
-        entries[entry.name] = entry
-    return entries
-
-
-def _check_apart(params: Sequence[Param], path: Path) -> None:
-    for before, after in itertools.pairwise(sorted(params, key=lambda param: (param.offset, param.nbytes))):
-        if before.offset + before.nbytes > after.offset:
-            raise UnusableInput(
-                f"--manifest {path}: {after.name}: field offset: {after.offset} lies within {before.name}; {_AGAIN}"
-            )
 
 
 def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Param], path: Path) -> Param:
@@ -131,11 +114,7 @@ def _read_unit(target: str) -> int:
 
 
 def place(group: GroupId | None, params: Mapping[str, Param], unit: int) -> StoredGroup:
-    """Reads widened to whole units, adjacent ones merged, each with its own aligned room in the slot.
-
-    Args:
-        params: by short name, in the order of the image.
-    """
+    """Reads of ``params`` (by short name, in the image's order), widened to whole units; adjacent ones are merged."""
     extents: list[Extent] = []
     tensors: dict[str, TensorLayout] = {}
     for name, param in sorted(params.items(), key=lambda item: item[1].offset):

@@ -15,15 +15,9 @@ HEAD_BYTES = 4096
 def check_suits(
     description: StoreDescription, config: ModelShape, dtype: torch.dtype | None, ranks: int, model_flags: str
 ) -> None:
-    """Refuse a store of another model, for another number of ranks, or of another dtype than asked for.
+    """Raises UnusableInput for a store of another model, for another number of ranks, or of another dtype than asked.
 
-    Args:
-        config: the whole model's.
-        dtype: None where any will do.
-        model_flags: how the user named the model, for the command that mends it.
-
-    Raises:
-        UnusableInput: with the `pack` command that mends it.
+    ``config`` is the whole model's; a ``dtype`` of None is any; ``model_flags`` are the user's, for the `pack` command.
     """
     found = description.config.to_json()
     for part, asked in config.to_json().items():
@@ -49,13 +43,10 @@ def check_suits(
 
 
 def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:
-    """Compare the first 4 KiB of each tensor (at most its first row) of a store with the checkpoint beside it.
+    """Raises StoreError for a tensor whose first 4 KiB (at most a row) are not the checkpoint's, or a changed file.
 
     Without weights in the checkpoint, version 2 relies on its superblock and checksums; for version 1, which has
     neither, a warning is left in ``store.warnings``.
-
-    Raises:
-        StoreError: naming the first tensor that differs, or the file that has changed since it was packed.
     """
     packed = {source.name: source for source in store.description.sources}
     for source in checkpoint.sources():

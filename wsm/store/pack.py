@@ -7,11 +7,9 @@ import errno
 import json
 import mmap
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +24,12 @@ from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import GroupId, GroupLayout, views
 from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
-from wsm.store.extents import Extent, StorePlan, plan_store
-from wsm.store.manifest import load_json, manifest_digest, manifest_json
-from wsm.store.superblock import Superblock
+from wsm.store.layout import Extent, StorePlan, Superblock, plan_store
+from wsm.store.manifest import load_json, manifest_digest, new_manifest
 
 READERS = 4
 
 Progress = Callable[[int], None]
-Confirm = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +47,15 @@ def pack(
     checkpoint: TensorSource,
     request: PackRequest,
     *,
-    confirm: Confirm,
+    confirm: Callable[[str], bool],
     progress: Progress = lambda nbytes: None,
 ) -> None:
-    """Write ``checkpoint`` to the targets and the manifest last.
+    """Write ``checkpoint`` to the targets, each tensor read once, and the manifest last.
 
-    Each tensor of the checkpoint is read once. Broken off at any point, it leaves no manifest, no valid superblock,
-    and no file that was not there before.
-
-    Args:
-        confirm: asked with a sentence before anything that exists is overwritten.
-        progress: called with the bytes of each group written.
-
-    Raises:
-        UnusableInput: for a target that must not be written, or an answer of no.
-        DoesNotFit: if a target is too small.
-        StoreError: if a target cannot be written.
+    Broken off at any point, it leaves no manifest, no valid superblock, and no file that was not there before.
+    ``confirm`` is asked with a sentence before anything that exists is overwritten; ``progress`` is called with the
+    bytes of each group written. Raises UnusableInput for a target that must not be written or an answer of no,
+    DoesNotFit for one that is too small, StoreError for one that cannot be written.
     """
     if request.dtype not in DTYPE_NAMES:
         raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
@@ -82,15 +71,18 @@ def pack(
         files = [stack.enter_context(opened(target)) for target in request.targets]
         _remove(request.manifest)
         try:
-            shares = [checkpoint.share(Shard(rank, plan.tp)) for rank in range(plan.tp)]
-            _write_store(shares, sources, request, plan, files, progress)
+            _write_store(checkpoint, sources, request, plan, files, progress)
         except BaseException:
-            _withdraw(request.manifest, files)
+            # It may come after the superblock, even after the manifest: take both back.
+            with contextlib.suppress(OSError):
+                request.manifest.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, StoreError, DoesNotFit):
+                _write_first(files, [b""] * len(files))
             raise
 
 
 def _write_store(
-    shares: Sequence[TensorSource],
+    checkpoint: TensorSource,
     sources: Sequence[SourceFile],
     request: PackRequest,
     plan: StorePlan,
@@ -99,17 +91,10 @@ def _write_store(
 ) -> None:
     """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
     _write_first(files, [b""] * len(files))
-    checksums = _write_groups(shares, plan, files, progress)
+    checksums = _write_groups(checkpoint, plan, files, progress)
     for file in files:
         _sync(file)
-    manifest = manifest_json(
-        plan,
-        store_id=uuid.uuid4().hex,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        targets=[os.path.abspath(target) for target in request.targets],
-        sources=sources,
-        checksums=checksums,
-    )
+    manifest = new_manifest(plan, request.targets, sources, checksums)
     store_id, digest = manifest["store_id"], manifest_digest(manifest)
     _write_first(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in range(len(files))])
     try:
@@ -129,14 +114,6 @@ def _remove(manifest: Path) -> None:
         raise UnusableInput(
             f"--manifest {manifest} cannot be replaced: {error.strerror}; the target was not written"
         ) from error
-
-
-def _withdraw(manifest: Path, files: Sequence[int]) -> None:
-    """A failure may come after the superblock, even after the manifest: take both back."""
-    with contextlib.suppress(OSError):
-        manifest.unlink(missing_ok=True)
-    with contextlib.suppress(OSError, StoreError, DoesNotFit):
-        _write_first(files, [b""] * len(files))
 
 
 def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
@@ -161,12 +138,11 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
 
 
 def _write_groups(
-    shares: Sequence[TensorSource], plan: StorePlan, files: Sequence[int], progress: Progress
+    checkpoint: TensorSource, plan: StorePlan, files: Sequence[int], progress: Progress
 ) -> dict[GroupId | None, list[str]]:
-    """Groups in order, each rank by rank, one image being read while the one before it is written; their checksums.
-
-    So what the ranks share a page of is read from the drive once, whichever way it is cut.
-    """
+    """Groups in order, one image being read while the one before it is written; their checksums, rank by rank."""
+    # Each group rank by rank: what the ranks share a page of is read from the drive once, whichever way it is cut.
+    shares = [checkpoint.share(Shard(rank, plan.tp)) for rank in range(plan.tp)]
     images = [(group, rank) for group in plan.layouts for rank in range(plan.tp)]
     largest = max(layout.nbytes for layout in plan.layouts.values())
     # Mapped, so aligned as O_DIRECT asks, and only as much of it in memory as the groups that pass through it need.
@@ -193,12 +169,7 @@ def _make_image(
     checkpoint: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor, readers: Executor
 ) -> memoryview:
     """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
-    image = buffer[: layout.nbytes]
-    end = 0
-    for tensor in layout.tensors:
-        image[end : tensor.offset].zero_()
-        end = tensor.offset + tensor.nbytes
-    image[end:].zero_()
+    image = buffer[: layout.nbytes].zero_()
     tensors = views(image, layout)
     names = [checkpoint.config.full_name(group, name) for name in tensors]
     list(readers.map(checkpoint.read_into, names, tensors.values()))

@@ -6,11 +6,13 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
-from itertools import zip_longest
-from typing import Literal, NamedTuple
+from itertools import chain, cycle, pairwise, zip_longest
+from typing import Literal
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -19,37 +21,26 @@ from wsm.disk.direct import Transfer, open_for_reading, transfer_fully
 from wsm.disk.io_threads import IOThreads
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
-from wsm.store import superblock
 from wsm.store.description import StoreDescription, StoredGroup
-from wsm.store.extents import Extent
+from wsm.store.layout import AGAIN, Extent
 from wsm.store.source import ChunkRead, GroupRead
-from wsm.store.superblock import AGAIN
 
-LARGEST_CHUNK = 4 << 20
-SMALLEST_CHUNK = 256 << 10
+SMALLEST_CHUNK, LARGEST_CHUNK = 256 << 10, 4 << 20
 CHUNK_UNIT = 64 << 10
 """A multiple of every logical block size."""
 MOST_THREADS = 32
 CHECKSUM_THREADS = 8
 """One makes 6 to 13 GB/s of them."""
+_CLOSED = "the packed store was closed before the read was done"
 
 
-class _Chunk(NamedTuple):
-    extent: Extent
-    start: int
-    nbytes: int
-
-
-def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[_Chunk]:
-    """The extents in pieces; those of several targets in turn, so that every drive is at work."""
-    by_target: dict[int, list[_Chunk]] = {}
+def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[tuple[Extent, int]]:
+    """Where each chunk begins in its extent; those of several targets in turn, to keep every drive at work."""
+    by_target: dict[int, list[tuple[Extent, int]]] = {}
     for extent in extents:
-        pieces = range(0, extent.nbytes, chunk_bytes)
-        by_target.setdefault(extent.target, []).extend(
-            _Chunk(extent, start, min(chunk_bytes, extent.nbytes - start)) for start in pieces
-        )
-    for row in zip_longest(*by_target.values()):
-        yield from (chunk for chunk in row if chunk is not None)
+        starts = range(0, extent.nbytes, chunk_bytes)
+        by_target.setdefault(extent.target, []).extend((extent, start) for start in starts)
+    return filter(None, chain.from_iterable(zip_longest(*by_target.values())))
 
 
 class PackedStore:
@@ -57,16 +48,10 @@ class PackedStore:
 
     A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Groups are
     read in the order asked, the next one's chunks beginning while the last of this one's are under way; checksums are
-    made by threads of their own, meanwhile.
+    made by threads of their own, meanwhile, the first time that a group is read or (``verify``) always. A test's fake
+    drive reads by ``pread``.
 
-    Args:
-        staging_bytes: SSD bytes in flight.
-        verify: check a group's checksum the first time it is read, or always.
-        pread: reads groups as ``os.preadv`` does; a test's fake drive.
-
-    Raises:
-        UnusableInput: if a target cannot be opened.
-        StoreError: if a target does not bear the manifest's store, or not all of it.
+    Raises UnusableInput if a target cannot be opened, StoreError if it has not the manifest's store or not all of it.
     """
 
     def __init__(
@@ -88,31 +73,29 @@ class PackedStore:
         self._buffered: set[int] = set()
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._close_files)
-            for target in description.targets:
-                self._files.append(self._open(target))
+            self._open()
             self._check_identity()
             self._checks = IOThreads(CHECKSUM_THREADS, "wsm-checksum")
-            on_failure.callback(self._checks.close, _closed())
+            on_failure.callback(self._checks.close, StoreError(_CLOSED))
             self._reads = IOThreads(self.threads, "wsm-io")
             on_failure.pop_all()
 
-    # -- opening
-
-    def _open(self, target: str) -> int:
-        file, buffered = open_for_reading(target)
-        if buffered:
-            self._buffered.add(file)
-            self.warnings.append(
-                f"the filesystem of {target} has no O_DIRECT: reads go through the page cache, so ssd figures are "
-                "not the drive's; put the store on ext4, XFS or a partition of its own"
-            )
-        return file
+    def _open(self) -> None:
+        for target in self.description.targets:
+            file, buffered = open_for_reading(target)
+            self._files.append(file)
+            if buffered:
+                self._buffered.add(file)
+                self.warnings.append(
+                    f"the filesystem of {target} has no O_DIRECT: reads go through the page cache, so ssd figures are "
+                    "not the drive's; put the store on ext4, XFS or a partition of its own"
+                )
 
     def _check_identity(self) -> None:
         """That these are the manifest's targets, whole; once, before anything is read."""
         targets = self.description.targets
         for number, expected in enumerate(self.description.superblocks):
-            superblock.check(self._read_few(number, 0, BLOCK), expected, targets[number])
+            expected.check(self._read_few(number, 0, BLOCK), targets[number])
         sizes = [target_size(file) for file in self._files]
         for stored in self.description.groups.values():
             for extent in stored.extents:
@@ -136,11 +119,7 @@ class PackedStore:
         return buffer[offset - low : min(got, offset - low + nbytes)]
 
     def peek(self, group: GroupId | None, slot_offset: int, nbytes: int) -> bytes:
-        """``nbytes`` of a group's image from ``slot_offset`` on, all of them in one extent; unchecked.
-
-        Raises:
-            StoreError: if they cannot be read.
-        """
+        """``nbytes`` of a group's image from ``slot_offset`` on, in one extent; StoreError if they are not there."""
         extents = self.description.groups[group].extents
         extent = next(e for e in extents if e.slot_offset <= slot_offset < e.slot_offset + e.nbytes)
         start = extent.offset + slot_offset - extent.slot_offset
@@ -149,8 +128,6 @@ class PackedStore:
             target = self.description.targets[extent.target]
             raise StoreError(f"{target} ends at byte {start + len(found)}: it was cut short; {AGAIN}")
         return found
-
-    # -- GroupSource
 
     def layout(self, group: GroupId | None) -> GroupLayout:
         return self.description.groups[group].layout
@@ -161,11 +138,8 @@ class PackedStore:
     def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
         """Queue a group's read into ``buffer`` (CPU ``uint8``, contiguous, 4096-aligned, at least the image's bytes).
 
-        Callbacks of its futures run on a thread of the store, or on that of :meth:`close`.
-
-        Raises:
-            ValueError: for a buffer that is too small or misaligned.
-            RuntimeError: if the store is closed.
+        Callbacks of its futures run on a thread of the store, or on that of :meth:`close`. Raises ValueError for a
+        buffer that is too small or misaligned, RuntimeError if the store is closed.
         """
         stored = self.description.groups[group]
         nbytes = stored.layout.nbytes
@@ -173,41 +147,36 @@ class PackedStore:
             raise ValueError(f"{stored.name} needs {nbytes} bytes, {BLOCK}-aligned, not {buffer.nbytes}")
         image, came = memoryview(buffer.numpy().data)[:nbytes], list[ChunkRead]()
         chunks = _chunks(stored.extents, self.chunk_bytes)
-        arrived = self._reads.submit(partial(self._read, stored, image, chunk, came) for chunk in chunks)
-        if not self._has_to_check(stored):
+        arrived = self._reads.submit(partial(self._read, stored, image, *chunk, came) for chunk in chunks)
+        if stored.checksum is None or (self._verify == "first" and group in self._verified):
             return GroupRead(arrived, arrived, came)
         return GroupRead(arrived, self._checks.submit([partial(self._check, stored, image)], after=arrived), came)
 
     def close(self) -> None:
         """Join every thread; reads that were not done end with a StoreError. A second call does nothing."""
-        self._reads.close(_closed())  # first, since they ask for checks
-        self._checks.close(_closed())
+        self._reads.close(StoreError(_CLOSED))  # first, since they ask for checks
+        self._checks.close(StoreError(_CLOSED))
         self._close_files()
 
     def _close_files(self) -> None:
         while self._files:
             os.close(self._files.pop())
 
-    # -- the I/O threads
-
-    def _read(self, stored: StoredGroup, image: memoryview, chunk: _Chunk, came: list[ChunkRead]) -> None:
+    def _read(self, stored: StoredGroup, image: memoryview, extent: Extent, start: int, came: list[ChunkRead]) -> None:
         """Read a chunk whole, but for what is behind the end of a target in its last block."""
         began = time.perf_counter()
-        extent, file = chunk.extent, self._files[chunk.extent.target]
-        place, offset = extent.slot_offset + chunk.start, extent.offset + chunk.start
-        memory, needed = image[place : place + chunk.nbytes], extent.needed - chunk.start
-        transfer_fully(self._pread, file, memory, offset, partial(self._error, stored, extent), needed)
+        file, nbytes = self._files[extent.target], min(self.chunk_bytes, extent.nbytes - start)
+        place, offset = extent.slot_offset + start, extent.offset + start
+        failed = partial(self._error, stored, extent)
+        transfer_fully(self._pread, file, image[place : place + nbytes], offset, failed, extent.needed - start)
         if file in self._buffered:
-            os.posix_fadvise(file, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
-        came.append(ChunkRead(chunk.nbytes, began, time.perf_counter()))
+            os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        came.append(ChunkRead(nbytes, began, time.perf_counter()))
 
     def _error(self, stored: StoredGroup, extent: Extent, offset: int, failed: OSError | int) -> StoreError:
         target, ended = self.description.targets[extent.target], "the store ends here (short read): it was cut short"
         what = ended if isinstance(failed, int) else f"read error: {failed.strerror}"
         return StoreError(f"{target} at byte {offset}, in {stored.name}: {what}; check the drive, or {AGAIN}")
-
-    def _has_to_check(self, stored: StoredGroup) -> bool:
-        return stored.checksum is not None and (self._verify == "always" or stored.group not in self._verified)
 
     def _check(self, stored: StoredGroup, image: memoryview) -> None:
         if xxhash.xxh3_128_hexdigest(image) != stored.checksum:
@@ -218,5 +187,22 @@ class PackedStore:
         self._verified.add(stored.group)
 
 
-def _closed() -> StoreError:
-    return StoreError("the packed store was closed before the read was done")
+def verify(store: PackedStore, *, progress: Callable[[int], None] = lambda nbytes: None) -> list[str]:
+    """A sentence for every group that cannot be read or is not what was packed; none if the store is sound.
+
+    A store of version 1 has no checksums: reading is then all that is checked. ``progress`` is called with the bytes of
+    each group read.
+    """
+    groups = store.description.groups.values()
+    largest = max(stored.layout.nbytes for stored in groups)
+    # Two, so that the drive goes on while a checksum is made.
+    buffers = cycle(torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2))
+    reads = (store.read(stored.group, buffer).checked for stored, buffer in zip(groups, buffers, strict=False))
+    bad = []
+    for stored, (read, _next) in zip(groups, pairwise(chain(reads, [Future[None]()])), strict=True):
+        try:
+            read.result()
+        except StoreError as error:
+            bad.append(str(error))
+        progress(stored.layout.nbytes)
+    return bad

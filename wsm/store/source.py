@@ -26,12 +26,10 @@ class ChunkRead(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GroupRead:
-    """A read under way. Nobody writes into the buffer any more once ``arrived`` has ended, well or not.
+    """A read under way; ``chunks`` are what has come from a drive so far.
 
-    Attributes:
-        arrived: ends when all bytes are in the buffer.
-        checked: ends when they are right as well; the same future where nothing is checked.
-        chunks: what has come from a drive so far; it grows until ``arrived`` ends.
+    ``arrived`` ends when all bytes are in the buffer; once it has, well or not, nobody writes there any more, nor are
+    there more chunks. ``checked`` ends when the bytes are right as well; the same future where nothing is checked.
     """
 
     arrived: Future[None]

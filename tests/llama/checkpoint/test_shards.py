@@ -26,11 +26,10 @@ from tests.tiny import hf_directory, hf_model, meta_directory
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK
 from wsm.layout.model import Shard
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
 from wsm.store.pack import PackRequest, pack
-from wsm.store.packed_store import PackedStore
-from wsm.store.verify import verify
+from wsm.store.packed_store import PackedStore, verify
 
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 304, "num_hidden_layers": 2}
 

@@ -17,10 +17,9 @@ from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_ti
 from wsm.disk import blockdev
 from wsm.disk.blockdev import check_writable, loop_device_over, signatures, unusable_target, why_busy
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
-from wsm.store.packed_store import PackedStore
-from wsm.store.verify import verify
+from wsm.store.packed_store import PackedStore, verify
 
 MIB = 1 << 20
 SBIN = f"{os.defpath}:/usr/sbin:/sbin"

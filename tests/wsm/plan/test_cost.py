@@ -6,11 +6,10 @@ import pytest
 
 from tests.plans import H70B, ROOMY, TINY, inputs_for
 from wsm.errors import DoesNotFit
-from wsm.plan.advice import check_fits, cost_of, ran_out
+from wsm.plan.advice import check_fits, cost_of, ran_out, what_each_flag_buys
 from wsm.plan.inputs import RunShape
 from wsm.plan.levers import steps
 from wsm.plan.plan import Plan, make_plan
-from wsm.plan.text import what_each_flag_buys
 from wsm.plan.time import Ceiling, pass_times
 from wsm.settings import Settings
 

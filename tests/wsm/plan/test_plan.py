@@ -14,11 +14,11 @@ from llama.checkpoint import synthetic_checkpoint
 from llama.config import PRESETS
 from llama.kv.cache import KVCache
 from tests.plans import TINY, inputs_for
+from wsm.plan.advice import describe
 from wsm.plan.hardware import GIB, Hardware
 from wsm.plan.inputs import RunShape
 from wsm.plan.memory import MemoryKind
 from wsm.plan.plan import make_plan
-from wsm.plan.text import describe
 from wsm.plan.time import Ceiling, predicted_floor
 from wsm.settings import Settings
 
@@ -30,7 +30,7 @@ def test_the_guides_70b_configuration_takes_what_the_design_says() -> None:
     assert len(plan.placement.residency.gpu) == 4
     assert plan.placement.cpu_layers == 40
     assert plan.placement.ssd_layers_a_pass == 42
-    assert (plan.placement.gpu_slots, plan.placement.cpu_slots, plan.kv_tokens) == (3, 6, 2048)
+    assert (plan.placement.gpu_slots, plan.placement.cpu_slots, plan.inputs.kv_tokens) == (3, 6, 2048)
     assert sum(line.nbytes for line in plan.gpu_lines[:4]) / GIB == pytest.approx(15.7, abs=0.05)
     assert plan.page_locked_bytes == 40 * plan.inputs.slot_bytes()
     assert plan.bytes_per_pass["ssd_read"] == 42 * plan.inputs.slot_bytes()

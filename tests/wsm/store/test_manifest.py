@@ -20,9 +20,8 @@ from tests.stores import CONFIG, CountingCheckpoint, checkpoint, pack_tiny
 from tests.wsm.layout.test_groups import configs
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, GroupId, pass_order
-from wsm.store.extents import plan_store, stripes
+from wsm.store.layout import Superblock, plan_store, stripes
 from wsm.store.manifest import manifest_digest
-from wsm.store.superblock import Superblock, check, parse
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -236,7 +235,7 @@ SUPERBLOCK = Superblock("0123456789abcdef" * 2, "fedcba9876543210" * 2, 1, 3)
 
 def test_a_superblock_comes_back() -> None:
     assert len(SUPERBLOCK.to_bytes()) == BLOCK
-    assert parse(SUPERBLOCK.to_bytes(), "/dev/x") == SUPERBLOCK
+    assert Superblock.from_bytes(SUPERBLOCK.to_bytes(), "/dev/x") == SUPERBLOCK
 
 
 @given(place=st.integers(0, 59), bit=st.integers(0, 7))
@@ -244,7 +243,7 @@ def test_a_flipped_bit_in_a_superblock_is_noticed(place: int, bit: int) -> None:
     block = bytearray(SUPERBLOCK.to_bytes())
     block[place] ^= 1 << bit
     with pytest.raises(StoreError, match=r"/dev/x.*re-pack"):
-        parse(bytes(block), "/dev/x")
+        Superblock.from_bytes(bytes(block), "/dev/x")
 
 
 @pytest.mark.parametrize(
@@ -258,4 +257,4 @@ def test_a_flipped_bit_in_a_superblock_is_noticed(place: int, bit: int) -> None:
 )
 def test_another_target_than_the_manifest_s_is_refused(found: Superblock, named: str) -> None:
     with pytest.raises(StoreError, match=f"/dev/x.*{named}"):
-        check(found.to_bytes(), SUPERBLOCK, "/dev/x")
+        SUPERBLOCK.check(found.to_bytes(), "/dev/x")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from wsm.disk.atomic import write_atomically
 from wsm.disk.targets import opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import BLOCK
-from wsm.store.extents import plan_store
+from wsm.store.layout import plan_store
 from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore
 
@@ -357,7 +358,7 @@ def test_a_store_that_is_being_packed_is_not_read(tmp_path: Path) -> None:
 
 def test_the_manifest_tells_where_the_weights_came_from(tmp_path: Path) -> None:
     content = json.loads(pack_tiny(tmp_path).read_text())
-    assert content["source"] == [source._asdict() for source in checkpoint().sources()]
+    assert content["source"] == [asdict(source) for source in checkpoint().sources()]
     assert content["model"] == dataclasses.asdict(CONFIG)
     assert content["targets"] == [str(tmp_path / "store.wsm")]
 

@@ -23,8 +23,7 @@ from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, che
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, GroupId
 from wsm.store.description import StoreDescription
-from wsm.store.packed_store import CHECKSUM_THREADS, SMALLEST_CHUNK, PackedStore
-from wsm.store.verify import verify
+from wsm.store.packed_store import CHECKSUM_THREADS, SMALLEST_CHUNK, PackedStore, verify
 
 FFN1 = GroupId(1, "ffn")
 MIB = 1 << 20

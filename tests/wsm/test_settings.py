@@ -20,7 +20,6 @@ from wsm.settings import (
     read_ranks,
     read_variables,
     set_by_user,
-    spelled,
     unknown_variables,
 )
 
@@ -44,7 +43,7 @@ def test_every_setting_is_declared_and_every_variable_sets_one() -> None:
     declared = options_of(Settings)
     assert list(declared) == [field.name for field in fields(Settings)]
     assert list(WSM_PRESETS) == [option.spelled for option in declared.values() if option.by_variable]
-    assert {spelled(field_of(variable)) for variable in WSM_PRESETS} == set(WSM_PRESETS)
+    assert {options_of(Settings)[field_of(variable)].spelled for variable in WSM_PRESETS} == set(WSM_PRESETS)
 
 
 def test_every_default_is_allowed_and_every_declaration_says_what_it_does() -> None:
@@ -156,8 +155,8 @@ def test_an_unknown_variable_warns_with_the_name_that_was_meant() -> None:
 
 
 def test_fields_are_spelled_as_the_user_spells_them() -> None:
-    assert spelled("gpu_cached_layers") == "--gpu-cached-layers"
-    assert spelled("cpu_evict") == "WSM_CPU_EVICT"
+    assert options_of(Settings)["gpu_cached_layers"].spelled == "--gpu-cached-layers"
+    assert options_of(Settings)["cpu_evict"].spelled == "WSM_CPU_EVICT"
 
 
 TORCHRUN = {

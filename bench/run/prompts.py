@@ -30,9 +30,10 @@ batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk
 
 
 def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
-    """The token ids of the prompts that fill the batch, BOS counted in; ``say`` is told what was cut.
+    """The token ids of the prompts that fill the batch, BOS among them; ``say`` gets the line on what was cut.
 
-    They are repeated to fill it only when it is known to fit: a batch may be asked for that no memory holds.
+    Of each at most ``max_seq_len - max_new_tokens``, the last ones. They fill the batch, repeated, only once it is
+    known to fit: a batch may be asked for that no memory holds.
     """
     most = options.max_seq_len - options.max_new_tokens
     if options.prompt_len is not None:

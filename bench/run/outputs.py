@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -132,6 +133,9 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
 @contextlib.contextmanager
 def finishing() -> Iterator[None]:
     """Ctrl-C or SIGTERM comes too late to lose finished rounds: what takes a second is let through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -14,6 +14,7 @@ from wsm.disk.direct import aligned_block, is_buffered
 from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK
+from wsm.store.layout import MAGIC as STORE_MAGIC
 
 MAGIC = b"WSMKV\0\0\0"
 VERSION = 1

@@ -236,31 +236,39 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     if inputs.settings.mode not in _PAGED:
         return inputs
 
-    def cost(plan: Plan) -> tuple[bool, int, int]:
-        return not plan.fits, plan.bytes_per_pass["ssd_read"], plan.bytes_per_pass["weight_h2d"]
+    return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=_moved).inputs
 
-    return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=cost).inputs
+
+def _moved(plan: Plan) -> tuple[bool, int, int]:
+    """What ``--auto`` keeps small: bytes of a pass from the SSD, then over the link; what fits comes first."""
+    return not plan.fits, plan.bytes_per_pass["ssd_read"], plan.bytes_per_pass["weight_h2d"]
 
 
 def _most_layers(inputs: PlanInputs) -> Plan:
     """As many layers on the GPU as fit, then as many in CPU memory."""
     layers = _layers(inputs)
     small = _with(inputs, {"group_prefetch_depth": LOOK_AHEAD_GROUPS, "prefetch_distance": READ_AHEAD_LAYERS})
-    # The globals are loaded through CPU layers where these are as large, and else through a buffer of their own.
+    # The globals are loaded through CPU layers where these are as large, and else through a buffer of their own: one
+    # layer more on the GPU may cost several in CPU memory. So both starts are followed to their end.
     as_large = min(layers, -(-inputs.layouts[None].nbytes // inputs.slot_bytes()))
     starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in (1, as_large)]
-    best = make_plan(RESIDENTS.at(starts[-1], 0))
     # So do residents of the GPU: where all layers are there, fewer may fit where all do not.
     goods: list[Good] = [lambda plan: plan.fits, lambda plan: plan.inputs.hardware.has_gpu and plan.fits_gpu]
+    found = [make_plan(RESIDENTS.at(starts[-1], 0))]
     for good in goods:
-        found = [largest(RESIDENTS, start, range(layers + 1), good) for start in starts]
-        if fitting := [plan for plan in found if plan is not None]:
-            best = max(fitting, key=lambda plan: plan.inputs.settings.gpu_cached_layers)
+        fitting = [largest(RESIDENTS, start, range(layers + 1), good) for start in starts]
+        if any(fitting):
+            found = [plan for plan in fitting if plan is not None]
             break
-    if inputs.settings.mode == "stream":
-        return best
-    in_cpu = range(1, max(1, layers - best.inputs.settings.gpu_cached_layers) + 1)
-    return largest(CPU_LAYERS, best.inputs, in_cpu, lambda plan: plan.fits) or best
+    return min((_most_in_cpu(plan, layers) for plan in found), key=_moved)
+
+
+def _most_in_cpu(plan: Plan, layers: int) -> Plan:
+    """The same with as many layers in CPU memory as fit."""
+    if plan.inputs.settings.mode == "stream":
+        return plan
+    in_cpu = range(1, max(1, layers - plan.inputs.settings.gpu_cached_layers) + 1)
+    return largest(CPU_LAYERS, plan.inputs, in_cpu, lambda plan: plan.fits) or plan
 
 
 def auto_flags(plan: Plan) -> list[str]:

@@ -55,6 +55,17 @@ def with_settings(inputs: PlanInputs, **changes: int) -> PlanInputs:
     depth=(1, 1),
     distance=2,
 )
+@example(  # the globals' loading buffer costs the sixth layer on the GPU two in CPU memory
+    mode="mixed",
+    gpu_GiB=18.0,
+    cpu_GiB=6.0,
+    ssd_MBps=500.0,
+    h2d_MBps=12_000.0,
+    on_gpu=(5, 5),
+    in_cpu=(3, 3),
+    depth=(2, 2),
+    distance=2,
+)
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_auto_beats_or_ties_every_setting_of_a_grid_on_the_same_budgets(
     mode: str,

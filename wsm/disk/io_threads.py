@@ -81,15 +81,14 @@ class IOThreads:
             job.end()
 
     def close(self, failure: BaseException) -> None:
-        """Join every thread; jobs with pieces left to deal end with ``failure``. A second call does nothing."""
+        """Join every thread; jobs with pieces left to deal end with ``failure``. May be called again."""
         with self._lock:
-            is_first, self._closed = self._closed is None, self._closed or failure
-        if is_first:
-            with contextlib.suppress(Empty):  # here, since a thread may be held up by the drive
-                while work := self._dealt.get_nowait():
-                    self._work(*work)
-            for _ in self._workers:
-                self._dealt.put(None)
+            self._closed = self._closed or failure
+        with contextlib.suppress(Empty):  # here, since a thread may be held up by the drive
+            while work := self._dealt.get_nowait():
+                self._work(*work)
+        for _ in self._workers:  # at every call: the one before may have been broken off
+            self._dealt.put(None)
         for worker in self._workers:
             worker.join()
 

@@ -65,9 +65,14 @@ class WeightStreamingManager(Threaded):
         self.n_layers = plan.residency.n_layers
         self.order = pass_order(self.n_layers)
         self.memory = WeightMemory(plan, source, device, settings, kept_on_cpu)
-        self.tiers = Tiers(plan, settings, self.order, self.memory, telemetry.link_starved, on_loaded)
+        try:
+            self.tiers = Tiers(plan, settings, self.order, self.memory, telemetry.link_starved, on_loaded)
+        except BaseException:
+            self.memory.close()
+            raise
         super().__init__(self.tiers, device)
         self._link, self._on_layer = link or Link(), on_layer
+        self._known = frozenset(self.order)
         self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
         self._together: dict[GroupId, dict[str, Tensor]] | None = None
         self.globals: Mapping[str, Tensor] = {}
@@ -81,16 +86,16 @@ class WeightStreamingManager(Threaded):
                 job.destination.drained.synchronize()  # the slot's last copy to the GPU
             read = self.source.read(job.group, job.destination.buffer)
             if job.step is None:
-                read.arrived.add_done_callback(lambda _: self.tiers.resident_arrived())
-            read.checked.add_done_callback(partial(self._tell_read, job, read.chunks))
+                read.arrived.add_done_callback(lambda _: self._guard(self.tiers.resident_arrived))
+            read.checked.add_done_callback(partial(self._guarded_tell, job, read.chunks))
+
+    def _guarded_tell(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
+        self._guard(partial(self._tell_read, job, chunks, checked))
 
     def _tell_read(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
         self.telemetry.read_done(job.group, job.step, chunks)
-        failure = checked.exception()
-        if failure is None:
-            self._guard(partial(self.tiers.read_done, job))
-        else:
-            self.tiers.fail(failure)
+        checked.result()  # raises what the read failed with
+        self.tiers.read_done(job)
 
     # -- copy ahead
 
@@ -133,10 +138,10 @@ class WeightStreamingManager(Threaded):
 
         Groups are asked for in pass order; where a pass was broken off, the rest of it is passed over first.
         Waits on the host until the copy is queued, then makes the compute stream wait for it: no synchronisation.
-        Raises whatever failed on a thread of the manager (see :meth:`SharedState._wait`), and ValueError for a layer
+        Raises whatever failed on a thread of the manager (see :meth:`SharedState._wait`), and ValueError for a group
         that the model does not have.
         """
-        if not 0 <= group.layer < self.n_layers:
+        if group not in self._known:
             raise ValueError(f"{group} is no group of a model of {self.n_layers} layers")
         self._pass_over_to(group)
         with self._use(group) as weights:
@@ -179,8 +184,10 @@ class WeightStreamingManager(Threaded):
     def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Tensor]]]:
         """The weights of a whole pass at once, where all are ``resident``; one record in the telemetry.
 
-        Raises as :meth:`acquire`.
+        Raises as :meth:`acquire`, and ValueError where some group passes through a slot.
         """
+        if not self.resident:
+            raise ValueError("only resident groups can be had all at once")
         self._pass_over_to(self.order[0])
         asked = self.telemetry.mark()
         step, slots = self.tiers.enter_all()

@@ -77,8 +77,8 @@ class Threaded(ABC):
         """Start a thread of each name."""
         for name, work in works.items():
             thread = threading.Thread(target=self._guard, args=(self.device.enter_thread, work), name=name, daemon=True)
+            self._threads.append(thread)  # first: an interrupted start may leave it running
             thread.start()
-            self._threads.append(thread)
 
     def _guard(self, *works: Callable[[], None]) -> None:
         try:
@@ -91,7 +91,8 @@ class Threaded(ABC):
         """Begin nothing more and join every thread: the telemetry is then complete, and nothing can be had."""
         self._state.close()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         self._threads.clear()
         self.device.synchronize()
 

@@ -60,10 +60,10 @@ class KVTiers(Threaded):
             # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
             nbytes, where = self.layout.window_bytes, device.torch_device
             self._windows += [Slot(torch.zeros(nbytes, dtype=torch.uint8, device=where)) for _ in range(WINDOWS)]
+            self.schedule = KVSchedule(placement, self._windows, self._disk.slots if self._disk is not None else ())
         except BaseException:
             self._free_memory()
             raise
-        self.schedule = KVSchedule(placement, self._windows, self._disk.slots if self._disk is not None else ())
         super().__init__(self.schedule, device)
         works = {"wsm-kv-in": self._fetch_all, "wsm-kv-out": self._write_all}
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,25 @@ Name = Annotated[str, msgspec.Meta(min_length=1)]
 T = TypeVar("T")
 
 
-def typed(content: Mapping[str, Any], kind: type[T], path: Path, mend: str) -> T:
-    """A manifest's JSON as a ``kind``; raises UnusableInput for the first field that is not as its type says."""
+def typed(content: Mapping[str, Any], kind: type[T], where: str, mend: str) -> T:
+    """JSON found at ``where`` as a ``kind``; raises UnusableInput for the first field that is not as its type says."""
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        wrong, _, field = str(error).partition(" - at `$.")
-        place = f"field {field[:-1]}: " if field else ""
-        raise UnusableInput(f"--manifest {path}: {place}{wrong}; {mend}") from error
+        wrong, _, field = str(error).partition(" - at `$")
+        inside, missing = field.strip(".`"), re.search("required field `(.*)`", wrong)
+        if missing:
+            wrong = f"field {'.'.join(filter(None, [inside, missing[1]]))} is missing"
+        elif inside:
+            wrong = f"field {inside}: {wrong}, not {_at(content, inside)!r:.60}"
+        raise UnusableInput(f"{where}: {wrong}; {mend}") from error
+
+
+def _at(content: Any, field: str) -> Any:
+    """What is found at a path as msgspec writes it, such as ``groups[3].checksum``."""
+    for step in re.findall(r"\w+", field):
+        content = content[int(step) if isinstance(content, list) else step]
+    return content
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import xxhash
@@ -23,7 +23,7 @@ from wsm.store.manifest_v1 import describe_v1
 
 FORMAT = "wsm-packed-store"
 
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
 
 
 class _Checksums(msgspec.Struct):
@@ -38,7 +38,7 @@ class _Manifest(msgspec.Struct):
 
     store_id: Digest
     targets: Annotated[tuple[Name, ...], Meta(min_length=1)]
-    block_size: Literal[4096]
+    block_size: int
     dtype: str
     model: dict[str, Any]
     source: tuple[SourceFile, ...]
@@ -134,7 +134,7 @@ def read_manifest(
 def _describe_v2(
     content: dict[str, Any], path: Path, targets: tuple[str, ...] | None, rank: int, read_shape: ReadShape
 ) -> StoreDescription:
-    manifest = typed(content, _Manifest, path, AGAIN)
+    manifest = typed(content, _Manifest, f"--manifest {path}", AGAIN)
     plan, checksums = _checked_plan(manifest, content, path, read_shape)
     count = len(manifest.targets)
     if targets is not None and len(targets) != count:
@@ -164,6 +164,8 @@ def _checked_plan(
     manifest: _Manifest, content: Mapping[str, Any], path: Path, read_shape: ReadShape
 ) -> tuple[StorePlan, dict[GroupId | None, list[str]]]:
     """The one layout that a version 2 store of this model can have, and the checksums; anything else is damage."""
+    if manifest.block_size != BLOCK:
+        raise UnusableInput(f"--manifest {path}: field block_size is {manifest.block_size}, not {BLOCK}; {AGAIN}")
     if manifest.dtype not in DTYPES:
         raise UnusableInput(f"--manifest {path}: field dtype: {manifest.dtype!r} is not known; {', '.join(DTYPES)} are")
     try:
@@ -197,4 +199,5 @@ def _check_same(found: Any, expected: Any, where: str) -> None:
         for number, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
             _check_same(theirs, mine, f"{where}[{number}]")
     elif found != expected or isinstance(found, bool):
+        expected = list(expected) if isinstance(expected, tuple) else expected
         raise UnusableInput(f"{where} is {found!r:.60}; the model and its dtype ask for {expected!r:.60}; {AGAIN}")

@@ -36,11 +36,17 @@ class Param(msgspec.Struct):
     nbytes: int
 
 
+class _Entry(msgspec.Struct):
+    """A tensor of the manifest before it is known whether the model needs it."""
+
+    name: str
+
+
 class _Manifest(msgspec.Struct):
     """What is read of a version 1 manifest. Its ``policy`` is not: the plan decides what is resident."""
 
     block_size: Annotated[int, Meta(gt=0, multiple_of=TENSOR_ALIGNMENT)]
-    params: list[Param]
+    params: list[_Entry]
     raw_device: Any = None
 
 
@@ -55,15 +61,15 @@ def describe_v1(
     config = checkpoint.config
     if targets is not None and len(targets) != 1:
         raise UnusableInput(f"--raw-device names {len(targets)} devices, a version 1 store lies on one")
-    manifest = typed(content, _Manifest, path, _AGAIN)
+    manifest = typed(content, _Manifest, f"--manifest {path}", _AGAIN)
     target = targets[0] if targets is not None else manifest.raw_device
     if not isinstance(target, str) or not target:
         raise UnusableInput(f"--manifest {path}: field raw_device must name a device, not {target!r}")
-    entries: dict[str, Param] = {}
-    for number, entry in enumerate(manifest.params):
+    entries: dict[str, Any] = {}
+    for number, (entry, found) in enumerate(zip(manifest.params, content["params"], strict=True)):
         if entry.name in entries:
             raise UnusableInput(f"--manifest {path}: params[{number}]: field name: {entry.name} comes twice")
-        entries[entry.name] = entry
+        entries[entry.name] = found
     names: list[GroupId | None] = [None, *pass_order(config.n_layers)]
     params = {
         group: {
@@ -88,13 +94,14 @@ def describe_v1(
     return StoreDescription(1, path, (target,), config, DTYPES[dtypes.pop()], groups)
 
 
-def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Param], path: Path) -> Param:
+def _needed(name: str, shape: tuple[int, ...], entries: Mapping[str, Any], path: Path) -> Param:
     """The entry of a tensor that the model needs, which has to be as the model says."""
     known = _EMBEDDING if name in _EMBEDDING else (name,)
-    entry = next((entries[alias] for alias in known if alias in entries), None)
-    if entry is None:
+    found = next((entries[alias] for alias in known if alias in entries), None)
+    if found is None:
         raise UnusableInput(f"--manifest {path} has no tensor {name}, which the model needs")
-    where = f"--manifest {path}: {entry.name}"
+    where = f"--manifest {path}: {found['name']}"
+    entry = typed(found, Param, where, _AGAIN)
     if entry.dtype not in DTYPES:
         raise UnusableInput(f"{where}: field dtype: {entry.dtype!r} is not known; {', '.join(DTYPES)} are")
     if entry.shape != shape:

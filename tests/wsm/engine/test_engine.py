@@ -238,6 +238,29 @@ def test_staging_never_waits_for_slots_that_only_a_pass_can_free(
         run_passes(manager, 2)
 
 
+def test_what_is_asked_for_in_vain_is_refused_rather_than_waited_for() -> None:
+    settings = replace(Settings(), mode="stream", gpu_cached_layers=2)
+    with running(plan_for(4, settings), settings, FakeSource()) as manager:
+        for group in (GroupId(4, "attn"), GroupId(-1, "ffn"), GroupId(0, "bogus")):  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="no group of a model of 4 layers"), manager.acquire(group):
+                pass
+        with pytest.raises(ValueError, match="resident"), manager.acquire_all():
+            pass
+        run_passes(manager, 1)
+
+
+def test_whatever_fails_while_a_read_is_recorded_reaches_acquire(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no room for a record")
+
+    monkeypatch.setattr("wsm.engine.telemetry.Telemetry.read_done", broken)
+    settings = replace(Settings(), mode="stream", gpu_cached_layers=1)
+    with running(plan_for(4, settings), settings, FakeSource()) as manager:
+        with pytest.raises(RuntimeError) as failed:
+            run_passes(manager, 1)
+        assert isinstance(failed.value.__cause__, MemoryError)
+
+
 def test_close_ends_every_thread_and_gives_back_every_page() -> None:
     before = set(threading.enumerate())
     settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)

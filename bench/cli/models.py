@@ -31,7 +31,7 @@ from wsm.store.packed_store import PackedStore, verify
 
 
 def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
-    """Print what would lie where, and what each flag would buy; exit code 3 if it does not fit."""
+    """Print what would be where, and what each flag would buy; exit code 3 if it does not fit."""
     ranks = options.tp or 1
     inputs = open_inputs(options, World(Shard(0, ranks), Shard(0, ranks)))
     plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, print), options))

@@ -141,7 +141,9 @@ class Provenance(Part, frozen=True, kw_only=True):
     cpu: Annotated[str | None, says("CPU's name")]
     cpu_cores: Annotated[FromOne, says("cores that the process may use")]
     ram_bytes: Annotated[FromOne, says("bytes of CPU memory in the machine")]
-    numa_node: Annotated[Count | None, says("the GPU's node, for page-locked memory; null: no choice")] = None
+    numa_node: Annotated[
+        Count | None, says("always null: nothing is bound to a NUMA node any more; older results have the GPU's")
+    ] = None
     drive: Drive | None
     kernel: Annotated[str, says("Linux kernel")]
     seed: Annotated[Count, says("of random ids and sampling")]

@@ -133,7 +133,7 @@ class Rank(Part, frozen=True, kw_only=True):
     host: Annotated[str, says("its host's name")]
     device: Annotated[str, says("its compute device")]
     gpu: Annotated[str | None, says("its GPU's name; null on the CPU")]
-    numa_node: Annotated[Count | None, says("the NUMA node it was bound to, its GPU's; null where there is no choice")]
+    numa_node: Annotated[Count | None, says("always null, as in `provenance`")]
     gpu_peak_allocated_bytes: Annotated[Count | None, says("most GPU memory that torch had given out; null on the CPU")]
     gpu_peak_reserved_bytes: Annotated[Count | None, says("most GPU memory that torch had taken; null on the CPU")]
     cpu_page_locked_bytes: Annotated[Count, says("bytes of page-locked CPU memory that it holds")]

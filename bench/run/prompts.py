@@ -79,7 +79,7 @@ def keep_last(prompt: Sequence[int], most: int) -> list[int]:
 def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:
     """``count`` prompts of ``length`` random ids; the first and last 256 of a real vocabulary are left out.
 
-    Special tokens lie there: Llama 2 and many Hugging Face models number them from 0, Llama 3 at the end.
+    Special tokens are there: Llama 2 and many Hugging Face models number them from 0, Llama 3 at the end.
     """
     real = config.vocab_size > 1024
     first, end = (256, config.vocab_size - 256) if real else (0, min(config.vocab_size, 256))

@@ -56,7 +56,7 @@ def ceiling_of(bound: Bound) -> str:
 def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | None]:
     """Milliseconds that each resource needs for what it is asked for at all; None where its ceiling is not known.
 
-    Their maximum is the floor (DESIGN section 2): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
+    Their maximum is the floor (docs/ARCHITECTURE.md): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
     B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten. ``ceilings``
     are ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
     """

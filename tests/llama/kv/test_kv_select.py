@@ -54,7 +54,7 @@ def most_possible(query: list[float], block: list[list[float]]) -> float:
 
 
 def chosen(queries: list[list[float]], blocks: list[list[list[float]]], newest: int, k: int) -> list[int]:
-    """What DESIGN asks for, of one row and KV head; ``queries`` are the heads that share it."""
+    """What the choice of blocks has to be, of one row and KV head; ``queries`` are the heads that share it."""
     if newest + 1 <= k:
         return [*range(newest), *[0] * (k - 1 - newest), newest]
     scores = {block: sum(most_possible(query, blocks[block]) for query in queries) for block in range(1, newest)}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from bench.cli.verbs import run_verb
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run.job import DONE, INTERRUPTED, Job, Terminated, is_foreseen
+from bench.run.job import DONE, INTERRUPTED, Job, Terminated, is_foreseen, unbroken
 from wsm.settings import Ranks, preset_environment, read_ranks, unknown_variables
 
 if TYPE_CHECKING:
@@ -59,15 +59,16 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 
 def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: Job) -> int:
     """Measure, print, write the JSON; the exit code. Of several ranks all measure, and the first prints and writes."""
-    from bench.result.summary import ConsoleReporter
-    from bench.run import outputs
-    from bench.run.ceilings import recall_near
-    from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
-    from bench.run.ranks import job_result
-    from bench.run.record import Progress
-    from llama import LLaMA
-    from llama.inputs import open_inputs, plan_run
-    from wsm.plan.advice import check_fits
+    with unbroken():
+        from bench.result.summary import ConsoleReporter
+        from bench.run import outputs
+        from bench.run.ceilings import recall_near
+        from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
+        from bench.run.ranks import job_result
+        from bench.run.record import Progress
+        from llama import LLaMA
+        from llama.inputs import open_inputs, plan_run
+        from wsm.plan.advice import check_fits
 
     job.check_tp(options.tp, argv)
     job.join()

@@ -241,12 +241,16 @@ class LLaMA:
     # -- use
 
     @property
-    def page_locked_bytes(self) -> tuple[int, int]:
-        """Page-locked CPU memory of weights and KV: held now, and the most so far, loading buffers included."""
+    def page_locked_bytes(self) -> int:
+        """Page-locked CPU memory of weights and KV, held now."""
         kv = self.kv_tiers.page_locked_bytes if self.kv_tiers is not None else 0
-        if self.manager is None:
-            return kv, kv
-        return kv + self.manager.memory.page_locked_bytes, kv + self.manager.memory.page_locked_peak_bytes
+        return kv + (self.manager.memory.page_locked_bytes if self.manager is not None else 0)
+
+    @property
+    def page_locked_peak_bytes(self) -> int:
+        """The most of it so far, loading buffers included."""
+        kv = self.kv_tiers.page_locked_bytes if self.kv_tiers is not None else 0
+        return kv + (self.manager.memory.page_locked_peak_bytes if self.manager is not None else 0)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -46,7 +46,7 @@ def number(least: float, most: float = math.inf, *, above: bool = False, says: s
     """A finite number of at least ``least`` (with ``above``: above it) and at most ``most``."""
 
     def allows(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         return is_number and least <= value <= most and not (above and value == least)
 
     words = f"a number {'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" * (most < math.inf))

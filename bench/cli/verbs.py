@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.options.flags import check_point
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, ReportOptions, SweepOptions
+from bench.run.job import unbroken
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -30,7 +31,8 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         from bench.sweep.sweep import run_sweep
 
         return run_sweep(options, user_set, check_point)
-    from bench.cli.models import run_pack, run_plan, run_verify
+    with unbroken():
+        from bench.cli.models import run_pack, run_plan, run_verify
 
     if isinstance(options, RunOptions):
         return run_plan(options, argv)

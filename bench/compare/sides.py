@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from bench.result.results import read_lines, read_result
-from bench.result.sweep_folder import DESCRIPTION, Failure, read_failure, read_points
+from bench.result.results import checked, read_lines, read_result
+from bench.result.sweep_folder import DESCRIPTION, Failure, Point, read_failure, read_points
 from bench.result.types import Result
 from wsm.errors import UnusableInput
 from wsm.settings import CHOSEN
@@ -69,7 +69,7 @@ def _read(path: Path) -> list[Side]:
     elif path.is_dir():
         sides, why = [_folder(path, path.absolute().name, {})], ": no .json file is in it"
     elif path.suffix == ".jsonl":
-        sides, why = [Side(path.stem, tuple(read_lines(path)), path)], ": it is empty"
+        sides, why = _lines(path), ": it is empty"
     else:
         sides, why = [Side(path.stem, (read_result(path),), path)], ""
     ended = [side for side in sides if side.results or side.failures]
@@ -87,6 +87,36 @@ def _folder(folder: Path, name: str, values: Mapping[str, str]) -> Side:
     failures = tuple(read_failure(path) for path in files if path.name.endswith(".failed.json"))
     results = tuple(read_result(path) for path in files if not path.name.endswith((".failed.json", TRACE_SUFFIX)))
     return Side(name or folder.name, results, folder, failures, values)
+
+
+class _SweepLine(msgspec.Struct):
+    """A line of the ``results.jsonl`` that sweeps wrote beside their results until November 2026."""
+
+    point: int
+    values: dict[str, str]
+    exit_code: int
+    reason: str | None
+    result: Any
+
+
+def _lines(path: Path) -> list[Side]:
+    """One side of a file that has a whole result on each line; of an earlier sweep's file, a side for each point."""
+    sides: dict[int, Side] = {}
+    for where, found in read_lines(path):
+        if isinstance(found, dict) and "point" in found:
+            try:
+                line = msgspec.convert(found, _SweepLine)
+            except msgspec.ValidationError as error:
+                raise UnusableInput(f"{where} is no line of a sweep: {error}") from error
+        else:
+            line = _SweepLine(0, {}, 0, None, found)
+        side = sides.get(line.point) or Side(Point(0, line.values).spoken(" ") or path.stem, (), path, (), line.values)
+        if line.result is None and line.point:
+            side = replace(side, failures=(*side.failures, Failure(line.exit_code, line.reason or "")))
+        else:
+            side = replace(side, results=(*side.results, checked(line.result, where)))
+        sides[line.point] = side
+    return list(sides.values())
 
 
 # -- settings and provenance

@@ -43,14 +43,14 @@ def dump(result: Result) -> str:
 
 def read_result(path: Path) -> Result:
     """The result of a file; raises UnusableInput if it is missing, damaged, no result, or of another schema."""
-    return _parsed(_content(path), str(path))
+    return checked(_parsed(_content(path), str(path)), str(path))
 
 
-def read_lines(path: Path) -> Iterator[Result]:
-    """The results of a file that has a whole one on each line; raises UnusableInput as for a file of one."""
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a file of JSON lines is, and what it holds; raises UnusableInput as for a file of one."""
     for number, line in enumerate(_content(path).split(b"\n"), 1):
         if line.strip():
-            yield _parsed(line, f"{path}, line {number},")
+            yield (where := f"{path}, line {number},"), _parsed(line, where)
 
 
 def _content(path: Path) -> bytes:
@@ -60,12 +60,11 @@ def _content(path: Path) -> bytes:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _parsed(text: bytes, where: str) -> Result:
+def _parsed(text: bytes, where: str) -> Any:
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UnusableInput(f"{where} is no JSON ({error}): was the run broken off?") from error
-    return checked(found, where)
 
 
 def checked(found: Any, where: str) -> Result:

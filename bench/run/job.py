@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -35,6 +35,22 @@ _CODES: Mapping[type[BaseException], int] = {
 }
 SAME_END_S = 2.0
 """How long a rank waits to see whether all others fail in the same way."""
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Imports end before Ctrl-C counts: torch's would swallow it, or abort the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 class Terminated(BaseException):

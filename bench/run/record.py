@@ -143,14 +143,14 @@ def _planned(llm: LLaMA) -> Planned:
 
 
 def _memory(llm: LLaMA) -> Memory:
-    device, (locked, locked_peak) = llm.inputs.device, llm.page_locked_bytes
+    device = llm.inputs.device
     on_gpu, process = device.type == "cuda", psutil.Process().memory_info()
     return Memory(
         gpu_peak_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         gpu_peak_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
         gpu_context_bytes=llm.plan.inputs.hardware.gpu_context_bytes if on_gpu else None,
-        cpu_page_locked_bytes=locked,
-        cpu_page_locked_peak_bytes=locked_peak,
+        cpu_page_locked_bytes=llm.page_locked_bytes,
+        cpu_page_locked_peak_bytes=llm.page_locked_peak_bytes,
         rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         rss_anon_bytes=process.rss - process.shared,
     )

@@ -32,8 +32,8 @@ def unsealed(block: bytes, nbytes: int) -> bytes | None:
 def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[str]:
     """What will be overwritten of files or block devices that are each to take ``nbytes``, a phrase each.
 
-    Refuses what must not be written (UnusableInput) or is too small (DoesNotFit), in the contract's order: in use, has
-    a signature, too small (docs/ARCHITECTURE.md). With ``force``, block devices pass that hold a filesystem or the like.
+    Refuses what must not be written (UnusableInput) or is too small (DoesNotFit), in the order of the contract in
+    docs/ARCHITECTURE.md. With ``force``, block devices pass that hold a filesystem or the like.
     """
     if len({os.path.realpath(target) for target in targets}) != len(targets):
         raise UnusableInput("--to names one target twice")

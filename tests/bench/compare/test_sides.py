@@ -96,6 +96,29 @@ def test_a_side_without_results_has_nothing_typical(tmp_path: Path) -> None:
 # -- what cannot be read
 
 
+def test_a_sweep_s_lines_of_an_earlier_program_are_a_side_for_each_point(
+    measured: Mapping[str, Any], tmp_path: Path
+) -> None:
+    def line(point: int, result: Any, **more: Any) -> str:
+        values = {"--mode": "mixed", "--seed": str(point)}
+        gave = {"exit_code": 0, "reason": None, "result": result, **more}
+        return json.dumps({"point": point, "repeat": 1, "values": values, **gave})
+
+    result = dict(measured)
+    failed = line(2, None, exit_code=3, reason="it does not fit")
+    lines = tmp_path / "results.jsonl"
+    lines.write_text("\n".join([line(1, result), failed, line(1, result)]) + "\n")
+    first, second = read_sides([lines])
+    assert (first.name, len(first.results), first.failures) == ("mode=mixed seed=1", 2, ())
+    assert (second.name, second.results, str(second.failures[0])) == (
+        "mode=mixed seed=2",
+        (),
+        "exit 3: it does not fit",
+    )
+    lines.write_text('{"point": 1, "values": 3}\n')
+    assert "line 1" in refusal(lines)
+
+
 def test_a_missing_file_an_empty_folder_and_an_empty_jsonl_are_named(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.json")
     assert "holds no result" in refusal(tmp_path)

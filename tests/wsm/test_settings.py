@@ -137,6 +137,7 @@ def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(variable: st
         ("staging_mb", 0, "--staging-mb"),
         ("gpu_mem_gb", 0, "--gpu-mem-gb"),
         ("cpu_mem_gb", float("nan"), "--cpu-mem-gb"),
+        ("cpu_mem_gb", 10**400, "--cpu-mem-gb"),
         ("pair_ahead", -2, "WSM_PAIR_AHEAD"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Direct I/O: files and block devices opened past the page cache, locked, and read and written to the last byte."""
+"""Direct I/O: files and block devices opened past the page cache, and locked."""
 
 from __future__ import annotations
 
@@ -7,43 +7,10 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Callable, Sequence
 
 from wsm.disk.blockdev import unusable_target
 from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK
-
-MOST_BYTES = 8 << 20
-"""In one system call."""
-
-Transfer = Callable[[int, Sequence[memoryview], int], int]
-"""As ``os.preadv`` and ``os.pwritev``."""
-Failed = Callable[[int, OSError | int], Exception]
-"""Makes the exception to raise, from the offset and the error, or the bytes that the last call moved."""
-
-
-def transfer_fully(
-    transfer: Transfer, file: int, data: memoryview, offset: int, failed: Failed, needed: int | None = None
-) -> None:
-    """Move all of ``data``; after a short transfer go on at a whole block, as O_DIRECT asks.
-
-    ``data`` and ``offset`` are aligned to the file's blocks. ``needed`` bytes have to be there, where the file may end
-    before the last block does; else all of them. ``failed`` makes what is raised if the file gives or takes no more.
-    """
-    done, tried = 0, False
-    needed = len(data) if needed is None else needed
-    while done < len(data):
-        try:
-            moved = transfer(file, [data[done : done + MOST_BYTES]], offset + done)
-        except OSError as error:
-            raise failed(offset + done, error) from error
-        if moved > 0 and done + moved >= needed:
-            return
-        whole = moved - moved % BLOCK
-        if moved <= 0 or (whole == 0 and tried):
-            raise failed(offset + done, moved)
-        # Part of a block is moved again from its beginning; once, for it may be where the file ends.
-        done, tried = done + whole, whole == 0
 
 
 def aligned_block(content: bytes = b"") -> mmap.mmap:

@@ -12,8 +12,7 @@ from itertools import accumulate, product
 import torch
 from torch import Tensor
 
-from wsm.disk.direct import Transfer, transfer_fully
-from wsm.disk.io_threads import IOThreads, Piece
+from wsm.disk.io_threads import IOThreads, Piece, Transfer, transfer_fully
 from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import KVDeviceError, UnusableInput

@@ -18,7 +18,8 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.atomic import sync_directory, write_atomically
-from wsm.disk.direct import aligned_block, transfer_fully
+from wsm.disk.direct import aligned_block
+from wsm.disk.io_threads import transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import GroupId, GroupLayout, views

@@ -17,8 +17,8 @@ import xxhash
 from torch import Tensor
 
 from wsm.disk.blockdev import target_size
-from wsm.disk.direct import Transfer, open_for_reading, transfer_fully
-from wsm.disk.io_threads import IOThreads
+from wsm.disk.direct import open_for_reading
+from wsm.disk.io_threads import IOThreads, Transfer, transfer_fully
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
 from wsm.store.description import StoreDescription, StoredGroup

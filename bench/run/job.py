@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -38,17 +38,24 @@ SAME_END_S = 2.0
 
 
 @contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """Imports end before Ctrl-C counts: torch's would swallow it, or abort the process."""
+def handled(handler: Callable[[int, FrameType | None], object] | signal.Handlers, *numbers: int) -> Iterator[None]:
+    """Signals of these numbers go to ``handler`` until the block ends; on the main thread, whose they are."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        numbers = ()
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Imports end before Ctrl-C counts: torch's would swallow it, or abort the process."""
+    came: list[int] = []
+    with handled(lambda number, _: came.append(number), signal.SIGINT):
+        yield
     if came:
         raise KeyboardInterrupt
 

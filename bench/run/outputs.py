@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -18,6 +18,7 @@ from bench.options.run_flags import RunOptions
 from bench.result.results import dump
 from bench.result.summary import ConsoleReporter, row, summary
 from bench.result.types import Result
+from bench.run.job import handled
 from bench.run.record import Progress
 from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
@@ -130,15 +131,6 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
     write_atomically(options.out_json, dump(result))
 
 
-@contextlib.contextmanager
-def finishing() -> Iterator[None]:
+def finishing() -> AbstractContextManager[None]:
     """Ctrl-C or SIGTERM comes too late to lose finished rounds: what takes a second is let through."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)

@@ -87,15 +87,15 @@ class WeightStreamingManager(Threaded):
             read = self.source.read(job.group, job.destination.buffer)
             if job.step is None:
                 read.arrived.add_done_callback(lambda _: self._guard(self.tiers.resident_arrived))
-            read.checked.add_done_callback(partial(self._guarded_tell, job, read.chunks))
-
-    def _guarded_tell(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
-        self._guard(partial(self._tell_read, job, chunks, checked))
+            read.checked.add_done_callback(partial(self._tell_read, job, read.chunks))
 
     def _tell_read(self, job: ReadJob, chunks: Sequence[ChunkRead], checked: Future[None]) -> None:
-        self.telemetry.read_done(job.group, job.step, chunks)
-        checked.result()  # raises what the read failed with
-        self.tiers.read_done(job)
+        def tell() -> None:
+            self.telemetry.read_done(job.group, job.step, chunks)
+            checked.result()  # raises what the read failed with
+            self.tiers.read_done(job)
+
+        self._guard(tell)
 
     # -- copy ahead
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from wsm.disk import atomic
 from wsm.errors import UnusableInput
 
 AGAIN = "download it from the original checkpoint again"
@@ -13,12 +13,7 @@ AGAIN = "download it from the original checkpoint again"
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; UnusableInput if it is missing, no JSON, or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{path} is damaged (no JSON: {error}); {AGAIN}") from error
+    content = atomic.read_json(path, str(path), AGAIN)
     if not isinstance(content, dict):
         raise UnusableInput(f"{path} holds no JSON object; {AGAIN}")
     return content

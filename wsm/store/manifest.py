@@ -14,6 +14,7 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
+from wsm.disk.atomic import read_json
 from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK, KINDS, GroupId
 from wsm.layout.model import ReadShape, Shard, SourceFile, TensorSource
@@ -92,12 +93,7 @@ def manifest_digest(manifest: Mapping[str, Any], without: Sequence[str] = ("targ
 
 def load_json(path: Path) -> dict[str, Any]:
     """The manifest's JSON object; raises UnusableInput if it is missing, damaged, or no manifest."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"--manifest {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"--manifest {path} is damaged (no JSON: {error}); {AGAIN}") from error
+    content = read_json(path, f"--manifest {path}", AGAIN)
     if not isinstance(content, dict) or "version" not in content:
         raise UnusableInput(f"--manifest {path} is no manifest of a packed store: it has no field version")
     return content

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama.batch import Segment, TokenBatch
 from llama.kv.cache import KVCache, attended_tokens
-from llama.weights import Acquire, WeightSource
+from llama.products import Acquire, ProductSource
 
 Layers = Callable[[TokenBatch, KVCache, Acquire, int], Tensor]
 """``Transformer.layers``."""
@@ -23,14 +23,14 @@ class DecodeGraphs:
     Tokens and positions stay where they were at the capture; everything else follows from them.
 
     Args:
-        weights: ``resident``, since a graph needs weights that stay where they are.
+        groups: of ``resident`` weights, since a graph needs them to stay where they are.
 
     ``captured`` has, for each number of rows and of attended positions, the graph and the residual ``[rows, dim]``
     behind the last layer.
     """
 
-    def __init__(self, weights: WeightSource, kv: KVCache, device: torch.device) -> None:
-        self._weights, self._kv, self._device = weights, kv, device
+    def __init__(self, groups: ProductSource, kv: KVCache, device: torch.device) -> None:
+        self._groups, self._kv, self._device = groups, kv, device
         self._tokens = torch.zeros(kv.batch, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
         self._pool = torch.cuda.graph_pool_handle()
@@ -57,7 +57,7 @@ class DecodeGraphs:
         segments = tuple(Segment(row, length - 1, 1, row) for row in range(rows))
         places = torch.arange(rows, device=self._device)
         batch = TokenBatch(self._tokens[:rows], self._positions[:rows], places, segments)
-        with self._weights.acquire_all() as groups:
+        with self._groups.acquire_all() as groups:
             acquire = lambda group: contextlib.nullcontext(groups[group])  # noqa: E731
             layers(batch, self._kv, acquire, chunk_tokens)  # libraries take their workspaces outside the graph
             torch.cuda.synchronize(self._device)
@@ -76,6 +76,6 @@ class DecodeGraphs:
         graph, residual = self.captured[rows, tokens]
         self._tokens[:rows].copy_(batch.tokens)
         self._positions[:rows].copy_(batch.positions)
-        with self._weights.acquire_all():
+        with self._groups.acquire_all():
             graph.replay()
         return residual

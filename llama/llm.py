@@ -138,7 +138,7 @@ class LLaMA:
         # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
         one = inputs.world.shard.size == 1
         if inputs.device.type == "cuda" and weights.resident and self.kv.tier is None and one:
-            self.graphs = self.model.graphs = DecodeGraphs(weights, self.kv, inputs.device)
+            self.graphs = self.model.graphs = DecodeGraphs(self.model.groups, self.kv, inputs.device)
 
     def _make_kv(self) -> KVCache:
         inputs, placement = self.inputs, self.plan.kv

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -17,7 +16,8 @@ from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
-from llama.weights import Acquire, WeightSource, side_by_side
+from llama.products import Acquire, Products, ProductSource, rms_norm
+from llama.weights import WeightSource
 from wsm.layout.groups import GroupId
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
@@ -52,11 +52,6 @@ def rotate_(x: Tensor, freqs_cis: Tensor) -> None:
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(freqs_cis)
     if wide is not x:
         x.copy_(wide)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm, in float32 and rounded once: one kernel where torch has it fused."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -127,6 +122,7 @@ class Transformer:
     ) -> None:
         self.config, self.weights, self.device, self.max_tokens = config, weights, device, max_tokens
         self.collective = collective or Collective()
+        self.groups = ProductSource(weights, config.norm_eps, self.collective)
         self.vocab_size = config.vocab_size * self.collective.shard.size
         self.dtype = weights.globals["norm"].dtype
         self.graphs: DecodeGraphs | None = None
@@ -149,7 +145,7 @@ class Transformer:
             raise ValueError(f"a row runs past the {self.max_tokens} positions that this model was made for")
         h = self.graphs.replayed(batch) if self.graphs is not None else None
         if h is None:
-            h = self.layers(batch, kv, self.weights.acquire, chunk_tokens)
+            h = self.layers(batch, kv, self.groups.acquire, chunk_tokens)
             h = h[batch.last] if logits == "last" else h
         kv.extend(batch.segments)
         return self._head(h, chunk_tokens)
@@ -176,13 +172,6 @@ class Transformer:
         elsewhere = (own < 0) | (own >= self.config.vocab_size)
         h = F.embedding(own.masked_fill_(elsewhere, 0), table).masked_fill_(elsewhere.unsqueeze(1), 0)
         return self.collective.reduce_(h)
-
-    def _add_product_(self, h: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Add ``x weight^T`` to the residual ``h``; where ranks share the product, their sum once."""
-        if self.collective.shard.size == 1:
-            h.addmm_(x, weight.t())
-        else:
-            h.add_(self.collective.reduce_(F.linear(x, weight)))
 
     def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv: KVCache) -> list[Chunk]:
         freqs_cis = self._freqs_cis[batch.positions].unsqueeze(1)
@@ -223,17 +212,15 @@ class Transformer:
         mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~shown, -math.inf)[:, None, None, :]
 
-    def _attention_(self, h: Tensor, w: Mapping[str, Tensor], chunk: Chunk, kv: KVCache, layer: int) -> None:
+    def _attention_(self, h: Tensor, w: Products, chunk: Chunk, kv: KVCache, layer: int) -> None:
         """Add a chunk's attention to its residual ``[n, dim]``; its keys and values go into the cache."""
-        x = rms_norm(h, w["attention_norm"], self.config.norm_eps)
-        qkv = F.linear(x, side_by_side(w, QKV))
-        del x
+        qkv = w.linear(w.norm(h, "attention_norm"), *QKV)
         heads = qkv.unflatten(1, (-1, self.config.head_dim))  # [n, n_heads + 2 * n_kv_heads, head_dim]
         q = heads[:, : self.config.n_heads]
         rotate_(heads[:, : self.config.n_heads + self.config.n_kv_heads], chunk.freqs_cis)
         new = heads[:, self.config.n_heads :].unflatten(1, (2, -1))  # [n, 2, n_kv_heads, head_dim]
         outs = [self._attend(q, new, part, chunk, kv, layer) for part in chunk.parts]
-        self._add_product_(h, outs[0] if len(outs) == 1 else torch.cat(outs), w["wo"])
+        w.add_linear_(h, outs[0] if len(outs) == 1 else torch.cat(outs), "wo")
 
     def _attend(self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
         """What a part of a chunk attends to, ``[n, n_heads * head_dim]``; may take the place of its queries."""
@@ -271,13 +258,13 @@ class Transformer:
         keys, values = kv.record.read(window[rows.first : rows.first + q.shape[0]], rows.tokens)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask).reshape(q.shape[0], -1)
 
-    def _feed_forward_(self, h: Tensor, w: Mapping[str, Tensor]) -> None:
+    def _feed_forward_(self, h: Tensor, w: Products) -> None:
         """Add the feed-forward block to a chunk's residual ``[n, dim]``."""
-        x = rms_norm(h, w["ffn_norm"], self.config.norm_eps)
-        gate = F.silu(F.linear(x, w["w1"]), inplace=True)  # [n, ffn_dim]
-        gate.mul_(F.linear(x, w["w3"]))
+        x = w.norm(h, "ffn_norm")
+        gate = F.silu(w.linear(x, "w1"), inplace=True)  # [n, ffn_dim]
+        gate.mul_(w.linear(x, "w3"))
         del x
-        self._add_product_(h, gate, w["w2"])
+        w.add_linear_(h, gate, "w2")
 
     def _head(self, h: Tensor, chunk_tokens: int) -> Tensor:
         w = self.weights.globals

@@ -13,12 +13,9 @@ from llama.checkpoint import Checkpoint
 from llama.names import QKV
 from wsm.layout.groups import GroupId, TensorSpec, pass_order
 
-Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
-"""A group's tensors by short name, on the compute device until the block ends."""
-
 
 class WeightSource(Protocol):
-    """Anything that can hand out a group's tensors by short name (``w["wq"]``)."""
+    """Anything that can hand out a group's tensors by short name; the model takes them as products."""
 
     @property
     def globals(self) -> Mapping[str, Tensor]:
@@ -33,18 +30,6 @@ class WeightSource(Protocol):
 
     def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Tensor]]]:
         """A whole pass's groups at once; only where they are ``resident``."""
-
-
-def side_by_side(w: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Matrices of one input as one, ``[sum of their outputs, inputs]``; a copy only where memory separates them."""
-    parts = [w[name] for name in names]
-    first, rows = parts[0], sum(part.shape[0] for part in parts)
-    address = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != address or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(parts)
-        address += part.nbytes
-    return first.as_strided((rows, first.shape[1]), first.stride())
 
 
 class TensorWeights:

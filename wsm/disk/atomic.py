@@ -1,14 +1,10 @@
-"""Small files that are there whole or not at all, and JSON read from one."""
+"""Small files that are there whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
-
-from wsm.errors import UnusableInput
 
 
 def sync_directory(directory: Path) -> None:
@@ -34,13 +30,3 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-
-
-def read_json(path: Path, label: str, mend: str) -> Any:
-    """What a JSON file holds; raises UnusableInput, naming it ``label``, if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"{label} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{label} is damaged (no JSON: {error}); {mend}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.options.flags import check_point
 from bench.options.run_flags import RunOptions
-from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, ReportOptions, SweepOptions
+from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, QualityOptions, ReportOptions, SweepOptions
 from bench.run.job import unbroken
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
@@ -33,6 +33,10 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         return run_sweep(options, user_set, check_point)
     with unbroken():
         from bench.cli.models import run_pack, run_plan, run_verify
+        from bench.cli.quality import run_quality
+
+    if isinstance(options, QualityOptions):
+        return run_quality(options, argv)
 
     if isinstance(options, RunOptions):
         return run_plan(options, argv)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
+from llama.options import BuildOptions
 from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, Option, options_of
 from wsm.settings import read_variables
@@ -102,11 +103,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
     if verb == "sweep":
         values["sweep"] = sweep_of(values.pop("given"))
     cls = VERBS[verb][0]
-    if cls is RunOptions:
+    if issubclass(cls, BuildOptions):
         values = {**read_variables(environ), **values}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     options: Options = cls(**values)
-    if isinstance(options, RunOptions):
+    if isinstance(options, BuildOptions):
         options.check_together()
     return verb, options
 

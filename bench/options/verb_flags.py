@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
+from llama.options import BuildOptions
 from wsm.errors import UnusableInput
 from wsm.option import NAMES, PATH, SWITCH, TEXT, Option, number, one_of, option, options_of, same, whole
 
@@ -42,6 +43,20 @@ class VerifyOptions:
     raw_device: str | None = same(RunOptions, "raw_device")
     checkpoints: Path | None = same(RunOptions, "checkpoints", help="for a manifest of version 1", shown="")
     staging_mb: int = same(RunOptions, "staging_mb")
+    verbose: bool = same(RunOptions, "verbose")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityOptions(BuildOptions):
+    """The model that is measured, as a run has it, against the checkpoint as it is."""
+
+    text: Path = option(MISSING, PATH, "UTF-8 text that both models read")
+    reference: Path | None = option(None, PATH, "another checkpoint as the reference", metavar="DIR", shown="the same")
+    window: int = option(512, whole(3), "tokens that are read at once, from an empty context")
+    windows: int | None = option(None, whole(1), "no more windows than this", shown="all")
+    batch_size: int = option(1, whole(1), "windows in one pass")
+    out_json: Path | None = option(None, PATH, "the figures")
+    output: str | None = same(RunOptions, "output")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -93,12 +108,22 @@ class SweepOptions:
     verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
 
 
-Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
+Options = (
+    RunOptions
+    | PackOptions
+    | VerifyOptions
+    | QualityOptions
+    | PromptsOptions
+    | SweepOptions
+    | CompareOptions
+    | ReportOptions
+)
 VERBS: Mapping[str, tuple[type[Options], str]] = {
     "run": (RunOptions, "run and measure (the default verb)"),
     "pack": (PackOptions, "checkpoint to packed device or file"),
     "verify": (VerifyOptions, "read a packed store back and check it"),
     "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
+    "quality": (QualityOptions, "what a weight format costs: perplexity, KL and equal first choices on a text"),
     "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
     "sweep": (SweepOptions, "a run for every combination of listed values"),
     "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),

@@ -1,0 +1,31 @@
+"""Whether the Triton kernels can be used; without them torch decodes."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _loaded() -> tuple[ModuleType | None, str]:
+    """The kernels, and what decodes in words. They are tried once: Triton also needs a C compiler."""
+    try:
+        from wsm.formats import kernels
+
+        kernels.try_out(torch.device("cuda"))
+    except Exception as error:  # whatever keeps Triton from working: torch does the same, only slower
+        return None, f"torch (Triton does not work here: {str(error).strip().splitlines()[0]})"
+    return kernels, f"Triton {kernels.VERSION}"
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels where they work on the device of ``tensor``, else None."""
+    return _loaded()[0] if tensor.is_cuda else None
+
+
+def decoder(device: torch.device) -> str:
+    """What decodes on ``device``, in words: Triton with its version, or torch and why."""
+    return _loaded()[1] if device.type == "cuda" else "torch"

@@ -1,0 +1,166 @@
+"""``exact``: bfloat16 at 1.5 bytes a weight, bit for bit: most exponents of a matrix lie in a window of 15."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wsm.errors import StoreError, UnusableInput
+from wsm.formats.backend import kernels_for
+from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
+
+BLOCK_WEIGHTS = 1 << 16
+"""Escapes are found by block, and by a uint16 inside of it."""
+WINDOW = 15
+"""Exponents that a 4-bit code names; the code 15 says: look in the list of escapes."""
+_EXPONENT_BITS = 0x7F80
+_LAST_BASE = 256 - WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Weights in row order, n of them: a byte of sign and mantissa, 4 bits of exponent, and the list of escapes.
+
+    ``signs``     uint8  [n rounded up to even]  sign in the high bit, 7 bits of mantissa
+    ``codes``     uint8  [n / 2, rounded up]     exponent - base, or 15; the even weight in the low bits
+    ``base``      uint8  [1]                     the window's first exponent
+    ``counts``    uint32 [blocks]                escapes up to the end of each block of 65 536 weights
+    ``places``    uint16 [escapes]               inside their block, ascending
+    ``exponents`` uint8  [escapes]
+    """
+
+    pays_below: float = 0.95
+    """Of the plain size: a matrix that would take more stays plain."""
+    name = "exact"
+    exact = True
+
+    @classmethod
+    def named(cls, name: str) -> Exact | None:
+        return cls() if name == cls.name else None
+
+    def planes(self, shape: Shape, dtype: torch.dtype) -> None:
+        return None
+
+    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        plain = shape[0] * shape[1] * dtype.itemsize
+        return max(total_bytes([Plane("plain", dtype, shape)]), int(self.pays_below * plain) + total_bytes(_some()))
+
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor] | None:
+        if weight.dtype != torch.bfloat16:
+            raise UnusableInput(f"the weight format exact holds bfloat16, not {weight.dtype}; use --dtype bfloat16")
+        bits = weight.contiguous().view(torch.int16).flatten()
+        base, escapes = _window(bits)
+        planned = _planes(bits.numel(), escapes)
+        if sum(plane.nbytes for plane in planned) > self.pays_below * weight.nbytes:
+            return None
+        planes = {p.name: weight.new_zeros(p.shape, dtype=p.dtype) for p in planned}
+        planes["base"].fill_(base)
+        _fill_(planes, bits, base)
+        return planes
+
+    def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:
+        weights = shape[0] * shape[1]
+        check_planes(self.name, _planes(weights, planes["places"].numel() if "places" in planes else 0), planes)
+        if (base := int(planes["base"])) > _LAST_BASE:
+            raise StoreError(f"exact: the window begins at exponent {base}; the last place it can is {_LAST_BASE}")
+        counts, places = planes["counts"].long(), planes["places"].long()
+        if bool((counts.diff(prepend=counts.new_zeros(1)) < 0).any()) or int(counts[-1]) != places.numel():
+            raise StoreError(f"exact: the counts of escapes do not rise to the {places.numel()} that there are")
+        at = _escaped(counts, places)
+        if bool((at.diff() <= 0).any()):
+            raise StoreError("exact: escapes are out of order, or beyond their block")
+        if places.numel() and int(at[-1]) >= weights:
+            raise StoreError(f"exact: an escape is at weight {int(at[-1])} of {weights}")
+        if bool((planes["codes"][at // 2] >> (at % 2 * 4).byte() & WINDOW != WINDOW).any()):
+            raise StoreError("exact: an escape is listed for a weight whose code is not the escape")
+
+    def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
+        if (kernels := kernels_for(out)) is not None and out.numel() % 2 == 0 and out.data_ptr() % 4 == 0:
+            kernels.decode_exact_(planes, out)
+        else:
+            _decode_(planes, out)
+
+    def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> None:
+        return None
+
+
+def _planes(weights: int, escapes: int) -> tuple[Plane, ...]:
+    pairs, blocks = -(-weights // 2), -(-weights // BLOCK_WEIGHTS)
+    return (
+        Plane("signs", torch.uint8, (2 * pairs,)),
+        Plane("codes", torch.uint8, (pairs,)),
+        Plane("base", torch.uint8, (1,)),
+        Plane("counts", torch.uint32, (blocks,)),
+        Plane("places", torch.uint16, (escapes,)),
+        Plane("exponents", torch.uint8, (escapes,)),
+    )
+
+
+def _some() -> tuple[Plane, ...]:
+    """What rounding up can add: a little of every plane."""
+    return _planes(1, 1)
+
+
+def _exponents(bits: Tensor) -> Tensor:
+    """uint8, of bfloat16 ``bits`` as int16: what is above falls away."""
+    return (bits >> 7).to(torch.uint8)
+
+
+def _window(bits: Tensor) -> tuple[int, int]:
+    """The first exponent of the window with the fewest escapes (the lowest of several), and how many there are."""
+    seen = torch.zeros(256, dtype=torch.int64, device=bits.device)
+    for piece in pieces(bits.numel(), bits.device):
+        seen += torch.bincount(_exponents(bits[piece]), minlength=256)
+    inside = seen.cpu().unfold(0, WINDOW, 1).sum(1).tolist()
+    base = inside.index(max(inside))
+    return base, bits.numel() - inside[base]
+
+
+def _fill_(planes: Mapping[str, Tensor], bits: Tensor, base: int) -> None:
+    """Fill the planes that are as long as the matrix or its escapes."""
+    counted = 0
+    counts = []
+    for begin in range(0, bits.numel(), BLOCK_WEIGHTS):
+        block = bits[begin : begin + BLOCK_WEIGHTS]
+        exponents = _exponents(block)
+        codes = (exponents - base).clamp_(max=WINDOW)  # what is below the window wraps round to above it
+        planes["signs"][begin : begin + block.numel()] = ((block >> 8 & 0x80) | (block & 0x7F)).to(torch.uint8)
+        pairs = planes["codes"][begin // 2 : (begin + block.numel() + 1) // 2]
+        pairs.copy_(codes[::2])
+        pairs[: block.numel() // 2] |= codes[1::2] << 4
+        places = (codes == WINDOW).nonzero().flatten()
+        listed = slice(counted, counted := counted + places.numel())
+        planes["places"][listed] = places.to(torch.uint16)
+        planes["exponents"][listed] = exponents[places]
+        counts.append(counted)
+    planes["counts"].copy_(torch.tensor(counts, dtype=torch.int64))
+
+
+def _escaped(counts: Tensor, places: Tensor) -> Tensor:
+    """The weights that are escapes, int64 ``[escapes]``, of int64 ``counts`` and ``places``."""
+    listed = torch.arange(places.numel(), device=places.device)
+    return torch.searchsorted(counts, listed, right=True) * BLOCK_WEIGHTS + places
+
+
+def _decode_(planes: Mapping[str, Tensor], out: Tensor) -> None:
+    """The reference: the other decoders give its bits."""
+    bits, signs = out.view(torch.int16).flatten(), planes["signs"].view(torch.int8)
+    base = planes["base"].to(torch.int16)
+    for piece in pieces(-(-bits.numel() // 2), bits.device, 2):
+        codes = planes["codes"][piece]
+        exponents = torch.stack((codes & 15, codes >> 4), 1).flatten().to(torch.int16).add_(base).bitwise_left_shift_(7)
+        weights = slice(2 * piece.start, min(2 * piece.stop, bits.numel()))
+        _join_(bits[weights], signs[weights], exponents[: weights.stop - weights.start])
+    if planes["places"].numel():
+        at = _escaped(planes["counts"].long(), planes["places"].long())
+        escaped = torch.empty_like(at, dtype=torch.int16)
+        _join_(escaped, signs[at], planes["exponents"].to(torch.int16) << 7)
+        bits[at] = escaped
+
+
+def _join_(bits: Tensor, signs: Tensor, exponents: Tensor) -> None:
+    """Bits of bfloat16: sign and mantissa, whose sign the conversion carries to the top, and shifted exponents."""
+    bits.copy_(signs).bitwise_and_(~_EXPONENT_BITS).bitwise_or_(exponents)

@@ -1,0 +1,30 @@
+"""The formats by name. Imports no torch before a format is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from typing import TYPE_CHECKING
+
+from wsm.errors import UnusableInput
+
+if TYPE_CHECKING:
+    from wsm.formats.format import WeightFormat
+
+NAMES = ("exact", "fp8", "int8", "int4", "int4-g64", "int4-g32")
+"""What `--weight-format` offers beside a plain dtype; :func:`get` also knows the family members that imports need."""
+
+
+@cache
+def get(name: str) -> WeightFormat:
+    """The format called ``name``; UnusableInput, with the list and the nearest name, if there is none."""
+    from wsm.formats.exact import Exact
+    from wsm.formats.fp8 import Float8
+    from wsm.formats.integer import Integer
+
+    for family in (Exact, Float8, Integer):
+        if (found := family.named(name)) is not None:
+            return found
+    close = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UnusableInput(f"the weight format {name} is not known; there are {', '.join(NAMES)}{hint}")

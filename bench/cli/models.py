@@ -50,12 +50,16 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
-    shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
+    shared = {
+        name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype", "weight_format")
+    }
     inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
-    size = plan_store(config, inputs.dtype, targets, tp).target_bytes
-    ranks = f" for {tp} ranks" if tp > 1 else ""
-    reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
+    plan = plan_store(config, inputs.dtype, targets, tp, inputs.weight_format)
+    size, ranks = plan.target_bytes, f" for {tp} ranks" if tp > 1 else ""
+    form = f" in {inputs.weight_format.name}" if inputs.weight_format is not None else ""
+    most = "at most " if plan.is_bound else ""
+    reporter.say(f"[INFO] packing {config.name}{ranks}{form}: {most}{size / 1e9:.3f} GB on each of {targets} target(s)")
 
     def confirm(question: str) -> bool:
         if options.yes:
@@ -68,7 +72,7 @@ def run_pack(options: PackOptions) -> int:
             return False
 
     with reporter.bar(size * targets, "B", "packing") as advance:
-        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
+        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp, inputs.weight_format)
         pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
+from wsm.formats.format import Plane, WeightFormat
 from wsm.layout.groups import pass_order
 from wsm.layout.model import Shard, SourceFile
 
@@ -58,6 +59,27 @@ class Checkpoint(ABC):
         row = torch.empty(1, self._shapes[name][-1], dtype=dtype)
         self.fill(name, row, Cut(0, 0, *row.shape))
         return row[0]
+
+    def encode(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Mapping[str, Tensor] | None:
+        """The planes of a matrix, taken as of ``dtype``, in a weight format; None where it stays plain."""
+        weight = torch.empty(shape, dtype=dtype)
+        self.read_into(name, weight)
+        try:
+            return weight_format.encode(weight)
+        except UnusableInput as error:
+            raise UnusableInput(f"{name}: {error}") from error
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        """Of which planes :meth:`encode` will give."""
+        fixed = weight_format.planes((shape[0], shape[1]), dtype)
+        if fixed is not None:
+            return fixed
+        found = self.encode(name, shape, dtype, weight_format)
+        return None if found is None else tuple(Plane(n, p.dtype, tuple(p.shape)) for n, p in found.items())
 
     @abstractmethod
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:

@@ -47,6 +47,9 @@ class WeightFormat(Protocol):
     def planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...] | None:
         """The planes of a matrix of compute dtype ``dtype``, in their order; None where sizes depend on its values."""
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        """Those of :meth:`planes`, or of a matrix whose values take the least: what can be planned with."""
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """The most bytes a matrix takes, plain ones included; each plane rounded up to ``PLANE_ALIGNMENT``."""
 

@@ -38,6 +38,9 @@ class Float8:
         scales = Plane("scales", torch.float32, (shape[0] if self.per_row else 1,))
         return Plane("values", torch.float8_e4m3fn, tuple(shape)), scales
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return self.planes(shape)
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return total_bytes(self.planes(shape))
 

@@ -68,6 +68,9 @@ class Integer:
         zeros = (Plane("zeros", torch.uint8, grouped),) if self.has_zero else ()
         return values, Plane("scales", _SCALES[self.scale], grouped), *zeros
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return self.planes(shape)
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return total_bytes(self.planes(shape))
 

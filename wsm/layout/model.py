@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from wsm.formats.format import Plane, WeightFormat
+
 
 class Shard(NamedTuple):
     """Which of ``size`` equal shares of the model this is."""
@@ -101,6 +103,16 @@ class TensorSource(Protocol):
 
         Raises UnusableInput if the model has no such tensor, or one of another shape.
         """
+
+    def encode(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Mapping[str, Tensor] | None:
+        """The planes of the matrix of that full name, taken as of ``dtype``; None where it stays plain; thread-safe."""
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        """Of which planes :meth:`encode` will give; None where it will give None. Cheaper, if it can be."""
 
     def first_row(self, name: str, dtype: torch.dtype) -> Tensor:
         """The first row of a matrix, or a whole vector, without reading the rest."""

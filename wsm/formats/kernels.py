@@ -48,7 +48,7 @@ PRODUCT = ProductTuning(rows=64, warps=4, stages=4, programs=512, steps=4)
 @triton.jit
 def exact_kernel(signs, codes, base, out, pairs, TILE: tl.constexpr):
     """Two weights a lane: ``signs`` as int16 pairs, ``codes`` uint8, ``out`` as int32 pairs of bfloat16."""
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    at = tl.program_id(0) * TILE + tl.max_contiguous(tl.arange(0, TILE), 4)
     inside = at < pairs
     sign = tl.load(signs + at, mask=inside, other=0).to(tl.int32)
     code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
@@ -74,13 +74,13 @@ def escapes_kernel(signs, counts, places, exponents, out, WEIGHTS: tl.constexpr,
         tl.store(out + at, bits.to(tl.int16), mask=inside)
 
 
-def decode_exact_(planes: Mapping[str, Tensor], out: Tensor, tuning: DecodeTuning = EXACT) -> None:
+def decode_exact_(planes: Mapping[str, Tensor], out: Tensor) -> None:
     """``exact`` into ``out``: an even number of weights in bfloat16, aligned to 4 bytes."""
     signs, codes, pairs = planes["signs"], planes["codes"], out.numel() // 2
     whole = out.view(-1)
-    exact_kernel[(triton.cdiv(pairs, tuning.tile),)](
+    exact_kernel[(triton.cdiv(pairs, EXACT.tile),)](
         signs.view(torch.int16), codes, planes["base"], whole.view(torch.int32), pairs,
-        TILE=tuning.tile, num_warps=tuning.warps,
+        TILE=EXACT.tile, num_warps=EXACT.warps,
     )  # fmt: skip
     if planes["places"].numel():
         counts, places = planes["counts"].view(torch.int32), planes["places"].view(torch.int16)
@@ -98,7 +98,7 @@ def int4_kernel(
     """PARTS parts of a row, of PART bytes each and inside of one group; ``out`` as pairs of TO in one integer."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * PARTS + tl.arange(0, PARTS)
-    byte = part[:, None] * PART + tl.arange(0, PART)[None, :]
+    byte = part[:, None] * PART + tl.max_contiguous(tl.arange(0, PART), 4)[None, :]
     inside = byte < row_bytes
     group = row * groups + (part * 0 if PER_ROW else part)
     known = part * PART < row_bytes
@@ -116,18 +116,16 @@ def int4_kernel(
     tl.store(out + row * row_bytes + byte, both, mask=inside)
 
 
-def decode_int4_(
-    values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, *, group: int, tuning: DecodeTuning = INT4
-) -> None:
+def decode_int4_(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, *, group: int) -> None:
     """4-bit codes into ``out [rows, cols]``: an even number of columns, aligned to a pair of values."""
     rows, row_bytes = values.shape
     part = group // 2 or 64
-    parts = _parts(row_bytes, part, tuning)
+    parts = _parts(row_bytes, part, INT4)
     int4_kernel[(rows, triton.cdiv(row_bytes, part * parts))](
         values, scales, values if zeros is None else zeros,
         out.view(torch.int64 if out.dtype == torch.float32 else torch.int32), row_bytes, scales.shape[1],
         HAS_ZERO=zeros is not None, PER_ROW=group == 0, PART=part, PARTS=parts, TO=_TYPES[out.dtype],
-        num_warps=tuning.warps,
+        num_warps=INT4.warps,
     )  # fmt: skip
 
 
@@ -140,7 +138,7 @@ def bytes_kernel(
     """As :func:`int4_kernel`, of codes of a byte: whole numbers, or E4M3 without NaN. ``groups`` 0: one scale."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * PARTS + tl.arange(0, PARTS)
-    col = part[:, None] * PART + tl.arange(0, PART)[None, :]
+    col = part[:, None] * PART + tl.max_contiguous(tl.arange(0, PART), 8)[None, :]
     inside = col < cols
     group = row * groups + (part * 0 if PER_ROW else part)
     known = part * PART < cols
@@ -157,18 +155,17 @@ def bytes_kernel(
 
 
 def decode_bytes_(
-    values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor,
-    *, group: int = 0, e4m3: bool = False, tuning: DecodeTuning = BYTES,
-) -> None:  # fmt: skip
+    values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, *, group: int = 0, e4m3: bool = False
+) -> None:
     """Codes of a byte into ``out [rows, cols]``; ``scales [rows, groups]``, or ``[1, 1]`` for the whole matrix."""
     rows, cols = out.shape
     part = group or 128
-    parts = _parts(cols, part, tuning)
+    parts = _parts(cols, part, BYTES)
     groups = scales.shape[1] if scales.shape[0] == rows else 0
     bytes_kernel[(rows, triton.cdiv(cols, part * parts))](
         values, scales, values if zeros is None else zeros, out, cols, groups,
         E4M3=e4m3, HAS_ZERO=zeros is not None, PER_ROW=group == 0, PART=part, PARTS=parts, TO=_TYPES[out.dtype],
-        num_warps=tuning.warps,
+        num_warps=BYTES.warps,
     )  # fmt: skip
 
 
@@ -177,7 +174,7 @@ def _parts(row_bytes: int, part: int, tuning: DecodeTuning) -> int:
     return int(min(tuning.tile // part, triton.next_power_of_2(triton.cdiv(row_bytes, part))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one binary for all numbers of rows: the same bits
 def product_kernel(
     x, values, scales, zeros, out, n, rows, row_bytes, groups, x_stride, out_stride, split_stride, steps,
     BITS: tl.constexpr, HAS_ZERO: tl.constexpr, PER_ROW: tl.constexpr, BYTES: tl.constexpr, TO: tl.constexpr,
@@ -223,10 +220,10 @@ def sum_kernel(parts, out, splits, rows, split_stride, out_stride, TILE: tl.cons
     tl.store(out + tl.program_id(1) * out_stride + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def can_multiply(x: Tensor, cols: int, group: int) -> bool:
-    """Whether :func:`multiply_` takes ``x [n, cols]``."""
-    fits = x.shape[0] <= MOST_ROWS and cols % 2 == 0 and (group or 128) >= 32
-    return fits and x.dtype in (torch.bfloat16, torch.float16) and x.stride(1) == 1 and x.stride(0) % 2 == 0
+def can_multiply(x: Tensor, cols: int) -> bool:
+    """Whether :func:`multiply_` takes ``x [n, cols]``: few rows of 16-bit values, which can be read in pairs."""
+    in_pairs = cols % 2 == 0 and x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0
+    return in_pairs and x.shape[0] <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def multiply_(

@@ -67,7 +67,9 @@ class Float8:
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
         if (kernels := kernels_for(out)) is not None:
-            kernels.decode_bytes_(planes["values"].view(torch.uint8), planes["scales"], None, out, kind="e4m3")
+            kernels.decode_bytes_(
+                planes["values"].view(torch.uint8), planes["scales"].unsqueeze(1), None, out, e4m3=True
+            )
             return
         scales = planes["scales"]
         for rows in pieces(out.shape[0], out.device, out.shape[1]):

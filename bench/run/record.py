@@ -145,7 +145,7 @@ def _planned(llm: LLaMA) -> Planned:
     plan = llm.plan
     return Planned(
         bytes_per_pass=BytesPerPass(**plan.bytes_per_pass),
-        weight_decode_bytes=plan.decoded_bytes(1),
+        weight_decode_bytes=plan.decoded_bytes["decode"],
         scratch_bytes=plan.decoding.scratch_bytes,
         chunk_tokens=plan.chunk_tokens,
         wave_rows=plan.wave_rows,

@@ -17,7 +17,7 @@ from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 from wsm.formats.format import Plane, WeightFormat
-from wsm.layout.groups import pass_order
+from wsm.layout.groups import Encoded, pass_order
 from wsm.layout.model import Shard, SourceFile
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,6 +70,13 @@ class Checkpoint(ABC):
             return weight_format.encode(weight)
         except UnusableInput as error:
             raise UnusableInput(f"{name}: {error}") from error
+
+    def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
+        """Fill ``out`` with the planes of a matrix, whose sizes are those of :meth:`planes`."""
+        planes = self.encode(name, out.shape, out.dtype, weight_format)
+        assert planes is not None
+        for plane, into in out.planes.items():
+            into.copy_(planes[plane])
 
     def planes(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat

@@ -53,6 +53,10 @@ class Exact:
         planned = _planes(weights, _window(seen)[1])
         return planned if sum(plane.nbytes for plane in planned) <= self.pays_below * 2 * weights else None
 
+    def base_of(self, seen: Tensor) -> int:
+        """The window's first exponent for such a matrix."""
+        return _window(seen)[0]
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         plain = shape[0] * shape[1] * dtype.itemsize
         return max(total_bytes([Plane("plain", dtype, shape)]), int(self.pays_below * plain) + total_bytes(_some()))
@@ -64,7 +68,7 @@ class Exact:
         seen = count_exponents(bits)
         if (planned := self.planes_of((weight.shape[0], weight.shape[1]), seen)) is None:
             return None
-        base, _ = _window(seen)
+        base = self.base_of(seen)
         planes = {p.name: weight.new_zeros(p.shape, dtype=p.dtype) for p in planned}
         planes["base"].fill_(base)
         _fill_(planes, bits, base)
@@ -91,6 +95,9 @@ class Exact:
             kernels.decode_exact_(planes, out)
         else:
             _decode_(planes, out)
+
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        return 0
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> None:
         return None

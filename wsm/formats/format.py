@@ -77,6 +77,9 @@ class WeightFormat(Protocol):
         whether there is one depends on nothing but dtype, device and shapes.
         """
 
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        """The most rows of which :meth:`linear` makes the product, on CUDA or elsewhere; 0 where it makes none."""
+
 
 def total_bytes(planes: Iterable[Plane]) -> int:
     """Bytes of ``planes``, each rounded up to ``PLANE_ALIGNMENT``."""

@@ -76,5 +76,8 @@ class Float8:
             wide = planes["values"][rows].float()
             out[rows] = wide.mul_((scales[rows] if self.per_row else scales)[:, None])
 
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        return 0
+
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> None:
         return None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsm.formats.backend import kernels_for
+from wsm.formats.backend import kernels_for, loaded_kernels
 from wsm.formats.format import (
     Plane,
     Shape,
@@ -113,6 +113,10 @@ class Integer:
             wide -= (1 << self.bits - 1) if zeros is None else zeros[part].float().unsqueeze(-1)
             wide *= scales[part].float().unsqueeze(-1)
             out[part] = wide.flatten(1)[:, :cols]
+
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        kernels = loaded_kernels() if cuda else None
+        return kernels.MOST_ROWS if kernels is not None and dtype.itemsize == 2 else 0
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
         if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x, shape[1]):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from wsm.layout.groups import GroupId, Kind, TensorSpec
+from wsm.layout.groups import Encoded, GroupId, Kind, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +103,9 @@ class TensorSource(Protocol):
 
         Raises UnusableInput if the model has no such tensor, or one of another shape.
         """
+
+    def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
+        """Fill ``out`` with what :meth:`encode` gives, where its sizes are known."""
 
     def encode(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat

@@ -49,13 +49,16 @@ def _product_bytes(layout: GroupLayout, fused: tuple[str, ...]) -> int:
     return max(together, *(nbytes for name, nbytes in decoded.items() if name not in fused))
 
 
-def decoded_bytes(inputs: PlanInputs, decoding: Decoding, chunks: int) -> int:
-    """Bytes that decoding makes in a pass of so many chunks."""
-    if decoding.at_load:
+def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int = 1) -> int:
+    """Bytes that decoding makes in a pass of so many chunks, of so many rows (tokens) each."""
+    encoded = [layout for layout in _groups(inputs.layouts).values() if layout.encoded]
+    if decoding.at_load or not encoded:
         return 0
+    weight_format = registry.get(str(encoded[0].encoded[0].format))
+    if rows <= weight_format.packed_rows(inputs.dtype, inputs.hardware.has_gpu):
+        return 0  # products take the weights as they lie
     return sum(
-        layout.encoded_bytes * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks)
-        for layout in _groups(inputs.layouts).values()
+        layout.encoded_bytes * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks) for layout in encoded
     )
 
 

@@ -40,9 +40,13 @@ class Plan:
         """That a pass reads from device memory at least."""
         return self.inputs.dtype.itemsize if self.decoding.at_load else self.inputs.bytes_a_weight
 
-    def decoded_bytes(self, chunks: int) -> int:
-        """Bytes that decoding matrices makes in a pass of so many chunks."""
-        return decoded_bytes(self.inputs, self.decoding, chunks)
+    @property
+    def decoded_bytes(self) -> Mapping[str, int]:
+        """Bytes that decoding matrices makes in a pass of each phase."""
+        return {
+            "prefill": decoded_bytes(self.inputs, self.decoding, self.chunk_tokens, self.chunks),
+            "decode": decoded_bytes(self.inputs, self.decoding, self.shape.batch),
+        }
 
     @property
     def chunks(self) -> int:

@@ -113,7 +113,7 @@ def pass_work(plan: Plan) -> dict[str, Work]:
             h2d_bytes=moved["weight_h2d"] + (moved["kv_h2d"] if phase == "decode" else 0),
             hbm_bytes=work.hbm_bytes / passes[phase],
             flops=work.flops / passes[phase],
-            decoded_bytes=plan.decoded_bytes(plan.chunks if phase == "prefill" else 1),
+            decoded_bytes=plan.decoded_bytes[phase],
         )
         for phase, work in of_phase.items()
     }

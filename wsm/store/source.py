@@ -98,10 +98,7 @@ class CheckpointSource:
 
     def _encode(self, name: str, into: Encoded) -> None:
         assert self._format is not None
-        planes = self._checkpoint.encode(name, into.shape, into.dtype, self._format)
-        assert planes is not None
-        for plane, out in into.planes.items():
-            out.copy_(planes[plane])
+        self._checkpoint.encode_into(name, into, self._format)
 
     def close(self) -> None:
         self._threads.close(StoreError("the checkpoint was closed before the read was done"))

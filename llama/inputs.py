@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -249,3 +249,16 @@ def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape) -> Plan:
         ranks_here=world.local.size,
     )
     return make_plan(choose_settings(planned) if options.auto else planned)
+
+
+def plans_by_format(options: BuildOptions, inputs: Inputs, plan: Plan) -> dict[str, Plan]:
+    """The same run in every weight format, by name, ``plan`` among them; with ``--auto`` each with its own choice."""
+    plans = {}
+    for name in (DTYPE_FORMATS[inputs.dtype], *registry.NAMES):
+        weight_format = registry.get(name) if name in registry.NAMES else None
+        if weight_format is not None and weight_format.exact and inputs.dtype != torch.bfloat16:
+            continue
+        layouts = planned_layouts(inputs.share.config, inputs.dtype, weight_format, most=False)
+        other = replace(plan.inputs, layouts=layouts, settings=options)
+        plans[name] = make_plan(choose_settings(other) if options.auto else other)
+    return plans | {inputs.format_name: plan}

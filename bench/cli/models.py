@@ -16,12 +16,13 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import open_inputs, plan_run, read_manifest
+from llama.inputs import open_inputs, plan_run, plans_by_format, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
+from wsm.plan.by_format import by_format
 from wsm.plan.levers import auto_flags
 from wsm.settings import unknown_variables
 from wsm.store.layout import plan_store
@@ -39,6 +40,7 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
     if not ceilings:
         print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
     print(describe(plan, ceilings))
+    print(by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in unknown_variables(os.environ):

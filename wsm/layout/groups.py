@@ -164,8 +164,13 @@ def without(layout: GroupLayout, name: str) -> GroupLayout:
 
 
 def bytes_apart(layout: GroupLayout, names: Sequence[str]) -> int:
-    """Bytes of the named tensors where they are not one right behind the other, in this order; else 0."""
+    """Bytes of the named tensors where they are not one right behind the other, in this order; else 0.
+
+    Encoded ones are put together as they are decoded, wherever they are.
+    """
     parts = [tensor for name in names for tensor in layout.tensors if tensor.name == name]
+    if any(part.format is not None for part in parts):
+        return 0
     ends = [part.offset + part.nbytes for part in parts]
     adjacent = all(end == part.offset for end, part in zip(ends, parts[1:], strict=False))
     return 0 if adjacent else sum(part.nbytes for part in parts)

@@ -6,11 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from wsm.formats import registry
+from wsm.formats.format import GPU_PIECE
 from wsm.layout.groups import TENSOR_ALIGNMENT, GroupId, GroupLayout, decoded_layout
 from wsm.plan.inputs import PlanInputs
 
 MANY_CHUNKS = 4
 """With more chunks in a pass a whole group is decoded once, where there is room, not once a chunk."""
+
+
+TORCH_BYTES = 16
+"""A weight, while torch decodes it."""
 
 
 class Decoding(NamedTuple):
@@ -47,6 +52,15 @@ def _product_bytes(layout: GroupLayout, fused: tuple[str, ...]) -> int:
     decoded = {tensor.name: tensor.decoded_bytes for tensor in layout.tensors if len(tensor.shape) == 2}
     together = sum(nbytes for name, nbytes in decoded.items() if name in fused)
     return max(together, *(nbytes for name, nbytes in decoded.items() if name not in fused))
+
+
+def decoding_extra_bytes(inputs: PlanInputs) -> int:
+    """What decoding takes on a GPU besides its result: nothing with Triton's kernels, some float32 values without."""
+    if not (inputs.in_format and inputs.hardware.has_gpu):
+        return 0
+    from wsm.formats.backend import loaded_kernels  # it needs torch
+
+    return TORCH_BYTES * GPU_PIECE if loaded_kernels() is None else 0
 
 
 def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int = 1) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from wsm.layout.groups import BLOCK, KINDS, GroupId, bytes_apart, round_up
 from wsm.layout.kv import WINDOWS
 from wsm.layout.model import ModelShape
-from wsm.plan.decoding import NOTHING_DECODED, Decoding, decoded_layouts
+from wsm.plan.decoding import NOTHING_DECODED, Decoding, decoded_layouts, decoding_extra_bytes
 from wsm.plan.hardware import MIB
 from wsm.plan.inputs import PlanInputs
 from wsm.plan.placement import Placement, cpu_home_bytes
@@ -132,7 +132,7 @@ def gpu_lines(
     # Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both.
     rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
     gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
-    activations = activation_bytes(inputs, portions) + copied + gathered + converted
+    activations = activation_bytes(inputs, portions) + copied + gathered + converted + decoding_extra_bytes(inputs)
     embedding = "" if inputs.embedding_on_cpu else "embedding, "
     computing = f"activations, {portions.wave_tokens(inputs)} tokens in chunks of {chunk}"
     lines = [

@@ -67,7 +67,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from bench.run.ranks import job_result
         from bench.run.record import Progress
         from llama import LLaMA
-        from llama.inputs import open_inputs, plan_run
+        from llama.inputs import find_store, open_inputs, plan_run
         from wsm.plan.advice import check_fits
 
     job.check_tp(options.tp, argv)
@@ -82,6 +82,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     inputs = open_inputs(options, job.world)
     prompts = batch_prompts(options, inputs, reporter.say)
     job.world.agree(facts_of(options, prompts))
+    find_store(options, inputs, shape_of(prompts, options), reporter)
     plan = plan_run(options, inputs, shape_of(prompts, options))
     ceilings = recall_near(options, inputs)
     outputs.say_plan(reporter, options, inputs, plan, argv)

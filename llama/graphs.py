@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -57,8 +56,7 @@ class DecodeGraphs:
         segments = tuple(Segment(row, length - 1, 1, row) for row in range(rows))
         places = torch.arange(rows, device=self._device)
         batch = TokenBatch(self._tokens[:rows], self._positions[:rows], places, segments)
-        with self._groups.acquire_all() as groups:
-            acquire = lambda group: contextlib.nullcontext(groups[group])  # noqa: E731
+        with self._groups.acquire_all() as acquire:
             layers(batch, self._kv, acquire, chunk_tokens)  # libraries take their workspaces outside the graph
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()

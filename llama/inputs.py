@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,22 +21,29 @@ from llama.checkpoint import (
 )
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
-from llama.options import BuildOptions
+from llama.loading import Reporter
+from llama.options import PLAIN_FORMATS, BuildOptions
 from llama.parallel.world import ALONE, World
 from llama.tokenizer import Tokenizer, load_tokenizer
 from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
+from wsm.formats import registry
+from wsm.formats.format import WeightFormat
+from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
+from wsm.plan.advice import check_fits
 from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 from wsm.store import manifest
-from wsm.store.description import DTYPES, StoreDescription
-from wsm.store.layout import plan_store
-from wsm.store.match import check_suits
+from wsm.store.cache import cached_store
+from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
+from wsm.store.images import coming_layout
+from wsm.store.layout import FORMATTED, planned_layouts
+from wsm.store.match import Asked, check_suits
 
 _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
 """Flags that ranks have to agree on, besides those of ``Settings``."""
@@ -44,7 +53,10 @@ read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json
 
 @dataclass
 class Inputs:
-    """``checkpoint`` is the whole model's, ``share`` what this rank has of it; packed files are in ``cache_dir``."""
+    """``checkpoint`` is the whole model's, ``share`` what this rank has of it; packed files are in ``cache_dir``.
+
+    ``description`` is the store that is read, None where there is none yet; a ``weight_format`` of None is plain.
+    """
 
     world: World
     checkpoint: Checkpoint
@@ -54,6 +66,36 @@ class Inputs:
     kv_format: KVFormat
     cache_dir: Path
     description: StoreDescription | None
+    weight_format: WeightFormat | None = None
+
+    @property
+    def format_name(self) -> str:
+        """How weights lie at rest, as `--weight-format` spells it."""
+        return DTYPE_FORMATS[self.dtype] if self.weight_format is None else self.weight_format.name
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the weights are in no file: they are made in any format, fast enough to need no store."""
+        return self.checkpoint.directory is None
+
+    @cached_property
+    def layouts(self) -> Mapping[GroupId | None, GroupLayout]:
+        """All images of this rank; in a format whose sizes follow from the weights, before it is packed, the least."""
+        if self.description is not None:
+            return {group: stored.layout for group, stored in self.description.groups.items()}
+        shapes = planned_layouts(self.share.config, self.dtype, self.weight_format, most=False)
+        if self.weight_format is None or not self.synthetic:
+            return shapes
+        weight_format = self.weight_format
+        return {
+            g: lay if g is None else coming_layout(self.share, g, self.dtype, weight_format)
+            for g, lay in shapes.items()
+        }
+
+    def read_from(self, description: StoreDescription) -> None:
+        """Read the weights from that store."""
+        self.description = description
+        vars(self).pop("layouts", None)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -118,18 +160,24 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
-    wanted = DTYPES.get(options.dtype or "auto")
+    asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
+    weight_format = registry.get(asked) if asked in registry.NAMES else None
+    wanted = DTYPES.get(PLAIN_FORMATS.get(options.weight_format, options.dtype or "auto"))
+    if weight_format is not None and weight_format.exact:
+        wanted = torch.bfloat16
     description = None
-    if options.manifest is not None and options.mode != "full":
+    if options.manifest is not None and (options.mode != "full" or weight_format or _in_format(options.manifest)):
         description = read_manifest(
             options.manifest, raw_device=options.raw_device, checkpoint=checkpoint, rank=world.shard.rank
         )
         named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
         flags = " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
-        check_suits(description, checkpoint.config, wanted, world.shard.size, flags)
+        check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked), flags)
+        weight_format = registry.get(description.weight_format) if description.weight_format else None
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
-    inputs = Inputs(world, checkpoint, share, device, dtype, record, options.cache_dir.expanduser(), description)
+    cache_dir = options.cache_dir.expanduser()
+    inputs = Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
     if world.shard.size > 1:
         world.agree(_facts(options, inputs))
         world.connect(device)
@@ -146,24 +194,51 @@ def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
         "checkpoint": ", ".join(sources),
         "store": str(description.content) if description is not None else "none",
         "dtype": str(inputs.dtype),
+        "weight format": inputs.weight_format.name if inputs.weight_format is not None else "plain",
         "device": inputs.device.type,
         "torch": torch.__version__,
     }
 
 
+def _in_format(path: Path) -> bool:
+    """Whether a manifest's store is in a weight format."""
+    return bool(manifest.load_json(path)["version"] == FORMATTED)
+
+
+def find_store(options: BuildOptions, inputs: Inputs, shape: RunShape, reporter: Reporter) -> None:
+    """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
+
+    Raises DoesNotFit before it packs what would not fit in memory, or on the drive; UnusableInput if it cannot pack.
+    """
+    wanted = inputs.weight_format is not None and (not inputs.synthetic or options.mode == "mixed")
+    if inputs.description is None and wanted:
+        check_fits(plan_run(options, inputs, shape))
+        inputs.read_from(cached(inputs, reporter))
+
+
+def cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
+    """The packed file of these weights in the cache directory, packed if it is not there."""
+    with contextlib.ExitStack() as stack, inputs.world.first_here():
+        return cached_store(
+            inputs.checkpoint,
+            inputs.dtype,
+            inputs.cache_dir,
+            say=lambda line: reporter.say(f"[INFO] {line}"),
+            progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
+            shard=inputs.world.shard,
+            weight_format=inputs.weight_format,
+        )
+
+
 def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape) -> Plan:
     """What will be where, and how much memory it takes; allocates nothing."""
     world = inputs.world
-    if inputs.description is not None:
-        layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
-    else:
-        layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1, world.shard.size).layouts)
     hardware = measure_hardware(inputs.device, world.local.size, (GIB if world.shard.size == 1 else 2 * GIB))
     everywhere = world.exchange(json.dumps(asdict(hardware)))
     planned = PlanInputs(
         config=inputs.share.config,
         dtype=inputs.dtype,
-        layouts=layouts,
+        layouts=inputs.layouts,
         settings=options,
         shape=shape,
         hardware=tightest(hardware, [Hardware(**json.loads(text)) for text in everywhere if text is not None]),
@@ -176,3 +251,16 @@ def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape) -> Plan:
         ranks_here=world.local.size,
     )
     return make_plan(choose_settings(planned) if options.auto else planned)
+
+
+def plans_by_format(options: BuildOptions, inputs: Inputs, plan: Plan) -> dict[str, Plan]:
+    """The same run in every weight format, by name, ``plan`` among them; with ``--auto`` each with its own choice."""
+    plans = {}
+    for name in (DTYPE_FORMATS[inputs.dtype], *registry.NAMES):
+        weight_format = registry.get(name) if name in registry.NAMES else None
+        if weight_format is not None and weight_format.exact and inputs.dtype != torch.bfloat16:
+            continue
+        layouts = planned_layouts(inputs.share.config, inputs.dtype, weight_format, most=False)
+        other = replace(plan.inputs, layouts=layouts, settings=options)
+        plans[name] = make_plan(choose_settings(other) if options.auto else other)
+    return plans | {inputs.format_name: plan}

@@ -14,14 +14,15 @@ from torch import Tensor
 from llama.batch import prefill_batch
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import Inputs, open_inputs, plan_run
+from llama.inputs import Inputs, cached, find_store, open_inputs, plan_run
 from llama.kv.cache import KVCache
 from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
+from llama.products import Scratch
 from llama.tokenizer import Tokenizer
-from llama.weights import TensorWeights, WeightSource
+from llama.weights import ImageWeights, TensorWeights, WeightSource
 from wsm.disk.blockdev import is_block_device
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.stream import WeightStreamingManager
@@ -33,7 +34,6 @@ from wsm.plan.hardware import limit_device_memory
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
 from wsm.settings import Settings
-from wsm.store.cache import cached_store
 from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore
 from wsm.store.source import CheckpointSource, GroupSource
@@ -59,6 +59,7 @@ class LLaMA:
         self.warnings: list[str] = []
         self.model: Transformer
         self.kv: KVCache
+        self.scratch: Scratch
 
     # -- construction
 
@@ -94,6 +95,7 @@ class LLaMA:
         options = build_options(mode_config or {}, mode=mode, topk_blk=topk_blk, **places)
         inputs = open_inputs(options, world)
         shape = RunShape(max_batch_size, max_seq_len - 1, 1, max_batch_size * (max_seq_len - 1))
+        find_store(options, inputs, shape, Reporter())
         return cls.assemble(inputs, plan_run(options, inputs, shape), Reporter(), measured=False)
 
     @classmethod
@@ -124,17 +126,18 @@ class LLaMA:
         inputs, plan = self.inputs, self.plan
         with self.load_times.timed("kv_s"):
             self.kv = self._make_kv()
+        self.scratch = Scratch(plan.decoding.scratch_bytes, inputs.device, self.telemetry)
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
             progress = lambda group: advance(group.kind == "ffn")  # noqa: E731 - the second group of a layer
             if self.settings.mode == "full":
                 before_load(self)
                 with self.load_times.timed("residents_s"):
-                    weights = TensorWeights(inputs.share, inputs.device, inputs.dtype, on_loaded=progress)
+                    weights = self._load_all(reporter, progress)
             else:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
         collective = inputs.world.collective(self.telemetry)
-        self.model = Transformer(self.config, weights, inputs.device, plan.inputs.kv_tokens, collective)
+        self.model = Transformer(self.config, weights, inputs.device, plan.inputs.kv_tokens, collective, self.scratch)
         # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
         one = inputs.world.shard.size == 1
         if inputs.device.type == "cuda" and weights.resident and self.kv.tier is None and one:
@@ -175,6 +178,19 @@ class LLaMA:
             path = f"{path}.rank{world.shard.rank}"
         return path, description.targets if description is not None else ()
 
+    def _load_all(self, reporter: Reporter, progress: Callable[[Any], None]) -> WeightSource:
+        """Mode ``full``: no manager."""
+        inputs = self.inputs
+        if inputs.weight_format is None:
+            return TensorWeights(inputs.share, inputs.device, inputs.dtype, on_loaded=progress)
+        return ImageWeights(
+            self._source(reporter),
+            self.config.n_layers,
+            inputs.device,
+            decoded=self.plan.decoding.at_load,
+            on_loaded=progress,
+        )
+
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
     ) -> WeightStreamingManager:
@@ -214,18 +230,16 @@ class LLaMA:
         inputs, settings = self.inputs, self.settings
         description = inputs.description
         if description is None and settings.mode != "mixed":
-            return CheckpointSource(inputs.share, inputs.dtype, threads=LOADING_THREADS)
+            return CheckpointSource(
+                inputs.share,
+                inputs.dtype,
+                threads=LOADING_THREADS,
+                weight_format=inputs.weight_format,
+                layouts=inputs.layouts,
+            )
         if description is None:
-            with contextlib.ExitStack() as stack, inputs.world.first_here():
-                description = cached_store(
-                    inputs.checkpoint,
-                    inputs.dtype,
-                    inputs.cache_dir,
-                    say=lambda line: reporter.say(f"[INFO] {line}"),
-                    progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
-                    shard=inputs.world.shard,
-                )
-            inputs.description = description
+            description = cached(inputs, reporter)
+            inputs.read_from(description)
         store = PackedStore(
             description,
             staging_bytes=settings.staging_mb * 10**6,
@@ -310,7 +324,7 @@ class LLaMA:
     def _forget(self) -> None:
         """Let go of the memory on the device, also where somebody still holds this object."""
         self.graphs = None
-        for part in ("model", "kv"):
+        for part in ("model", "kv", "scratch"):
             vars(self).pop(part, None)
 
     def __enter__(self) -> LLaMA:

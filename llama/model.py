@@ -16,7 +16,7 @@ from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
-from llama.products import Acquire, Products, ProductSource, rms_norm
+from llama.products import Acquire, Products, ProductSource, Scratch, rms_norm
 from llama.weights import WeightSource
 from wsm.layout.groups import GroupId
 from wsm.layout.kv import KV_BLOCK_TOKENS
@@ -109,7 +109,8 @@ def _causal_at_the_end(length: int, end: int) -> Tensor:
 class Transformer:
     """A LLaMA over any :class:`WeightSource`; with a ``collective`` ``config`` and ``weights`` are one rank's share.
 
-    ``max_tokens`` is the longest row, prompt and new tokens together.
+    ``max_tokens`` is the longest row, prompt and new tokens together; ``scratch`` is where matrices are decoded, if any
+    are in a weight format.
     """
 
     def __init__(
@@ -119,10 +120,11 @@ class Transformer:
         device: torch.device,
         max_tokens: int,
         collective: Collective | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.config, self.weights, self.device, self.max_tokens = config, weights, device, max_tokens
         self.collective = collective or Collective()
-        self.groups = ProductSource(weights, config.norm_eps, self.collective)
+        self.groups = ProductSource(weights, config.norm_eps, self.collective, scratch)
         self.vocab_size = config.vocab_size * self.collective.shard.size
         self.dtype = weights.globals["norm"].dtype
         self.graphs: DecodeGraphs | None = None

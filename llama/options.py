@@ -10,11 +10,14 @@ from typing import Any
 
 from llama.kv import KV_DTYPES
 from wsm.errors import UnusableInput
+from wsm.formats import registry
 from wsm.option import NAME, PATH, SWITCH, TEXT, TRUTH, Kind, one_of, option, options_of, whole
 from wsm.settings import Settings
 
 _BLOCKS = Kind("0 (all blocks) or at least 2", lambda value: type(value) is int and value >= 0 and value != 1, int, "K")
 _DTYPE = one_of("bfloat16", "float16", "float32", "auto")
+PLAIN_FORMATS = {"bf16": "bfloat16", "float16": "float16", "float32": "float32"}
+"""Weight formats that are nothing but a dtype."""
 _ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
 """Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
 _model, _paging = partial(option, group="model"), partial(option, group="paging")
@@ -30,6 +33,12 @@ class BuildOptions(Settings):
     synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
     dtype: str | None = _model(
         None, _DTYPE, "weights are converted when loaded or packed", metavar="TYPE", shown="as stored"
+    )
+    weight_format: str = _model(
+        "auto",
+        one_of("auto", *PLAIN_FORMATS, *registry.NAMES),
+        "how the layers' matrices lie on every tier, auto: as in the checkpoint or store (docs/FORMATS.md)",
+        metavar="FORMAT",
     )
     tp: int | None = _model(
         None, whole(1), "ranks that share the model (docs/PARALLEL.md)", shown="torchrun's number", swept=False
@@ -62,6 +71,11 @@ class BuildOptions(Settings):
         """Raises UnusableInput for flags that contradict each other."""
         if self.checkpoints is not None and self.synthetic is not None:
             raise UnusableInput("--checkpoints and --synthetic exclude each other: give one")
+        named = PLAIN_FORMATS.get(self.weight_format, "bfloat16" if self.weight_format == "exact" else None)
+        if named is not None and self.dtype not in (None, "auto", named):
+            raise UnusableInput(
+                f"--weight-format {self.weight_format} holds {named}, not --dtype {self.dtype}: leave one of them out"
+            )
         if self.raw_device and not self.manifest:
             raise UnusableInput("--raw-device needs --manifest, which says what lies where on it")
         if self.load_model and self.mode in ("mixed", "stream"):

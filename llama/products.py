@@ -1,13 +1,13 @@
 """What the model does with a group of weights: products with its matrices, and its norm.
 
-The model never holds a matrix: whether one lies there as it is used, or has to be made just before its product, is
-decided here.
+The model never holds a matrix: whether one lies there as it is used, or is decoded into shared scratch just before its
+product, is decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from llama.parallel.world import Collective
 from llama.weights import WeightSource
-from wsm.layout.groups import GroupId
+from wsm.engine.telemetry import Telemetry
+from wsm.formats import registry
+from wsm.layout.groups import TENSOR_ALIGNMENT, Encoded, GroupId, Stored, round_up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,29 +36,97 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, first.shape[1]), first.stride())
 
 
+class Scratch:
+    """Room on the device for decoded matrices, shared by all groups of the one compute stream.
+
+    It holds ``nbytes``, those of the largest product's matrices or of a whole group: then each matrix is decoded once
+    while its group is here, however many chunks there are. ``telemetry`` gets a record of each decoding.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, telemetry: Telemetry | None = None) -> None:
+        self.telemetry = telemetry
+        room = torch.empty(nbytes + TENSOR_ALIGNMENT * (nbytes > 0), dtype=torch.uint8, device=device)
+        self.room = room[-room.data_ptr() % TENSOR_ALIGNMENT :][:nbytes]
+
+    def taken(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A matrix in the room from ``offset`` on."""
+        return self.room[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+
+
 class Products:
     """A group on the compute device, by the short names of its tensors; valid until its block ends."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], eps: float, collective: Collective) -> None:
-        self._tensors, self._eps, self._collective = tensors, eps, collective
+    def __init__(self, group: GroupId, tensors: Mapping[str, Stored], source: ProductSource, *, timed: bool) -> None:
+        self._group, self._tensors, self._source = group, tensors, source
+        self._telemetry = source.scratch.telemetry if timed else None
+        self._decoded: dict[Sequence[str], Tensor] = {}
+        self._taken = 0
+        encoded = sum(tensor.decoded_bytes for tensor in tensors.values() if isinstance(tensor, Encoded))
+        self._keeps = encoded <= source.scratch.room.nbytes - TENSOR_ALIGNMENT * len(tensors)
 
     def linear(self, x: Tensor, *names: str) -> Tensor:
         """``x [n, inputs]`` times the transposed matrices, side by side in one product: ``[n, sum of outputs]``."""
-        return F.linear(x, self._matrix(names))
+        packed = self._packed_product(x, names)
+        return packed if packed is not None else F.linear(x, self._matrix(names))
 
     def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
         """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
-        if self._collective.shard.size == 1:
+        collective = self._source.collective
+        if (packed := self._packed_product(x, (name,))) is not None:
+            h.add_(collective.reduce_(packed))
+        elif collective.shard.size == 1:
             h.addmm_(x, self._matrix((name,)).t())
         else:
-            h.add_(self._collective.reduce_(F.linear(x, self._matrix((name,)))))
+            h.add_(collective.reduce_(F.linear(x, self._matrix((name,)))))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The root-mean-square norm of ``x [n, dim]``."""
-        return rms_norm(x, self._tensors[name], self._eps)
+        weight = self._tensors[name]
+        assert isinstance(weight, Tensor)
+        return rms_norm(x, weight, self._source.eps)
+
+    def _packed_product(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
+        """The product straight from the planes, where the format has one for so few rows: the same in every mode."""
+        parts = [tensor for name in names if isinstance(tensor := self._tensors[name], Encoded)]
+        if len(parts) < len(names):
+            return None
+        out, begin = None, 0
+        for part in parts:
+            rows, weight_format = part.shape[0], registry.get(part.format)
+            if len(parts) == 1:
+                return weight_format.linear(x, part.planes, (rows, part.shape[1]))
+            if out is None:
+                out = x.new_empty(x.shape[0], sum(tensor.shape[0] for tensor in parts))
+            into = out[:, begin : begin + rows]
+            if weight_format.linear(x, part.planes, (rows, part.shape[1]), into) is None:
+                return None
+            begin += rows
+        return out
 
     def _matrix(self, names: Sequence[str]) -> Tensor:
-        return side_by_side([self._tensors[name] for name in names])
+        tensors = [self._tensors[name] for name in names]
+        plain = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        return side_by_side(plain) if len(plain) == len(tensors) else self._in_scratch(names, tensors)
+
+    def _in_scratch(self, names: Sequence[str], tensors: Sequence[Stored]) -> Tensor:
+        """The matrices decoded side by side, or as they were decoded before while the group is here."""
+        if names in self._decoded:
+            return self._decoded[names]
+        rows, columns, dtype = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1], tensors[0].dtype
+        together = self._source.scratch.taken(self._taken, rows, columns, dtype)
+        telemetry = self._telemetry
+        start = telemetry.mark() if telemetry is not None else None
+        for out, tensor in zip(together.split([tensor.shape[0] for tensor in tensors]), tensors, strict=True):
+            if isinstance(tensor, Encoded):
+                registry.get(tensor.format).decode_(tensor.planes, out)
+            else:
+                out.copy_(tensor)
+        if telemetry is not None:
+            telemetry.decoded(self._group, together.nbytes, start, telemetry.mark())
+        if self._keeps:
+            self._decoded[names] = together
+            self._taken = round_up(self._taken + together.nbytes, TENSOR_ALIGNMENT)
+        return together
 
 
 Acquire = Callable[[GroupId], AbstractContextManager[Products]]
@@ -66,20 +136,21 @@ Acquire = Callable[[GroupId], AbstractContextManager[Products]]
 class ProductSource:
     """The groups of a :class:`WeightSource`, as products."""
 
-    def __init__(self, weights: WeightSource, eps: float, collective: Collective) -> None:
-        self._weights, self._eps, self._collective = weights, eps, collective
-        self._together: dict[GroupId, Products] = {}
+    def __init__(
+        self, weights: WeightSource, eps: float, collective: Collective, scratch: Scratch | None = None
+    ) -> None:
+        self.eps, self.collective = eps, collective
+        self.scratch = scratch or Scratch(0, torch.device("cpu"))
+        self._weights = weights
 
     @contextmanager
     def acquire(self, group: GroupId) -> Iterator[Products]:
         """See :meth:`WeightSource.acquire`."""
         with self._weights.acquire(group) as tensors:
-            yield Products(tensors, self._eps, self._collective)
+            yield Products(group, tensors, self, timed=True)
 
     @contextmanager
-    def acquire_all(self) -> Iterator[Mapping[GroupId, Products]]:
-        """See :meth:`WeightSource.acquire_all`."""
+    def acquire_all(self) -> Iterator[Acquire]:
+        """See :meth:`WeightSource.acquire_all`; nothing in the block is timed, since it may be captured."""
         with self._weights.acquire_all() as groups:
-            if not self._together:  # residents stay where they are
-                self._together = {g: Products(held, self._eps, self._collective) for g, held in groups.items()}
-            yield self._together
+            yield lambda group: nullcontext(Products(group, groups[group], self, timed=False))

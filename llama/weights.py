@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from llama.checkpoint import Checkpoint
 from llama.names import QKV
-from wsm.layout.groups import GroupId, TensorSpec, pass_order
+from wsm.engine.decoding import decode_image
+from wsm.layout.groups import GroupId, Stored, TensorSpec, decoded_layout, pass_order, stored_views, views
+from wsm.store.source import GroupSource
 
 
 class WeightSource(Protocol):
@@ -25,10 +28,10 @@ class WeightSource(Protocol):
     def resident(self) -> bool:
         """Whether every group stays on the compute device for good, always in the same place."""
 
-    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Tensor]]:
+    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Stored]]:
         """The group's tensors on the compute device, valid until the block ends."""
 
-    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Tensor]]]:
+    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Stored]]]:
         """A whole pass's groups at once; only where they are ``resident``."""
 
 
@@ -56,15 +59,15 @@ class TensorWeights:
             return tensors
 
         self.globals = load(None, config.specs(None))
-        self._groups: dict[GroupId, dict[str, Tensor]] = {}
+        self._groups: dict[GroupId, Mapping[str, Stored]] = {}
         for group in pass_order(config.n_layers):
             self._groups[group] = load(group, config.specs(group.kind))
             on_loaded(group)
 
-    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Tensor]]:
+    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Stored]]:
         return nullcontext(self._groups[group])
 
-    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Tensor]]]:
+    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Stored]]]:
         return nullcontext(self._groups)
 
 
@@ -78,3 +81,49 @@ def _empty(specs: Sequence[TensorSpec], device: torch.device, dtype: torch.dtype
         tensors = dict(zip(QKV, together.split(rows), strict=True))
     alone = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in shapes if name not in tensors}
     return tensors | alone
+
+
+class ImageWeights:
+    """Mode ``full`` in a weight format: every group's image on the device, read one after the other.
+
+    ``decoded``: each leaves its format as it is loaded. ``source`` is closed when all is there.
+    """
+
+    resident = True
+
+    def __init__(
+        self,
+        source: GroupSource,
+        n_layers: int,
+        device: torch.device,
+        *,
+        decoded: bool,
+        on_loaded: Callable[[GroupId], None] = lambda group: None,
+    ) -> None:
+        order = pass_order(n_layers)
+        largest = max(source.layout(group).nbytes for group in (None, *order))
+        buffer = torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8)
+        self._groups: dict[GroupId, Mapping[str, Stored]] = {}
+        try:
+            self.globals = views(self._read(source, None, buffer).to(device, copy=True), source.layout(None))
+            for group in order:
+                image, layout = self._read(source, group, buffer).to(device, copy=True), source.layout(group)
+                if decoded:
+                    encoded, plain = image, decoded_layout(layout)
+                    image = torch.empty(plain.nbytes, dtype=torch.uint8, device=device)
+                    decode_image(encoded, layout, image)
+                    layout = plain
+                self._groups[group] = stored_views(image, layout)
+                on_loaded(group)
+        finally:
+            source.close()
+
+    def _read(self, source: GroupSource, group: GroupId | None, buffer: Tensor) -> Tensor:
+        source.read(group, buffer).checked.result()
+        return buffer[: source.layout(group).nbytes]
+
+    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Stored]]:
+        return nullcontext(self._groups[group])
+
+    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Stored]]]:
+        return nullcontext(self._groups)

@@ -16,12 +16,13 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import open_inputs, plan_run, read_manifest
+from llama.inputs import open_inputs, plan_run, plans_by_format, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
+from wsm.plan.by_format import by_format
 from wsm.plan.levers import auto_flags
 from wsm.settings import unknown_variables
 from wsm.store.layout import plan_store
@@ -39,6 +40,7 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
     if not ceilings:
         print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
     print(describe(plan, ceilings))
+    print(by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in unknown_variables(os.environ):
@@ -50,12 +52,16 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
-    shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
+    shared = {
+        name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype", "weight_format")
+    }
     inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
-    size = plan_store(config, inputs.dtype, targets, tp).target_bytes
-    ranks = f" for {tp} ranks" if tp > 1 else ""
-    reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
+    plan = plan_store(config, inputs.dtype, targets, tp, inputs.weight_format)
+    size, ranks = plan.target_bytes, f" for {tp} ranks" if tp > 1 else ""
+    form = f" in {inputs.weight_format.name}" if inputs.weight_format is not None else ""
+    most = "at most " if plan.is_bound else ""
+    reporter.say(f"[INFO] packing {config.name}{ranks}{form}: {most}{size / 1e9:.3f} GB on each of {targets} target(s)")
 
     def confirm(question: str) -> bool:
         if options.yes:
@@ -68,7 +74,7 @@ def run_pack(options: PackOptions) -> int:
             return False
 
     with reporter.bar(size * targets, "B", "packing") as advance:
-        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
+        request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp, inputs.weight_format)
         pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
     return 0

@@ -32,6 +32,7 @@ class PackOptions:
     checkpoints: Path | None = same(RunOptions, "checkpoints")
     synthetic: str | None = same(RunOptions, "synthetic")
     dtype: str | None = same(RunOptions, "dtype")
+    weight_format: str = same(RunOptions, "weight_format")
     tp: int | None = same(RunOptions, "tp")
     cache_dir: Path = same(RunOptions, "cache_dir")
     verbose: bool = same(RunOptions, "verbose")

@@ -21,6 +21,7 @@ _SHOWN = {
     "weight_wait": ("compute waits", "stalled"),
     "kv_wait": ("compute waits", STALLED_KV),
     "compute": ("compute", "busy"),
+    "weight_decode": ("decode", "decoding weights"),
     **{tier: (name, name) for tier, name in KV_MOVED.items()},
 }
 """The lane and the legend's word of each kind of a trace's events; a phase's word is its name."""
@@ -111,8 +112,9 @@ def _kind_by_name(thread: str, name: str) -> str:
 
 
 def _lanes(spans: Mapping[str, Sequence[Span]]) -> list[Bar]:
-    """Those of KV only where some of it moved."""
-    return [Bar(lane, tuple(sorted(s))) for lane, s in spans.items() if s or lane not in KV_MOVED.values()]
+    """Those of KV only where some of it moved, that of decoding where something was."""
+    rare = {*KV_MOVED.values(), "decode"}
+    return [Bar(lane, tuple(sorted(s))) for lane, s in spans.items() if s or lane not in rare]
 
 
 def _middle_pass(trace: Trace) -> tuple[float, float] | None:

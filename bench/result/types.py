@@ -11,7 +11,17 @@ from typing import Annotated, Generic, Literal
 from msgspec import UNSET, Meta
 
 from bench.result.fields import Above0, Amount, ByPhase, Count, FromOne, Later, Mode, Part, T, Texts, says
-from bench.result.types_machine import KV, Conditions, LoadRate, LoadSeconds, Memory, Planned, Provenance, Residency
+from bench.result.types_machine import (
+    KV,
+    Conditions,
+    LoadRate,
+    LoadSeconds,
+    Memory,
+    Planned,
+    Provenance,
+    Residency,
+    Weights,
+)
 from bench.result.types_phases import Ceilings, Parallel, Phase
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -154,6 +164,7 @@ class Result(Part, frozen=True, kw_only=True):
         ByPhase[Phase], says("what moved, how long each tier worked and waited, how far that is from the floor")
     ]
     ceilings: Ceilings
+    weights: Later[Weights] = UNSET
     residency: Residency
     plan: Planned
     memory: Memory

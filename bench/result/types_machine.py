@@ -29,6 +29,19 @@ class Residency(Part, frozen=True, kw_only=True):
     complete_at_start: Annotated[bool, says("whether every resident was in its tier when the clock started")]
 
 
+class Weights(Part, frozen=True, kw_only=True):
+    """how the layers' weights lie on every tier"""
+
+    weight_format: Annotated[str, says("the weight format, or the dtype where they are plain (docs/FORMATS.md)")]
+    exact: Annotated[bool, says("whether they are the checkpoint's, converted to the dtype, bit for bit")]
+    rest_bytes: Annotated[Count, says("bytes of all layers at rest")]
+    decoded_bytes: Annotated[Count, says("bytes of the same in the dtype that is computed in")]
+    decode_ms: Annotated[
+        Amount | None,
+        says("ms in which weights were decoded, of a mean decode pass; null where none were, or not timed"),
+    ]
+
+
 class BytesPerPass(Part, frozen=True, kw_only=True):
     """bytes that a pass was planned to take"""
 
@@ -42,6 +55,10 @@ class Planned(Part, frozen=True, kw_only=True):
     """what was planned before anything large was allocated"""
 
     bytes_per_pass: BytesPerPass
+    weight_decode_bytes: Annotated[Later[Count], says("bytes that decoding weights makes in a decode pass")] = UNSET
+    scratch_bytes: Annotated[Later[Count], says("bytes of GPU memory for decoded weights, shared by all layers")] = (
+        UNSET
+    )
     chunk_tokens: Annotated[FromOne, says("tokens of a prompt computed at a time inside one load of a layer")]
     wave_rows: Annotated[FromOne, says("rows of the batch computed at a time in the prefill")]
     stretch_rows: Annotated[Later[FromOne], says("rows whose KV is moved and attended together")] = UNSET

@@ -51,6 +51,13 @@ class Idle(Part, frozen=True, kw_only=True):
     ]
 
 
+class DecodedWeights(Part, frozen=True, kw_only=True):
+    """weights that were decoded on the GPU just before their products"""
+
+    ms: Annotated[Amount | None, says("ms, part of busy_ms.compute; null where it was not measured (CUDA graphs)")]
+    bytes: Annotated[Count, says("bytes that decoding made; 0 where products took packed weights, or none were left")]
+
+
 class Phase(Part, frozen=True, kw_only=True):
     wall_ms: Annotated[Amount, says("ms that the phase took")]
     passes: Annotated[Count, says("forward passes: times every layer was run")]
@@ -65,6 +72,7 @@ class Phase(Part, frozen=True, kw_only=True):
     hbm_bytes: Annotated[
         Count, says("fewest bytes read from device memory: every weight once per pass; in the decode all KV so far too")
     ]
+    decoded_weights: Annotated[Later[DecodedWeights], says("weights decoded just before their products")] = UNSET
     floor_ms: Annotated[
         Amount | None,
         says("ms that these bytes and operations need at the ceilings, of the slowest rank; null where not known"),
@@ -94,6 +102,7 @@ class Ceilings(Part, frozen=True, kw_only=True):
     h2d: Annotated[Later[Rate], says("copies from CPU to GPU memory")] = UNSET
     d2h: Annotated[Later[Rate], says("copies from GPU to CPU memory")] = UNSET
     h2d_d2h: Annotated[Later[Rate], says("copies both ways at once, their sum")] = UNSET
+    weight_decode: Annotated[Later[Rate], says("decoding weights, in bytes of what it makes")] = UNSET
     ssd: Annotated[Later[Rate], says("SSD reads as the run makes them")] = UNSET
     h2d_with_ssd: Annotated[Later[Rate], says("copies from CPU to GPU memory while the SSD is read")] = UNSET
 

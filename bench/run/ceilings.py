@@ -19,7 +19,7 @@ from llama.inputs import Inputs
 from llama.llm import LLaMA
 from llama.options import BuildOptions
 from wsm.disk.atomic import write_atomically
-from wsm.engine.probe import probe_compute, probe_link, probe_ssd
+from wsm.engine.probe import probe_compute, probe_decoding, probe_link, probe_ssd
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
 from wsm.store.packed_store import PackedStore
@@ -36,6 +36,9 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     in_step()
     host, slot = manager.memory.scratch() if manager is not None else (None, None)
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
+    weight_format, scratch = llm.inputs.weight_format, llm.scratch.room
+    if weight_format is not None and scratch.nbytes:
+        found |= probe_decoding(llm.device, weight_format, llm.config.dim, llm.inputs.dtype, scratch)
     if llm.inputs.device.type == "cuda":
         # Given back, so it counts neither against the budget nor as the run's peak.
         torch.cuda.empty_cache()
@@ -66,10 +69,11 @@ def _files(options: BuildOptions, inputs: Inputs) -> tuple[Path, Path]:
     cpu = [cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total]
     hardware = [*gpu, *cpu, drive_of(Path(store.partition(",")[0]))]
     model = inputs.checkpoint.config.to_json()
+    form = inputs.weight_format.name if inputs.weight_format is not None else None
     sizes = [options.staging_mb, options.mode, options.gpu_mem_gb, options.cpu_mem_gb]
 
     def file(*more: Any) -> Path:
-        key = [hardware, str(inputs.dtype), store, *more]
+        key = [hardware, str(inputs.dtype), store, *([form] if form is not None else []), *more]
         text = json.dumps(key, sort_keys=True, default=msgspec.to_builtins)
         return folder / f"ceilings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 

@@ -15,7 +15,7 @@ from bench.result.fields import Bound, ByPhase
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
 from bench.result.types_machine import LoadRate
-from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traffic
+from bench.result.types_phases import Busy, DecodedWeights, Idle, Phase, RankPhase, Stall, Traffic
 from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
@@ -144,7 +144,7 @@ def phases_of(
 ) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
-    itemsize = llm.inputs.dtype.itemsize
+    itemsize = llm.plan.bytes_a_weight
     passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
     works = (
         prefill_work(llm.config, rows, len(passes[0]), itemsize),
@@ -173,6 +173,7 @@ def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_
         idle_ms=Idle(**_from_0(stats.idle_ms)),
         flops=stats.flops,
         hbm_bytes=stats.hbm_bytes,
+        decoded_weights=DecodedWeights(ms=stats.decoding_ms, bytes=stats.decoded_bytes),
         floor_ms=floor_ms,
         predicted_ms=None if predicted_pass_ms is None else predicted_pass_ms * stats.passes or None,
         bound_by=bound_by,
@@ -198,6 +199,7 @@ def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float 
         d2h_bytes=moved["kv_d2h"],
         hbm_bytes=stats.hbm_bytes,
         flops=stats.flops,
+        decoded_bytes=stats.decoded_bytes,
     )
     parts = parts_ms(work, {name: ceiling.value for name, ceiling in ceilings.items()})
     times = {bound: ms for bound, ms in parts.items() if ms is not None}

@@ -25,6 +25,7 @@ from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
 from wsm.errors import KVDeviceError, StoreError, UnusableInput
+from wsm.formats.backend import decoder
 from wsm.plan.advice import budget_text, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
@@ -39,7 +40,9 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
         reporter.say(f"[INFO] --auto chose {' '.join(chosen) or 'nothing: the mode has no layers to place'}")
         reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
-    if mode == "full" and options.manifest is not None:
+    if inputs.weight_format is not None:
+        reporter.say(f"[INFO] weights in {inputs.format_name}, decoded by {decoder(inputs.device)}")
+    if mode == "full" and options.manifest is not None and inputs.description is None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
     if plan.placement.residency.ssd:
         store = inputs.description

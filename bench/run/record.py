@@ -18,14 +18,15 @@ import torch
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
 from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
-from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
-from bench.result.types_phases import Ceilings, Phase, Rate
+from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier, Weights
+from bench.result.types_phases import Ceilings, DecodedWeights, Phase, Rate
 from bench.run import warnings
 from bench.run.conditions import Watch
 from bench.run.measure import Round, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
 from llama.llm import LLaMA
 from wsm.option import options_of
+from wsm.plan.decoding import decoded_layouts
 from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings, environment_echo
 from wsm.store.description import DTYPE_NAMES
@@ -77,6 +78,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         tpot_ms=tpot_of(chosen.pass_ms),
         phases=phases,
         ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
+        weights=_weights(llm, phases.decode),
         residency=_residency(llm, chosen),
         plan=_planned(llm),
         memory=memory,
@@ -116,11 +118,23 @@ def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak
     return GpuPeak(allocated_GB=allocated, reserved_GB=reserved)
 
 
+def _weights(llm: LLaMA, decode: Phase) -> Weights:
+    inputs, weight_format, decoded = llm.plan.inputs, llm.inputs.weight_format, decode.decoded_weights
+    timed = decoded.ms if isinstance(decoded, DecodedWeights) else None
+    return Weights(
+        weight_format=llm.inputs.format_name,
+        exact=weight_format is None or weight_format.exact,
+        rest_bytes=inputs.layers_bytes(range(inputs.config.n_layers)),
+        decoded_bytes=sum(layout.nbytes for group, layout in decoded_layouts(inputs).items() if group is not None),
+        decode_ms=timed / decode.passes if timed is not None and decode.passes else None,
+    )
+
+
 def _residency(llm: LLaMA, chosen: Round) -> Residency:
-    placement, layer = llm.plan.placement, llm.plan.inputs.slot_bytes()
-    layers = {tier: len(getattr(placement.residency, tier)) for tier in ("gpu", "cpu", "ssd")}
+    placement, held = llm.plan.placement, llm.plan.inputs.layers_bytes
+    layers = {tier: getattr(placement.residency, tier) for tier in ("gpu", "cpu", "ssd")}
     return Residency(
-        **{tier: Tier(layers=n, bytes=n * layer) for tier, n in layers.items()},
+        **{tier: Tier(layers=len(named), bytes=held(named)) for tier, named in layers.items()},
         gpu_slots=placement.gpu_slots,
         cpu_slots=placement.cpu_slots,
         complete_at_start=chosen.complete_at_start,
@@ -131,6 +145,8 @@ def _planned(llm: LLaMA) -> Planned:
     plan = llm.plan
     return Planned(
         bytes_per_pass=BytesPerPass(**plan.bytes_per_pass),
+        weight_decode_bytes=plan.decoded_bytes["decode"],
+        scratch_bytes=plan.decoding.scratch_bytes,
         chunk_tokens=plan.chunk_tokens,
         wave_rows=plan.wave_rows,
         stretch_rows=plan.kv.layout.stretch_rows,
@@ -184,6 +200,7 @@ def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
+        "weight_format": llm.inputs.format_name,
         "device": str(llm.inputs.device),
         "model": llm.config.name,
         "tp": llm.inputs.world.shard.size,

@@ -1,8 +1,9 @@
 """A timeline in the Chrome trace format: SSD reads, the CPU tier, copies to the GPU, computing and KV, a bar per group.
 
 A viewer nests bars that overlap on one lane, so what overlaps is on lanes side by side. What a program wants to know of
-an event is in its ``args``: ``kind`` (phase, ssd_read, cpu_tier, weight_h2d, weight_wait, kv_wait, compute, or what of
-KV moved: kv_h2d, kv_d2h, kv_read, kv_write), ``group``, ``layer`` of KV, ``step`` of the pass order, and ``bytes``.
+an event is in its ``args``: ``kind`` (phase, ssd_read, cpu_tier, weight_h2d, weight_wait, kv_wait, compute,
+weight_decode, or what of KV moved: kv_h2d, kv_d2h, kv_read, kv_write), ``group``, ``layer`` of KV, ``step`` of the pass
+order, and ``bytes``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from wsm.engine.telemetry import Interval, Telemetry, Transfer
 from wsm.layout.groups import GroupId
 
-LANES = ("phase", "SSD reads", "CPU tier", "H2D", "compute waits", "compute", "KV")
+LANES = ("phase", "SSD reads", "CPU tier", "H2D", "compute waits", "compute", "decode", "KV")
 _MOST_SIDE_BY_SIDE = 1000
 """Room in the numbering of lanes; far more than there are slots or reads in flight."""
 _SHORTEST_WAIT_S = 1e-6
@@ -69,6 +70,9 @@ def _stays(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Stay]:
         if use.granted - use.asked > _SHORTEST_WAIT_S:
             yield Stay("compute waits", f"wait {group}", (use.asked, use.granted), {"kind": "weight_wait", **args})
         yield Stay("compute", group, (use.granted, use.done), {"kind": "compute", **args})
+    for made in telemetry.decodings():
+        args = {"kind": "weight_decode", "group": str(made.group), "bytes": made.nbytes}
+        yield Stay("decode", str(made.group), (made.start, made.end), args)
     for waited in telemetry.kv_waits():
         if waited[1] - waited[0] > _SHORTEST_WAIT_S:
             yield Stay("compute waits", "wait KV", waited, {"kind": "kv_wait"})

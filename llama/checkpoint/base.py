@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from torch import Tensor
 from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
-from wsm.layout.groups import pass_order
+from wsm.formats.format import Plane, WeightFormat
+from wsm.layout.groups import Encoded, pass_order
 from wsm.layout.model import Shard, SourceFile
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,6 +59,34 @@ class Checkpoint(ABC):
         row = torch.empty(1, self._shapes[name][-1], dtype=dtype)
         self.fill(name, row, Cut(0, 0, *row.shape))
         return row[0]
+
+    def encode(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Mapping[str, Tensor] | None:
+        """The planes of a matrix, taken as of ``dtype``, in a weight format; None where it stays plain."""
+        weight = torch.empty(shape, dtype=dtype)
+        self.read_into(name, weight)
+        try:
+            return weight_format.encode(weight)
+        except UnusableInput as error:
+            raise UnusableInput(f"{name}: {error}") from error
+
+    def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
+        """Fill ``out`` with the planes of a matrix, whose sizes are those of :meth:`planes`."""
+        planes = self.encode(name, out.shape, out.dtype, weight_format)
+        assert planes is not None
+        for plane, into in out.planes.items():
+            into.copy_(planes[plane])
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        """Of which planes :meth:`encode` will give."""
+        fixed = weight_format.planes((shape[0], shape[1]), dtype)
+        if fixed is not None:
+            return fixed
+        found = self.encode(name, shape, dtype, weight_format)
+        return None if found is None else tuple(Plane(n, p.dtype, tuple(p.shape)) for n, p in found.items())
 
     @abstractmethod
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:

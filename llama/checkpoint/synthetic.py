@@ -10,16 +10,21 @@ import dataclasses
 import hashlib
 import math
 import threading
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.base import Checkpoint, RankCheckpoint
+from llama.checkpoint.tiled import PlaneBlocks, TiledExact, start_of
 from llama.config import PRESETS, ModelConfig
-from llama.names import Cut
+from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
-from wsm.layout.model import SourceFile
+from wsm.formats.exact import Exact
+from wsm.formats.format import Plane, WeightFormat
+from wsm.layout.groups import Encoded
+from wsm.layout.model import Shard, SourceFile
 
 BLOCK_VALUES = (1 << 20) + 1
 """2 MiB in bfloat16: stays in a core's cache while it is copied out."""
@@ -39,6 +44,8 @@ class SyntheticCheckpoint(Checkpoint):
         self._unit = _unit_block(seed)
         self._blocks: dict[tuple[str, torch.dtype], Tensor] = {}
         self._lock = threading.Lock()
+        self._planes = PlaneBlocks(self._unit, 1 / math.sqrt(config.dim), seed)
+        self._exact: TiledExact | None = None
 
     def sources(self) -> tuple[SourceFile, ...]:
         recipe = f"1 {self.config.to_json()} seed={self._seed} block={BLOCK_VALUES} norm={NORM_STD}"
@@ -47,13 +54,57 @@ class SyntheticCheckpoint(Checkpoint):
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         block = self._block("norm" if name.endswith("norm.weight") else "matrix", out.dtype)
         columns = self._shapes[name][-1]
-        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        begin, row = int.from_bytes(digest[:8], "little") + cut.row * columns + cut.column, 0
+        begin, row = self.start(name) + cut.row * columns + cut.column, 0
         while row < cut.rows:  # in as few copies as the block's end allows
             start = (begin + row * columns) % BLOCK_VALUES
             count = min(cut.rows - row, -(-(BLOCK_VALUES - start) // columns))
             out[row : row + count].copy_(block.as_strided((count, cut.columns), (columns, 1), start))
             row += count
+
+    def start(self, name: str) -> int:
+        """Where the tiling of a tensor begins in the endless block."""
+        return start_of(f"{self._seed} {name}")
+
+    def share(self, shard: Shard) -> Checkpoint:
+        return self if shard.size == 1 else SyntheticShare(self, shard)
+
+    def encode(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Mapping[str, Tensor] | None:
+        if (planned := self.planes(name, shape, dtype, weight_format)) is None:
+            return None
+        made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
+        self.encode_into(name, Encoded(weight_format.name, shape, dtype, made), weight_format)
+        return made
+
+    def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
+        self.tile_into(name, self.start(name), out, weight_format)
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        return self.tiled_planes(self.start(name), (shape[0], shape[1]), dtype, weight_format)
+
+    def tile_into(self, name: str, start: int, out: Encoded, weight_format: WeightFormat) -> None:
+        """Planes of a part of the tiling: in ``exact`` of whole rows from ``start`` on, else blocks of their own."""
+        if isinstance(weight_format, Exact):
+            self._tiled_exact().fill_(out.planes, (out.shape[0], out.shape[1]), start)
+        else:
+            self._planes.fill_(name, weight_format, out.planes)
+
+    def tiled_planes(
+        self, start: int, shape: tuple[int, int], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        """The planes that :meth:`tile_into` fills; None where the matrix stays plain."""
+        if isinstance(weight_format, Exact):
+            return self._tiled_exact().planes(shape, start)
+        return weight_format.planes(shape, dtype)
+
+    def _tiled_exact(self) -> TiledExact:
+        block = self._block("matrix", torch.bfloat16)[:BLOCK_VALUES]
+        with self._lock:
+            self._exact = self._exact or TiledExact(block)
+            return self._exact
 
     def _block(self, role: Literal["norm", "matrix"], dtype: torch.dtype) -> Tensor:
         """The block in a role, its beginning once more behind it: a row may go over its end."""
@@ -63,6 +114,46 @@ class SyntheticCheckpoint(Checkpoint):
                 widest = max(shape[-1] for shape in self._shapes.values())
                 self._blocks[role, dtype] = torch.cat([values, values[:widest]]).to(dtype)
             return self._blocks[role, dtype]
+
+
+class SyntheticShare(RankCheckpoint):
+    """A rank's share of synthetic weights; in a format whose planes are blocks of their own, the rank has its own."""
+
+    def __init__(self, whole: SyntheticCheckpoint, shard: Shard) -> None:
+        super().__init__(whole, shard)
+        self._made = whole
+
+    def encode(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Mapping[str, Tensor] | None:
+        if self._is_cut(name, weight_format):
+            return super().encode(name, shape, dtype, weight_format)
+        if (planned := self.planes(name, shape, dtype, weight_format)) is None:
+            return None
+        made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
+        self.encode_into(name, Encoded(weight_format.name, shape, dtype, made), weight_format)
+        return made
+
+    def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
+        if self._is_cut(name, weight_format):
+            super().encode_into(name, out, weight_format)
+        else:
+            self._made.tile_into(f"{name} of rank {self._shard.rank}", self._start(name), out, weight_format)
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        if self._is_cut(name, weight_format):
+            return super().planes(name, shape, dtype, weight_format)
+        return self._made.tiled_planes(self._start(name), (shape[0], shape[1]), dtype, weight_format)
+
+    def _is_cut(self, name: str, weight_format: WeightFormat) -> bool:
+        """Whether rows are cut: then what ``exact`` makes of them is no tiling."""
+        return isinstance(weight_format, Exact) and name.endswith(BY_COLUMNS)
+
+    def _start(self, name: str) -> int:
+        rows, columns = self._shapes[name]
+        return self._made.start(name) + self._shard.rank * rows * columns
 
 
 def _unit_block(seed: int) -> Tensor:

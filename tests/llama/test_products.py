@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.parallel.world import Collective
-from llama.products import Products
+from llama.products import Products, ProductSource, Scratch
+from wsm.formats import registry
+from wsm.layout.groups import Encoded, GroupId, Stored
 from wsm.layout.model import Shard
 
 TOGETHER = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def products(
+    held: Mapping[str, Stored], collective: Collective | None = None, scratch: Scratch | None = None
+) -> Products:
+    source = ProductSource(None, 1e-5, collective or Collective(), scratch)  # type: ignore[arg-type]
+    return Products(GroupId(0, "attn"), held, source, timed=False)
 
 
 class _Doubling(Collective):
@@ -28,19 +39,63 @@ class _Doubling(Collective):
 def test_names_side_by_side_are_one_product_wherever_the_matrices_lie(apart: bool) -> None:
     parts = TOGETHER.split([6, 2, 4])
     held = dict(zip(("wq", "wk", "wv"), [part.clone() for part in parts] if apart else parts, strict=True))
-    assert torch.equal(Products(held, 1e-5, Collective()).linear(X, "wq", "wk", "wv"), F.linear(X, TOGETHER))
+    assert torch.equal(products(held).linear(X, "wq", "wk", "wv"), F.linear(X, TOGETHER))
 
 
 def test_a_product_is_added_to_the_residual_once_for_all_ranks() -> None:
     h = torch.ones(5, 12)
-    Products({"wo": TOGETHER}, 1e-5, Collective()).add_linear_(h, X, "wo")
+    products({"wo": TOGETHER}).add_linear_(h, X, "wo")
     assert torch.equal(h, torch.ones(5, 12).addmm_(X, TOGETHER.t()))
     h = torch.ones(5, 12)
-    Products({"wo": TOGETHER}, 1e-5, _Doubling()).add_linear_(h, X, "wo")
+    products({"wo": TOGETHER}, _Doubling()).add_linear_(h, X, "wo")
     assert torch.equal(h, 1 + 2 * F.linear(X, TOGETHER))
 
 
 def test_the_norm_is_that_of_its_vector() -> None:
     weight = torch.linspace(0.5, 1.5, 8)
-    w = Products({"ffn_norm": weight}, 1e-5, Collective())
+    w = products({"ffn_norm": weight})
     assert torch.equal(w.norm(X, "ffn_norm"), F.rms_norm(X, (8,), weight, 1e-5))
+
+
+def encoded(matrix: Tensor, name: str) -> Encoded:
+    planes = registry.get(name).encode(matrix)
+    assert planes is not None
+    return Encoded(name, tuple(matrix.shape), matrix.dtype, planes)
+
+
+def decoded(matrix: Encoded) -> Tensor:
+    out = torch.empty(matrix.shape, dtype=matrix.dtype)
+    registry.get(matrix.format).decode_(matrix.planes, out)
+    return out
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ["exact", "fp8", "int8", "int4"])
+def test_a_product_with_encoded_matrices_is_that_with_the_decoded_ones(name: str, kept: bool) -> None:
+    matrices = dict(zip(("wq", "wk", "wv"), torch.randn(96, 64).bfloat16().split([48, 24, 24]), strict=True))
+    held: dict[str, Stored] = {short: encoded(matrix, name) for short, matrix in matrices.items()}
+    held["wk"] = matrices["wk"]  # a matrix that the format does not pay for stays plain
+    held["wo"] = encoded(torch.randn(64, 96).bfloat16(), name)
+    plain = {short: decoded(m) if isinstance(m, Encoded) else m for short, m in held.items()}
+    scratch = Scratch(1 << 16 if kept else 96 * 64 * 2, torch.device("cpu"))
+    x, h = torch.randn(5, 64).bfloat16(), torch.zeros(5, 64).bfloat16()
+    w = products(held, scratch=scratch)
+    for _ in range(3):  # as with chunks: whatever is decoded in between
+        assert torch.equal(w.linear(x, "wq", "wk", "wv"), F.linear(x, torch.cat([plain[n] for n in matrices])))
+        expected = h.clone().addmm_(x.repeat(1, 2)[:, :96], plain["wo"].t())
+        w.add_linear_(h, x.repeat(1, 2)[:, :96], "wo")
+        assert torch.equal(h, expected)
+
+
+def test_with_room_for_the_whole_group_a_matrix_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[str, Stored] = {"w1": encoded(torch.randn(32, 64).bfloat16(), "int4")}
+    calls = []
+    family = type(registry.get("int4"))
+    decode = family.decode_
+    monkeypatch.setattr(family, "decode_", lambda self, *given: (calls.append(1), decode(self, *given)))
+    for nbytes, decodings in ((32 * 64 * 2, 3), (32 * 64 * 2 + 2 * 512, 1)):
+        w = products(held, scratch=Scratch(nbytes, torch.device("cpu")))
+        calls.clear()
+        for _ in range(3):
+            w.linear(torch.ones(2, 64).bfloat16(), "w1")
+        assert len(calls) == decodings

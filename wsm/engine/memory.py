@@ -10,8 +10,8 @@ from torch import Tensor
 from wsm.engine.arena import PageLockedArena
 from wsm.engine.device import Device, Event
 from wsm.engine.slots import Homes, Pool, Pools, Slot
-from wsm.layout.groups import KINDS, Kind, pass_order, views, without
-from wsm.plan.placement import Placement
+from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, decoded_layout, pass_order, views, without
+from wsm.plan.placement import Placement, cpu_home_bytes
 from wsm.settings import Settings
 from wsm.store.source import GroupSource
 
@@ -21,7 +21,8 @@ class WeightMemory:
 
     Homes are the residents' own buffers, pools the slots that streamed groups pass through; GPU residents come through
     ``loading_pools`` where there is no other CPU memory. Raises DoesNotFit if the CPU memory is refused (the device's
-    own out-of-memory error passes through).
+    own out-of-memory error passes through). ``decoded_from`` is what residents are decoded out of, None where they are
+    not.
 
     Args:
         source: says how large groups are, and reads the globals.
@@ -32,6 +33,7 @@ class WeightMemory:
         self, plan: Placement, source: GroupSource, device: Device, settings: Settings, kept_on_cpu: str | None
     ) -> None:
         self._source, self._device, self._kept_on_cpu = source, device, kept_on_cpu
+        self._decoded = plan.decoded
         self._arenas: list[PageLockedArena] = []
         self.page_locked_peak_bytes = 0
         self.populate_s = self.page_lock_s = 0.0
@@ -44,20 +46,25 @@ class WeightMemory:
     def _allocate(self, plan: Placement, settings: Settings) -> None:
         order, residency = pass_order(plan.residency.n_layers), plan.residency
         layer_bytes = sum(self._source.slot_bytes(kind) for kind in KINDS)
-        arena = self._new_arena((len(residency.cpu) + plan.cpu_slots) * layer_bytes)
+        homes = cpu_home_bytes(plan, {group: self._source.layout(group) for group in order})
+        arena = self._new_arena(sum(homes.values()) + plan.cpu_slots * layer_bytes)
         self._loading = self._new_arena(plan.loading_slots * layer_bytes)
         kept = (tensor.nbytes for tensor in self._source.layout(None).tensors if tensor.name == self._kept_on_cpu)
         self._embedding = self._new_arena(sum(kept))
-        self.gpu_homes: Homes = {g: Slot(self._gpu_buffer(g.kind), g) for g in order if g.layer in set(residency.gpu)}
+        on_gpu = [group for group in order if group.layer in set(residency.gpu)]
+        self.gpu_homes: Homes = {g: Slot(self._gpu_buffer(self.gpu_layout(g).nbytes), g) for g in on_gpu}
         self.gpu_pools: Pools = {
-            kind: Pool((self._gpu_buffer(kind) for _ in range(plan.gpu_slots)), retain=not settings.evict_finished)
+            kind: Pool(
+                (self._gpu_buffer(self._source.slot_bytes(kind)) for _ in range(plan.gpu_slots)),
+                retain=not settings.evict_finished,
+            )
             for kind in KINDS
             if plan.gpu_slots
         }
+        largest = max(self._source.slot_bytes(kind) for kind in KINDS)
+        self.decoded_from = self._gpu_buffer(largest) if plan.decoded else None
         self.cpu_pools: Pools = self._pools_in(arena, plan.cpu_slots, retain=settings.cpu_evict == "fifo")
-        self.cpu_homes: Homes = {
-            g: Slot(arena.take(self._source.slot_bytes(g.kind)), g) for g in order if g.layer in set(residency.cpu)
-        }
+        self.cpu_homes: Homes = {g: Slot(arena.take(nbytes), g) for g, nbytes in homes.items()}
         self.loading_pools: Pools = self._pools_in(self._loading, plan.loading_slots, retain=False)
 
     def _new_arena(self, nbytes: int) -> PageLockedArena:
@@ -68,8 +75,13 @@ class WeightMemory:
         self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
         return arena
 
-    def _gpu_buffer(self, kind: Kind) -> Tensor:
-        return torch.empty(self._source.slot_bytes(kind), dtype=torch.uint8, device=self._device.torch_device)
+    def gpu_layout(self, group: GroupId) -> GroupLayout:
+        """How a group lies on the device."""
+        layout = self._source.layout(group)
+        return decoded_layout(layout) if self._decoded else layout
+
+    def _gpu_buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device.torch_device)
 
     def _pools_in(self, arena: PageLockedArena, slots: int, *, retain: bool) -> dict[Kind, Pool]:
         return {
@@ -121,8 +133,10 @@ class WeightMemory:
 
     def drop_loading(self, end: Event) -> None:
         """Give back what only the loading of residents needed, after ``end`` of the last copy out of it."""
-        if self._loading.nbytes:
+        if self._loading.nbytes or self.decoded_from is not None:
             end.synchronize()
+        self.decoded_from = None
+        if self._loading.nbytes:
             self._drop(self._loading)
 
     def _drop(self, arena: PageLockedArena) -> None:
@@ -139,6 +153,7 @@ class WeightMemory:
         on_gpu, on_cpu = _slots(self.gpu_homes, self.gpu_pools), _slots(self.cpu_homes, self.cpu_pools)
         for slot in (*on_gpu, *on_cpu, *_slots({}, self.loading_pools)):
             slot.buffer = torch.empty(0, dtype=torch.uint8)
+        self.decoded_from = None
 
 
 def _slots(homes: Homes, pools: Pools) -> list[Slot]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from wsm.engine.device import Device
 from wsm.engine.telemetry import moved_bytes
+from wsm.formats.backend import decoder
+from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
 from wsm.store.source import ChunkRead, GroupRead, GroupSource
@@ -38,11 +40,16 @@ class ProbeSizes(NamedTuple):
     copy_s: float  # of a sample over a slow link
     hbm_bytes: int
     matmul_n: int
+    decoded_bytes: int
     ssd_s: float  # of all reads of the SSD
 
 
-ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
-ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
+ON_CUDA = ProbeSizes(
+    copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, decoded_bytes=128 << 20, ssd_s=1.5
+)
+ON_CPU = ProbeSizes(
+    copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, decoded_bytes=2 << 20, ssd_s=0.25
+)
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
@@ -87,6 +94,29 @@ def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = N
         "hbm": _ceiling(hbm_MBps, "MBps", f"sum of {data.nbytes >> 20} MiB, {SAMPLES} samples"),
         "matmul": _ceiling(rates, "TFLOPs", f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples"),
     }
+
+
+def probe_decoding(
+    device: Device, weight_format: WeightFormat, columns: int, dtype: torch.dtype, room: Tensor
+) -> dict[str, Ceiling]:
+    """``weight_decode``: decoding a random matrix of ``columns`` inputs into ``room`` (``uint8`` on the device)."""
+    nbytes = min(room.nbytes, sizes_for(device).decoded_bytes)
+    while True:
+        rows = max(1, nbytes // (columns * dtype.itemsize))
+        try:
+            weight = torch.empty(rows, columns, dtype=dtype, device=device.torch_device).normal_(std=0.02)
+            planes = weight_format.encode(weight)
+            break
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            nbytes //= 2
+    assert planes is not None  # of normal numbers there is no format that does not pay
+    out = room[: weight.nbytes].view(dtype).view(rows, columns)
+    times = [_seconds(device, lambda: weight_format.decode_(planes, out)) for _ in range(SAMPLES + 3)][3:]
+    how = f"{weight_format.name}, {weight.nbytes / 2**20:.3g} MiB of {dtype} by {decoder(device.torch_device)}"
+    rates = [weight.nbytes / s / 1e6 for s in times]
+    return {"weight_decode": _ceiling(rates, "MBps", f"{how}, {SAMPLES} samples")}
 
 
 def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:

@@ -152,9 +152,13 @@ class Residents:
             return pool.take(group)
         for later in reversed(self.unread):
             is_home = later.kind == group.kind and later in self._cpu_homes
-            if is_home and (home := self._claim_home(later, group)) is not None:
+            if is_home and self._fits(group, later) and (home := self._claim_home(later, group)) is not None:
                 return home
         return pool.take(group) if pool.has_room() else None
+
+    def _fits(self, group: GroupId, resident: GroupId) -> bool:
+        """Whether a GPU resident's image has room in the home of a CPU resident."""
+        return self._gpu_homes[group].buffer.nbytes <= self._cpu_homes[resident].buffer.nbytes
 
     def _is_last_way_in(self, resident: GroupId) -> bool:
         """Whether a CPU resident's home has to stay open for the GPU residents that wait, there being no pool."""

@@ -19,13 +19,14 @@ from functools import partial
 
 from torch import Tensor
 
+from wsm.engine.decoding import decode_image
 from wsm.engine.device import PIECE_BYTES, Device, Event, Link
 from wsm.engine.memory import WeightMemory
 from wsm.engine.slots import CopyJob, ReadJob, Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.engine.threads import Threaded
 from wsm.engine.tiers import Tiers
-from wsm.layout.groups import KINDS, GroupId, pass_order, views
+from wsm.layout.groups import KINDS, GroupId, Stored, pass_order, stored_views
 from wsm.plan.placement import Placement
 from wsm.settings import Settings
 from wsm.store.source import ChunkRead, GroupSource
@@ -73,8 +74,8 @@ class WeightStreamingManager(Threaded):
         super().__init__(self.tiers, device)
         self._link, self._on_layer = link or Link(), on_layer
         self._known = frozenset(self.order)
-        self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
-        self._together: dict[GroupId, dict[str, Tensor]] | None = None
+        self._views: dict[tuple[int, GroupId], dict[str, Stored]] = {}
+        self._together: dict[GroupId, dict[str, Stored]] | None = None
         self.globals: Mapping[str, Tensor] = {}
         self.globals_s = 0.0
 
@@ -104,12 +105,22 @@ class WeightStreamingManager(Threaded):
         while (job := self.tiers.next_copy()) is not None:
             if job.destination.drained is not None:
                 self.device.wait(stream, job.destination.drained)  # the slot's last computation
-            end = self._queue_pieces(job, stream)
+            end = self._copy(job, stream)
             if job.last:
                 self.memory.drop_loading(end)  # before it counts as loaded: the clock may start then
             self.tiers.copy_queued(job, end)
 
-    def _queue_pieces(self, job: CopyJob, stream: object) -> Event:
+    def _copy(self, job: CopyJob, stream: object) -> Event:
+        """Queue one group's copy, and its decoding if it is a resident that is decoded; the event behind that."""
+        home, encoded = job.destination.buffer, self.memory.decoded_from
+        if encoded is None or job.step is not None:
+            return self._queue_pieces(job, home, stream)
+        self._queue_pieces(job, encoded, stream)
+        layout = self.source.layout(job.group)
+        self.device.run(stream, partial(decode_image, encoded, layout, home))
+        return self.device.record(stream)
+
+    def _queue_pieces(self, job: CopyJob, destination: Tensor, stream: object) -> Event:
         """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one.
 
         Pieces make one record until the host finds, when it queues the next, another's piece or nothing before it.
@@ -123,7 +134,7 @@ class WeightStreamingManager(Threaded):
                 if end is None or ahead is not end:
                     self.telemetry.copied(job.group, job.step, offset - first, start, end)
                     start, first = self.telemetry.mark(stream), offset
-                self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
+                self.device.copy(destination[piece], job.source.buffer[piece], stream)
                 end = self.device.record(stream)
                 self._link.queued(end)
         assert end is not None
@@ -133,7 +144,7 @@ class WeightStreamingManager(Threaded):
     # -- acquire, use, free
 
     @contextmanager
-    def acquire(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
+    def acquire(self, group: GroupId) -> Iterator[Mapping[str, Stored]]:
         """The weights of ``group`` on the compute device, until the block ends.
 
         Groups are asked for in pass order; where a pass was broken off, the rest of it is passed over first.
@@ -155,7 +166,7 @@ class WeightStreamingManager(Threaded):
                 pass
 
     @contextmanager
-    def _use(self, group: GroupId) -> Iterator[Mapping[str, Tensor]]:
+    def _use(self, group: GroupId) -> Iterator[Mapping[str, Stored]]:
         stream = self.device.compute_stream()
         asked = self.telemetry.mark(stream)
         step, slot = self.tiers.enter()
@@ -169,10 +180,10 @@ class WeightStreamingManager(Threaded):
             self.tiers.leave(group, slot, done)
         self.telemetry.used(group, step, asked, granted, done)
 
-    def _tensors(self, slot: Slot, group: GroupId) -> dict[str, Tensor]:
+    def _tensors(self, slot: Slot, group: GroupId) -> dict[str, Stored]:
         key = id(slot), group
         if key not in self._views:
-            self._views[key] = views(slot.buffer, self.source.layout(group))
+            self._views[key] = stored_views(slot.buffer, self.memory.gpu_layout(group))
         return self._views[key]
 
     @property
@@ -181,7 +192,7 @@ class WeightStreamingManager(Threaded):
         return self.plan.residency.streamed_layers == 0
 
     @contextmanager
-    def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Tensor]]]:
+    def acquire_all(self) -> Iterator[Mapping[GroupId, Mapping[str, Stored]]]:
         """The weights of a whole pass at once, where all are ``resident``; one record in the telemetry.
 
         Raises as :meth:`acquire`, and ValueError where some group passes through a slot.

@@ -47,6 +47,16 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """Matrices of a group, decoded to ``nbytes`` on the computation's stream, over ``[start, end]`` seconds."""
+
+    group: GroupId
+    nbytes: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class KVTransfer:
     """KV that moved in one of ``KV_TIERS``, over ``[start, end]`` seconds, for the ``pass_no``-th pass of the model."""
 
@@ -68,7 +78,8 @@ class PhaseStats:
     computation for the link's weights (``h2d``) or KV (``kv``). ``idle_ms`` is the time that a tier did nothing,
     waited for or not; the link is idle while neither weights nor KV are copied, and ``compute`` between its passes:
     embedding, head, sampling and read-back, so its busy time, the stalls of ``h2d`` and ``kv`` and its idle time make
-    up the phase. A figure that was not measured is None.
+    up the phase. ``decoding_ms`` is the part of computing in which matrices were decoded, to ``decoded_bytes``. What
+    was not measured is None.
     """
 
     name: str
@@ -81,6 +92,8 @@ class PhaseStats:
     idle_ms: dict[str, float | None]
     flops: int = 0
     hbm_bytes: int = 0
+    decoding_ms: float | None = None
+    decoded_bytes: int = 0
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
@@ -156,6 +169,7 @@ class Telemetry:
         self._kv_copies = _Records[KVTransfer](device)
         self._kv_disk: list[KVTransfer] = []
         self._collectives = _Records[Interval](device)
+        self.decodings = _Records[Decoding](device)
 
     # -- recording
 
@@ -185,6 +199,10 @@ class Telemetry:
         self, group: GroupId | None, step: int, asked: Event | None, granted: Event | None, done: Event | None
     ) -> None:
         self.uses.add(partial(Use, group, step), asked, granted, done)
+
+    def decoded(self, group: GroupId, nbytes: int, start: Event | None, end: Event | None) -> None:
+        """Matrices were decoded between two marks of the computation."""
+        self.decodings.add(partial(Decoding, group, nbytes), start, end)
 
     def took(self, start: object, end: object) -> None:
         """The computation was with other ranks between two marks; waiting for the slowest of them counts."""
@@ -223,6 +241,7 @@ class Telemetry:
         reads, copies = list(self.reads), self.copies()
         uses = [use for use in self.uses() if use.step in steps]
         kv = self.kv_transfers()
+        decodings = [found for found in self.decodings() if window[0] <= found.start < window[1]]
         by_tier = {tier: [t for t in kv if t.tier == tier] for tier in KV_TIERS}
 
         def busy(moves: Iterable[Transfer | KVTransfer]) -> float | None:
@@ -258,4 +277,6 @@ class Telemetry:
                 "h2d": None if link_ms is None else wall_ms - link_ms,
                 "compute": wall_ms - held_ms if uses else None,
             },
+            decoding_ms=1e3 * sum(found.end - found.start for found in decodings) if decodings else None,
+            decoded_bytes=sum(found.nbytes for found in decodings),
         )

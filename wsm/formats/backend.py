@@ -23,7 +23,12 @@ def _loaded() -> tuple[ModuleType | None, str]:
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The Triton kernels where they work on the device of ``tensor``, else None."""
-    return _loaded()[0] if tensor.is_cuda else None
+    return loaded_kernels() if tensor.is_cuda else None
+
+
+def loaded_kernels() -> ModuleType | None:
+    """The Triton kernels where they work on the CUDA device, else None."""
+    return _loaded()[0]
 
 
 def decoder(device: torch.device) -> str:

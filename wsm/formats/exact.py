@@ -44,6 +44,19 @@ class Exact:
     def planes(self, shape: Shape, dtype: torch.dtype) -> None:
         return None
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return _planes(shape[0] * shape[1], 0)
+
+    def planes_of(self, shape: Shape, seen: Tensor) -> tuple[Plane, ...] | None:
+        """The planes of a matrix in which each of the 256 exponents is ``seen`` so often; None: it stays plain."""
+        weights = shape[0] * shape[1]
+        planned = _planes(weights, _window(seen)[1])
+        return planned if sum(plane.nbytes for plane in planned) <= self.pays_below * 2 * weights else None
+
+    def base_of(self, seen: Tensor) -> int:
+        """The window's first exponent for such a matrix."""
+        return _window(seen)[0]
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         plain = shape[0] * shape[1] * dtype.itemsize
         return max(total_bytes([Plane("plain", dtype, shape)]), int(self.pays_below * plain) + total_bytes(_some()))
@@ -52,10 +65,10 @@ class Exact:
         if weight.dtype != torch.bfloat16:
             raise UnusableInput(f"the weight format exact holds bfloat16, not {weight.dtype}; use --dtype bfloat16")
         bits = weight.contiguous().view(torch.int16).flatten()
-        base, escapes = _window(bits)
-        planned = _planes(bits.numel(), escapes)
-        if sum(plane.nbytes for plane in planned) > self.pays_below * weight.nbytes:
+        seen = count_exponents(bits)
+        if (planned := self.planes_of((weight.shape[0], weight.shape[1]), seen)) is None:
             return None
+        base = self.base_of(seen)
         planes = {p.name: weight.new_zeros(p.shape, dtype=p.dtype) for p in planned}
         planes["base"].fill_(base)
         _fill_(planes, bits, base)
@@ -83,6 +96,9 @@ class Exact:
         else:
             _decode_(planes, out)
 
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        return 0
+
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> None:
         return None
 
@@ -109,14 +125,19 @@ def _exponents(bits: Tensor) -> Tensor:
     return (bits >> 7).to(torch.uint8)
 
 
-def _window(bits: Tensor) -> tuple[int, int]:
-    """The first exponent of the window with the fewest escapes (the lowest of several), and how many there are."""
+def count_exponents(bits: Tensor) -> Tensor:
+    """How often each exponent is in bfloat16 ``bits`` as int16: int64 ``[256]`` on the CPU."""
     seen = torch.zeros(256, dtype=torch.int64, device=bits.device)
     for piece in pieces(bits.numel(), bits.device):
         seen += torch.bincount(_exponents(bits[piece]), minlength=256)
-    inside = seen.cpu().unfold(0, WINDOW, 1).sum(1).tolist()
+    return seen.cpu()
+
+
+def _window(seen: Tensor) -> tuple[int, int]:
+    """The first exponent of the window with the fewest escapes (the lowest of several), and how many there are."""
+    inside = seen.unfold(0, WINDOW, 1).sum(1).tolist()
     base = inside.index(max(inside))
-    return base, bits.numel() - inside[base]
+    return base, int(seen.sum()) - inside[base]
 
 
 def _fill_(planes: Mapping[str, Tensor], bits: Tensor, base: int) -> None:

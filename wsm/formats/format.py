@@ -47,6 +47,9 @@ class WeightFormat(Protocol):
     def planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...] | None:
         """The planes of a matrix of compute dtype ``dtype``, in their order; None where sizes depend on its values."""
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        """Those of :meth:`planes`, or of a matrix whose values take the least: what can be planned with."""
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """The most bytes a matrix takes, plain ones included; each plane rounded up to ``PLANE_ALIGNMENT``."""
 
@@ -73,6 +76,9 @@ class WeightFormat(Protocol):
         ``out`` is where to put it: its rows may lie apart. A row's result does not depend on the other rows, and
         whether there is one depends on nothing but dtype, device and shapes.
         """
+
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        """The most rows of which :meth:`linear` makes the product, on CUDA or elsewhere; 0 where it makes none."""
 
 
 def total_bytes(planes: Iterable[Plane]) -> int:

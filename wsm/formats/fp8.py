@@ -38,6 +38,9 @@ class Float8:
         scales = Plane("scales", torch.float32, (shape[0] if self.per_row else 1,))
         return Plane("values", torch.float8_e4m3fn, tuple(shape)), scales
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return self.planes(shape)
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return total_bytes(self.planes(shape))
 
@@ -64,12 +67,17 @@ class Float8:
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
         if (kernels := kernels_for(out)) is not None:
-            kernels.decode_bytes_(planes["values"].view(torch.uint8), planes["scales"], None, out, kind="e4m3")
+            kernels.decode_bytes_(
+                planes["values"].view(torch.uint8), planes["scales"].unsqueeze(1), None, out, e4m3=True
+            )
             return
         scales = planes["scales"]
         for rows in pieces(out.shape[0], out.device, out.shape[1]):
             wide = planes["values"][rows].float()
             out[rows] = wide.mul_((scales[rows] if self.per_row else scales)[:, None])
+
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        return 0
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> None:
         return None

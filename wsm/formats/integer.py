@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsm.formats.backend import kernels_for
+from wsm.formats.backend import kernels_for, loaded_kernels
 from wsm.formats.format import (
     Plane,
     Shape,
@@ -68,6 +68,9 @@ class Integer:
         zeros = (Plane("zeros", torch.uint8, grouped),) if self.has_zero else ()
         return values, Plane("scales", _SCALES[self.scale], grouped), *zeros
 
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return self.planes(shape)
+
     def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         return total_bytes(self.planes(shape))
 
@@ -111,8 +114,12 @@ class Integer:
             wide *= scales[part].float().unsqueeze(-1)
             out[part] = wide.flatten(1)[:, :cols]
 
+    def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
+        kernels = loaded_kernels() if cuda else None
+        return kernels.MOST_ROWS if kernels is not None and dtype.itemsize == 2 else 0
+
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
-        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x, shape):
+        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x, shape[1]):
             return None
         if out is None:
             out = x.new_empty(x.shape[0], shape[0])

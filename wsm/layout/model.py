@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from wsm.layout.groups import GroupId, Kind, TensorSpec
+from wsm.layout.groups import Encoded, GroupId, Kind, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from wsm.formats.format import Plane, WeightFormat
 
 
 class Shard(NamedTuple):
@@ -101,6 +103,19 @@ class TensorSource(Protocol):
 
         Raises UnusableInput if the model has no such tensor, or one of another shape.
         """
+
+    def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
+        """Fill ``out`` with what :meth:`encode` gives, where its sizes are known."""
+
+    def encode(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Mapping[str, Tensor] | None:
+        """The planes of the matrix of that full name, taken as of ``dtype``; None where it stays plain; thread-safe."""
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+    ) -> tuple[Plane, ...] | None:
+        """Of which planes :meth:`encode` will give; None where it will give None. Cheaper, if it can be."""
 
     def first_row(self, name: str, dtype: torch.dtype) -> Tensor:
         """The first row of a matrix, or a whole vector, without reading the rest."""

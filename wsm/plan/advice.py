@@ -16,6 +16,7 @@ from wsm.plan.time import Ceiling, pass_times, predicted_floor
 
 UNKNOWN_TIME = "not known in time yet: the first run of this model measures this machine's rates, and plans use them"
 _RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
+_RESOURCE["weight_decode"] = "decoding weights"
 
 
 def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,23 @@ class PlanInputs:
     kv_device: str | None = None
     ranks: int = 1
     ranks_here: int = 1
+
+    def layers_bytes(self, layers: Iterable[int]) -> int:
+        """Bytes of the images of so many layers."""
+        return sum(self.layouts[GroupId(layer, kind)].nbytes for layer in layers for kind in KINDS)
+
+    @property
+    def bytes_a_weight(self) -> float:
+        """Bytes at rest of a layer's and the head's weights, over their number."""
+        matrices = [t for layout in self.layouts.values() for t in layout.tensors if len(t.shape) == 2]
+        embedding = self.config.embedding if not self.config.tied_embeddings else None
+        read = [tensor for tensor in matrices if tensor.name != embedding]
+        return sum(tensor.nbytes for tensor in read) / sum(math.prod(tensor.shape) for tensor in read)
+
+    @property
+    def in_format(self) -> bool:
+        """Whether matrices are in a weight format."""
+        return any(self.layouts[group].encoded for group in self.layouts if group is not None)
 
     def slot_bytes(self) -> int:
         """Bytes of a slot of each kind together: a layer."""

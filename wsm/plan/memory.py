@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
-from wsm.layout.groups import BLOCK, KINDS, bytes_apart, round_up
+from wsm.layout.groups import BLOCK, KINDS, GroupId, bytes_apart, round_up
 from wsm.layout.kv import WINDOWS
 from wsm.layout.model import ModelShape
+from wsm.plan.decoding import NOTHING_DECODED, Decoding, decoded_layouts, decoding_extra_bytes
 from wsm.plan.hardware import MIB
 from wsm.plan.inputs import PlanInputs
-from wsm.plan.placement import Placement
+from wsm.plan.placement import Placement, cpu_home_bytes
 
 MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
 WORKSPACE_BYTES = 64 * MIB
@@ -24,7 +26,7 @@ SORTED_BYTES = 56
 
 MemoryKind = IntEnum(
     "MemoryKind",
-    "WEIGHTS POOLS GLOBALS LOADING_TENSOR LOADING KV KV_WINDOWS KV_BOUNDS KV_DISK "
+    "WEIGHTS POOLS GLOBALS LOADING_TENSOR LOADING SCRATCH KV KV_WINDOWS KV_BOUNDS KV_DISK "
     "ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
 )
 """What takes memory, in the order in which it is shown; LOADING_TENSOR alone of the CPU's is ordinary memory."""
@@ -117,9 +119,12 @@ def _attention_extra(inputs: PlanInputs, portions: Portions, chunk: int) -> int:
     return max(padding, 12 * min(chunk, longest) * longest if goes_on else 0)
 
 
-def gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> list[MemoryLine]:
+def gpu_lines(
+    inputs: PlanInputs, placement: Placement, portions: Portions, decoding: Decoding = NOTHING_DECODED
+) -> list[MemoryLine]:
     """What a run takes of the GPU, but for KV."""
     residents, layer, chunk = len(placement.residency.gpu), inputs.slot_bytes(), portions.chunk_tokens
+    held = inputs if not decoding.at_load else replace(inputs, layouts=decoded_layouts(inputs))
     converted = _converted_kv(inputs, portions)
     # The model takes queries, keys and values in one product: where their matrices are apart, it copies them first.
     attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
@@ -127,21 +132,30 @@ def gpu_lines(inputs: PlanInputs, placement: Placement, portions: Portions) -> l
     # Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both.
     rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
     gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
-    activations = activation_bytes(inputs, portions) + copied + gathered + converted
+    activations = activation_bytes(inputs, portions) + copied + gathered + converted + decoding_extra_bytes(inputs)
     embedding = "" if inputs.embedding_on_cpu else "embedding, "
     computing = f"activations, {portions.wave_tokens(inputs)} tokens in chunks of {chunk}"
     lines = [
-        MemoryLine(MemoryKind.WEIGHTS, f"weights resident, {residents} layers", residents * layer),
+        MemoryLine(
+            MemoryKind.WEIGHTS,
+            f"weights resident, {residents} layers",
+            held.layers_bytes(placement.residency.gpu),
+        ),
         MemoryLine(MemoryKind.POOLS, f"pools, {placement.gpu_slots} slots a kind", placement.gpu_slots * layer),
         MemoryLine(MemoryKind.GLOBALS, f"{embedding}final norm and head", inputs.gpu_globals_bytes),
         MemoryLine(MemoryKind.ACTIVATIONS, computing, activations),
     ]
+    if decoding.at_load:
+        staged = max(map(inputs.kind_bytes, KINDS))
+        lines.append(MemoryLine(MemoryKind.LOADING, "a group to be decoded, freed after loading", staged))
+    if decoding.scratch_bytes:
+        lines.append(MemoryLine(MemoryKind.SCRATCH, "scratch for decoded matrices", decoding.scratch_bytes))
     if not inputs.hardware.has_gpu:
         return lines
     if placement.mode in ("full", "preload") and inputs.ranks == 1:
         graphs = chunk_bytes(inputs.config, inputs.shape.batch, inputs.dtype.itemsize) + converted
         lines.append(MemoryLine(MemoryKind.GRAPHS, "decode graphs", graphs))
-    slack = _rounding(inputs, placement) + activations // 8 + 32 * MIB
+    slack = _rounding(held, placement) + activations // 8 + 32 * MIB
     return [
         *lines,
         MemoryLine(MemoryKind.CONTEXT, "CUDA context and kernels", inputs.hardware.gpu_context_bytes),
@@ -165,23 +179,27 @@ def allocator_bytes(nbytes: int) -> int:
 
 def _rounding(inputs: PlanInputs, placement: Placement) -> int:
     """What torch's allocator adds to weights and slots."""
-    if placement.mode == "full":
+    if placement.mode == "full" and not inputs.in_format:
         taken = [tensor.nbytes for layout in inputs.layouts.values() for tensor in layout.tensors]
     else:
-        layers = len(placement.residency.gpu) + placement.gpu_slots
-        taken = [*map(inputs.kind_bytes, KINDS)] * layers + [inputs.gpu_globals_bytes]
+        homes = [inputs.layouts[GroupId(layer, kind)].nbytes for layer in placement.residency.gpu for kind in KINDS]
+        taken = [*homes, *[*map(inputs.kind_bytes, KINDS)] * placement.gpu_slots, inputs.gpu_globals_bytes]
     return sum(allocator_bytes(nbytes) - nbytes for nbytes in taken)
 
 
 def cpu_lines(inputs: PlanInputs, placement: Placement) -> list[MemoryLine]:
     """What a run takes of the CPU's memory, but for KV."""
+    if placement.mode == "full" and inputs.in_format:
+        largest = max(layout.nbytes for layout in inputs.layouts.values())
+        return [MemoryLine(MemoryKind.LOADING_TENSOR, "loading, one group at a time", largest)]
     if placement.mode == "full":
         largest = max(tensor.nbytes for layout in inputs.layouts.values() for tensor in layout.tensors)
         line = MemoryLine(MemoryKind.LOADING_TENSOR, "loading, one tensor at a time", largest)
         return [line] if inputs.hardware.has_gpu else []
     layer, residents = inputs.slot_bytes(), len(placement.residency.cpu)
+    homes = sum(cpu_home_bytes(placement, inputs.layouts).values())
     lines = [
-        MemoryLine(MemoryKind.WEIGHTS, f"weights resident, {residents} layers", residents * layer),
+        MemoryLine(MemoryKind.WEIGHTS, f"weights resident, {residents} layers", homes),
         MemoryLine(MemoryKind.POOLS, f"pools, {placement.cpu_slots} slots a kind", placement.cpu_slots * layer),
     ]
     if inputs.embedding_on_cpu:
@@ -189,7 +207,7 @@ def cpu_lines(inputs: PlanInputs, placement: Placement) -> list[MemoryLine]:
     # GPU residents come through the CPU layers' memory, or through slots of their own where there is too little; the
     # globals through any memory that is large enough, or through a buffer of their own.
     image, loading = inputs.layouts[None].nbytes, placement.loading_slots * layer
-    loading += image if image > max(loading, placement.cpu_layers * layer) else 0
+    loading += image if image > max(loading, homes + placement.cpu_slots * layer) else 0
     if loading:
         lines.append(MemoryLine(MemoryKind.LOADING, "loading buffers, freed after loading", loading))
     return lines

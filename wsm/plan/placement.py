@@ -6,9 +6,10 @@ over the pass, which asks the SSD and the link for bytes at a steady rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from wsm.layout.groups import GroupId, GroupLayout, largest_images, pass_order
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
@@ -37,7 +38,10 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Residency and pools of a run. Slots are counted per kind; ``notes`` say what was clipped."""
+    """Residency and pools of a run. Slots are counted per kind; ``notes`` say what was clipped.
+
+    ``decoded``: residents of the GPU leave their weight format as they are loaded.
+    """
 
     mode: str
     residency: Residency
@@ -46,6 +50,7 @@ class Placement:
     read_ahead_layers: int
     staged_layers: int
     notes: tuple[str, ...] = ()
+    decoded: bool = False
 
     @property
     def ssd_layers_a_pass(self) -> int:
@@ -63,6 +68,17 @@ class Placement:
         """Slots per kind of page-locked memory that only loading needs."""
         missing = max(0, LOADING_SLOTS - len(self.residency.cpu))
         return missing if self.residency.gpu and not self.cpu_slots else 0
+
+
+def cpu_home_bytes(placement: Placement, layouts: Mapping[GroupId | None, GroupLayout]) -> dict[GroupId, int]:
+    """Bytes of the CPU residents' homes, each of its own image's size, in pass order.
+
+    Where GPU residents come through them, the last ones of each kind are large enough for any.
+    """
+    residency, largest = placement.residency, largest_images(layouts)
+    homes = [group for group in pass_order(residency.n_layers) if group.layer in set(residency.cpu)]
+    ways_in = residency.cpu[-LOADING_SLOTS:] if residency.gpu and not placement.cpu_slots else ()
+    return {g: largest[g.kind] if g.layer in ways_in else layouts[g].nbytes for g in homes}
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from wsm.layout.groups import KINDS, GroupId
 from wsm.layout.kv import KVPlacement
+from wsm.plan.decoding import MANY_CHUNKS, Decoding, decoded_bytes, decoded_layouts, ways_to_decode
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.kv import KVCosts, kv_bytes_per_pass, kv_cpu_lines, kv_gpu_lines, place_kv
@@ -19,7 +19,7 @@ class Plan:
     """What will be where and how much memory it takes.
 
     ``bytes_per_pass`` has ``ssd_read``, ``weight_h2d`` and ``hbm_read`` (weights only) of a pass in the steady state,
-    and ``kv_h2d`` of a decode pass half-way.
+    and ``kv_h2d`` of a decode pass half-way; ``decoding`` is how matrices in a weight format are decoded.
     """
 
     inputs: PlanInputs
@@ -33,6 +33,26 @@ class Plan:
     cpu_budget_bytes: int
     bytes_per_pass: Mapping[str, int]
     notes: tuple[str, ...]
+    decoding: Decoding
+
+    @property
+    def bytes_a_weight(self) -> float:
+        """That a pass reads from device memory at least."""
+        return self.inputs.dtype.itemsize if self.decoding.at_load else self.inputs.bytes_a_weight
+
+    @property
+    def decoded_bytes(self) -> Mapping[str, int]:
+        """Bytes that decoding matrices makes in a pass of each phase."""
+        return {
+            "prefill": decoded_bytes(self.inputs, self.decoding, self.chunk_tokens, self.chunks),
+            "decode": decoded_bytes(self.inputs, self.decoding, self.shape.batch),
+        }
+
+    @property
+    def chunks(self) -> int:
+        """Of a prefill pass, at most."""
+        tokens = min(self.shape.prefill_tokens, self.wave_rows * self.shape.prompt_tokens)
+        return -(-tokens // self.chunk_tokens)
 
     @property
     def shape(self) -> RunShape:
@@ -72,9 +92,24 @@ class Plan:
 
 
 def make_plan(inputs: PlanInputs) -> Plan:
-    """The plan for these inputs; it may not fit (see :func:`wsm.plan.advice.check_fits`)."""
+    """The plan for these inputs; it may not fit (see :func:`wsm.plan.advice.check_fits`).
+
+    Matrices in a weight format are decoded in the fastest way that fits and leaves KV where it is.
+    """
+    *faster, least = ways_to_decode(inputs, MANY_CHUNKS + 1)
+    plan = _plan_for(inputs, least)
+    for decoding in faster:
+        if decoding.at_load or plan.chunks > MANY_CHUNKS:
+            roomier = _plan_for(inputs, decoding)
+            if roomier.fits and roomier.kv == plan.kv:
+                return roomier
+    return plan
+
+
+def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
     notes: list[str] = []
-    placement, has_gpu = place(inputs.config.n_layers, inputs.settings), inputs.hardware.has_gpu
+    placement = replace(place(inputs.config.n_layers, inputs.settings), decoded=decoding.at_load)
+    has_gpu = inputs.hardware.has_gpu
     if inputs.settings.embedding == "cpu" and not inputs.embedding_on_cpu:
         why = "it is the head too" if inputs.config.tied_embeddings else "mode full pages nothing"
         notes.append(f"--embedding cpu has no effect: {why}")
@@ -83,7 +118,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
         notes.append(f"one of {inputs.ranks} ranks: each figure is its share{graphs}")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
     portions = portions_for(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
-    on_gpu, on_cpu = gpu_lines(inputs, placement, portions), cpu_lines(inputs, placement)
+    on_gpu, on_cpu = gpu_lines(inputs, placement, portions, decoding), cpu_lines(inputs, placement)
     gpu_room = None if gpu_budget is None else gpu_budget - total(on_gpu)
     shared = 0 if has_gpu or gpu_budget is None else gpu_budget
     costs = KVCosts.of(inputs)
@@ -103,6 +138,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
         bytes_per_pass={**_bytes_per_pass(inputs, placement), "kv_h2d": kv_bytes},
+        decoding=decoding,
         notes=(*placement.notes, *notes),
     )
 
@@ -133,11 +169,9 @@ def _bytes_per_pass(inputs: PlanInputs, placement: Placement) -> dict[str, int]:
     tied = inputs.config.tied_embeddings
     head = [tensor for tensor in inputs.layouts[None].tensors if tied or tensor.name != inputs.config.embedding]
 
-    def nbytes(layers: Iterable[int]) -> int:
-        return sum(inputs.layouts[GroupId(layer, kind)].nbytes for layer in layers for kind in KINDS)
-
+    held = inputs if not placement.decoded else replace(inputs, layouts=decoded_layouts(inputs))
     return {
-        "ssd_read": nbytes(from_ssd),
-        "weight_h2d": nbytes(streamed),
-        "hbm_read": nbytes(range(inputs.config.n_layers)) + sum(tensor.nbytes for tensor in head),
+        "ssd_read": inputs.layers_bytes(from_ssd),
+        "weight_h2d": inputs.layers_bytes(streamed),
+        "hbm_read": held.layers_bytes(range(inputs.config.n_layers)) + sum(tensor.nbytes for tensor in head),
     }

@@ -11,7 +11,7 @@ from wsm.layout.groups import KINDS
 from wsm.layout.model import ModelShape
 from wsm.plan.plan import Plan
 
-Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute"]
+Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute", "weight_decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,14 @@ class Ceiling:
 
 
 class Work(NamedTuple):
-    """What has to be moved from and to each tier, in bytes, and computed, in floating-point operations."""
+    """What has to be moved from and to each tier, in bytes, computed, in floating-point operations, and decoded."""
 
     ssd_bytes: float = 0
     h2d_bytes: float = 0
     d2h_bytes: float = 0
     hbm_bytes: float = 0
     flops: float = 0
+    decoded_bytes: float = 0
 
 
 class Floor(NamedTuple):
@@ -44,7 +45,7 @@ class Floor(NamedTuple):
     passes: int
 
 
-_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute")
+_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute", "weight_decode")
 """The resources, in the order of :class:`Work`."""
 
 
@@ -58,7 +59,8 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
 
     Their maximum is the floor (docs/ARCHITECTURE.md): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
     B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten. ``ceilings``
-    are ``ssd``, ``h2d``, ``d2h`` and ``hbm`` in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
+    are ``ssd``, ``h2d``, ``d2h``, ``hbm`` and ``weight_decode`` (of decoded bytes) in MBps (10^6 bytes per second),
+    ``matmul`` in TFLOPs.
     """
     parts: dict[Bound, float | None] = {}
     for bound, amount in zip(_BOUNDS, work, strict=True):
@@ -68,15 +70,16 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
     return parts
 
 
-def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int) -> Work:
-    """Operations, and the fewest bytes of device memory: each weight once per pass. ``rows``: how many, by tokens."""
+def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: float) -> Work:
+    """Operations, and the fewest bytes of device memory: each weight once per pass. ``rows``: how many, by tokens;
+    ``itemsize``: bytes of a weight."""
     tokens = sum(count * n for n, count in rows.items())
     pairs = sum(count * n * (n + 1) / 2 for n, count in rows.items())
     return _work(config, passes * itemsize, tokens, sum(rows.values()), pairs)
 
 
 def decode_work(
-    config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: int, kv_token_bytes: float
+    config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: float, kv_token_bytes: float
 ) -> Work:
     """As for the prefill; a decode pass also reads all KV so far, ``kv_token_bytes`` per token of all layers."""
     tokens = sum(rows.values()) * passes
@@ -85,7 +88,7 @@ def decode_work(
     return work._replace(hbm_bytes=work.hbm_bytes + kv_token_bytes * pairs)
 
 
-def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pairs: float) -> Work:
+def _work(config: ModelShape, weight_bytes: float, tokens: float, logits: int, pairs: float) -> Work:
     """``weight_bytes`` are moved for each weight; ``pairs`` are of a token and a position that it attends to."""
     # A matrix takes 2 operations per weight and token, attention 4 per query head's dimension and earlier position.
     specs = [spec for kind in KINDS for spec in config.specs(kind)]
@@ -98,7 +101,7 @@ def _work(config: ModelShape, weight_bytes: int, tokens: float, logits: int, pai
 def pass_work(plan: Plan) -> dict[str, Work]:
     """A mean pass of each phase, ``prefill`` and ``decode``."""
     config, shape, moved = plan.inputs.config, plan.shape, plan.bytes_per_pass
-    rows, itemsize = {shape.prefill_tokens / shape.batch: shape.batch}, plan.inputs.dtype.itemsize
+    rows, itemsize = {shape.prefill_tokens / shape.batch: shape.batch}, plan.bytes_a_weight
     passes = {phase: max(1, count) for phase, count in _passes(plan).items()}
     of_phase = {
         "prefill": prefill_work(config, rows, passes["prefill"], itemsize),
@@ -110,6 +113,7 @@ def pass_work(plan: Plan) -> dict[str, Work]:
             h2d_bytes=moved["weight_h2d"] + (moved["kv_h2d"] if phase == "decode" else 0),
             hbm_bytes=work.hbm_bytes / passes[phase],
             flops=work.flops / passes[phase],
+            decoded_bytes=plan.decoded_bytes[phase],
         )
         for phase, work in of_phase.items()
     }
@@ -146,7 +150,7 @@ def _pass_ms(work: Work, ceilings: Mapping[str, Ceiling]) -> float | None:
     parts = parts_ms(work, {name: ceiling.median for name, ceiling in ceilings.items()})
     ssd_ms = parts.get("ssd") or 0.0
     streaming_ms = max(ssd_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, ceilings))
-    on_gpu_ms = max(parts.get("hbm") or 0.0, parts.get("compute") or 0.0)
+    on_gpu_ms = max(parts.get("hbm") or 0.0, parts.get("compute") or 0.0) + (parts.get("weight_decode") or 0.0)
     return None if on_gpu_ms > streaming_ms else streaming_ms
 
 

@@ -14,25 +14,36 @@ import torch
 
 from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
+from wsm.formats.format import WeightFormat
 from wsm.layout.model import WHOLE, Shard, TensorSource
 from wsm.store.description import DTYPE_NAMES, StoreDescription
-from wsm.store.layout import VERSION, plan_store
+from wsm.store.layout import FORMATTED, VERSION, plan_store
 from wsm.store.manifest import read_manifest
 from wsm.store.pack import PackRequest, Progress, pack
 from wsm.store.packed_store import PackedStore
 
 
-def store_path(checkpoint: TensorSource, dtype: torch.dtype, cache_dir: Path, tp: int = 1) -> Path:
-    """Where a checkpoint's packed file is: one per dtype and number of ranks, named after its sources' content."""
+def store_path(
+    checkpoint: TensorSource,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    tp: int = 1,
+    weight_format: WeightFormat | None = None,
+) -> Path:
+    """Where a checkpoint's packed file is: one per dtype, weight format and number of ranks, named after its sources'
+    content."""
     files = []
     for file in checkpoint.sources():
         # In ns: its digest is a sample, and must not be all that tells two files apart.
         written = (checkpoint.directory / file.name).stat().st_mtime_ns if checkpoint.directory is not None else None
         files.append([*astuple(file), written])
     content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
+    form = ""
+    if weight_format is not None:
+        content, form = [*content, FORMATTED, weight_format.name], f"{weight_format.name}-"
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
-    return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
+    return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{form}{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
 
 
 def cached_store(
@@ -43,27 +54,31 @@ def cached_store(
     say: Callable[[str], None],
     progress: Callable[[int], Progress],
     shard: Shard = WHOLE,
+    weight_format: WeightFormat | None = None,
 ) -> StoreDescription:
     """The checkpoint's packed file, packed now if it is not there or not whole; DoesNotFit if there is too little room.
 
     It is packed for ``shard.size`` ranks, and the part of ``shard`` described. ``say`` is called with the size and the
     free space before anything is written, ``progress`` with the bytes to come, and its answer with those of each group.
     """
-    path = store_path(checkpoint, dtype, cache_dir, shard.size)
+    path = store_path(checkpoint, dtype, cache_dir, shard.size, weight_format)
     manifest = path.with_suffix(".json")
     with _locked(path.with_suffix(".lock")):
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
         path.unlink(missing_ok=True)
-        size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
+        plan = plan_store(checkpoint.config, dtype, 1, shard.size, weight_format)
+        size = plan.target_bytes
+        how = "" if weight_format is None else f" in {weight_format.name}"
+        most = "at most " if plan.is_bound else ""
         free = free_bytes(cache_dir)
-        say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
+        say(f"packing the model once{how} into {path}: {most}{size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
         if free < size:
             raise DoesNotFit(
                 f"{cache_dir} has {free / 1e9:.2f} GB free, the packed model takes {size / 1e9:.2f} GB: "
                 "free some space, or name another --cache-dir"
             )
-        request = PackRequest((str(path),), manifest, dtype, tp=shard.size)
+        request = PackRequest((str(path),), manifest, dtype, tp=shard.size, weight_format=weight_format)
         pack(checkpoint, request, confirm=lambda question: True, progress=progress(size))
         return read_manifest(manifest, checkpoint.config.from_json, rank=shard.rank)
 

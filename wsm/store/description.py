@@ -18,6 +18,10 @@ from wsm.store.layout import Extent, Superblock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_FORMATS = {torch.bfloat16: "bf16", torch.float16: "float16", torch.float32: "float32"}
+"""A plain dtype as `--weight-format` spells it."""
+PLAIN = "plain"
+"""Stands for any of these."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 T = TypeVar("T")
@@ -64,7 +68,8 @@ class StoredGroup:
 class StoreDescription:
     """A manifest, read and checked: what ``shard`` of it holds. ``config`` is the whole model's.
 
-    ``content`` is a digest of what was packed, the same wherever it was packed to.
+    ``content`` is a digest of what was packed, the same wherever it was packed to; ``weight_format`` is None where all
+    lies there in its dtype.
     """
 
     version: int
@@ -77,6 +82,7 @@ class StoreDescription:
     sources: tuple[SourceFile, ...] = ()
     shard: Shard = WHOLE
     content: str | None = None
+    weight_format: str | None = None
 
     @property
     def nbytes(self) -> int:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from wsm.disk.targets import sealed, unsealed
 from wsm.errors import StoreError
-from wsm.layout.groups import BLOCK, KINDS, GroupId, GroupLayout, image_layout, pass_order, round_up
+from wsm.formats.format import Plane, WeightFormat
+from wsm.layout.groups import (
+    BLOCK,
+    KINDS,
+    GroupId,
+    GroupLayout,
+    InFormat,
+    Kind,
+    image_layout,
+    is_encoded,
+    pass_order,
+    round_up,
+)
 from wsm.layout.model import ModelShape
 
-VERSION = 2
+VERSION, FORMATTED = 2, 3
+"""Of a plain store, and of one in a weight format."""
 MAGIC = b"WSMSTORE"
 AGAIN = "re-pack with `bench_infer.py pack`"
 _SUPERBLOCK = struct.Struct("<8sIII16s16s")
@@ -27,11 +41,12 @@ class Superblock:
     manifest_digest: str
     target: int
     targets: int
+    version: int = VERSION
 
     def to_bytes(self) -> bytes:
         """4096 bytes: the fields, little-endian, sealed."""
         ids = bytes.fromhex(self.store_id), bytes.fromhex(self.manifest_digest)
-        return sealed(_SUPERBLOCK.pack(MAGIC, VERSION, self.target, self.targets, *ids))
+        return sealed(_SUPERBLOCK.pack(MAGIC, self.version, self.target, self.targets, *ids))
 
     @classmethod
     def from_bytes(cls, block: bytes, where: str) -> Superblock:
@@ -41,11 +56,11 @@ class Superblock:
         if (fields := unsealed(block, _SUPERBLOCK.size)) is None:
             raise StoreError(f"{where}: the superblock of the packed store is damaged; {AGAIN}")
         _, version, target, targets, store_id, digest = _SUPERBLOCK.unpack(fields)
-        if version != VERSION:
+        if version not in (VERSION, FORMATTED):
             raise StoreError(
-                f"{where} bears a packed store of version {version}, version {VERSION} is read here; {AGAIN}"
+                f"{where} bears a packed store of version {version}, {VERSION} and {FORMATTED} are read here; {AGAIN}"
             )
-        return cls(store_id.hex(), digest.hex(), target, targets)
+        return cls(store_id.hex(), digest.hex(), target, targets, version)
 
     def check(self, block: bytes, where: str) -> None:
         """Raises StoreError for a target that begins with ``block`` and is not the one that the manifest calls for."""
@@ -94,8 +109,9 @@ def stride_of(nbytes: int, targets: int) -> int:
 class StorePlan:
     """The layout of a new store on ``targets`` devices: globals first, then pass order.
 
-    For ``tp`` ranks each group is as many images of the same layout, one behind the other; ``offsets`` are rank 0's.
-    ``target_bytes`` is what each target has to hold, superblock included.
+    For ``tp`` ranks each group is as many images of one size, one behind the other; ``offsets`` are rank 0's.
+    ``target_bytes`` is what each target has to hold, superblock included. In a weight format whose sizes follow from
+    the weights, ``layouts`` are the largest that there can be, and so are ``offsets`` and ``target_bytes``.
     """
 
     config: ModelShape
@@ -105,6 +121,12 @@ class StorePlan:
     offsets: Mapping[GroupId | None, int]
     layouts: Mapping[GroupId | None, GroupLayout]
     target_bytes: int
+    weight_format: WeightFormat | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether sizes are only known not to be larger."""
+        return self.weight_format is not None and self.weight_format.planes((1, 1), self.dtype) is None
 
     def extents(self, group: GroupId | None, rank: int) -> tuple[Extent, ...]:
         """Where the image of a rank's share of ``group`` is."""
@@ -112,14 +134,41 @@ class StorePlan:
         return stripes(nbytes, self.offsets[group] + rank * stride_of(nbytes, self.targets), self.targets)
 
 
-def plan_store(config: ModelShape, dtype: torch.dtype, targets: int, tp: int = 1) -> StorePlan:
+class WrittenGroup(NamedTuple):
+    """A group in a store: rank 0's ``offset``, and for each rank the layout (of one size) and the checksum."""
+
+    offset: int
+    layouts: Sequence[GroupLayout]
+    checksums: Sequence[str]
+
+
+def plan_store(
+    config: ModelShape, dtype: torch.dtype, targets: int, tp: int = 1, weight_format: WeightFormat | None = None
+) -> StorePlan:
     """The layout of a new store; raises UnusableInput if the model cannot be cut for ``tp`` ranks."""
-    share = config.share(tp)
-    by_kind = {kind: image_layout(share.specs(kind), dtype) for kind in (None, *KINDS)}
-    groups = (None, *pass_order(config.n_layers))
-    layouts = {group: by_kind[group.kind if group else None] for group in groups}
+    layouts = planned_layouts(config.share(tp), dtype, weight_format, most=True)
     offsets, offset = {}, BLOCK
     for group, layout in layouts.items():
         offsets[group] = offset
         offset += tp * stride_of(layout.nbytes, targets)
-    return StorePlan(config, dtype, targets, tp, offsets, layouts, offset)
+    return StorePlan(config, dtype, targets, tp, offsets, layouts, offset, weight_format)
+
+
+def planned_layouts(
+    share: ModelShape, dtype: torch.dtype, weight_format: WeightFormat | None, *, most: bool
+) -> dict[GroupId | None, GroupLayout]:
+    """All images, as far as shapes tell.
+
+    Where sizes follow from the weights: the ``most`` that they can be, or the least, as which nearly all come out.
+    """
+    encoded: dict[Kind | None, dict[str, InFormat]] = {kind: {} for kind in (None, *KINDS)}
+    for kind in KINDS if weight_format is not None else ():
+        for spec in filter(is_encoded, share.specs(kind)):
+            assert weight_format is not None
+            shape = spec.shape[0], spec.shape[1]
+            planes = weight_format.least_planes(shape, dtype)
+            if most and weight_format.planes(shape, dtype) is None:
+                planes = (Plane("most", torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
+            encoded[kind][spec.name] = InFormat(weight_format.name, planes)
+    by_kind = {kind: image_layout(share.specs(kind), dtype, encoded[kind]) for kind in encoded}
+    return {group: by_kind[group.kind if group else None] for group in (None, *pass_order(share.n_layers))}

@@ -1,4 +1,4 @@
-"""The packed store's description: what is where. Written and read as version 2; version 1 is in manifest_v1."""
+"""The packed store's description: what is where. Version 2 is here; 1 and 3 are in manifest_v1 and manifest_v3."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK, KINDS, GroupId
 from wsm.layout.model import ReadShape, Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES, DTYPES, Name, StoreDescription, StoredGroup, typed
-from wsm.store.layout import AGAIN, VERSION, StorePlan, Superblock, plan_store, stride_of
+from wsm.store.layout import AGAIN, FORMATTED, VERSION, StorePlan, Superblock, WrittenGroup, plan_store, stride_of
 from wsm.store.manifest_v1 import describe_v1
+from wsm.store.manifest_v3 import describe_v3, entry_v3
 
 FORMAT = "wsm-packed-store"
 
@@ -52,19 +53,23 @@ def new_manifest(
     plan: StorePlan,
     targets: Sequence[str],
     sources: Sequence[SourceFile],
-    checksums: Mapping[GroupId | None, Sequence[str]],
+    written: Mapping[GroupId | None, WrittenGroup],
 ) -> dict[str, Any]:
-    """The manifest of a store just packed by ``plan``, with an id of its own; ``checksums`` has one per rank."""
-    entries = [_entry(plan, group, checksums[group]) for group in plan.offsets]
+    """The manifest of a store just packed by ``plan``, with an id of its own; version 3 in a weight format, else 2."""
+    if plan.weight_format is None:
+        entries = [_entry(plan, group, written[group].checksums) for group in plan.offsets]
+    else:
+        entries = [entry_v3(group, written[group], plan.targets) for group in plan.offsets]
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if plan.weight_format is None else FORMATTED,
         "store_id": uuid.uuid4().hex,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "targets": [os.path.abspath(target) for target in targets],
         "block_size": BLOCK,
         **({"tp": plan.tp} if plan.tp > 1 else {}),
         "dtype": DTYPE_NAMES[plan.dtype],
+        **({"weight_format": plan.weight_format.name} if plan.weight_format is not None else {}),
         "model": plan.config.to_json(),
         "source": msgspec.to_builtins(sources),
         "globals": entries[0],
@@ -81,7 +86,16 @@ def _entry(plan: StorePlan, group: GroupId | None, checksums: Sequence[str]) -> 
         "nbytes": layout.nbytes,
         "stride": stride_of(layout.nbytes, plan.targets),
         **({"checksum": checksums[0]} if plan.tp == 1 else {"checksums": list(checksums)}),
-        "tensors": msgspec.to_builtins(layout.tensors, enc_hook=DTYPE_NAMES.__getitem__),
+        "tensors": [
+            {
+                "name": t.name,
+                "dtype": DTYPE_NAMES[t.dtype],
+                "shape": list(t.shape),
+                "offset": t.offset,
+                "nbytes": t.nbytes,
+            }
+            for t in layout.tensors
+        ],
     }
 
 
@@ -107,9 +121,9 @@ def read_manifest(
     checkpoint: TensorSource | None = None,
     rank: int = 0,
 ) -> StoreDescription:
-    """The store that ``path`` names, of version 2 or 1; raises UnusableInput, naming the field, if it cannot be used.
+    """The store that ``path`` names, of version 1 to 3; raises UnusableInput, naming the field, if it cannot be used.
 
-    ``read_shape`` makes the model's shape of what version 2 says of it; ``checkpoint`` gives it to a version 1
+    ``read_shape`` makes the model's shape of what versions 2 and 3 say of it; ``checkpoint`` gives it to a version 1
     manifest, which has none. ``raw_device`` overrides the manifest's devices (comma-separated where it is striped).
     ``rank``: whose share of the store is meant, where it was packed for several.
     """
@@ -119,11 +133,13 @@ def read_manifest(
         raise UnusableInput(f"--raw-device {raw_device} names an empty device")
     if content["version"] == 1 and "format" not in content:
         return describe_v1(content, path, targets, checkpoint)
-    if content.get("format") != FORMAT or content["version"] != VERSION:
+    if content.get("format") != FORMAT or content["version"] not in (VERSION, FORMATTED):
         raise UnusableInput(
             f"--manifest {path}: version {content['version']!r} of format {content.get('format')!r} is not known; "
-            f"versions 1 and {VERSION} are"
+            f"versions 1, {VERSION} and {FORMATTED} are"
         )
+    if content["version"] == FORMATTED:
+        return describe_v3(content, path, targets, rank, read_shape, manifest_digest)
     return _describe_v2(content, path, targets, rank, read_shape)
 
 

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.model import ModelShape, TensorSource
-from wsm.store.description import DTYPE_NAMES, StoreDescription
+from wsm.store.description import DTYPE_FORMATS, DTYPE_NAMES, PLAIN, StoreDescription
 from wsm.store.packed_store import PackedStore
 
 HEAD_BYTES = 4096
 
 
-def check_suits(
-    description: StoreDescription, config: ModelShape, dtype: torch.dtype | None, ranks: int, model_flags: str
-) -> None:
-    """Raises UnusableInput for a store of another model, for another number of ranks, or of another dtype than asked.
+class Asked(NamedTuple):
+    """What a run asks of a store; a ``dtype`` of None is any, ``plain`` is no weight format at all, ``auto`` any."""
 
-    ``config`` is the whole model's; a ``dtype`` of None is any; ``model_flags`` are the user's, for the `pack` command.
+    config: ModelShape
+    dtype: torch.dtype | None
+    ranks: int
+    weight_format: str = "auto"
+
+
+def check_suits(description: StoreDescription, asked: Asked, model_flags: str) -> None:
+    """Raises UnusableInput for a store of another model, ranks, dtype or weight format than asked.
+
+    ``config`` is the whole model's; ``model_flags`` are the user's, for the `pack` command.
     """
+    config, dtype, ranks, weight_format = asked
     found = description.config.to_json()
-    for part, asked in config.to_json().items():
+    for part, wanted in config.to_json().items():
         stored = found.get(part)
-        if stored != asked and part != "name":
+        if stored != wanted and part != "name":
             raise UnusableInput(
                 f"--manifest {description.path} holds {description.config.name} ({part} {stored}), "
-                f"the model is {config.name} ({part} {asked}): give the checkpoint that was packed"
+                f"the model is {config.name} ({part} {wanted}): give the checkpoint that was packed"
             )
     packed_for = description.shard.size
     pack = " ".join(filter(None, ["bench_infer.py pack", model_flags]))
@@ -39,6 +49,14 @@ def check_suits(
         raise UnusableInput(
             f"the store of {description.path} holds {DTYPE_NAMES[description.dtype]}; pack another: "
             f"{pack} --dtype {DTYPE_NAMES[dtype]} --to TARGET --manifest FILE"
+        )
+    held = description.weight_format or PLAIN
+    if weight_format not in ("auto", held):
+        flag = DTYPE_FORMATS[description.dtype] if weight_format == PLAIN else weight_format
+        raise UnusableInput(
+            f"the store of {description.path} holds the weights in "
+            f"{DTYPE_FORMATS[description.dtype] if held == PLAIN else held}; pack another: "
+            f"{pack} --weight-format {flag} --to TARGET --manifest FILE"
         )
 
 
@@ -64,6 +82,8 @@ def compare_heads(store: PackedStore, checkpoint: TensorSource) -> None:
         return
     for group, stored in store.description.groups.items():
         for tensor in stored.layout.tensors:
+            if tensor.format is not None:  # what was made of it may have been weighted; each group's norm tells, too
+                continue
             name = checkpoint.config.full_name(group, tensor.name)
             head = checkpoint.first_row(name, tensor.dtype)[: HEAD_BYTES // tensor.dtype.itemsize]
             found = store.peek(group, tensor.offset, head.nbytes)

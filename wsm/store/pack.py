@@ -22,10 +22,22 @@ from wsm.disk.direct import aligned_block
 from wsm.disk.io_threads import transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
+from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId, GroupLayout, views
 from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
-from wsm.store.layout import Extent, StorePlan, Superblock, plan_store
+from wsm.store.images import encode_group
+from wsm.store.layout import (
+    FORMATTED,
+    VERSION,
+    Extent,
+    StorePlan,
+    Superblock,
+    WrittenGroup,
+    plan_store,
+    stride_of,
+    stripes,
+)
 from wsm.store.manifest import load_json, manifest_digest, new_manifest
 
 READERS = 4
@@ -35,13 +47,17 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class PackRequest:
-    """What to pack, where and for how many ranks; ``targets`` are files or block devices, striped if several."""
+    """What to pack, where and for how many ranks; ``targets`` are files or block devices, striped if several.
+
+    A ``weight_format`` of None: every tensor as it is, in ``dtype``.
+    """
 
     targets: tuple[str, ...]
     manifest: Path
     dtype: torch.dtype
     force: bool = False
     tp: int = 1
+    weight_format: WeightFormat | None = None
 
 
 def pack(
@@ -60,7 +76,7 @@ def pack(
     """
     if request.dtype not in DTYPE_NAMES:
         raise UnusableInput(f"a store of {request.dtype} cannot be packed; {', '.join(DTYPE_NAMES.values())} can")
-    plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp)
+    plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp, request.weight_format)
     sources = checkpoint.sources()
     _check_places(checkpoint, request)
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
@@ -92,12 +108,15 @@ def _write_store(
 ) -> None:
     """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
     _write_first(files, [b""] * len(files))
-    checksums = _write_groups(checkpoint, plan, files, progress)
+    written = _write_groups(checkpoint, plan, files, progress)
     for file in files:
         _sync(file)
-    manifest = new_manifest(plan, request.targets, sources, checksums)
+    manifest = new_manifest(plan, request.targets, sources, written)
     store_id, digest = manifest["store_id"], manifest_digest(manifest)
-    _write_first(files, [Superblock(store_id, digest, number, len(files)).to_bytes() for number in range(len(files))])
+    ids = store_id, digest
+    version = VERSION if plan.weight_format is None else FORMATTED
+    blocks = [Superblock(*ids, number, len(files), version).to_bytes() for number in range(len(files))]
+    _write_first(files, blocks)
     try:
         write_atomically(request.manifest, json.dumps(manifest, indent=1) + "\n")
     except OSError as error:
@@ -140,41 +159,64 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
 
 def _write_groups(
     checkpoint: TensorSource, plan: StorePlan, files: Sequence[int], progress: Progress
-) -> dict[GroupId | None, list[str]]:
-    """Groups in order, one image being read while the one before it is written; their checksums, rank by rank."""
+) -> dict[GroupId | None, WrittenGroup]:
+    """Groups in order, one group's images being made while those before are written; what is where then."""
     # Each group rank by rank: what the ranks share a page of is read from the drive once, whichever way it is cut.
     shares = [checkpoint.share(Shard(rank, plan.tp)) for rank in range(plan.tp)]
-    images = [(group, rank) for group in plan.layouts for rank in range(plan.tp)]
-    largest = max(layout.nbytes for layout in plan.layouts.values())
+    groups, room = list(plan.layouts), max(layout.nbytes for layout in plan.layouts.values())
     # Mapped, so aligned as O_DIRECT asks, and only as much of it in memory as the groups that pass through it need.
-    buffers = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2)]
-    checksums: dict[GroupId | None, list[str]] = {group: [] for group in plan.layouts}
+    buffers = [[torch.frombuffer(mmap.mmap(-1, room), dtype=torch.uint8) for _ in shares] for _ in range(2)]
+    written: dict[GroupId | None, WrittenGroup] = {}
+    offset = plan.offsets[None]
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
 
-        def make(number: int) -> Future[memoryview]:
-            group, rank = images[number]
-            return ahead.submit(_make_image, shares[rank], group, plan.layouts[group], buffers[number % 2], readers)
+        def make(number: int) -> Future[list[GroupLayout]]:
+            return ahead.submit(_make_images, shares, groups[number], plan, buffers[number % 2], readers)
 
         coming = make(0)
-        for number, (group, rank) in enumerate(images):
-            image = coming.result()
-            if number + 1 < len(images):
+        for number, group in enumerate(groups):
+            layouts = coming.result()
+            if number + 1 < len(groups):
                 coming = make(number + 1)
-            checksums[group].append(xxhash.xxh3_128_hexdigest(image))
-            list(out.map(partial(_write_extent, files, image), plan.extents(group, rank)))  # raises what one raised
-            progress(len(image))
-    return checksums
+            nbytes, checksums = layouts[0].nbytes, []
+            for rank, buffer in enumerate(buffers[number % 2]):
+                image = memoryview(buffer[:nbytes].numpy().data)
+                checksums.append(xxhash.xxh3_128_hexdigest(image))
+                extents = stripes(nbytes, offset + rank * stride_of(nbytes, plan.targets), plan.targets)
+                list(out.map(partial(_write_extent, files, image), extents))  # raises what one raised
+                progress(plan.layouts[group].nbytes)
+            written[group] = WrittenGroup(offset, layouts, checksums)
+            offset += plan.tp * stride_of(nbytes, plan.targets)
+    return written
 
 
-def _make_image(
-    checkpoint: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor, readers: Executor
-) -> memoryview:
-    """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
-    image = buffer[: layout.nbytes].zero_()
-    tensors = views(image, layout)
-    names = [checkpoint.config.full_name(group, name) for name in tensors]
-    list(readers.map(checkpoint.read_into, names, tensors.values()))
-    return memoryview(image.numpy().data)
+def _make_images(
+    shares: Sequence[TensorSource],
+    group: GroupId | None,
+    plan: StorePlan,
+    buffers: Sequence[Tensor],
+    readers: Executor,
+) -> list[GroupLayout]:
+    """Every rank's image of a group in a buffer of its own, all padded to the largest; their layouts.
+
+    The gaps between the tensors are zero, so the same weights give the same bytes.
+    """
+    weight_format = plan.weight_format if group is not None else None
+    if weight_format is None:
+        for share, buffer in zip(shares, buffers, strict=True):
+            tensors = views(buffer[: plan.layouts[group].nbytes].zero_(), plan.layouts[group])
+            names = [share.config.full_name(group, name) for name in tensors]
+            list(readers.map(share.read_into, names, tensors.values()))
+        return [plan.layouts[group]] * len(shares)
+    assert group is not None
+    layouts = [
+        encode_group(share, group, plan.dtype, weight_format, buffer, readers)
+        for share, buffer in zip(shares, buffers, strict=True)
+    ]
+    nbytes = max(layout.nbytes for layout in layouts)
+    for layout, buffer in zip(layouts, buffers, strict=True):
+        buffer[layout.nbytes : nbytes].zero_()
+    return [GroupLayout(nbytes, layout.tensors) for layout in layouts]
 
 
 def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:

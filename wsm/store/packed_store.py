@@ -20,7 +20,8 @@ from wsm.disk.blockdev import target_size
 from wsm.disk.direct import open_for_reading
 from wsm.disk.io_threads import IOThreads, Transfer, transfer_fully
 from wsm.errors import StoreError
-from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
+from wsm.formats import registry
+from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, largest_images, planes_in, round_up
 from wsm.store.description import StoreDescription, StoredGroup
 from wsm.store.layout import AGAIN, Extent
 from wsm.store.source import ChunkRead, GroupRead
@@ -133,7 +134,7 @@ class PackedStore:
         return self.description.groups[group].layout
 
     def slot_bytes(self, kind: Kind) -> int:
-        return max(g.layout.nbytes for g in self.description.groups.values() if g.group and g.group.kind == kind)
+        return largest_images({group: stored.layout for group, stored in self.description.groups.items()})[kind]
 
     def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
         """Queue a group's read into ``buffer`` (CPU ``uint8``, contiguous, 4096-aligned, at least the image's bytes).
@@ -184,6 +185,14 @@ class PackedStore:
             raise StoreError(
                 f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"
             )
+        for tensor in stored.layout.encoded:
+            found = planes_in(torch.frombuffer(image, dtype=torch.uint8), tensor)
+            try:
+                registry.get(found.format).check((found.shape[0], found.shape[1]), found.planes)
+            except StoreError as error:
+                raise StoreError(
+                    f"{tensor.name} of {stored.name} in {self.description.path} cannot be decoded: {error}; {AGAIN}"
+                ) from error
         self._verified.add(stored.group)
 
 

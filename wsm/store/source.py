@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from wsm.disk.io_threads import IOThreads
 from wsm.errors import StoreError
-from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, image_layout, views
+from wsm.formats.format import WeightFormat
+from wsm.layout.groups import Encoded, GroupId, GroupLayout, Kind, largest_images, planes_in, views
 from wsm.layout.model import TensorSource
+from wsm.store.layout import plan_store
 
 
 class ChunkRead(NamedTuple):
@@ -58,28 +61,44 @@ class GroupSource(Protocol):
 class CheckpointSource:
     """Group images made from a checkpoint's tensors, converted to ``dtype``; a tensor is the unit of work.
 
-    Used by ``stream`` and ``preload`` without a packed store, so nothing here counts as read from the SSD.
+    Used by ``stream`` and ``preload`` without a packed store, so nothing here counts as read from the SSD. In a weight
+    format (``layouts`` are then those of :func:`coming_layout`) each matrix is encoded as it is read.
     """
 
-    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, *, threads: int) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        dtype: torch.dtype,
+        *,
+        threads: int,
+        weight_format: WeightFormat | None = None,
+        layouts: Mapping[GroupId | None, GroupLayout] | None = None,
+    ) -> None:
         self.warnings: list[str] = []
-        self._checkpoint = checkpoint
-        self._layouts: dict[Kind | None, GroupLayout] = {
-            kind: image_layout(checkpoint.config.specs(kind), dtype) for kind in (None, *KINDS)
-        }
+        self._checkpoint, self._dtype, self._format = checkpoint, dtype, weight_format
+        self._layouts = layouts or plan_store(checkpoint.config, dtype, 1).layouts
+        self._slot_bytes = largest_images(self._layouts)
         self._threads = IOThreads(threads, "wsm-load")
 
     def layout(self, group: GroupId | None) -> GroupLayout:
-        return self._layouts[group.kind if group is not None else None]
+        return self._layouts[group]
 
     def slot_bytes(self, kind: Kind) -> int:
-        return self._layouts[kind].nbytes
+        return self._slot_bytes[kind]
 
     def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
-        read_into, name_of = self._checkpoint.read_into, self._checkpoint.config.full_name
-        tensors = views(buffer, self.layout(group))
-        done = self._threads.submit(partial(read_into, name_of(group, name), out) for name, out in tensors.items())
+        layout, name_of = self.layout(group), self._checkpoint.config.full_name
+        plain = views(buffer, layout)
+        work = [partial(self._checkpoint.read_into, name_of(group, name), out) for name, out in plain.items()]
+        work += [
+            partial(self._encode, name_of(group, tensor.name), planes_in(buffer, tensor)) for tensor in layout.encoded
+        ]
+        done = self._threads.submit(work)
         return GroupRead(done, done, [])
+
+    def _encode(self, name: str, into: Encoded) -> None:
+        assert self._format is not None
+        self._checkpoint.encode_into(name, into, self._format)
 
     def close(self) -> None:
         self._threads.close(StoreError("the checkpoint was closed before the read was done"))

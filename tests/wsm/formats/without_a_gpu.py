@@ -1,0 +1,121 @@
+"""The Triton kernels where there is no GPU: python without_a_gpu.py interpret | 80 | 86 | 89 | 90
+
+``interpret`` (with TRITON_INTERPRET=1) compares them with the reference on the CPU; bfloat16 only where it is moved as
+bits, since the interpreter rounds it otherwise than a GPU. A number compiles them for that compute capability.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from tests.wsm.formats.matrices import FORMATS, matrix
+from wsm.formats import exact, fp8, integer, kernels
+from wsm.formats.exact import Exact
+from wsm.formats.integer import Integer
+from wsm.formats.registry import get
+
+POINTERS = {
+    "exact_kernel": {"signs": "*i16", "codes": "*u8", "base": "*u8", "out": "*i32"},
+    "escapes_kernel": {"signs": "*u8", "counts": "*i32", "places": "*i16", "exponents": "*u8", "out": "*i16"},
+    "int4_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*i32"},
+    "bytes_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*bf16"},
+    "product_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*fp32"},
+    "sum_kernel": {"parts": "*fp32", "out": "*bf16"},
+}
+
+
+def compile_for(capability: int) -> None:
+    """Each kernel with the constants of formats that have little in common."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def made(name: str, warps: int, stages: int = 3, pointers: dict[str, str] | None = None, **constants: Any) -> None:
+        kernel = getattr(kernels, name)
+        types = POINTERS[name] | (pointers or {})
+        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
+        source = ASTSource(
+            kernel, signature, {(kernel.arg_names.index(arg),): given for arg, given in constants.items()}
+        )
+        options = {"num_warps": warps, "num_stages": stages}
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+
+    made("exact_kernel", kernels.EXACT.warps, TILE=kernels.EXACT.tile)
+    made("escapes_kernel", 1, WEIGHTS=1 << 16, TILE=32)
+    made("sum_kernel", 4, TILE=512)
+    for group, per_row, to in ((128, False, tl.bfloat16), (32, False, tl.float16), (128, True, tl.float32)):
+        constants = {"HAS_ZERO": group == 128, "PER_ROW": per_row, "TO": to}
+        pairs = {"out": "*i64" if to == tl.float32 else "*i32"}
+        made("int4_kernel", 4, pointers=pairs, PART=group // 2, PARTS=2 * kernels.INT4.tile // group, **constants)
+        for e4m3 in (False, True):
+            made("bytes_kernel", 4, pointers={"out": f"*{to}"}, E4M3=e4m3, PART=group, PARTS=32, **constants)
+        for bits, x in ((4, "*i32"), (8, f"*{to}")):
+            if to != tl.float32:
+                tuning, tile = kernels.PRODUCT, {"N": kernels.MOST_ROWS, "ROWS": kernels.PRODUCT.rows}
+                made("product_kernel", tuning.warps, tuning.stages, {"x": x}, BITS=bits, BYTES=group * bits // 8,
+                     **tile, **constants)  # fmt: skip
+
+
+def interpret() -> None:
+    """The formats' own way to the kernels, on the CPU."""
+    with (
+        mock.patch.object(exact, "kernels_for", return_value=kernels),
+        mock.patch.object(fp8, "kernels_for", return_value=kernels),
+        mock.patch.object(integer, "kernels_for", return_value=kernels),
+    ):
+        through_kernels = [decode(name, shape, dtype) for name, shape, dtype in cases()]
+        multiply()
+    assert all(torch.equal(one, decode(*case)) for one, case in zip(through_kernels, cases(), strict=True))
+
+
+def cases() -> list[tuple[str, tuple[int, int], torch.dtype]]:
+    dtypes = {name: (torch.bfloat16,) if name == "exact" else (torch.float16, torch.float32) for name in FORMATS}
+    return [
+        (name, shape, dtype)
+        for name in FORMATS
+        for shape in ((3, 576), (5, 100), (1, 1), (3, 33))
+        for dtype in dtypes[name]
+    ]
+
+
+def decode(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The bits of a decoded matrix."""
+    form, weight = Exact(pays_below=9.0) if name == "exact" else get(name), matrix(shape, dtype)
+    planes = form.encode(weight)
+    assert planes is not None
+    out = torch.full_like(weight, 7.0)
+    form.decode_(planes, out)
+    return out.view(torch.int32 if dtype == torch.float32 else torch.int16)
+
+
+def multiply() -> None:
+    """Packed products, split or not, against the plain ones; alone a row gives the same bits as among others."""
+    for name in (name for name in FORMATS if name.startswith("int")):
+        for shape in ((3, 576), (66, 100), (5, 2048)):
+            form, weight = Integer.named(name), matrix(shape, torch.float16)
+            assert form is not None
+            planes, values = form.encode(weight), weight.float()
+            form.decode_(planes, values)
+            x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).half()
+            wide = torch.zeros(5, shape[0] + 6).half()
+            product = form.linear(x, planes, shape, out=wide[:, 4:-2])
+            alone = form.linear(x[3:4], planes, shape)
+            assert product is not None
+            assert alone is not None
+            assert not wide[:, :4].any()
+            assert not wide[:, -2:].any()
+            assert torch.equal(product[3], alone[0])
+            expected = x.float() @ values.T
+            assert (product.float() - expected).norm() <= 0.002 * expected.norm(), (name, shape)
+
+
+if __name__ == "__main__":
+    interpret() if sys.argv[1] == "interpret" else compile_for(int(sys.argv[1]))

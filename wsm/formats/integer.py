@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsm.formats.backend import kernels_for, loaded_kernels
+from wsm.formats.feedback import round_with_feedback
 from wsm.formats.format import (
     Plane,
     Shape,
@@ -79,17 +80,24 @@ class Integer:
         planes = {p.name: weight.new_empty(p.shape, dtype=p.dtype) for p in self.planes((rows, cols))}
         groups, width = self._groups(cols), self.group or cols
         grid = Grid(self.bits, self.has_zero, _SCALES[self.scale])
+        if importance is not None and importance.dim() == 2:
+            found = round_with_feedback(grid, finite_float(weight, self.name).clone(), importance, width)
+            self._put_(planes, slice(None), *found)
+            return planes
         pad = groups * width - cols
         by_group = None if importance is None else F.pad(weights_of(importance), (0, pad)).view(1, groups, width)
         for part in pieces(rows, weight.device, cols):
             wide = F.pad(finite_float(weight[part], self.name), (0, pad)).view(-1, groups, width)
             scales, zeros = grid.nearest(wide) if by_group is None else grid.search(wide, by_group)
             codes = grid.codes(wide, scales, zeros).flatten(1)[:, :cols].to(torch.uint8)
-            planes["scales"][part] = scales.squeeze(-1)
-            if self.has_zero:
-                planes["zeros"][part] = zeros.squeeze(-1).to(torch.uint8)
-            planes["values"][part] = codes if self.bits == 8 else _paired(codes)
+            self._put_(planes, part, codes, scales.squeeze(-1), zeros.squeeze(-1))
         return planes
+
+    def _put_(self, planes: Mapping[str, Tensor], rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        planes["scales"][rows] = scales
+        if self.has_zero:
+            planes["zeros"][rows] = zeros.to(torch.uint8)
+        planes["values"][rows] = codes if self.bits == 8 else _paired(codes)
 
     def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:
         check_planes(self.name, self.planes(shape), planes)

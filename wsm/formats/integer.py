@@ -112,7 +112,7 @@ class Integer:
             out[part] = wide.flatten(1)[:, :cols]
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
-        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x, shape[1]):
+        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x):
             return None
         if out is None:
             out = x.new_empty(x.shape[0], shape[0])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wsm.errors import StoreError
 from wsm.formats.backend import kernels_for
 from wsm.formats.format import (
     Plane,
@@ -91,6 +92,10 @@ class Integer:
     def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:
         check_planes(self.name, self.planes(shape), planes)
         check_finite(self.name, "scales", planes["scales"])
+        if self.has_zero and int(planes["zeros"].max()) > 1 << self.bits:
+            raise StoreError(
+                f"{self.name}: a zero of the plane zeros is {int(planes['zeros'].max())}, beyond the codes"
+            )
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
         """The torch part is the reference: the other decoders give its bits."""

@@ -1,8 +1,8 @@
 """Rates of the weight formats on one CUDA device: python tests/gpu/decode_rates.py [part …]
 
 Parts: ``decode`` (GB/s of bfloat16 made of each format, by Triton and by torch), ``product`` (packed products against
-cuBLAS), ``encode`` (the weighted search), and ``tune`` (each of the kernels' tunings: the constants come from here).
-About 3 minutes for the first three, and 5 for the last; 8 GiB of GPU memory.
+cuBLAS), ``encode`` (the weighted search), ``tune-decoders`` and ``tune-product`` (what the constants in
+wsm/formats/kernels.py come from). About a minute each, two for the last; 8 GiB of GPU memory.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,6 +28,7 @@ LARGE = {"w1": (28672, 8192), "w2": (8192, 28672), "wq": (8192, 8192)}
 """Of Llama-3.1-70B."""
 SMALL = {"wq": (4096, 4096), "wk": (1024, 4096), "w1": (14336, 4096), "w2": (4096, 14336)}
 """Of Llama-3.1-8B; a layer has wq and wo, wk and wv, w1 and w3 alike."""
+Planes = dict[str, Tensor]
 IN_A_LAYER = {"wq": 2, "wk": 2, "w1": 2, "w2": 1}
 BEYOND_CACHE = 256 << 20
 """Bytes of weights that a measured graph goes through, so that none are in the GPU's cache when it comes to them."""
@@ -78,7 +78,7 @@ def decode() -> None:
         print(f"  {matrix} {name:8} {by_triton:6.0f} ({by_triton * moved:4.0f})  {by_torch:6.0f}", flush=True)
 
 
-def copies(shape: tuple[int, int], form: Integer | None) -> list[dict[str, Tensor]]:
+def copies(shape: tuple[int, int], form: Integer | None) -> list[Planes]:
     """The planes of a matrix (None: itself), as often as it takes to be beyond the cache."""
     weight = weights(shape)
     planes = {"weight": weight} if form is None else form.encode(weight)
@@ -86,28 +86,31 @@ def copies(shape: tuple[int, int], form: Integer | None) -> list[dict[str, Tenso
     return [{name: plane.clone() for name, plane in planes.items()} for _ in range(count)]
 
 
-def layer_ms(form: Integer | None, rows: int, tuning: kernels.ProductTuning | None = None) -> float:
-    """All products of an 8B layer with ``rows`` rows: packed, or cuBLAS in bfloat16."""
-    total = 0.0
+def layer_ms(form: Integer | None, rows: int, *, decoded: bool = False) -> list[float]:
+    """All products of an 8B layer with ``rows`` rows, matrix by matrix, counted as often as a layer has each: packed,
+    decoded first, or (no ``form``) cuBLAS in bfloat16."""
+    times = []
     for matrix, shape in SMALL.items():
-        x, all_planes = torch.randn(rows, shape[1], device=GPU).bfloat16(), COPIES[matrix, form and form.name]
+        x, out = torch.randn(rows, shape[1], device=GPU).bfloat16(), torch.empty(rows, shape[0], device=GPU).bfloat16()
+        all_planes, scratch = COPIES[matrix, form and form.name], weights(shape)
 
-        def multiply(x: Tensor = x, all_planes: Sequence[dict[str, Tensor]] = all_planes) -> None:
+        def multiply(
+            x: Tensor = x, out: Tensor = out, scratch: Tensor = scratch, all_planes: list[Planes] = all_planes
+        ) -> None:
             for planes in all_planes:
                 if form is None:
-                    F.linear(x, planes["weight"])
+                    torch.mm(x, planes["weight"].t(), out=out)
+                elif decoded:
+                    form.decode_(planes, scratch)
+                    torch.mm(x, scratch.t(), out=out)
                 else:
-                    out = x.new_empty(rows, planes["values"].shape[0])
-                    kernels.multiply_(
-                        x, planes["values"], planes["scales"], planes.get("zeros"), out,
-                        bits=form.bits, group=form.group, tuning=tuning or kernels.PRODUCT,
-                    )  # fmt: skip
+                    assert form.linear(x, planes, (out.shape[1], x.shape[1]), out) is not None
 
-        total += IN_A_LAYER[matrix] * milliseconds(multiply, len(all_planes))
-    return total
+        times.append(IN_A_LAYER[matrix] * milliseconds(multiply, len(all_planes)))
+    return times
 
 
-COPIES: dict[tuple[str, str | None], list[dict[str, Tensor]]] = {}
+COPIES: dict[tuple[str, str | None], list[Planes]] = {}
 
 
 def prepare(*forms: Integer | None) -> None:
@@ -119,26 +122,14 @@ def product() -> None:
     """An 8B layer's products; at more rows than a packed product takes, decoding and cuBLAS."""
     forms = [Integer.named(name) for name in ("int4", "int4-g32", "int8")]
     prepare(None, *forms)
-    print("products of an 8B layer, ms: cuBLAS bfloat16; packed (its ratio)")
-    for rows in (1, 8, 16):
+    print(f"products of an 8B layer, ms: all (its ratio to cuBLAS in bfloat16), and those of {', '.join(SMALL)}")
+    for rows in (1, 8, 16, 32):
         plain = layer_ms(None, rows)
-        packed = [(form.name, layer_ms(form, rows)) for form in forms if form is not None]
-        print(f"  B={rows:2} {plain:.4f}", *(f" {name} {ms:.4f} ({ms / plain:.2f})" for name, ms in packed), flush=True)
-    plain = layer_ms(None, 32)
-    for form in forms:
-        assert form is not None
-        total = 0.0
-        for matrix, shape in SMALL.items():
-            x, scratch = torch.randn(32, shape[1], device=GPU).bfloat16(), weights(shape)
-            each = COPIES[matrix, form.name]
-
-            def multiply(each=each, scratch=scratch, x=x, form=form) -> None:  # type: ignore[no-untyped-def]
-                for planes in each:
-                    form.decode_(planes, scratch)
-                    F.linear(x, scratch)
-
-            total += IN_A_LAYER[matrix] * milliseconds(multiply, len(each))
-        print(f"  B=32 {plain:.4f}  {form.name}, decoded first {total:.4f} ({total / plain:.2f})", flush=True)
+        for form in (None, *forms):
+            times = plain if form is None else layer_ms(form, rows, decoded=rows > kernels.MOST_ROWS)
+            each = " ".join(f"{ms:.4f}" for ms in times)
+            name = form.name if form is not None else "bfloat16"
+            print(f"  B={rows:2} {name:8} {sum(times):.4f} ({sum(times) / sum(plain):.2f})  {each}", flush=True)
 
 
 def encode() -> None:
@@ -155,8 +146,8 @@ def encode() -> None:
         print(f"  {name:8} {weight.numel() / begin.elapsed_time(end) / 1e6:.2f}", flush=True)
 
 
-def tune() -> None:
-    """Every tuning of each kernel, the best ones first."""
+def tune_decoders() -> None:
+    """Every tuning of each decoder, the best ones first."""
     out = weights(LARGE["w1"])
     for name, kernel in (("exact", "EXACT"), ("int4", "INT4"), ("int8", "BYTES"), ("fp8", "BYTES")):
         planes, rates = get(name).encode(out), []
@@ -165,19 +156,31 @@ def tune() -> None:
             with mock.patch.object(kernels, kernel, tuning):
                 rates.append((rate(lambda: get(name).decode_(planes, out), out), tuning))  # noqa: B023
         print(name, *(f"{gbps:.0f} {tuple(tuning)};" for gbps, tuning in sorted(rates, reverse=True)), flush=True)
-    forms = [Integer.named(name) for name in ("int4", "int8")]
-    prepare(*forms)
-    for form, rows in itertools.product(forms, (1, 8)):
-        times = []
-        for values in itertools.product((32, 64, 128), (4, 8), (3, 5), (264, 528, 1056), (2, 4)):
+
+
+def tune_product() -> None:
+    """The best tunings of the packed product, with the milliseconds of each matrix."""
+    for name, rows in (("int4", 1), ("int4", 8), ("int8", 1)):
+        form, times = Integer.named(name), []
+        prepare(form)
+        for values in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4), (264, 528, 1056), (2, 4)):
             tuning = kernels.ProductTuning(*values)
-            if tuning.rows >= 16 * tuning.warps // 2:
-                times.append((layer_ms(form, rows, tuning), tuning))
-        ranked = [f"{ms:.4f} {tuple(tuning)};" for ms, tuning in sorted(times)]
-        print(form and form.name, f"B={rows}", *ranked[:6], "…", ranked[-1], flush=True)
+            if 8 <= tuning.rows // tuning.warps <= 32:
+                with mock.patch.object(kernels, "PRODUCT", tuning):
+                    each = layer_ms(form, rows)
+                times.append((sum(each), tuple(tuning), " ".join(f"{ms:.4f}" for ms in each)))
+        print(
+            name, f"B={rows}", *(f"\n  {ms:.4f} {tuning} {each}" for ms, tuning, each in sorted(times)[:8]), flush=True
+        )
 
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(GPU), torch.__version__, backend.decoder(GPU), flush=True)
     for part in sys.argv[1:] or ["decode", "product", "encode"]:
-        {"decode": decode, "product": product, "encode": encode, "tune": tune}[part]()
+        {
+            "decode": decode,
+            "product": product,
+            "encode": encode,
+            "tune-decoders": tune_decoders,
+            "tune-product": tune_product,
+        }[part]()

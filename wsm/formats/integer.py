@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wsm.errors import StoreError
 from wsm.formats.backend import kernels_for, loaded_kernels
 from wsm.formats.format import (
     Plane,
@@ -94,6 +95,10 @@ class Integer:
     def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:
         check_planes(self.name, self.planes(shape), planes)
         check_finite(self.name, "scales", planes["scales"])
+        if self.has_zero and int(planes["zeros"].max()) > 1 << self.bits:
+            raise StoreError(
+                f"{self.name}: a zero of the plane zeros is {int(planes['zeros'].max())}, beyond the codes"
+            )
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
         """The torch part is the reference: the other decoders give its bits."""
@@ -119,7 +124,7 @@ class Integer:
         return kernels.MOST_ROWS if kernels is not None and dtype.itemsize == 2 else 0
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
-        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x, shape[1]):
+        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x):
             return None
         if out is None:
             out = x.new_empty(x.shape[0], shape[0])

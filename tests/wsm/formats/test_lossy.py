@@ -203,6 +203,16 @@ def test_planes_that_no_matrix_has_are_refused(name: str) -> None:
             form.check((4, 100), planes | {"scales": scales})
 
 
+def test_a_zero_beyond_the_codes_is_refused() -> None:
+    """16 is right: some checkpoints store zeros that are one less."""
+    planes = encoded("int4", matrix((4, 200), torch.bfloat16))
+    planes["zeros"][3, 1] = 16
+    get("int4").check((4, 200), planes)
+    planes["zeros"][3, 1] = 17
+    with pytest.raises(StoreError, match="is 17, beyond the codes"):
+        get("int4").check((4, 200), planes)
+
+
 def test_fp8_that_is_nan_is_refused() -> None:
     planes = encoded("fp8", matrix((4, 100), torch.bfloat16))
     planes["values"].view(torch.uint8)[3, 99] = 0xFF

@@ -28,8 +28,7 @@ POINTERS = {
     "escapes_kernel": {"signs": "*u8", "counts": "*i32", "places": "*i16", "exponents": "*u8", "out": "*i16"},
     "int4_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*i32"},
     "bytes_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*bf16"},
-    "product_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*fp32"},
-    "sum_kernel": {"parts": "*fp32", "out": "*bf16"},
+    "product_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "parts": "*fp32", "arrivals": "*i32"},
 }
 
 
@@ -50,18 +49,17 @@ def compile_for(capability: int) -> None:
 
     made("exact_kernel", kernels.EXACT.warps, TILE=kernels.EXACT.tile)
     made("escapes_kernel", 1, WEIGHTS=1 << 16, TILE=32)
-    made("sum_kernel", 4, TILE=512)
     for group, per_row, to in ((128, False, tl.bfloat16), (32, False, tl.float16), (128, True, tl.float32)):
-        constants = {"HAS_ZERO": group == 128, "PER_ROW": per_row, "TO": to}
+        constants = {"HAS_ZERO": group == 128, "PER_ROW": per_row}
         pairs = {"out": "*i64" if to == tl.float32 else "*i32"}
-        made("int4_kernel", 4, pointers=pairs, PART=group // 2, PARTS=2 * kernels.INT4.tile // group, **constants)
+        made("int4_kernel", 4, pointers=pairs, PART=group // 2, PARTS=2048 // group, TO=to, **constants)
         for e4m3 in (False, True):
-            made("bytes_kernel", 4, pointers={"out": f"*{to}"}, E4M3=e4m3, PART=group, PARTS=32, **constants)
-        for bits, x in ((4, "*i32"), (8, f"*{to}")):
-            if to != tl.float32:
-                tuning, tile = kernels.PRODUCT, {"N": kernels.MOST_ROWS, "ROWS": kernels.PRODUCT.rows}
-                made("product_kernel", tuning.warps, tuning.stages, {"x": x}, BITS=bits, BYTES=group * bits // 8,
-                     **tile, **constants)  # fmt: skip
+            made("bytes_kernel", 4, pointers={"out": f"*{to}"}, E4M3=e4m3, PART=group, PARTS=32, TO=to, **constants)
+        for bits in (4, 8) if to != tl.float32 else ():
+            tuning, whole = kernels.PRODUCT, bits == 4 and group == 128
+            tile = {"STEP": group, "N": kernels.MOST_ROWS, "ROWS": tuning.rows, "EVEN": whole, "SPLIT": whole}
+            made("product_kernel", tuning.warps, tuning.stages, {"x": f"*{to}", "out": f"*{to}"},
+                 BITS=bits, ASSEMBLED=True, **tile, **constants)  # fmt: skip
 
 
 def interpret() -> None:

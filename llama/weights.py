@@ -13,7 +13,7 @@ from torch import Tensor
 from llama.checkpoint import Checkpoint
 from llama.names import QKV
 from wsm.engine.decoding import decode_image
-from wsm.layout.groups import GroupId, Stored, TensorSpec, decoded_layout, pass_order, stored_views, views
+from wsm.layout.groups import KINDS, GroupId, Stored, TensorSpec, decoded_layout, pass_order, stored_views, views
 from wsm.store.source import GroupSource
 
 
@@ -101,18 +101,22 @@ class ImageWeights:
         on_loaded: Callable[[GroupId], None] = lambda group: None,
     ) -> None:
         order = pass_order(n_layers)
-        largest = max(source.layout(group).nbytes for group in (None, *order))
-        buffer = torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8)
+        largest = max(source.slot_bytes(kind) for kind in KINDS)
+        room = max(largest, source.layout(None).nbytes)
+        buffer = torch.frombuffer(mmap.mmap(-1, room), dtype=torch.uint8)
         self._groups: dict[GroupId, Mapping[str, Stored]] = {}
         try:
             self.globals = views(self._read(source, None, buffer).to(device, copy=True), source.layout(None))
+            staged = torch.empty(largest if decoded else 0, dtype=torch.uint8, device=device)
             for group in order:
-                image, layout = self._read(source, group, buffer).to(device, copy=True), source.layout(group)
+                read, layout = self._read(source, group, buffer), source.layout(group)
                 if decoded:
-                    encoded, plain = image, decoded_layout(layout)
+                    plain = decoded_layout(layout)
                     image = torch.empty(plain.nbytes, dtype=torch.uint8, device=device)
-                    decode_image(encoded, layout, image)
+                    decode_image(staged[: layout.nbytes].copy_(read), layout, image)
                     layout = plain
+                else:
+                    image = read.to(device, copy=True)
                 self._groups[group] = stored_views(image, layout)
                 on_loaded(group)
         finally:

@@ -125,7 +125,7 @@ def script(*argv: str) -> int:
     return main([str(word) for word in argv])
 
 
-def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> int:
+def answers(directories: Sequence[Path], cache: Path, out: Path, size: int, weight_format: str = "auto") -> int:
     """Greedy tokens and logits of every model in every mode, saved by each rank; 0 if all went well."""
     from bench.run.job import Job
     from tests.parallel_models import PLACES, PROMPTS
@@ -136,7 +136,7 @@ def answers(directories: Sequence[Path], cache: Path, out: Path, size: int) -> i
     found = {}
     for directory in directories:
         for mode in ("full", "preload", "stream", "mixed"):
-            config = {**PLACES, "cache_dir": cache}
+            config = {**PLACES, "cache_dir": cache, "weight_format": weight_format}
             found[f"{directory.name} {mode}"] = answer(directory, mode, config, job.world, PROMPTS)
     torch.save(found, out / f"answers-{size}-{job.world.shard.rank}.pt")
     return job.end(0, None)[0]

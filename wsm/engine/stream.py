@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -112,15 +113,15 @@ class WeightStreamingManager(Threaded):
 
     def _copy(self, job: CopyJob, stream: object) -> Event:
         """Queue one group's copy, and its decoding if it is a resident that is decoded; the event behind that."""
-        home, encoded = job.destination.buffer, self.memory.decoded_from
+        home, encoded = job.destination, self.memory.decoded_from
         if encoded is None or job.step is not None:
-            return self._queue_pieces(job, home, stream)
-        self._queue_pieces(job, encoded, stream)
+            return self._queue_pieces(job, stream)
+        self._queue_pieces(replace(job, destination=Slot(encoded)), stream)
         layout = self.source.layout(job.group)
-        self.device.run(stream, partial(decode_image, encoded, layout, home))
+        self.device.run(stream, partial(decode_image, encoded, layout, home.buffer))
         return self.device.record(stream)
 
-    def _queue_pieces(self, job: CopyJob, destination: Tensor, stream: object) -> Event:
+    def _queue_pieces(self, job: CopyJob, stream: object) -> Event:
         """Queue one group's copy in pieces, each in its turn on the link; the event behind the last one.
 
         Pieces make one record until the host finds, when it queues the next, another's piece or nothing before it.
@@ -134,7 +135,7 @@ class WeightStreamingManager(Threaded):
                 if end is None or ahead is not end:
                     self.telemetry.copied(job.group, job.step, offset - first, start, end)
                     start, first = self.telemetry.mark(stream), offset
-                self.device.copy(destination[piece], job.source.buffer[piece], stream)
+                self.device.copy(job.destination.buffer[piece], job.source.buffer[piece], stream)
                 end = self.device.record(stream)
                 self._link.queued(end)
         assert end is not None

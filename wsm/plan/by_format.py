@@ -8,7 +8,7 @@ from wsm.plan.hardware import GIB
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling, predicted_floor, predicted_pass_ms
 
-_HEAD = ("weight format", "layers GB", "SSD MB", "link MB", "GPU GiB", "CPU GiB", "ms a pass", "tok/s", "")
+_HEAD = ("weight format", "layers MB", "SSD MB", "link MB", "GPU GiB", "CPU GiB", "ms a pass", "tok/s", "")
 
 
 def by_format(plans: Mapping[str, Plan], ceilings: Mapping[str, Ceiling], measured: str) -> str:
@@ -43,7 +43,7 @@ def _cells(name: str, plan: Plan, ceilings: Mapping[str, Ceiling]) -> tuple[str,
     moved = plan.bytes_per_pass
     return (
         name,
-        f"{plan.inputs.layers_bytes(range(plan.inputs.config.n_layers)) / 1e9:.3f}",
+        f"{plan.inputs.layers_bytes(range(plan.inputs.config.n_layers)) / 1e6:.1f}",
         *(f"{moved[way] / 1e6:.1f}" for way in ("ssd_read", "weight_h2d")),
         f"{plan.gpu_bytes / GIB:.3f}",
         f"{plan.cpu_bytes / GIB:.3f}",

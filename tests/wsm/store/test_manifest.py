@@ -129,7 +129,7 @@ def _drop(*path: Any) -> Change:
 
 
 DAMAGE: list[tuple[Change, str]] = [
-    (_set("version", to=3), "version 3"),
+    (_set("version", to=4), "version 4"),
     (_set("version", to=1), "version 1"),
     (_set("version", to=None), "version None"),
     (_set("format", to="other"), "format 'other'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +67,14 @@ class Products:
 
     def linear(self, x: Tensor, *names: str) -> Tensor:
         """``x [n, inputs]`` times the transposed matrices, side by side in one product: ``[n, sum of outputs]``."""
+        self._source.saw(self._group, names, x)
         packed = self._packed_product(x, names)
         return packed if packed is not None else F.linear(x, self._matrix(names))
 
     def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
         """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
         collective = self._source.collective
+        self._source.saw(self._group, (name,), x)
         if (packed := self._packed_product(x, (name,))) is not None:
             h.add_(collective.reduce_(packed))
         elif collective.shard.size == 1:
@@ -133,6 +136,16 @@ Acquire = Callable[[GroupId], AbstractContextManager[Products]]
 """A group's products, until the block ends."""
 
 
+class InputObserver(Protocol):
+    """Who looks at what the matrices are multiplied with."""
+
+    def saw(self, group: GroupId, names: Sequence[str], x: Tensor) -> None:
+        """The inputs ``x [n, cols]`` of a product with the matrices ``names``, which lie side by side."""
+
+    def left(self, group: GroupId) -> None:
+        """The pass is through with the group."""
+
+
 class ProductSource:
     """The groups of a :class:`WeightSource`, as products."""
 
@@ -141,6 +154,7 @@ class ProductSource:
     ) -> None:
         self.eps, self.collective = eps, collective
         self.scratch = scratch or Scratch(0, torch.device("cpu"))
+        self.observer: InputObserver | None = None
         self._weights = weights
 
     @contextmanager
@@ -148,6 +162,13 @@ class ProductSource:
         """See :meth:`WeightSource.acquire`."""
         with self._weights.acquire(group) as tensors:
             yield Products(group, tensors, self, timed=True)
+        if self.observer is not None:
+            self.observer.left(group)
+
+    def saw(self, group: GroupId, names: Sequence[str], x: Tensor) -> None:
+        """Tell the observer of a product's inputs."""
+        if self.observer is not None:
+            self.observer.saw(group, names, x)
 
     @contextmanager
     def acquire_all(self) -> Iterator[Acquire]:

@@ -61,13 +61,21 @@ class Checkpoint(ABC):
         return row[0]
 
     def encode(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        weight_format: WeightFormat,
+        importance: Tensor | None = None,
     ) -> Mapping[str, Tensor] | None:
-        """The planes of a matrix, taken as of ``dtype``, in a weight format; None where it stays plain."""
+        """The planes of a matrix, taken as of ``dtype``, in a weight format; None where it stays plain.
+
+        ``importance``: see :meth:`WeightFormat.encode`; the matrix is encoded on its device.
+        """
         weight = torch.empty(shape, dtype=dtype)
         self.read_into(name, weight)
         try:
-            return weight_format.encode(weight)
+            return weight_format.encode(weight if importance is None else weight.to(importance.device), importance)
         except UnusableInput as error:
             raise UnusableInput(f"{name}: {error}") from error
 

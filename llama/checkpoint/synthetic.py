@@ -69,8 +69,15 @@ class SyntheticCheckpoint(Checkpoint):
         return self if shard.size == 1 else SyntheticShare(self, shard)
 
     def encode(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        weight_format: WeightFormat,
+        importance: Tensor | None = None,
     ) -> Mapping[str, Tensor] | None:
+        if importance is not None:
+            return super().encode(name, shape, dtype, weight_format, importance)
         if (planned := self.planes(name, shape, dtype, weight_format)) is None:
             return None
         made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
@@ -124,10 +131,15 @@ class SyntheticShare(RankCheckpoint):
         self._made = whole
 
     def encode(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        weight_format: WeightFormat,
+        importance: Tensor | None = None,
     ) -> Mapping[str, Tensor] | None:
-        if self._is_cut(name, weight_format):
-            return super().encode(name, shape, dtype, weight_format)
+        if importance is not None or self._is_cut(name, weight_format):
+            return super().encode(name, shape, dtype, weight_format, importance)
         if (planned := self.planes(name, shape, dtype, weight_format)) is None:
             return None
         made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}

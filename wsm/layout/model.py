@@ -108,9 +108,17 @@ class TensorSource(Protocol):
         """Fill ``out`` with what :meth:`encode` gives, where its sizes are known."""
 
     def encode(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        weight_format: WeightFormat,
+        importance: Tensor | None = None,
     ) -> Mapping[str, Tensor] | None:
-        """The planes of the matrix of that full name, taken as of ``dtype``; None where it stays plain; thread-safe."""
+        """The planes of the matrix of that full name, taken as of ``dtype``; None where it stays plain; thread-safe.
+
+        With the ``importance`` of its inputs it is encoded on their device.
+        """
 
     def planes(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat

@@ -30,10 +30,16 @@ def encode_group(
     weight_format: WeightFormat,
     buffer: Tensor,
     workers: Executor,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> GroupLayout:
-    """Make a group's image in ``buffer`` (``uint8``, large enough for any); its layout. A tensor is a worker's work."""
+    """Make a group's image in ``buffer`` (``uint8``, large enough for any); its layout. A tensor is a worker's work.
+
+    ``moments`` are those of the inputs by matrix, the importance of :meth:`WeightFormat.encode`; they are worked on one
+    matrix after the other, since each takes much memory.
+    """
     specs = source.config.specs(group.kind)
-    found = list(workers.map(partial(_encoded, source, group, dtype, weight_format), specs))
+    encoded = partial(_encoded, source, group, dtype, weight_format, moments or {})
+    found = list((workers.map if moments is None else map)(encoded, specs))
     planes = {spec.name: of for spec, of in zip(specs, found, strict=True) if of is not None}
     described = {name: tuple(Plane(n, p.dtype, tuple(p.shape)) for n, p in of.items()) for name, of in planes.items()}
     layout = image_layout(specs, dtype, {name: InFormat(weight_format.name, of) for name, of in described.items()})
@@ -47,11 +53,18 @@ def encode_group(
 
 
 def _encoded(
-    source: TensorSource, group: GroupId, dtype: torch.dtype, weight_format: WeightFormat, spec: TensorSpec
+    source: TensorSource,
+    group: GroupId,
+    dtype: torch.dtype,
+    weight_format: WeightFormat,
+    moments: Mapping[str, Tensor],
+    spec: TensorSpec,
 ) -> Mapping[str, Tensor] | None:
     if not is_encoded(spec):
         return None
-    return source.encode(source.config.full_name(group, spec.name), spec.shape, dtype, weight_format)
+    name = source.config.full_name(group, spec.name)
+    planes = source.encode(name, spec.shape, dtype, weight_format, moments.get(spec.name))
+    return planes and {plane: values.cpu() for plane, values in planes.items()}
 
 
 def coming_layout(source: TensorSource, group: GroupId, dtype: torch.dtype, weight_format: WeightFormat) -> GroupLayout:

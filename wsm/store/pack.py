@@ -7,11 +7,12 @@ import errno
 import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -43,6 +44,15 @@ from wsm.store.manifest import load_json, manifest_digest, new_manifest
 READERS = 4
 
 Progress = Callable[[int], None]
+Moments = Callable[[GroupId], Mapping[str, Tensor]]
+"""Of the inputs of a group's matrices, by short name; asked for in pass order, by one thread."""
+
+
+class Calibration(NamedTuple):
+    """What quantising looks at, and what is ``told`` of it in the manifest."""
+
+    moments: Moments
+    told: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,7 @@ class PackRequest:
     force: bool = False
     tp: int = 1
     weight_format: WeightFormat | None = None
+    calibration: Calibration | None = None
 
 
 def pack(
@@ -108,10 +119,13 @@ def _write_store(
 ) -> None:
     """Nothing that looks like a store exists until the end, and each step is on the drive before the next begins."""
     _write_first(files, [b""] * len(files))
-    written = _write_groups(checkpoint, plan, files, progress)
+    calibration = request.calibration
+    written = _write_groups(checkpoint, plan, files, progress, calibration.moments if calibration else None)
     for file in files:
         _sync(file)
     manifest = new_manifest(plan, request.targets, sources, written)
+    if calibration is not None:
+        manifest["calibration"] = dict(calibration.told)
     store_id, digest = manifest["store_id"], manifest_digest(manifest)
     ids = store_id, digest
     version = VERSION if plan.weight_format is None else FORMATTED
@@ -158,7 +172,11 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
 
 
 def _write_groups(
-    checkpoint: TensorSource, plan: StorePlan, files: Sequence[int], progress: Progress
+    checkpoint: TensorSource,
+    plan: StorePlan,
+    files: Sequence[int],
+    progress: Progress,
+    moments: Moments | None = None,
 ) -> dict[GroupId | None, WrittenGroup]:
     """Groups in order, one group's images being made while those before are written; what is where then."""
     # Each group rank by rank: what the ranks share a page of is read from the drive once, whichever way it is cut.
@@ -171,7 +189,7 @@ def _write_groups(
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
 
         def make(number: int) -> Future[list[GroupLayout]]:
-            return ahead.submit(_make_images, shares, groups[number], plan, buffers[number % 2], readers)
+            return ahead.submit(_make_images, shares, groups[number], plan, buffers[number % 2], readers, moments)
 
         coming = make(0)
         for number, group in enumerate(groups):
@@ -196,6 +214,7 @@ def _make_images(
     plan: StorePlan,
     buffers: Sequence[Tensor],
     readers: Executor,
+    moments: Moments | None,
 ) -> list[GroupLayout]:
     """Every rank's image of a group in a buffer of its own, all padded to the largest; their layouts.
 
@@ -209,8 +228,9 @@ def _make_images(
             list(readers.map(share.read_into, names, tensors.values()))
         return [plan.layouts[group]] * len(shares)
     assert group is not None
+    inputs = moments(group) if moments is not None else None
     layouts = [
-        encode_group(share, group, plan.dtype, weight_format, buffer, readers)
+        encode_group(share, group, plan.dtype, weight_format, buffer, readers, inputs)
         for share, buffer in zip(shares, buffers, strict=True)
     ]
     nbytes = max(layout.nbytes for layout in layouts)

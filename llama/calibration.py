@@ -1,0 +1,97 @@
+"""What a model's matrices are multiplied with: second moments of their inputs, gathered in one streamed prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from llama.llm import LLaMA
+from wsm.errors import UnusableInput
+from wsm.layout.groups import GroupId
+
+
+class _Ended(BaseException):
+    """Nobody wants more moments."""
+
+
+class Calibration:
+    """A prefill of ``llm`` over ``windows``, a group at a time; a context manager.
+
+    With ``feedback`` the moments of an input are the mean products of each two of its channels, float32 ``[cols,
+    cols]``, else the mean squares, ``[cols]``. Only one group's are held at a time: the prefill goes on when the next
+    group is asked for.
+    """
+
+    def __init__(self, llm: LLaMA, windows: Sequence[Sequence[int]], *, feedback: bool) -> None:
+        self._llm, self._windows, self._feedback = llm, windows, feedback
+        self._tokens = sum(map(len, windows))
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._ready = SimpleQueue[tuple[GroupId, dict[str, Tensor]] | BaseException]()
+        self._go_on = SimpleQueue[bool]()
+        self._thread = Thread(target=self._prefill, name="wsm-calibrate", daemon=True)
+
+    def moments(self, group: GroupId) -> Mapping[str, Tensor]:
+        """Of every matrix of ``group``, by short name, on the compute device; to be asked for in pass order.
+
+        Raises what the prefill raised.
+        """
+        self._go_on.put(True)
+        came = self._ready.get()
+        if isinstance(came, BaseException):
+            raise came
+        found, moments = came
+        if found != group:
+            raise ValueError(f"the moments of {found} come next, not those of {group}")
+        return moments
+
+    def __enter__(self) -> Calibration:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._go_on.put(False)
+        self._thread.join()
+
+    # -- on the prefill's thread
+
+    def _prefill(self) -> None:
+        groups = self._llm.model.groups
+        try:
+            self._wait()
+            self._llm.device.enter_thread()
+            groups.observer = self
+            self._llm.generate(self._windows, max_new_tokens=1, temperature=0, ignore_eos=True)
+            self._ready.put(UnusableInput("the prefill is over: there are no more moments"))
+        except _Ended:
+            pass
+        except BaseException as error:  # the packing thread's to raise
+            self._ready.put(error)
+        finally:
+            groups.observer = None
+
+    def saw(self, group: GroupId, names: Sequence[str], x: Tensor) -> None:
+        """Add the inputs ``x [n, cols]`` of a product."""
+        wide = x.float()
+        sums = wide.t() @ wide if self._feedback else wide.square().sum(0)
+        before = self._sums.get(key := tuple(names))
+        self._sums[key] = sums if before is None else before.add_(sums)
+
+    def left(self, group: GroupId) -> None:
+        """Hand over what came together, and wait until the next group is wanted."""
+        moments = {name: sums.div_(self._tokens) for names, sums in self._sums.items() for name in names[:1]}
+        moments |= {name: moments[names[0]] for names in self._sums for name in names[1:]}
+        self._sums = {}
+        if self._llm.inputs.device.type == "cuda":
+            torch.cuda.current_stream(self._llm.inputs.device).synchronize()  # they are read on another thread's stream
+        self._ready.put((group, moments))
+        del moments
+        self._wait()
+
+    def _wait(self) -> None:
+        if not self._go_on.get():
+            raise _Ended

@@ -21,7 +21,7 @@ from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
 from llama.options import BuildOptions
 from llama.parallel.world import ALONE, World
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
 from wsm.errors import UnusableInput
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
@@ -58,6 +58,21 @@ class Inputs:
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
         return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a row. Token ids need no tokenizer: without one, what the JSON files name, or nothing."""
+        try:
+            return self.tokenizer.stop_ids
+        except UnusableInput:
+            directory = self.checkpoint.directory
+            return frozenset(stop_ids_named(directory, self.checkpoint.config) if directory is not None else ())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful in the files that were read."""
+        read = [self.tokenizer] if "tokenizer" in vars(self) else []
+        return [*self.checkpoint.warnings, *(warning for tokenizer in read for warning in tokenizer.warnings)]
 
     def close(self) -> None:
         self.checkpoint.close()

@@ -21,7 +21,7 @@ def whole(value: object, what: str, most: int = MOST_WHOLE) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnusableInput(f"{what} must be a whole number above 0, not {value!r:.60}")
     if value > most:
-        raise UnusableInput(f"{what} must be at most {most}; no model has {value:.3e}")
+        raise UnusableInput(f"{what} must be at most {most}: no model has more")
     return value
 
 

@@ -23,7 +23,6 @@ from llama.options import build_options
 from llama.parallel.world import ALONE, World
 from llama.tokenizer import Tokenizer, encode_prompt
 from llama.weights import TensorWeights, WeightSource
-from wsm.disk.blockdev import is_block_device
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.stream import WeightStreamingManager
 from wsm.engine.telemetry import Telemetry
@@ -153,7 +152,7 @@ class LLaMA:
                 self.telemetry,
                 self.link,
                 wanted=lambda: self.manager.tiers.wanted_groups() if self.manager is not None else 0,
-                disk=self._kv_disk() if placement.disk else None,
+                disk=inputs.kv_disk(self.plan) if placement.disk else None,
             )
             self.warnings += self.kv_tiers.warnings
         return KVCache(
@@ -167,16 +166,6 @@ class LLaMA:
             tier=self.kv_tiers,
             topk=self.plan.inputs.topk_blk,
         )
-
-    def _kv_disk(self) -> tuple[str, Sequence[str]]:
-        """``--kv-device``; of several ranks each has a file of its own."""
-        path, world, description = self.plan.inputs.kv_device, self.inputs.world, self.inputs.description
-        assert path is not None
-        if world.shard.size > 1:
-            if is_block_device(path):
-                raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
-            path = f"{path}.rank{world.shard.rank}"
-        return path, description.targets if description is not None else ()
 
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]

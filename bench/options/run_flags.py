@@ -19,7 +19,10 @@ class RunOptions(BuildOptions):
     """Everything that a run follows from, in one object from the command line to the plan."""
 
     prompts: Path | None = _work(
-        None, PATH, "a prompt per line, `===== PROMPT … =====` blocks, or `.jsonl`", shown="the file in prompts/"
+        None,
+        PATH,
+        "a prompt per line, `===== PROMPT … =====` blocks, `.jsonl`, `.json`, ShareGPT",
+        shown="the file in prompts/",
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
     prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed")
@@ -47,6 +50,8 @@ class RunOptions(BuildOptions):
         sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
         if len(given := [flag for flag, value in sources.items() if value is not None]) > 1:
             raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UnusableInput("--prompt is empty: give a text")
         if self.max_new_tokens >= self.max_seq_len:
             raise UnusableInput(
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-seq-len "

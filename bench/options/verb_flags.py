@@ -139,7 +139,6 @@ def sweep_of(given: Iterable[tuple[str, str]]) -> Sweep:
 
 def _check_list(flag: str, values: Sequence[str]) -> None:
     said = f"{flag} {','.join(values)}"
-    # An empty text is a prompt like another; elsewhere it is a comma too many.
     if is_split(LISTED[flag]) and not all(values):
         raise UnusableInput(f"{said} has an empty value: a comma too many?")
     if len(set(values)) < len(values):

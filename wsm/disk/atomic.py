@@ -6,6 +6,8 @@ import os
 import uuid
 from pathlib import Path
 
+from wsm.errors import UnusableInput
+
 
 def sync_directory(directory: Path) -> None:
     """Make a rename in ``directory`` outlast a power cut."""
@@ -17,8 +19,13 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was."""
+    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was.
+
+    UnusableInput for what is no file, as /dev/null: a rename would put one in its place.
+    """
     path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UnusableInput(f"{path} is no file and cannot be written: name another")
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with beside.open("x", encoding="utf-8") as file:

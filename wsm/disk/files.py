@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import select
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,8 @@ def parse_json(content: bytes, label: str, mend: str) -> Any:
     try:
         text = content.decode("utf-8-sig")
         found = json.loads(text, object_pairs_hook=_object)
-        _check_values(found)
+        if fault := _fault(found):
+            raise ValueError(fault.removeprefix(".") if len(fault) < 200 else f"...{fault[-150:]}")
         if "\\ud" in text.lower():  # surrogateescape: so Python writes a path that is no text
             json.dumps(found, ensure_ascii=False).encode("utf-8", errors="surrogateescape")
     except (ValueError, RecursionError) as error:
@@ -120,21 +120,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_values(found: Any) -> None:
-    """ValueError for numbers that no float holds, and for what is too deep."""
-    level: Collection[Any] = [found]
-    for _ in range(_MOST_DEPTH):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner.extend(value.values())
-            elif isinstance(value, list):
-                inner.extend(value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("a number that is not finite, or larger than any float")
-            elif isinstance(value, int) and abs(value) > sys.float_info.max:
-                raise ValueError("a number larger than any float")
-        if not inner:
-            return
-        level = inner
-    raise ValueError(f"nested deeper than {_MOST_DEPTH} levels")
+def _fault(value: Any, depth: int = 0) -> str | None:
+    """The key of what no JSON file of ours holds, and why: a number beyond floats, or a hundred levels."""
+    if depth > _MOST_DEPTH:
+        return f" is nested deeper than {_MOST_DEPTH} levels"
+    inner: Iterable[tuple[object, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = (("[]", item) for item in value)
+    elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # nor NaN
+        text = json.dumps(value)
+        return f" is {text if len(text) <= 40 else f'{text[:37]}...'}"
+    for key, item in inner:
+        if fault := _fault(item, depth + 1):
+            return f".{key}{fault}"
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -107,13 +106,8 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnusableInput(
-                f"another sweep is running in --out-dir {folder}: wait for it, or name another"
-            ) from None
+    busy = f"another sweep is running in --out-dir {folder}: wait for it, or name another"
+    with locked(folder / ".lock", f"--out-dir {folder}", busy=busy):
         if (folder / DESCRIPTION).exists():
             _check_same(folder, wanted)
         elif strangers := sorted(path.name for path in folder.iterdir() if path.name[0] != "."):

@@ -1,9 +1,13 @@
-"""Small files that are there whole or not at all."""
+"""Small files that are there whole or not at all, and files that processes take turns by."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from wsm.errors import UnusableInput
@@ -37,3 +41,32 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, label: str, *, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock file (made where there is none, its mtime set) alone: wait for it, or refuse with ``busy``.
+
+    UnusableInput, with ``label`` in the sentence, where it cannot be made. Whoever holds it may remove it.
+    """
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UnusableInput(f"{label} cannot be used: {path.name}: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise UnusableInput(f"{label} cannot be used: {path.name} is no file")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
+            except BlockingIOError:
+                raise UnusableInput(str(busy)) from None
+            except OSError:
+                pass  # a filesystem without locks
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file))):
+                continue  # removed by whoever had it: others make another
+            os.utime(file)
+            yield
+            return
+        finally:
+            os.close(file)

@@ -19,6 +19,7 @@ from bench.options.verb_flags import SweepOptions
 from bench.result.results import read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
 from bench.result.types import Result
+from wsm.disk.atomic import locked
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
 

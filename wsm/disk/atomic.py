@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from wsm import stop
 from wsm.errors import UnusableInput
 
 
@@ -50,6 +52,7 @@ def locked(path: Path, label: str, *, busy: str | None = None) -> Iterator[None]
     UnusableInput, with ``label`` in the sentence, where it cannot be made. Whoever holds it may remove it.
     """
     while True:
+        stop.check()
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -57,16 +60,25 @@ def locked(path: Path, label: str, *, busy: str | None = None) -> Iterator[None]
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise UnusableInput(f"{label} cannot be used: {path.name} is no file")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
-            except BlockingIOError:
-                raise UnusableInput(str(busy)) from None
-            except OSError:
-                pass  # a filesystem without locks
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file))):
-                continue  # removed by whoever had it: others make another
-            os.utime(file)
-            yield
-            return
+            if _taken(file, path):
+                os.utime(file)
+                yield
+                return
         finally:
             os.close(file)
+        if busy is not None:
+            raise UnusableInput(busy)
+        time.sleep(stop.LOOK_S)
+
+
+def _taken(file: int, path: Path) -> bool:
+    """Try to lock an open file; False where another process has it, or has removed it from its place meanwhile."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a filesystem without locks
+    with contextlib.suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(file))
+    return False

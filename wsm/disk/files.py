@@ -8,10 +8,12 @@ import select
 import stat
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from wsm import stop
 from wsm.errors import UnusableInput
 
 MOST_BYTES = 256 << 20
@@ -69,8 +71,10 @@ def _read_most(file: int, label: str, most: int) -> bytes:
         try:
             part = os.read(file, min(most - got, 16 << 20))
         except BlockingIOError:
-            if (left := end - time.monotonic()) <= 0 or not select.select([file], [], [], left)[0]:
+            stop.check()
+            if time.monotonic() > end:
                 raise UnusableInput(f"{label} did not come to its end in {PIPE_LIMIT_S:.0f} s; name a file") from None
+            select.select([file], [], [], min(stop.LOOK_S, PIPE_LIMIT_S))
             continue
         if not part:
             break
@@ -114,8 +118,7 @@ def read_json(path: Path, label: str, mend: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen = set[str]()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {twice!r:.60} comes twice")
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
+from bench.cli.confirm import confirmed
 from bench.options.flags import kept_command
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
@@ -19,7 +20,6 @@ from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open
 from llama.inputs import open_inputs, plan_run, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
-from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
 from wsm.plan.levers import auto_flags
@@ -57,19 +57,9 @@ def run_pack(options: PackOptions) -> int:
     ranks = f" for {tp} ranks" if tp > 1 else ""
     reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
 
-    def confirm(question: str) -> bool:
-        if options.yes:
-            return True
-        if not sys.stdin.isatty():
-            raise UnusableInput(f"{question} There is no terminal to ask on: --yes confirms; nothing was written")
-        try:
-            return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-        except EOFError:
-            return False
-
     with reporter.bar(size * targets, "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
-        pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
+        pack(inputs.checkpoint, request, confirm=partial(confirmed, yes=options.yes), progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
     return 0
 

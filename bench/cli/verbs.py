@@ -8,7 +8,15 @@ from pathlib import Path
 
 from bench.options.flags import check_point
 from bench.options.run_flags import RunOptions
-from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, ReportOptions, SweepOptions
+from bench.options.verb_flags import (
+    CacheOptions,
+    CompareOptions,
+    Options,
+    PackOptions,
+    PromptsOptions,
+    ReportOptions,
+    SweepOptions,
+)
 from bench.run.job import unbroken
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
@@ -31,6 +39,10 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         from bench.sweep.sweep import run_sweep
 
         return run_sweep(options, user_set, check_point)
+    if isinstance(options, CacheOptions):
+        from bench.cli.cache import run_cache
+
+        return run_cache(options)
     with unbroken():
         from bench.cli.models import run_pack, run_plan, run_verify
 

@@ -41,7 +41,7 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
     print(describe(plan, ceilings))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
-    for warning in unknown_variables(os.environ):
+    for warning in (*inputs.warnings, *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings)
     return 0
@@ -55,6 +55,8 @@ def run_pack(options: PackOptions) -> int:
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
     size = plan_store(config, inputs.dtype, targets, tp).target_bytes
     ranks = f" for {tp} ranks" if tp > 1 else ""
+    for warning in inputs.warnings:
+        reporter.say(f"[WARNING] {warning}")
     reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
 
     with reporter.bar(size * targets, "B", "packing") as advance:

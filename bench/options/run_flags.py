@@ -29,7 +29,9 @@ class RunOptions(BuildOptions):
     batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it")
     max_new_tokens: int = _work(32, whole(1), "tokens to make per row")
     max_seq_len: int = _work(
-        2048, whole(2), "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, BOS counted in"
+        2048,
+        whole(2),
+        "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, special ones kept and counted in",
     )
     temperature: float = _work(0.6, number(0), "nucleus sampling; 0 is greedy")
     top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens of this probability")

@@ -74,6 +74,13 @@ class Config(Part, frozen=True, kw_only=True):
             raise ValueError("resolved.model is missing")
 
 
+class SpecialTokens(Part, frozen=True, kw_only=True):
+    """what the model's tokenizer puts around each text; nothing around the random ids of --prompt-len"""
+
+    before: Annotated[list[Annotated[Count, says("a token id")]], says("ids in front of a text, such as BOS")]
+    after: Annotated[list[Annotated[Count, says("a token id")]], says("ids behind it")]
+
+
 class Output(Part, frozen=True, kw_only=True):
     """what was generated, in the median round"""
 
@@ -128,7 +135,7 @@ class Result(Part, frozen=True, kw_only=True):
 
     batch_size: Annotated[FromOne, says("rows")]
     max_new_tokens: Annotated[FromOne, says("most new tokens per row")]
-    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, BOS included")]
+    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, special ones included")]
     prefill_tokens_total: Annotated[FromOne, says("prompt tokens of all rows")]
     decode_tokens_total: Annotated[
         FromOne, says("new tokens of all rows, token 1 and stop tokens included, none after those")
@@ -149,6 +156,7 @@ class Result(Part, frozen=True, kw_only=True):
     schema_version: Annotated[Literal[1], says("version of this description")]
     interrupted: Annotated[bool, says("whether the run was broken off, and only the rounds finished by then are here")]
     decode_forward_passes: Annotated[Count, says("passes of the decode; token 1 takes none")]
+    special_tokens: Later[SpecialTokens] = UNSET
     tpot_ms: Tpot | None
     phases: Annotated[
         ByPhase[Phase], says("what moved, how long each tier worked and waited, how far that is from the floor")

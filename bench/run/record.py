@@ -17,7 +17,7 @@ import torch
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
-from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
+from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting, SpecialTokens
 from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
 from bench.result.types_phases import Ceilings, Phase, Rate
 from bench.run import warnings
@@ -74,6 +74,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         schema_version=SCHEMA_VERSION,
         interrupted=got.interrupted,
         decode_forward_passes=generation.decode_passes,
+        special_tokens=_special_tokens(options, llm),
         tpot_ms=tpot_of(chosen.pass_ms),
         phases=phases,
         ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
@@ -108,6 +109,12 @@ def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequen
     yield from got.watch.warnings
     yield from missing
     yield from warnings.unmeasured(llm.inputs.device, got.ceilings, phases.decode)
+
+
+def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
+    if options.prompt_len is not None:
+        return SpecialTokens(before=[], after=[])
+    return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 
 
 def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak:

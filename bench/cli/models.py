@@ -11,7 +11,7 @@ from functools import partial
 from bench.options.flags import kept_command
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
-from bench.result.summary import ConsoleReporter
+from bench.result.console import ConsoleReporter
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
@@ -49,7 +49,7 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
 
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
-    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
     inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
@@ -76,7 +76,7 @@ def run_pack(options: PackOptions) -> int:
 
 def run_verify(options: VerifyOptions) -> int:
     """Read a store back; exit code 4 if any group is bad."""
-    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     checkpoint: Checkpoint | None = None
     if options.checkpoints is not None:
         weightless = options.checkpoints.is_dir() and not has_weights(options.checkpoints)

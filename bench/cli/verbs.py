@@ -61,14 +61,15 @@ def _run_compare(options: CompareOptions) -> int:
 
 def _run_prompts(options: PromptsOptions) -> int:
     """Make a prompt file."""
-    from bench.result.summary import ConsoleReporter
+    from bench.result.console import ConsoleReporter
     from bench.run.prompts import make_prompts, prompt_file
 
     tokenizer = _tokenizer_of(options.checkpoints)
     if not options.out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {options.out}: its directory does not exist")
     texts = []
-    with ConsoleReporter(quiet=False, verbose=options.verbose).bar(options.count, "prompt", "prompts") as advance:
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
+    with reporter.bar(options.count, "prompt", "prompts") as advance:
         for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
             texts.append(text)
             advance(1)

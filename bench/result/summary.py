@@ -1,23 +1,19 @@
-"""What a run prints: log lines, the summary, rows and tables."""
+"""What a run prints when it is over: the summary, or a row for pipes and tables."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import msgspec
 from tabulate import tabulate
-from tqdm import tqdm
 
 from bench.result.results import plain, significant
 from bench.result.types import METRICS, Result
-from llama.loading import Reporter
 
 _FIRST = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total", "ttft_ms", "decode_ms", "e2e_ms"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
@@ -33,29 +29,6 @@ _COLUMNS: dict[str, Callable[[Result], Any]] = {
     "output": lambda r: r.output.sha256[:12],
     "warnings": lambda r: len(r.warnings),
 }
-
-
-class ConsoleReporter(Reporter):
-    """Log lines on stdout (silent where a row is printed instead), bars on stderr, only on a terminal."""
-
-    def __init__(self, *, quiet: bool, verbose: bool, bars: bool = True) -> None:
-        self._quiet, self.verbose = quiet, verbose and not quiet
-        self._no_bars = None if bars else True  # None: where stderr is no terminal
-
-    def say(self, line: str) -> None:
-        if not self._quiet:
-            # With escapes for what the terminal's encoding lacks: no run ends for want of a letter.
-            encoding = sys.stdout.encoding or "utf-8"
-            print(line.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
-
-    @contextmanager
-    def bar(self, total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
-        with tqdm(total=total, unit=unit, desc=what, disable=self._no_bars, unit_scale=unit == "B", leave=False) as bar:
-
-            def advance(done: int) -> None:
-                bar.update(done)
-
-            yield advance
 
 
 def summary(result: Result) -> str:

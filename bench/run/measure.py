@@ -19,6 +19,7 @@ from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traff
 from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
+from wsm.layout.groups import KINDS
 from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
 
 
@@ -80,15 +81,30 @@ def run_round(
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        ignore_eos=options.ignore_eos,
+        ignore_eos=options.goes_on,
         observer=observe,
     )
     return Round(generation, **at, tokens_at=tokens_at, steps=steps, passes=passes, complete_at_start=complete)
 
 
-def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -> None:
+def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None]) -> None:
     """One untimed round: the prefill and two decode passes."""
-    run_round(llm, prompts, replace(options, max_new_tokens=min(3, options.max_new_tokens), ignore_eos=True))
+    short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True)
+    run_round(llm, prompts, short, on_token)
+
+
+def warm_up_tokens(options: RunOptions) -> int:
+    return min(3, options.max_new_tokens)
+
+
+def prefill_place(llm: LLaMA, tokens: int) -> str:
+    """Where a round is that has made so many ``tokens``: before the first in the prefill, and there in which layer."""
+    if tokens:
+        return ""
+    if llm.manager is None or llm.manager.resident:
+        return "prefill"
+    layers = llm.config.n_layers
+    return f"prefill, layer {llm.manager.tiers.next_step // len(KINDS) % layers + 1} of {layers}"
 
 
 def median_round(rounds: Sequence[Round]) -> int:

@@ -15,8 +15,9 @@ import torch
 
 from bench.options.flags import kept_command
 from bench.options.run_flags import RunOptions
+from bench.result.console import ConsoleReporter
 from bench.result.results import dump
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import Result
 from bench.run.job import handled
 from bench.run.record import Progress

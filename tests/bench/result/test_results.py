@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from bench.cli.docs import result_schema
 from bench.options.run_flags import RunOptions
+from bench.result.console import ConsoleReporter
 from bench.result.fields import ByPhase
 from bench.result.results import checked, dump, plain, read_result, significant
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION, LinkRates, Tpot
 from bench.result.types_machine import BytesPerPass, LoadRate
 from bench.result.types_phases import Idle

@@ -192,7 +192,7 @@ def _open_hf(path: Path) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise UnusableInput(f"{path} needs the tokenizers package: pip install 'wsm-bench[hf]'") from error
+        raise UnusableInput(f"{path} needs the tokenizers package: pip install tokenizers") from error
     refuse_pointer(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))

@@ -12,7 +12,7 @@ from bench.options.about import models_text, version_text
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
 from wsm.errors import UnusableInput
-from wsm.option import SWITCH, Kind, Option, meant, options_of
+from wsm.option import SWITCH, Kind, Option, meant, negated, options_of
 from wsm.settings import read_variables
 
 GROUPS = ("", "model", "paging", "work", "output")
@@ -186,6 +186,12 @@ def _check_known(argv: Sequence[str], of_verb: Mapping[str, _Parser]) -> None:
             others = [other for other, parser in of_verb.items() if flag in parser.flags]
             hint = f", but of {' and '.join(others)}" if others else meant(flag, known)
             raise UnusableInput(f"{flag} is no flag of {verb}{hint} (see {_PROGRAM} {verb} --help)")
+
+
+def swept_flags(argv: Sequence[str] | None = None) -> list[str]:
+    """The names of all settings that a sweep may vary, or of those that these arguments give."""
+    given = None if argv is None else {word.partition("=")[0] if word[:2] == "--" else word[:2] for word in argv}
+    return [each.name for flag, each in LISTED.items() if given is None or given & {flag, negated(flag), *each.flags}]
 
 
 def check_point(argv: Sequence[str]) -> None:

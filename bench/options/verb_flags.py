@@ -83,6 +83,7 @@ class CompareOptions:
         "exit code 1 where a side is slower by more percent than this, 2 where it cannot be judged",
         metavar="PCT",
     )
+    equal_outputs: bool = option(False, SWITCH, "exit code 1 where two sides generated different tokens")
     output: str = option("text", one_of("text", "md", "csv"), "how the table is printed", flags=("-o",))
     verbose: bool = same(RunOptions, "verbose")
 

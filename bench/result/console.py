@@ -127,8 +127,11 @@ class ConsoleReporter(Reporter):
                 shower.join(1.0)  # not for ever: a terminal may be stopped
 
     def _draw(self, over: threading.Event) -> None:
-        form = {"leave": False, "bar_format": "{desc}", "nrows": 2}  # tqdm hides a line that is below the last row
-        with contextlib.suppress(OSError, ValueError), _Line(file=sys.stderr, ncols=_columns(), **form) as line:
+        with contextlib.ExitStack() as shown:
+            shown.enter_context(contextlib.suppress(OSError, ValueError))
+            # With a row to spare: tqdm hides a line that it takes to be below the last one.
+            made = _Line(file=sys.stderr, leave=False, bar_format="{desc}", ncols=_columns(), nrows=2)
+            line = shown.enter_context(made)
             while not over.wait(DRAWN_S):
                 line.ncols = _columns()
                 for task in self._tasks[-1:]:

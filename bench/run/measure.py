@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import Counter
@@ -144,8 +143,8 @@ def tpot_of(pass_ms: Sequence[float]) -> Tpot | None:
     if not pass_ms:
         return None
     ordered, n = sorted(pass_ms), len(pass_ms)
-    p50, p90 = (ordered[math.ceil(share * n) - 1] for share in (0.5, 0.9))
-    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, max=ordered[-1], n=n)
+    p50, p90, p99 = (ordered[-(-percent * n // 100) - 1] for percent in (50, 90, 99))
+    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, p99=p99, max=ordered[-1], n=n)
 
 
 # -- bytes, and the floor under their time

@@ -247,7 +247,7 @@ def test_without_matplotlib_it_is_exit_2_and_names_the_extra(
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(measured_files[0]), "--out", "r.html", *more]) == 2
     err = capsys.readouterr().err
-    assert err == "bench_infer.py: report needs matplotlib: pip install 'wsm-bench[plot]'\n"
+    assert err == "bench_infer.py: report needs matplotlib: pip install matplotlib\n"
     assert list(tmp_path.iterdir()) == []
 
 

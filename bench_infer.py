@@ -7,6 +7,7 @@ need torch are imported where they are used: its import takes seconds, and a wro
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -38,6 +39,8 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 
     ``user_set`` names the variables that the user had set.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # no verb ends because a terminal lacks a letter
     job, code = Job(Ranks()), DONE
     failure: BaseException | None = None
     try:

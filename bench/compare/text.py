@@ -144,11 +144,10 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
 
 def outputs_line(comparison: Comparison) -> str:
     """Whether all sides generated the same tokens, and which did where not."""
-    found = outputs_of(comparison)
+    found = {digest and digest[:12]: places for digest, places in outputs_of(comparison).items()}
     if are_equal(found):
-        [digest] = found
-        return f"equal: all {len(comparison.sides)} sides generated the same tokens (sha256 {digest and digest[:12]})"
-    groups = [f"{', '.join(map(letters, places))} {digest and digest[:12]}" for digest, places in found.items()]
+        return f"equal: all {len(comparison.sides)} sides generated the same tokens (sha256 {next(iter(found))})"
+    groups = [f"{', '.join(map(letters, places))} {digest or 'no result'}" for digest, places in found.items()]
     return f"not equal: {'; '.join(groups)}"
 
 

@@ -89,10 +89,8 @@ class ConsoleReporter(Reporter):
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            # With escapes for what the terminal's encoding lacks: no run ends for want of a letter.
-            encoding = sys.stdout.encoding or "utf-8"
             with _Line.external_write_mode():  # the line of progress, if there is one, stays below
-                print(line.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
+                print(line, flush=True)
 
     def doing(self, what: str) -> AbstractContextManager[Callable[[int], None]]:
         """Something whose length is not known before."""

@@ -25,7 +25,8 @@ def write_atomically(path: Path, text: str) -> None:
     path = path.resolve()
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("x", encoding="utf-8") as file:
+        # A name from the command line may hold bytes that are no text: they are written as escapes.
+        with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

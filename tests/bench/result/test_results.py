@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import math
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from hypothesis import strategies as st
 
 from bench.cli.docs import result_schema
 from bench.options.run_flags import RunOptions
-from bench.result.console import ConsoleReporter
 from bench.result.fields import ByPhase
 from bench.result.results import checked, dump, plain, read_result, significant
 from bench.result.summary import row, summary
@@ -196,6 +197,12 @@ def test_repeats_keep_every_round_in_order_and_its_spread() -> None:
 
 def test_one_round_has_no_deviation() -> None:
     assert repeats_of([a_round()]).statistics.ttft_ms.stdev is None
+
+
+def test_below_a_hundred_passes_p99_is_the_slowest() -> None:
+    passes = tpot_of([1.0, 2.0, 9.0])
+    assert passes is not None
+    assert (passes.p50, passes.p99) == (2.0, 9.0)
 
 
 def test_tpot_percentiles_are_passes_that_took_place() -> None:
@@ -687,11 +694,18 @@ def test_texts_are_kept_only_if_asked_for(runs: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_terminal_without_chinese_letters_ends_no_run(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_these_letters_ends_no_verb(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, measured_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / "详细-caf\udce9.json"
+    shutil.copy(measured_files[0], odd)
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
-    ConsoleReporter(quiet=False, verbose=False).say("详细 JSON \udce9")
-    assert b"JSON" in written.getvalue()
+    assert main(["compare", str(measured_files[0]), str(odd)]) == 0
+    assert main(["report", str(measured_files[0]), str(odd), "--out", f"{odd.with_suffix('.html')}"]) == 0
+    assert "caf\\udce9" in odd.with_suffix(".html").read_text(encoding="utf-8")
+    sys.stdout.flush()
+    assert b"caf\\udce9" in written.getvalue()
 
 
 @pytest.mark.parametrize("part", ["phases", "memory", "output", "gpu_mem_GB"])

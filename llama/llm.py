@@ -174,7 +174,7 @@ class LLaMA:
             source = self._source(reporter)
         self.warnings += source.warnings
         try:
-            with self.load_times.timed("allocate_s"):
+            with self.load_times.timed("allocate_s"), reporter.bar(None, "", "taking memory"):
                 manager = WeightStreamingManager(
                     self.plan.placement,
                     source,

@@ -52,35 +52,37 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
 
 
 def _run_compare(options: CompareOptions) -> int:
-    """Print results against the first; with ``--threshold``, exit code 1 if one is slower by more."""
-    from bench.compare.compare import compare, regressions
+    """Print results against the first; exit code 1 where ``--threshold`` or ``--equal-outputs`` found a fault."""
+    from bench.compare.compare import are_equal, compare, outputs_of, regressions
     from bench.compare.sides import read_sides
-    from bench.compare.text import as_csv, as_markdown, as_text
+    from bench.compare.text import as_csv, as_markdown, as_text, outputs_line
 
     comparison = compare(read_sides(options.paths))
     print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
-    if options.threshold is None:
-        return 0
-    slower = list(regressions(comparison, options.threshold))
+    unequal = options.equal_outputs and not are_equal(outputs_of(comparison))
+    if unequal:
+        print(f"bench_infer.py: the outputs are {outputs_line(comparison)}", file=sys.stderr)
+    slower = [] if options.threshold is None else list(regressions(comparison, options.threshold))
     for side, percent in slower:
         print(
             f"bench_infer.py: {side.name} is slower than {comparison.sides[0].name} by "
             f"{percent:.1f} %, more than --threshold {options.threshold:g}",
             file=sys.stderr,
         )
-    return 1 if slower else 0
+    return 1 if slower or unequal else 0
 
 
 def _run_prompts(options: PromptsOptions) -> int:
     """Make a prompt file."""
-    from bench.result.summary import ConsoleReporter
+    from bench.result.console import ConsoleReporter
     from bench.run.prompts import make_prompts, prompt_file
 
     tokenizer = _tokenizer_of(options.checkpoints)
     if not options.out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {options.out}: its directory does not exist")
     texts = []
-    with ConsoleReporter(quiet=False, verbose=options.verbose).bar(options.count, "prompt", "prompts") as advance:
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
+    with reporter.bar(options.count, "prompt", "prompts") as advance:
         for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
             texts.append(text)
             advance(1)

@@ -57,6 +57,7 @@ class Tpot(Part, frozen=True, kw_only=True):
     mean: Annotated[Amount, says("ms, arithmetic mean")]
     p50: Annotated[Amount, says("ms, half of the passes took no longer")]
     p90: Annotated[Amount, says("ms, nine tenths of the passes took no longer")]
+    p99: Later[Annotated[Amount, says("ms, 99 of 100 passes took no longer; below 100 passes the slowest")]] = UNSET
     max: Annotated[Amount, says("ms, the slowest pass")]
     n: Annotated[FromOne, says("passes")]
 

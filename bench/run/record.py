@@ -93,7 +93,12 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         ),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
+        warnings=[
+            *got.warnings,
+            *llm.warnings,
+            *warnings.early_ends(list(map(len, generation.tokens)), options.max_new_tokens),
+            *_warnings(llm, got, phases, missing),
+        ],
     )
 
 

@@ -34,7 +34,8 @@ def write_atomically(path: Path, text: str) -> None:
         raise UnusableInput(f"{path} is no file and cannot be written: name another")
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("x", encoding="utf-8") as file:
+        # A name from the command line may hold bytes that are no text: they are written as escapes.
+        with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

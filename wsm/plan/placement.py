@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from wsm.option import options_of
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
@@ -125,4 +126,6 @@ def _staged(
         if slots < 0 or reads < 0:
             break
         staged += 1
+    if wanted == options_of(Settings)["warmup_layers"].default:
+        return staged  # nobody asked for so many
     return _clip("--warmup-layers", wanted, staged, notes, ", what residents and slots hold")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from bench.compare.sides import Side, device_of, differing, mixed_within, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
-from bench.result.types import METRICS, LinkRates, Result
+from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
 from wsm.errors import UnusableInput
 
@@ -74,7 +74,7 @@ def compare(sides: Sequence[Side]) -> Comparison:
 
 def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cell]]]:
     yield "n", [f"{len(side.samples('e2e_ms'))} {side.sampled}" for side in sides]
-    for metric in METRICS:
+    for metric in (*PASS_FIGURES, *METRICS):
         found = [side.samples(metric) for side in sides]
         yield f"median {metric}", [statistics.median(samples) if samples else None for samples in found]
     found = [side.samples("e2e_ms") for side in sides]
@@ -100,8 +100,6 @@ def _where(typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cel
             yield f"{phase} {key}", _cells(typical, f"phases.{phase}.{key}")
         if phase == "prefill":
             yield "prefill passes", _cells(typical, "phases.prefill.passes")
-        else:
-            yield "decode tpot_ms", [result.tpot_ms.mean if result and result.tpot_ms else None for result in typical]
         paths = {f"{tier} MB": (f"bytes_moved.{tier}", 1e6) for tier in Traffic.__struct_fields__}
         for group, tiers in {"busy_ms": Busy, "stall_ms": Stall, "idle_ms": Idle}.items():
             paths |= {f"{tier} {group}": (f"{group}.{tier}", 1) for tier in tiers.__struct_fields__}

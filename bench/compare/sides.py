@@ -35,8 +35,8 @@ class Side:
     def samples(self, metric: str) -> list[float]:
         """What a test may take as independent: the rounds of a single result, or each result's own figure."""
         if len(self.results) == 1:
-            return [getattr(raw, metric) for raw in self.results[0].repeats.raw]
-        return [getattr(result, metric) for result in self.results]
+            return self.results[0].rounds(metric)
+        return [figure for result in self.results if (figure := result.whole(metric)) is not None]
 
     @property
     def sampled(self) -> str:

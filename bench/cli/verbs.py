@@ -41,7 +41,7 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
 
 def _run_compare(options: CompareOptions) -> int:
     """Print results against the first; with ``--threshold``, exit code 1 if one is slower by more."""
-    from bench.compare.compare import compare, regressions
+    from bench.compare.compare import compare, regressions, undecided
     from bench.compare.sides import read_sides
     from bench.compare.text import as_csv, as_markdown, as_text
 
@@ -54,6 +54,13 @@ def _run_compare(options: CompareOptions) -> int:
         print(
             f"bench_infer.py: {side.name} is slower than {comparison.sides[0].name} by "
             f"{percent:.1f} %, more than --threshold {options.threshold:g}",
+            file=sys.stderr,
+        )
+    for side, ratio in undecided(comparison, options.threshold):
+        print(
+            f"bench_infer.py: --threshold {options.threshold:g} is undecided for {side.name}: e2e_ms is "
+            f"{ratio.value:.4f} times that of {comparison.sides[0].name}, and the interval goes up to "
+            f"{ratio.high:.4f}: more samples tell",
             file=sys.stderr,
         )
     return 1 if slower else 0

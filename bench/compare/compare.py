@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from bench.compare.sides import Side, device_of, differing, mixed_within, provenance_of, settings_of
+from bench.compare.sides import Side, device_of, differing, mixed_within, once, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
 from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
@@ -169,6 +169,16 @@ def regressions(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[
             yield against.side, percent
 
 
+def undecided(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[Side, Ratio]]:
+    """The sides that are no regression and whose interval rules none out: silence would be a claim."""
+    most = 1 + threshold_pct / 100
+    for against in comparison.against:
+        ratio = against.ratio
+        shown = against.verdict == "slower" and ratio is not None and ratio.value > most
+        if ratio is not None and ratio.high is not None and ratio.high > most and not shown:
+            yield against.side, ratio
+
+
 def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
     """Each warning with its sides' names; what a side's results differ in, and its failed processes, are some too."""
     named: dict[str, list[str]] = {}
@@ -177,6 +187,12 @@ def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
         for name, values in mixed_within(side).items():
             said.append(f"its results differ in {name}: {', '.join(map(_short, values))}")
         said += [f"a process failed with {failure}" for failure in side.failures]
+        if side.copies:
+            said.append(f"{side.copies} of its results are copies of another one: each process counts once")
+        if side is not sides[0] and (shared := len(once(sides[0].results).keys() & once(side.results))):
+            said.append(
+                f"{shared} of its results are those of {sides[0].name}: a process on both sides compares nothing"
+            )
         for warning in said:
             named.setdefault(warning, []).append(side.name)
     return named

@@ -205,7 +205,7 @@ class LLaMA:
     def _source(self, reporter: Reporter) -> GroupSource:
         inputs, settings = self.inputs, self.settings
         description = inputs.description
-        if description is None and settings.mode != "mixed":
+        if description is None and "SSD" not in self.plan.way:  # packing would write what no pass reads
             return CheckpointSource(inputs.share, inputs.dtype, threads=LOADING_THREADS)
         if description is None:
             with contextlib.ExitStack() as stack, inputs.world.first_here():

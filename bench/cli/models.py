@@ -23,6 +23,7 @@ from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open
 from llama.inputs import open_inputs, plan_run, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
+from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
 from wsm.plan.levers import auto_flags

@@ -53,7 +53,7 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
 
 def _run_compare(options: CompareOptions) -> int:
     """Print results against the first; exit code 1 where ``--threshold`` or ``--equal-outputs`` found a fault."""
-    from bench.compare.compare import are_equal, compare, outputs_of, regressions
+    from bench.compare.compare import are_equal, compare, outputs_of, regressions, undecided
     from bench.compare.sides import read_sides
     from bench.compare.text import as_csv, as_markdown, as_text, outputs_line
 
@@ -67,6 +67,13 @@ def _run_compare(options: CompareOptions) -> int:
         print(
             f"bench_infer.py: {side.name} is slower than {comparison.sides[0].name} by "
             f"{percent:.1f} %, more than --threshold {options.threshold:g}",
+            file=sys.stderr,
+        )
+    for side, ratio in undecided(comparison, options.threshold):
+        print(
+            f"bench_infer.py: --threshold {options.threshold:g} is undecided for {side.name}: e2e_ms is "
+            f"{ratio.value:.4f} times that of {comparison.sides[0].name}, and the interval goes up to "
+            f"{ratio.high:.4f}: more samples tell",
             file=sys.stderr,
         )
     return 1 if slower or unequal else 0

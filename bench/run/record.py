@@ -67,7 +67,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         device=str(llm.inputs.device),
         wsm=Manager(
             enabled=llm.manager is not None,
-            ssd_enabled=bool(llm.plan.placement.residency.ssd),
+            ssd_enabled="SSD" in llm.plan.way,
             gpu_max_groups=llm.settings.gpu_max_groups,
         ),
         total_tok_s=chosen.total_tok_s,
@@ -192,8 +192,8 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
 
 
 def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
-    """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
-    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    """``resolved``: what was asked for, as far as there are layers, what ``--auto`` chose, and what was found."""
+    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)} | llm.plan.placement.clipped
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
         "device": str(llm.inputs.device),

@@ -193,7 +193,8 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
 
 def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     """``resolved``: what was asked for, as far as there are layers, what ``--auto`` chose, and what was found."""
-    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)} | llm.plan.placement.clipped
+    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    chosen.update(llm.plan.placement.clipped)
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
         "device": str(llm.inputs.device),

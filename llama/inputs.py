@@ -24,6 +24,7 @@ from llama.options import BuildOptions
 from llama.parallel.world import ALONE, World
 from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
 from wsm.disk.blockdev import is_block_device
+from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
@@ -140,6 +141,7 @@ def _stored_config(path: Path) -> ModelConfig | None:
 def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     """Open and check everything that the run reads; UnusableInput for what cannot be used."""
     options.check_together()
+    refuse_in_dev(options.cache_dir.expanduser(), f"--cache-dir {options.cache_dir}")
     device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)

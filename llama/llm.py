@@ -174,7 +174,7 @@ class LLaMA:
             source = self._source(reporter)
         self.warnings += source.warnings
         try:
-            with self.load_times.timed("allocate_s"):
+            with self.load_times.timed("allocate_s"), reporter.bar(None, "", "taking memory"):
                 manager = WeightStreamingManager(
                     self.plan.placement,
                     source,
@@ -205,7 +205,7 @@ class LLaMA:
     def _source(self, reporter: Reporter) -> GroupSource:
         inputs, settings = self.inputs, self.settings
         description = inputs.description
-        if description is None and settings.mode != "mixed":
+        if description is None and "SSD" not in self.plan.way:  # packing would write what no pass reads
             return CheckpointSource(inputs.share, inputs.dtype, threads=LOADING_THREADS)
         if description is None:
             with contextlib.ExitStack() as stack, inputs.world.first_here():

@@ -278,7 +278,7 @@ def _open_hf(path: Path) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise UnusableInput(f"{path} needs the tokenizers package: pip install 'wsm-bench[hf]'") from error
+        raise UnusableInput(f"{path} needs the tokenizers package: pip install tokenizers") from error
     refuse_pointer(path)
     content = read_file(path)
     with _explained(f"{path} is damaged, or newer than the tokenizers package", AGAIN):

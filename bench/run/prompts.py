@@ -1,16 +1,16 @@
-"""Prompts: files read and made, and the rows of a run's batch, cut to length. Imports no torch."""
+"""Prompts: made, and the rows of a run's batch, cut to length. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
+from bench.run.prompt_files import read_prompts
 from llama.config import ModelConfig
 from llama.tokenizer import Tokenizer, encode_prompt, keep_last
 from wsm.errors import UnusableInput
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llama.inputs import Inputs
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "prompts" / "prompts_default.txt"
-_HEADER = re.compile(r"^=====\s*PROMPT\b.*=====\s*$")
 _WORDS = Path(__file__).with_name("words.txt")
 MOST_RANDOM_PROMPTS = 512
 """As many as the guide's prompt file has; a larger batch repeats them."""
@@ -80,56 +79,6 @@ def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> l
     first, end = (256, config.vocab_size - 256) if real else (0, min(config.vocab_size, 256))
     numbers = random.Random(seed)
     return [[numbers.randrange(first, end) for _ in range(length)] for _ in range(count)]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: ``.jsonl``; blocks under ``===== PROMPT … =====`` headers; else one a line.
-
-    Raises UnusableInput if it is missing, not UTF-8, empty, or a line of ``.jsonl`` holds no prompt.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UnusableInput(f"--prompts {path}: no such file; bench_infer.py prompts --out {path} makes one") from None
-    except OSError as error:
-        raise UnusableInput(f"--prompts {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UnusableInput(f"--prompts {path} is not UTF-8 text: {error}") from error
-    lines = text.split("\n")  # splitlines() would also cut at U+2028 and the like, which JSON strings may hold
-    if path.suffix == ".jsonl":
-        prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    elif any(_HEADER.match(line) for line in lines):
-        prompts = _blocks(path, lines)
-    else:
-        prompts = [line.strip() for line in lines]
-    if not any(prompts):
-        raise UnusableInput(f"--prompts {path} holds no prompt")
-    return [prompt for prompt in prompts if prompt]
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"--prompts {path}, line {number} is no JSON: {error}") from error
-    found = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else entry
-    if not isinstance(found, str):
-        raise UnusableInput(
-            f'--prompts {path}, line {number} holds no prompt: {{"prompt": "…"}} or a string is expected'
-        )
-    return found
-
-
-def _blocks(path: Path, lines: Sequence[str]) -> list[str]:
-    blocks: list[list[str]] = []
-    for number, line in enumerate(lines, 1):
-        if _HEADER.match(line):
-            blocks.append([])
-        elif blocks:
-            blocks[-1].append(line)
-        elif line.strip():
-            raise UnusableInput(f"--prompts {path}, line {number}: text before the first ===== PROMPT … ===== header")
-    return ["\n".join(block).strip() for block in blocks]
 
 
 def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Iterator[str]:

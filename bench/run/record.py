@@ -67,7 +67,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         device=str(llm.inputs.device),
         wsm=Manager(
             enabled=llm.manager is not None,
-            ssd_enabled=bool(llm.plan.placement.residency.ssd),
+            ssd_enabled="SSD" in llm.plan.way,
             gpu_max_groups=llm.settings.gpu_max_groups,
         ),
         total_tok_s=chosen.total_tok_s,
@@ -93,7 +93,12 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         ),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
+        warnings=[
+            *got.warnings,
+            *llm.warnings,
+            *warnings.early_ends(list(map(len, generation.tokens)), options.max_new_tokens),
+            *_warnings(llm, got, phases, missing),
+        ],
     )
 
 
@@ -187,8 +192,9 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
 
 
 def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
-    """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
+    """``resolved``: what was asked for, as far as there are layers, what ``--auto`` chose, and what was found."""
     chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    chosen.update(llm.plan.placement.clipped)
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
         "device": str(llm.inputs.device),

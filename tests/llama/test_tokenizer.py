@@ -201,7 +201,7 @@ def test_stop_ids_come_from_the_files_beside(files: dict[str, Any], stops: set[i
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UnusableInput, match=r"pip install 'wsm-bench\[hf\]'"):
+    with pytest.raises(UnusableInput, match=r"pip install tokenizers"):
         load_tokenizer(tmp_path, model(300))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,14 @@ from tokenizers.trainers import BpeTrainer
 
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
+from bench.run import prompt_files
+from bench.run.prompt_files import read_prompts
 from bench.run.prompts import (
     DEFAULT_FILE,
     fill_batch,
     make_prompts,
     prompt_file,
     random_prompts,
-    read_prompts,
     shape_of,
 )
 from bench_infer import command_line as main
@@ -123,6 +125,82 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["{", "[" * 100_000, "3", "null", "[]", "{}", '{"prompt": 3}', '{"prompt": null}'])
 def test_a_jsonl_line_without_a_prompt_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     assert "line 2" in refusal(written(tmp_path / "p.jsonl", f'"fine"\n{line}\n'))
+
+
+@pytest.mark.parametrize("name", ["p.json", "P.JSON", "p.txt", "p"])
+def test_a_json_array_is_read_under_any_name(tmp_path: Path, name: str) -> None:
+    entries = ["a", {"prompt": "b\nc"}, {"text": "d"}]
+    for indent in (None, 1):
+        path = written(tmp_path / name, json.dumps(entries, indent=indent) + "\n")
+        assert read_prompts(path) == ["a", "b\nc", "d"]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.ndjson", "p.NDJson", "p.txt", "p"])
+def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
+    lines = ['{"prompt": "a"}', "", '{"text": "b"}']
+    assert read_prompts(written(tmp_path / name, "\n".join(lines))) == ["a", "b"]
+    assert "line 2" in refusal(written(tmp_path / name, '{"prompt": "a"}\nplain\n'))
+
+
+def test_of_a_sharegpt_conversation_the_user_s_first_turn_is_taken(tmp_path: Path) -> None:
+    talks = [
+        [{"from": "human", "value": "one"}, {"from": "gpt", "value": "1"}, {"from": "human", "value": "two"}],
+        [{"from": "gpt", "value": "hello"}, {"from": "user", "value": "three"}],
+        [{"from": "gpt", "value": "nobody asked"}],
+        [],
+    ]
+    text = json.dumps([{"id": str(number), "conversations": talk} for number, talk in enumerate(talks)])
+    for name in ("ShareGPT_V3.json", "share.txt"):
+        assert read_prompts(written(tmp_path / name, text)) == ["one", "three"]
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "[x] a box", "{curly", '{"a": 1}', "[]", "{}"])
+def test_a_plain_line_that_only_looks_like_json_is_a_prompt(tmp_path: Path, text: str) -> None:
+    assert read_prompts(written(tmp_path / "p.txt", f"{text}\nplain\n")) == [text, "plain"]
+
+
+@pytest.mark.parametrize("text", ["one\ntwo\n", "{}", "3", '{"messages": []}', '[{"prompt": 3}]', '{"a": 1}\n{"a": 2}'])
+def test_a_json_file_without_prompts_is_refused(tmp_path: Path, text: str) -> None:
+    refusal(written(tmp_path / "p.json", text))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("p.jsonl", '"a"\n{"prompt": ""}\n', "line 2"),
+        ("p.json", '["a", "b", " "]', "entry 3"),
+        ("p.txt", "===== PROMPT 0 =====\na\n===== PROMPT 1 =====\n\n", "line 3"),
+    ],
+)
+def test_an_empty_prompt_among_others_is_an_error_that_says_where(
+    tmp_path: Path, name: str, text: str, where: str
+) -> None:
+    found = refusal(written(tmp_path / name, text))
+    assert f"{where} holds no prompt: it is empty" in found
+
+
+def test_an_empty_prompt_on_the_command_line_is_an_error() -> None:
+    for text in ("", " \n"):
+        with pytest.raises(UnusableInput, match="--prompt is empty"):
+            parse(["--prompt", text])
+
+
+def test_a_shell_s_pipe_is_read_and_a_file_beyond_the_limit_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive, send = os.pipe()
+    os.write(send, b"one\ntwo\n")
+    os.close(send)
+    assert read_prompts(Path(f"/dev/fd/{receive}")) == ["one", "two"]
+    os.close(receive)
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 10)
+    assert "larger than" in refusal(written(tmp_path / "p.txt", "x" * 11))
+
+
+def test_a_pipe_without_a_writer_and_a_device_end_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "no prompt" in refusal(tmp_path / "fifo")
+    assert "device" in refusal(Path("/dev/zero"))
 
 
 def test_a_missing_file_is_an_error_that_names_the_mend(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(
 ) -> None:
     directory = copy(home, tmp_path)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.normalizer = Replace("-", "")
+    tokenizer.normalizer = Replace("~", "")
     tokenizer.save(str(directory / "tokenizer.json"))
-    assert run(directory, tmp_path / "r.json", "--prompt", "---") == 2
+    assert run(directory, tmp_path / "r.json", "--prompt", "~~~") == 2
     assert "prompt 0 gives no token with the model's tokenizer" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open
 from llama.inputs import open_inputs, plan_run, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
+from wsm import stop
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
@@ -60,12 +62,12 @@ def run_pack(options: PackOptions) -> int:
     def confirm(question: str) -> bool:
         if options.yes:
             return True
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise UnusableInput(f"{question} There is no terminal to ask on: --yes confirms; nothing was written")
-        try:
-            return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-        except EOFError:
-            return False
+        print(f"{question} [y/N] ", end="", flush=True)
+        while not select.select([sys.stdin], [], [], stop.LOOK_S)[0]:
+            stop.check()
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     with reporter.bar(size * targets, "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from bench.result.types import SCHEMA_VERSION, Result
+from wsm import stop
 from wsm.errors import UnusableInput
 
 BEYOND = 1e24
@@ -54,6 +55,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _content(path: Path) -> bytes:
+    stop.check()
     try:
         return path.read_bytes()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -21,8 +22,11 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was."""
-    path = path.resolve()
+    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was.
+
+    It names ``path``, of which a full disk's own error says nothing.
+    """
+    named, path = path, path.resolve()
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with beside.open("x", encoding="utf-8") as file:
@@ -31,8 +35,11 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
         sync_directory(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(named)) from error
         raise
 
 

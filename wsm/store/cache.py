@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
+from typing import IO
 
 import torch
 
+from wsm import stop
 from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.model import WHOLE, Shard, TensorSource
@@ -87,5 +90,15 @@ def _locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _taken(file):
+            stop.check()
+            time.sleep(stop.LOOK_S)
         yield
+
+
+def _taken(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

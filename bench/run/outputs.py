@@ -29,7 +29,6 @@ from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
 
-
 _JSON_BYTES, _ROUND_BYTES, _TOKEN_BYTES, _LAYER_BYTES = 1 << 20, 512, 32, 4096
 """Room for a result, for a round and a token of text in it, and for a layer of a pass in a timeline; about thrice what
 was seen."""

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from tqdm import tqdm
 
 from llama.loading import Reporter
+from wsm import threads
+from wsm.errors import DoesNotFit
 
 DRAWN_S, LOGGED_S = 0.25, 30.0
 """Between two drawings of the line on a terminal, and between two lines of a log."""
@@ -115,8 +117,8 @@ class ConsoleReporter(Reporter):
         show = self._draw if self._bars and sys.stderr.isatty() else self._log
         shower = threading.Thread(target=show, args=(over,), name="progress", daemon=True)
         if self._bars:
-            with contextlib.suppress(RuntimeError):  # no thread to be had: the run matters, its progress does not
-                shower.start()
+            with contextlib.suppress(DoesNotFit):  # no thread to be had: the run matters, its progress does not
+                threads.start(shower)
         try:
             yield
         finally:

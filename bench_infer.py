@@ -14,11 +14,18 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bench.run import signals, streams
+
+if __name__ == "__main__":
+    signals.hear()  # before the modules below
+
 from bench.cli.verbs import run_verb
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run.job import DONE, INTERRUPTED, Job, Terminated, is_foreseen, unbroken
+from bench.run.job import DONE, FAILED, Job, is_foreseen
+from wsm import stop
 from wsm.settings import Ranks, preset_environment, read_ranks, unknown_variables
+from wsm.stop import Stopped
 
 if TYPE_CHECKING:
     from bench.result.summary import ConsoleReporter
@@ -28,8 +35,19 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """The script, and the command ``bench-infer``: the exit code."""
+    signals.hear()
+    streams.make_lossy()
     user_set = preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
-    return command_line(sys.argv[1:], user_set)
+    argv = sys.argv[1:]
+    try:
+        code = command_line(argv, user_set)
+    except SystemExit as ended:  # --help
+        code = int(ended.code or DONE)
+    if (why := streams.lost()) is not None:
+        print(f"bench_infer.py: {why}", file=sys.stderr)
+        only_printed = argv[:1] in (["plan"], ["compare"]) or not {"-h", "--help"}.isdisjoint(argv)
+        code = code or (FAILED if only_printed else DONE)  # other results are in files, or are the exit code itself
+    return code
 
 
 def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
@@ -37,6 +55,11 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 
     ``user_set`` names the variables that the user had set.
     """
+    with signals.heard():
+        return _command_line(argv, user_set)
+
+
+def _command_line(argv: Sequence[str], user_set: Sequence[str]) -> int:
     job, code = Job(Ranks()), DONE
     failure: BaseException | None = None
     try:
@@ -47,7 +70,7 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
         else:
             job.refuse_other_ranks(verb)
             code = run_verb(options, argv, user_set)
-    except (Exception, KeyboardInterrupt, Terminated) as error:
+    except (Exception, Stopped) as error:
         failure = error
     if failure is not None and ("--verbose" in argv or not is_foreseen(failure)):
         traceback.print_exception(failure)
@@ -59,7 +82,7 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 
 def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: Job) -> int:
     """Measure, print, write the JSON; the exit code. Of several ranks all measure, and the first prints and writes."""
-    with unbroken():
+    with signals.importing():
         from bench.result.summary import ConsoleReporter
         from bench.run import outputs
         from bench.run.ceilings import recall_near
@@ -69,6 +92,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from llama import LLaMA
         from llama.inputs import open_inputs, plan_run
         from wsm.plan.advice import check_fits
+    stop.check()
 
     job.check_tp(options.tp, argv)
     job.join()
@@ -86,6 +110,8 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     ceilings = recall_near(options, inputs)
     outputs.say_plan(reporter, options, inputs, plan, argv)
     check_fits(plan, ceilings)
+    if job.speaks:
+        outputs.check_room(options, plan)
 
     # Build, warm up, measure, write: after Ctrl-C with the rounds that were finished.
     warnings = [*unknown_variables(os.environ), *outputs.warnings_of(user_set, plan)]
@@ -96,14 +122,15 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     ):
         outputs.say_streaming(reporter, plan)
         _warm_up(options, llm, got)
-        _measure(options, llm, got, reporter)
-        with outputs.finishing():
+        _measure(options, llm, got, reporter, job)
+        with stop.held():  # a wish to stop comes too late to lose finished rounds
             result = job_result(options, llm, got)
-            if job.speaks:
-                outputs.write_outputs(options, llm, got, result)
+            failed = outputs.write_outputs(options, llm, got, result) if job.speaks else None
     if job.speaks:
-        outputs.print_result(reporter, options, result)
-    return INTERRUPTED if got.interrupted else DONE
+        outputs.print_result(reporter, options, result, got.stopped_by)
+    if failed is not None:
+        raise failed
+    return DONE if got.stopped_by is None else signals.exit_code(got.stopped_by)
 
 
 def _probe(options: RunOptions, llm: LLaMA, got: Progress) -> None:
@@ -128,8 +155,8 @@ def _warm_up(options: RunOptions, llm: LLaMA, got: Progress) -> None:
         llm.manager.tiers.wait_loaded()
 
 
-def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleReporter) -> None:
-    """The timed rounds; after Ctrl-C those that were finished, if any was."""
+def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleReporter, job: Job) -> None:
+    """The timed rounds; where a stop is wished those that were finished, if any was."""
     import psutil
 
     from bench.run.conditions import Watch
@@ -143,11 +170,13 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
             for number in range(1, options.repeats + 1):
                 with reporter.bar(options.max_new_tokens, "tok", f"round {number}/{options.repeats}") as advance:
                     llm.inputs.world.barrier()
+                    stop.check()
                     got.rounds.append(run_round(llm, got.prompts, options, on_token=lambda: advance(1)))
-    except KeyboardInterrupt:
-        got.interrupted = True
+    except Stopped as wish:
         if not got.rounds:
             raise
+        job.blame(wish)
+        got.stopped_by = wish.number
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from bench.options.verb_flags import (
     ReportOptions,
     SweepOptions,
 )
-from bench.run.job import unbroken
+from bench.run.signals import importing
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from wsm import stop
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
@@ -43,9 +44,9 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         from bench.cli.cache import run_cache
 
         return run_cache(options)
-    with unbroken():
+    with importing():
         from bench.cli.models import run_pack, run_plan, run_verify
-
+    stop.check()
     if isinstance(options, RunOptions):
         return run_plan(options, argv)
     return run_pack(options) if isinstance(options, PackOptions) else run_verify(options)
@@ -82,6 +83,7 @@ def _run_prompts(options: PromptsOptions) -> int:
     texts = []
     with ConsoleReporter(quiet=False, verbose=options.verbose).bar(options.count, "prompt", "prompts") as advance:
         for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
+            stop.check()
             texts.append(text)
             advance(1)
     write_atomically(options.out, prompt_file(texts, options.tokens))

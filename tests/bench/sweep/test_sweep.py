@@ -295,7 +295,7 @@ def test_a_retry_that_is_broken_off_leaves_an_outcome_of_each_process(
 
     def run_point(folder: Path, point: Point, *rest: Any) -> Result | Failure:
         if point.number == 3:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         return real(folder, point, *rest)
 
     monkeypatch.setattr(sweep_module, "run_point", run_point)

@@ -19,6 +19,7 @@ from bench.result.sweep_folder import Failure, Point, outcomes_in, read_points
 from bench.result.types import Result
 from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
+from wsm.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -28,8 +28,6 @@ def main() -> int:
                 families[family] = make(home)
         report = run_campaign(families, options.faults, options.seed, Path(name), first=options.first)
     print(report.table())
-    for finding in report.findings:
-        print(f"\n{finding}")
     print(f"\n{options.faults} faults, seed {options.seed}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
     return 1 if report.findings else 0
 

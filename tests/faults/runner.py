@@ -122,7 +122,7 @@ class Report:
 def run_campaign(families: Mapping[str, Family], faults: int, seed: int, place: Path, *, first: int = 0) -> Report:
     """``faults`` of the families in turn, each drawn by its own seed, so that one alone can be repeated."""
     report, worker = Report({name: Counter() for name in families}), Worker()
-    names = list(families)
+    names, told = list(families), 0
     try:
         for number in range(first, first + faults):
             name = names[number % len(names)]
@@ -132,6 +132,13 @@ def run_campaign(families: Mapping[str, Family], faults: int, seed: int, place: 
             outcome = _outcome(worker, fault, f"{name} {number} (seed {seed}): {fault.what}", report.findings)
             report.outcomes[name][outcome] += 1
             shutil.rmtree(own)
+            if number % 100 == 99:
+                print(f"{number + 1 - first} of {faults}: {len(report.findings)} findings", file=sys.stderr)
+            for finding in report.findings[told:]:
+                print(finding, file=sys.stderr)
+            told = len(report.findings)
+    except KeyboardInterrupt:
+        print("broken off", file=sys.stderr)
     finally:
         worker.close()
     return report

@@ -32,7 +32,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     named, path = path, path.resolve()
     if path.exists() and not path.is_file():
-        raise UnusableInput(f"{path} is no file and cannot be written: name another")
+        raise UnusableInput(f"{named} is no file and cannot be written: name another")
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         # A name from the command line may hold bytes that are no text: they are written as escapes.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
+from bench.cli.confirm import confirmed
 from bench.cli.plan_json import plan_json
 from bench.options.flags import kept_command
 from bench.options.run_flags import RunOptions
@@ -51,7 +52,7 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
     print(describe(plan, ceilings))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
-    for warning in unknown_variables(os.environ):
+    for warning in (*inputs.warnings, *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings)
     return 0
@@ -65,21 +66,13 @@ def run_pack(options: PackOptions) -> int:
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
     size = plan_store(config, inputs.dtype, targets, tp).target_bytes
     ranks = f" for {tp} ranks" if tp > 1 else ""
+    for warning in inputs.warnings:
+        reporter.say(f"[WARNING] {warning}")
     reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
-
-    def confirm(question: str) -> bool:
-        if options.yes:
-            return True
-        if not sys.stdin.isatty():
-            raise UnusableInput(f"{question} There is no terminal to ask on: --yes confirms; nothing was written")
-        try:
-            return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-        except EOFError:
-            return False
 
     with reporter.bar(size * targets, "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
-        pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
+        pack(inputs.checkpoint, request, confirm=partial(confirmed, yes=options.yes), progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
     return 0
 

@@ -19,14 +19,19 @@ class RunOptions(BuildOptions):
     """Everything that a run follows from, in one object from the command line to the plan."""
 
     prompts: Path | None = _work(
-        None, PATH, "a prompt per line, `===== PROMPT … =====` blocks, or `.jsonl`", shown="the file in prompts/"
+        None,
+        PATH,
+        "a prompt per line, `===== PROMPT … =====` blocks, `.jsonl`, `.json`, ShareGPT",
+        shown="the file in prompts/",
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
     prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed", flags=("-p",))
     batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it", flags=("-b",))
     max_new_tokens: int = _work(32, whole(1), "tokens to make per row", flags=("-n",))
     max_seq_len: int = _work(
-        2048, whole(2), "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, BOS counted in"
+        2048,
+        whole(2),
+        "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, special ones kept and counted in",
     )
     temperature: float = _work(0.6, number(0), "nucleus sampling; 0 is greedy")
     top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens of this probability")
@@ -56,6 +61,8 @@ class RunOptions(BuildOptions):
         sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
         if len(given := [flag for flag, value in sources.items() if value is not None]) > 1:
             raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UnusableInput("--prompt is empty: give a text")
         if self.max_new_tokens >= self.max_seq_len:
             raise UnusableInput(
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-seq-len "

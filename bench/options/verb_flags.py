@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from bench.options.run_flags import RunOptions
 from wsm.errors import UnusableInput
 from wsm.option import (
+    NAME,
     NAMES,
     PATH,
     SWITCH,
@@ -111,7 +112,40 @@ class SweepOptions:
     verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
 
 
-Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    words: tuple[str, ...] = option(
+        MISSING,
+        NAME,
+        "list, or clear, and the names that are meant (`*` and `?` stand for others)",
+        metavar="ACTION",
+        positional=True,
+    )
+    all: bool = option(False, SWITCH, "clear all that is in it")
+    older_than: float | None = option(None, number(0), "only what was last used so many days ago", metavar="DAYS")
+    yes: bool = same(PackOptions, "yes")
+    cache_dir: Path = same(RunOptions, "cache_dir")
+    verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
+
+    def __post_init__(self) -> None:
+        if self.words[0] not in ("list", "clear"):
+            raise UnusableInput(f"cache {self.words[0]} is not known: cache list, or cache clear")
+        if self.words == ("clear",) and not self.all and self.older_than is None:
+            raise UnusableInput("cache clear: say what: names, --older-than DAYS, or --all")
+        if self.all and len(self.words) > 1:
+            raise UnusableInput("cache: names and --all exclude each other: give one")
+
+
+Options = (
+    RunOptions
+    | PackOptions
+    | VerifyOptions
+    | PromptsOptions
+    | SweepOptions
+    | CompareOptions
+    | ReportOptions
+    | CacheOptions
+)
 VERBS: Mapping[str, tuple[type[Options], str]] = {
     "run": (RunOptions, "run and measure (the default verb)"),
     "pack": (PackOptions, "checkpoint to packed device or file"),
@@ -121,6 +155,7 @@ VERBS: Mapping[str, tuple[type[Options], str]] = {
     "sweep": (SweepOptions, "a run for every combination of listed values"),
     "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),
     "report": (ReportOptions, "results as one HTML page, and as PNG"),
+    "cache": (CacheOptions, "what lies in the cache directory; clear it"),
 }
 
 LISTED: Mapping[str, Option] = {
@@ -157,7 +192,6 @@ def sweep_of(given: Iterable[tuple[str, str]]) -> Sweep:
 
 def _check_list(flag: str, values: Sequence[str]) -> None:
     said = f"{flag} {','.join(values)}"
-    # An empty text is a prompt like another; elsewhere it is a comma too many.
     if is_split(LISTED[flag]) and not all(values):
         raise UnusableInput(f"{said} has an empty value: a comma too many?")
     if len(set(values)) < len(values):

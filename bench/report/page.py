@@ -28,7 +28,7 @@ _HEAD = """<!doctype html>
 {style}</style>
 </head>
 <body>"""
-_COLUMNS = ("prefill_ms", "ttft_ms", "decode_ms", "e2e_ms", "throughput_tok_s")
+_COLUMNS = ("tpot_ms", "decode_tok_s", "prefill_ms", "ttft_ms", "decode_ms", "e2e_ms")
 _FIGURES = ("n", *_COLUMNS, "floor reached")
 
 
@@ -81,7 +81,8 @@ def _overview_row(side: Side) -> list[str | int | None]:
     if side.typical is None:
         return [side.name, "failed", 0, *("-" for _ in (*_COLUMNS, "roofline", "bound"))]
     decode = side.typical.phases.decode
-    medians = [shown_cell(statistics.median(side.samples(metric))) for metric in _COLUMNS]
+    found = [side.samples(metric) for metric in _COLUMNS]
+    medians = [shown_cell(statistics.median(samples) if samples else None) for samples in found]
     reached = None if decode.roofline_pct is None else f"{decode.roofline_pct:.1f} %"
     return [side.name, side.typical.mode, len(side.samples("e2e_ms")), *medians, reached, decode.bound_by]
 

@@ -15,10 +15,12 @@ from tabulate import tabulate
 from bench.result.results import plain, significant
 from bench.result.types import METRICS, Result
 
-_FIRST = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total", "ttft_ms", "decode_ms", "e2e_ms"
+_SHAPE = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
     "model": lambda r: r.config.resolved["model"],
-    **{name: attrgetter(name) for name in _FIRST},
+    **{name: attrgetter(name) for name in _SHAPE},
+    "tpot_ms": lambda r: r.tpot_ms and r.tpot_ms.mean,
+    **{name: attrgetter(name) for name in ("decode_tok_s", "ttft_ms", "decode_ms", "e2e_ms")},
     "repeats": attrgetter("repeats.n"),
     "e2e_stdev_ms": attrgetter("repeats.statistics.e2e_ms.stdev"),
     **{name: attrgetter(name) for name in ("throughput_tok_s", "end_to_end_tok_s")},
@@ -34,8 +36,12 @@ _COLUMNS: dict[str, Callable[[Result], Any]] = {
 
 
 def summary(result: Result) -> str:
-    """The summary block: the guide's seven figures, then what the time was bound by."""
+    """The summary block: a pass and tokens a second, the guide's seven figures, then what the time was bound by."""
     lines = ["", "=== Benchmark Summary ==="]
+    if result.tpot_ms is not None:
+        lines.append(f"{'tpot_ms':>24}: {result.tpot_ms.mean:.3f}")
+    if result.decode_tok_s is not None:
+        lines.append(f"{'decode_tok_s':>24}: {result.decode_tok_s:.3f}")
     lines += [f"{name:>24}: {getattr(result, name):.3f}" for name in sorted(METRICS, key=lambda m: m != "ttft_ms")]
     lines.append(f"{'of':>24}: {_what_ran(result)}")
     spread = result.repeats.statistics.e2e_ms

@@ -26,7 +26,7 @@ from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
 from wsm.errors import KVDeviceError, StoreError, UnusableInput
-from wsm.plan.advice import budget_text, ran_out
+from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
@@ -42,13 +42,13 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
     if mode == "full" and options.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
-    if plan.placement.residency.ssd:
+    if "SSD" in plan.way:
         store = inputs.description
         device = ",".join(store.targets) if store is not None else "(packed file in the cache)"
         reporter.say(f"[MODE-DECISION] use_raw_ssd=True raw_device={device}")
         reporter.say("[INFO] raw-ssd mode: large weights replaced with CPU stubs")
         reporter.say("[WSM] Initializing SSD backend...")
-    for note in plan.notes:
+    for note in (*plan.notes, *nothing_on_ssd(plan)):
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
         reporter.say(budget_text(plan))
@@ -57,15 +57,15 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
 def say_streaming(reporter: ConsoleReporter, plan: Plan) -> None:
     """That the model is there, and the way of its weights."""
     if plan.placement.mode != "full":
-        way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
+        way = " -> ".join(plan.way).replace("CPU", "CPU(pinned)")
         reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
 
 
 def warnings_of(user_set: Sequence[str], plan: Plan) -> list[str]:
-    """Variables that the user has set in vain."""
+    """Variables that the user has set in vain, and a mode that is another one here."""
     names = ", ".join(sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")))
     said = f"{names}: no effect, since all KV is on the compute device: nothing is written back"
-    return [said] if names and not plan.kv.below else []
+    return [*([said] if names and not plan.kv.below else []), *nothing_on_ssd(plan)]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -18,7 +17,8 @@ from bench.options.verb_flags import SweepOptions
 from bench.result.console import ConsoleReporter
 from bench.result.results import read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
-from bench.result.types import Result
+from bench.result.types import PASS_FIGURES, Result
+from wsm.disk.atomic import locked
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
 
@@ -75,9 +75,14 @@ def _run(
             left = len(jobs) - len(outcomes)
             eta_s = (time.monotonic() - since) / len(outcomes) * left
             eta = f"{left} left, about {eta_s:.0f} s" if left else "all done"
-            shown = f"failed, {gave}" if isinstance(gave, Failure) else f"e2e_ms {gave.e2e_ms:.1f}"
+            shown = f"failed, {gave}" if isinstance(gave, Failure) else _figures(gave)
             reporter.say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {shown}, {eta}")
     return outcomes
+
+
+def _figures(result: Result) -> str:
+    found = {name: result.whole(name) for name in (*PASS_FIGURES, "e2e_ms")}
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if value is not None)
 
 
 def _closing(folder: Path, gave: Sequence[Result | Failure], reporter: ConsoleReporter) -> int:
@@ -105,13 +110,8 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnusableInput(
-                f"another sweep is running in --out-dir {folder}: wait for it, or name another"
-            ) from None
+    busy = f"another sweep is running in --out-dir {folder}: wait for it, or name another"
+    with locked(folder / ".lock", f"--out-dir {folder}", busy=busy):
         if (folder / DESCRIPTION).exists():
             _check_same(folder, wanted)
         elif strangers := sorted(path.name for path in folder.iterdir() if path.name[0] != "."):

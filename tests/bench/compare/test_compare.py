@@ -200,6 +200,60 @@ def test_a_difference_that_is_not_shown_is_no_regression(side: Callable[..., Sid
     assert list(regressions(noisy, 3)) == []
 
 
+@pytest.mark.parametrize(
+    ("base", "samples", "threshold", "told"),
+    [
+        ([80, 100, 120, 90, 110], [90, 115, 130, 100, 118], "3", True),  # no difference shown: it may be slower
+        (BASE, [102, 103, 108, 109, 104], "8", True),  # slower, by less than the threshold, or by more
+        (BASE, BASE[::-1], "3", False),
+        (BASE, SLOWER, "12", False),
+        (BASE, SLOWER, "3", False),  # that is a regression, which is said itself
+    ],
+)
+def test_a_threshold_that_the_interval_does_not_decide_is_told(
+    measured: Mapping[str, Any],
+    tmp_path: Path,
+    base: list[float],
+    samples: list[float],
+    threshold: str,
+    told: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [str(stored(tmp_path / f"{n}.json", varied(measured, s))) for n, s in (("a", base), ("b", samples))]
+    code = main(["compare", *paths, "--threshold", threshold])
+    assert ("is undecided for b" in capsys.readouterr().err) == told
+    assert code == (1 if (samples, threshold) == (SLOWER, "3") else 0)
+
+
+# -- copies
+
+
+def test_five_copies_of_a_result_are_one_sample_and_get_no_verdict(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    for place in range(5):
+        stored(tmp_path / "base" / f"r{place}.json", varied(measured, [BASE[place]]))
+        stored(tmp_path / "copies" / f"r{place}.json", varied(measured, [50.0]))
+    comparison = compare(read_sides([tmp_path / "base", tmp_path / "copies"]))
+    [against] = comparison.against
+    assert against.verdict == "no verdict"
+    assert against.why.startswith("n is 5 and 1,")
+    text = as_text(comparison)
+    assert "  B: 4 of its results are copies of another one: each process counts once" in text.splitlines()
+
+
+def test_a_line_twice_in_a_file_of_lines_counts_once(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    lines = [json.dumps(varied(measured, [n])) + "\n" for n in BASE]
+    (tmp_path / "all.jsonl").write_text("".join(lines + lines[:2]))
+    [side] = read_sides([tmp_path / "all.jsonl"])
+    assert (side.samples("e2e_ms"), side.copies) == (BASE, 2)
+
+
+def test_a_process_on_both_sides_is_told(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    one = stored(tmp_path / "a.json", varied(measured, BASE))
+    two = stored(tmp_path / "b.json", varied(measured, BASE))
+    text = as_text(compare(read_sides([one, two])))
+    assert "  B: 1 of its results are those of a: a process on both sides compares nothing" in text.splitlines()
+
+
 @pytest.mark.parametrize("output", ["text", "md", "csv"])
 def test_the_verb_prints_each_form(two_files: tuple[str, str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *two_files, "-o", output]) == 0

@@ -442,6 +442,7 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 LATER = [
+    "decode_tok_s",
     "load",
     "kv",
     "conditions",
@@ -479,6 +480,28 @@ def test_a_result_of_before_a_key_was_added_is_read(key: str) -> None:
         place = place[name]
     del place[last]
     assert typed(older).e2e_ms == earlier()["e2e_ms"]
+
+
+def test_tokens_a_second_leave_out_token_1_which_took_no_pass() -> None:
+    """32 tokens in 31 passes of 85.4619 ms: one token a pass, whatever the guide's figure counts, old files too."""
+    older = earlier()
+    del older["decode_tok_s"]
+    result = typed(older)
+    assert result.decode_tok_s == pytest.approx(1e3 / 85.4619, rel=1e-5)
+    assert result.whole("tpot_ms") == 85.4619
+    (tpot_ms,), (rate,) = result.rounds("tpot_ms"), result.rounds("decode_tok_s")
+    assert tpot_ms == pytest.approx(85.4619, rel=1e-3)
+    assert rate * tpot_ms == pytest.approx(1e3)
+
+
+def test_two_rows_make_two_tokens_a_pass() -> None:
+    result = typed(earlier(batch_size=2, decode_tokens_total=64, decode_tok_s=None))
+    assert result.decode_tok_s == pytest.approx(2e3 / 85.4619, rel=1e-5)
+
+
+@pytest.mark.parametrize("without", [{"tpot_ms": None, "decode_forward_passes": 0}, {"tpot_ms__mean": 5e-324}])
+def test_without_passes_that_took_time_there_is_no_rate(without: dict[str, Any]) -> None:
+    assert typed(earlier(decode_tok_s=None, **without)).decode_tok_s is None
 
 
 def test_keys_of_a_newer_program_are_passed_over() -> None:
@@ -716,7 +739,10 @@ def test_a_result_that_was_changed_by_hand_is_refused_in_a_sentence(runs: Mappin
 
 def test_the_summary_shows_the_guides_figures_and_the_floor(runs: Mapping[str, Any]) -> None:
     text = summary(typed(runs["mixed"]))
-    assert "=== Benchmark Summary ===" in text
+    head, first, second = text.splitlines()[1:4]
+    assert head == "=== Benchmark Summary ==="
+    assert first.strip() == f"tpot_ms: {runs['mixed']['tpot_ms']['mean']:.3f}"
+    assert second.strip() == f"decode_tok_s: {runs['mixed']['decode_tok_s']:.3f}"
     for name in METRICS:
         assert f"{name}: {runs['mixed'][name]:.3f}" in text
     assert "decode floor: " in text

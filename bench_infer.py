@@ -133,7 +133,7 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
     import psutil
 
     from bench.run.conditions import Watch
-    from bench.run.measure import run_round
+    from bench.run.measure import forget_records, run_round
 
     llm.load_times.parts["from_process_start_s"] = time.time() - psutil.Process().create_time()
     store = llm.inputs.description if llm.plan.placement.residency.ssd else None
@@ -144,6 +144,7 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
                 with reporter.bar(options.max_new_tokens, "tok", f"round {number}/{options.repeats}") as advance:
                     llm.inputs.world.barrier()
                     got.rounds.append(run_round(llm, got.prompts, options, on_token=lambda: advance(1)))
+                forget_records(got.rounds, options.repeats)
     except KeyboardInterrupt:
         got.interrupted = True
         if not got.rounds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ class LLaMA:
         store = PackedStore(
             description,
             staging_bytes=settings.staging_mb * 10**6,
-            verify="always" if settings.verify_weights else "first",
+            verify=settings.verify_weights,
         )
         try:
             compare_heads(store, inputs.share)
@@ -297,6 +298,7 @@ class LLaMA:
             if part is not None:
                 part.stop()
         self.device.synchronize()
+        self.telemetry.fold(time.perf_counter())
 
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""

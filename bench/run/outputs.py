@@ -24,6 +24,7 @@ from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
+from wsm.engine.records import Records
 from wsm.errors import KVDeviceError, StoreError, UnusableInput
 from wsm.plan.advice import budget_text, ran_out
 from wsm.plan.levers import auto_flags
@@ -127,7 +128,9 @@ def check_outputs(options: RunOptions) -> None:
 def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> None:
     """The timeline, if one is asked for, and the result."""
     if options.trace is not None:
-        write_atomically(options.trace, chrome_trace(llm.telemetry, got.rounds[got.chosen].windows) + "\n")
+        chosen = got.rounds[got.chosen]
+        prefill, decode = (stretch.records or Records() for stretch in chosen.stretches)
+        write_atomically(options.trace, chrome_trace(prefill + decode, chosen.windows) + "\n")
     write_atomically(options.out_json, dump(result))
 
 

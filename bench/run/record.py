@@ -81,7 +81,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         plan=_planned(llm),
         memory=memory,
         load_s=_load_seconds(llm),
-        load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
+        load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
         kv=_kv(options, llm),
         config=_config(options, llm, got),
         provenance=provenance,
@@ -103,7 +103,7 @@ def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequen
     yield from warnings.beaten_floors(named)
     if llm.inputs.device.type == "cuda":
         yield from warnings.prediction_warnings(named)
-    yield from warnings.drive_warnings(llm.telemetry.reads, chosen.windows["decode"])
+    yield from warnings.drive_warnings(chosen.stretches[1].read_rates)
     yield from warnings.steadiness_warnings([metrics_of(timed).e2e_ms for timed in got.rounds])
     yield from got.watch.warnings
     yield from missing

@@ -119,8 +119,8 @@ class Stretch:
 
     def add(self, new: Records) -> None:
         """What of ``new`` concerns it: moved in its time, or belongs to its passes."""
-        self._add_moves("ssd_read", new.reads, [t for t in new.reads if t.step in self.steps])
-        self._add_moves("weight_h2d", new.copies, [t for t in new.copies if t.step in self.steps])
+        self._add_moves("ssd_read", new.reads, self._own(new.reads))
+        self._add_moves("weight_h2d", new.copies, self._own(new.copies))
         for tier in KV_TIERS if new.kv else ():
             moves = [t for t in new.kv if t.tier == tier]
             self._add_moves(tier, moves, [t for t in moves if t.pass_no in self.passes])
@@ -142,6 +142,10 @@ class Stretch:
         if self.records is not None:
             self._keep(self.records, new)
 
+    def _own(self, moves: Sequence[Transfer]) -> list[Transfer]:
+        """What its passes used. None is asked for first: a range looks through all its numbers for what is none."""
+        return [t for t in moves if t.step is not None and t.step in self.steps]
+
     def _add_moves(self, tier: str, moves: Moves, own: Moves) -> None:
         self._bytes[tier] += sum(t.nbytes for t in own)
         self._moved[tier] += moved_bytes(moves, self.window)
@@ -160,7 +164,7 @@ class Stretch:
             return start < last and end > first
 
         for mine, moves in ((kept.reads, new.reads), (kept.copies, new.copies)):
-            mine += [t for t in moves if overlap(t.start, t.end) or t.step in self.steps]
+            mine += [t for t in moves if overlap(t.start, t.end) or (t.step is not None and t.step in self.steps)]
         kept.uses += [use for use in new.uses if overlap(use.asked, use.done)]
         kept.kv += [t for t in new.kv if overlap(t.start, t.end)]
         kept.kv_waits += [span for span in new.kv_waits if overlap(*span)]

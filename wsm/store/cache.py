@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def cached_store(
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
         path.unlink(missing_ok=True)
+        _remove_unfinished(cache_dir)
         size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
         free = free_bytes(cache_dir)
         say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
@@ -76,6 +77,15 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
     except (UnusableInput, StoreError):
         return None
     return description
+
+
+def _remove_unfinished(cache_dir: Path) -> None:
+    """Remove packed files whose packing was killed: without a manifest, and nobody at work on them."""
+    for path in cache_dir.glob("*.wsm"):
+        with suppress(OSError), path.with_suffix(".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.with_suffix(".json").exists():
+                path.unlink()
 
 
 @contextmanager

@@ -19,9 +19,11 @@ from bench.result.types_machine import LoadRate
 from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traffic
 from llama.generation import Generation
 from llama.llm import LLaMA
+from wsm.disk.checks import CheckCost, Checks
 from wsm.engine.records import Interval, Transfer, moved_bytes
 from wsm.engine.stretch import PhaseStats, Stretch
 from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.store.packed_store import PackedStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Round:
     """One generation, in seconds of the host's clock.
 
     ``tokens_at``: when each token had been read back. ``stretches``: what the prefill and the decode come to, known
-    once all is still. ``complete_at_start``: whether every resident was in its tier when the clock started.
+    once all is still. ``checked``: what the checks of the store's bytes took meanwhile. ``complete_at_start``: whether
+    every resident was in its tier when the clock started.
     """
 
     generation: Generation
@@ -38,6 +41,7 @@ class Round:
     done: float
     tokens_at: Sequence[float]
     stretches: Sequence[Stretch]
+    checked: CheckCost
     complete_at_start: bool
 
     @property
@@ -56,11 +60,19 @@ class Round:
         return [(later - earlier) * 1e3 for earlier, later in pairwise(self.tokens_at)]
 
 
+def checks_of(llm: LLaMA) -> Checks | None:
+    """The checks of what comes from a packed store; None where nothing does."""
+    source = llm.manager.source if llm.manager is not None else None
+    return source.checks if isinstance(source, PackedStore) else None
+
+
 def run_round(
     llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None] = lambda: None
 ) -> Round:
     """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
     complete = llm.manager.tiers.loaded() if llm.manager is not None else True
+    checks = checks_of(llm)
+    checked_before = checks.cost if checks is not None else CheckCost()
     at: dict[str, float] = {}
     tokens_at, stretches = array("d"), list[Stretch]()
 
@@ -86,7 +98,10 @@ def run_round(
         ignore_eos=options.ignore_eos,
         observer=observe,
     )
-    return Round(generation, **at, tokens_at=tokens_at, stretches=stretches[:2], complete_at_start=complete)
+    checked = checks.cost - checked_before if checks is not None else CheckCost()
+    return Round(
+        generation, **at, tokens_at=tokens_at, stretches=stretches[:2], checked=checked, complete_at_start=complete
+    )
 
 
 def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -> None:

@@ -80,9 +80,9 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
 
 
 def _remove_unfinished(cache_dir: Path) -> None:
-    """Remove packed files whose packing was killed: without a manifest, and nobody at work on them."""
+    """Remove packed files whose packing was killed: with a lock of ours, no manifest, and nobody at work on them."""
     for path in cache_dir.glob("*.wsm"):
-        with suppress(OSError), path.with_suffix(".lock").open("ab") as lock:
+        with suppress(OSError), path.with_suffix(".lock").open("r+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.with_suffix(".json").exists():
                 path.unlink()

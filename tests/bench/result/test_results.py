@@ -40,6 +40,7 @@ from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
 from tests.results import stored, typed, varied
+from wsm.disk.checks import CheckCost
 from wsm.engine.records import Transfer
 from wsm.engine.stretch import PhaseStats, ReadRate
 from wsm.errors import UnusableInput
@@ -74,6 +75,7 @@ def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0,
         tokens_at=tuple(after + first_s + pace * n for n in range(new)),
         done=after + decode_s,
         stretches=(),
+        checked=CheckCost(),
         complete_at_start=True,
     )
 

@@ -179,13 +179,13 @@ class KVDevice:
         pwrite: Transfer = os.pwritev,
     ) -> None:
         self._path, self._nbytes, self._unit = path, round_up(nbytes, BLOCK), unit
+        self._pread, self._pwrite = pread, pwrite
+        self._target = KVTarget(path, self._nbytes, weights)
         # xxh3-64 of each unit, 0 of one that was not written; and whether it was read back right. Pages of zeros take
         # no memory until they are used.
         self._sums = np.zeros(-(-self._nbytes // unit), dtype=np.uint64)
         self._seen_right = np.zeros(len(self._sums), dtype=np.bool_)
         self._checks = Checks(verify)
-        self._pread, self._pwrite = pread, pwrite
-        self._target = KVTarget(path, self._nbytes, weights)
         self._closed = False
         warning = (
             f"the filesystem of {path} has no O_DIRECT: offloaded KV goes through the page cache, each write "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -295,7 +294,7 @@ class LLaMA:
             if part is not None:
                 part.stop()
         self.device.synchronize()
-        self.telemetry.fold(time.perf_counter())
+        self.telemetry.fold()
 
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""

@@ -83,7 +83,7 @@ def run_round(
             tokens_at.append(now)
             on_token()
         elif mark == "queued":
-            llm.telemetry.fold(now, step, llm.kv.passes)
+            llm.telemetry.fold(step, llm.kv.passes)
         elif mark != "pass":
             at[mark] = now
             records = options.trace is not None and mark != "done"

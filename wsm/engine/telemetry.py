@@ -8,6 +8,7 @@ and the memory that it takes does not grow with the run.
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -147,8 +148,8 @@ class Telemetry:
         self._stretches.append(Stretch(at, step, pass_no, self._seen, records=records))
         return self._stretches[-1]
 
-    def fold(self, at: float, step: int = sys.maxsize, pass_no: int = sys.maxsize) -> None:
-        """Add records to the sums of their stretches, and let go of them; ``at`` is now, in host seconds.
+    def fold(self, step: int = sys.maxsize, pass_no: int = sys.maxsize, at: float | None = None) -> None:
+        """Add records to the sums of their stretches, and let go of them; ``at``, in host seconds, if it is not now.
 
         Of what has ended, that is what was done for the places before ``step`` and the passes before ``pass_no``: all
         stretches that those belong to have begun. To be asked once a pass, and at the end for everything.
@@ -170,4 +171,4 @@ class Telemetry:
             stretch.settle(before)
         while len(self._stretches) > 1 and self._stretches[0].window[1] < before:
             self._stretches.popleft()
-        self._folds.append(at)
+        self._folds.append(time.perf_counter() if at is None else at)

@@ -52,9 +52,9 @@ def measured(rounds: int, *, folding: bool, records: bool = False) -> tuple[list
             stretches.append(telemetry.begin(number * PASS_S, number * GROUPS, number, records=records))
         pass_of(telemetry, number, rng)
         if folding:
-            telemetry.fold((number + 0.9) * PASS_S, (number + 1) * GROUPS, number + 1)
+            telemetry.fold((number + 1) * GROUPS, number + 1, (number + 0.9) * PASS_S)
     telemetry.begin(rounds * ROUND * PASS_S, rounds * ROUND * GROUPS, rounds * ROUND)
-    telemetry.fold(rounds * ROUND * PASS_S)
+    telemetry.fold(at=rounds * ROUND * PASS_S)
     return [stretch.stats() for stretch in stretches], stretches, telemetry
 
 
@@ -85,13 +85,13 @@ def test_what_is_over_is_let_go_and_what_is_ahead_is_kept_for_its_pass() -> None
     telemetry.copied(GroupId(0, "attn"), 0, 10, Event(0.1), Event(0.2))
     telemetry.copied(GroupId(0, "attn"), 8, 20, Event(0.3), Event(0.4))  # of the next pass, copied in this one
     telemetry.copied(GroupId(0, "attn"), None, 5, Event(0.0), Event(0.1))  # a resident
-    telemetry.fold(1.0, 8, 1)
+    telemetry.fold(8, 1, 1.0)
     assert [copy.step for copy in telemetry.copies()] == [8]
     decode = telemetry.begin(1.0, 8, 1)
-    telemetry.fold(2.0, 16, 2)
+    telemetry.fold(16, 2, 2.0)
     assert telemetry.copies() == []
     telemetry.begin(3.0, 16, 2)
-    telemetry.fold(3.0)
+    telemetry.fold(at=3.0)
     assert [s.stats().bytes["weight_h2d"] for s in (prefill, decode)] == [10, 20]
     assert [s.stats().bytes_moved["weight_h2d"] for s in (prefill, decode)] == [35, 0]
 

@@ -420,6 +420,12 @@ def test_what_a_killed_run_left_behind_is_taken_again(path: str) -> None:
     assert os.path.getsize(path) == 0
 
 
+def test_a_file_that_a_killed_run_had_made_goes_with_the_next_one(path: str) -> None:
+    Path(path).write_bytes(kv_superblock(bytes(16), made=True) + b"old" * 5000)
+    KVDevice(path, MIB, weights=[]).close()
+    assert not os.path.exists(path)
+
+
 @pytest.mark.parametrize("content", [kv_superblock(bytes(16)), b"letters" * 1000])
 def test_a_file_that_somebody_else_has_taken_over_is_left_to_him(path: str, content: bytes) -> None:
     """As another run may, where the filesystem has no locks; or under the same name, in a file of its own."""

@@ -181,7 +181,7 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
 
 def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     """``resolved``: what was asked for, as far as there are layers, what ``--auto`` chose, and what was found."""
-    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)} | llm.plan.placement.clipped
+    chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
         "device": str(llm.inputs.device),
@@ -190,7 +190,7 @@ def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     }
     return Config(
         argv=list(got.argv),
-        resolved={**options.to_json(), **chosen, **found},
+        resolved={**options.to_json(), **chosen, **llm.plan.placement.clipped, **found},
         environment=environment_echo(os.environ),
         environment_set_by_user=list(got.user_set),
     )

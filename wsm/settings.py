@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from wsm.errors import UnusableInput
-from wsm.option import SWITCH, Kind, number, one_of, option, options_of, whole
+from wsm.option import SWITCH, Kind, meant, number, one_of, option, options_of, whole
 
 MODES = ("mixed", "stream", "preload", "full")
 _GIB = number(0, 1e6, above=True, says="a number of GiB above 0, at most 1e+06", metavar="GIB")
@@ -143,7 +142,9 @@ def read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read(name: str, text: str, kind: Kind) -> Any:
-    return kind.parse(text, lambda: UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}"))
+    return kind.parse(
+        text, lambda: UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}{meant(text, kind.words)}")
+    )
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
@@ -151,7 +152,5 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     warnings = []
     for name in sorted(environ):
         if name.startswith("WSM_") and name not in WSM_PRESETS:
-            close = difflib.get_close_matches(name, WSM_PRESETS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            warnings.append(f"the variable {name} is not known and has no effect{hint}")
+            warnings.append(f"the variable {name} is not known and has no effect{meant(name, WSM_PRESETS)}")
     return warnings

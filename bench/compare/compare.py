@@ -154,6 +154,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+Outputs: TypeAlias = dict[str | None, list[int]]
+
+
+def outputs_of(comparison: Comparison) -> Outputs:
+    """The places of the sides that generated each output, by its digest; under None those that gave no result."""
+    found: Outputs = {}
+    for place, side in enumerate(comparison.sides):
+        for digest in dict.fromkeys(result.output.sha256 for result in side.results) or (None,):
+            found.setdefault(digest, []).append(place)
+    return found
+
+
+def are_equal(outputs: Outputs) -> bool:
+    """Whether all sides generated the same tokens."""
+    return len(outputs) == 1 and None not in outputs
+
+
 def regressions(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[Side, float]]:
     """The sides that are slower than the base by more than the threshold, and by how many percent.
 

@@ -18,7 +18,7 @@ from wsm.settings import CHOSEN
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
-_PLACES = frozenset({"out_json", "trace", "output", "print_text", "verbose"})
+_PLACES = frozenset({"out_json", "trace", "output", "print_text", "quiet", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
 
 
@@ -167,7 +167,9 @@ def mixed_within(side: Side) -> dict[str, list[Any]]:
 
 def settings_of(result: Result) -> dict[str, Any]:
     """Resolved flags and variables of a run, less the paths that it writes to."""
-    named = {name: value for name, value in result.config.resolved.items() if name not in ("out_json", "trace")}
+    named = {
+        name: value for name, value in result.config.resolved.items() if name not in ("out_json", "trace", "quiet")
+    }
     return {**named, **result.config.environment}
 
 

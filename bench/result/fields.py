@@ -22,7 +22,7 @@ MOST_BELIEVED_PCT = 105.0
 
 
 def believed(pct: float | None) -> float | None:
-    """A share of a ceiling as it is told: at most 100; None where it is above by more than noise: that was no ceiling."""
+    """A share of a ceiling as it is told: at most 100; None where it is more than noise above: that was no ceiling."""
     return None if pct is None or pct > MOST_BELIEVED_PCT else min(100.0, pct)
 
 

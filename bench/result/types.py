@@ -60,6 +60,7 @@ class Tpot(Part, frozen=True, kw_only=True):
     mean: Annotated[Amount, says("ms, arithmetic mean")]
     p50: Annotated[Amount, says("ms, half of the passes took no longer")]
     p90: Annotated[Amount, says("ms, nine tenths of the passes took no longer")]
+    p99: Later[Annotated[Amount, says("ms, 99 of 100 passes took no longer; below 100 passes the slowest")]] = UNSET
     max: Annotated[Amount, says("ms, the slowest pass")]
     n: Annotated[FromOne, says("passes")]
 
@@ -75,6 +76,13 @@ class Config(Part, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not isinstance(self.resolved.get("model"), str):
             raise ValueError("resolved.model is missing")
+
+
+class SpecialTokens(Part, frozen=True, kw_only=True):
+    """what the model's tokenizer puts around each text; nothing around the random ids of --prompt-len"""
+
+    before: Annotated[list[Annotated[Count, says("a token id")]], says("ids in front of a text, such as BOS")]
+    after: Annotated[list[Annotated[Count, says("a token id")]], says("ids behind it")]
 
 
 class Output(Part, frozen=True, kw_only=True):
@@ -131,7 +139,7 @@ class Result(Part, frozen=True, kw_only=True):
 
     batch_size: Annotated[FromOne, says("rows")]
     max_new_tokens: Annotated[FromOne, says("most new tokens per row")]
-    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, BOS included")]
+    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, special ones included")]
     prefill_tokens_total: Annotated[FromOne, says("prompt tokens of all rows")]
     decode_tokens_total: Annotated[
         FromOne, says("new tokens of all rows, token 1 and stop tokens included, none after those")
@@ -152,6 +160,7 @@ class Result(Part, frozen=True, kw_only=True):
     schema_version: Annotated[Literal[1], says("version of this description")]
     interrupted: Annotated[bool, says("whether the run was broken off, and only the rounds finished by then are here")]
     decode_forward_passes: Annotated[Count, says("passes of the decode; token 1 takes none")]
+    special_tokens: Later[SpecialTokens] = UNSET
     tpot_ms: Tpot | None
     decode_tok_s: Annotated[
         Above0 | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import Counter
@@ -19,7 +18,12 @@ from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traff
 from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
+<<<<<<< HEAD
 from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
+=======
+from wsm.layout.groups import KINDS
+from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
+>>>>>>> int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +84,30 @@ def run_round(
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        ignore_eos=options.ignore_eos,
+        ignore_eos=options.goes_on,
         observer=observe,
     )
     return Round(generation, **at, tokens_at=tokens_at, steps=steps, passes=passes, complete_at_start=complete)
 
 
-def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -> None:
+def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None]) -> None:
     """One untimed round: the prefill and two decode passes."""
-    run_round(llm, prompts, replace(options, max_new_tokens=min(3, options.max_new_tokens), ignore_eos=True))
+    short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True)
+    run_round(llm, prompts, short, on_token)
+
+
+def warm_up_tokens(options: RunOptions) -> int:
+    return min(3, options.max_new_tokens)
+
+
+def prefill_place(llm: LLaMA, tokens: int) -> str:
+    """Where a round is that has made so many ``tokens``: before the first in the prefill, and there in which layer."""
+    if tokens:
+        return ""
+    if llm.manager is None or llm.manager.resident:
+        return "prefill"
+    layers = llm.config.n_layers
+    return f"prefill, layer {llm.manager.tiers.next_step // len(KINDS) % layers + 1} of {layers}"
 
 
 def median_round(rounds: Sequence[Round]) -> int:
@@ -128,8 +147,8 @@ def tpot_of(pass_ms: Sequence[float]) -> Tpot | None:
     if not pass_ms:
         return None
     ordered, n = sorted(pass_ms), len(pass_ms)
-    p50, p90 = (ordered[math.ceil(share * n) - 1] for share in (0.5, 0.9))
-    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, max=ordered[-1], n=n)
+    p50, p90, p99 = (ordered[-(-percent * n // 100) - 1] for percent in (50, 90, 99))
+    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, p99=p99, max=ordered[-1], n=n)
 
 
 # -- bytes, and the floor under their time

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from bench.options.flags import kept_command
+from bench.options.flags import kept_command, swept_flags
 from bench.options.run_flags import RunOptions
+from bench.result.console import ConsoleReporter
 from bench.result.results import dump
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import Result
 from bench.run.job import handled
 from bench.run.record import Progress
@@ -87,14 +88,15 @@ def explained(options: RunOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
 def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result) -> None:
     """A row or the summary, and where the JSON is."""
     if options.output is not None:
-        print(row(result, options.output))
+        print(row(result, options.output, swept_flags(result.config.argv if options.output == "md" else None)))
         for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
             print(f"[WARNING] {warning}", file=sys.stderr)
     else:
         for number, text in enumerate(result.output.texts or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
         reporter.say(summary(result))
-        reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
+        reporter.say(f"\n[INFO] the result, with all details, is in {options.out_json}")
+        reporter.say(f"详细 JSON 已保存到: {options.out_json}")
     if result.interrupted:
         done = f"{result.repeats.n} of {options.repeats} repeats are in {options.out_json}"
         print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)

@@ -17,7 +17,7 @@ import torch
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
-from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
+from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting, SpecialTokens
 from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
 from bench.result.types_phases import Ceilings, Phase, Rate
 from bench.run import warnings
@@ -74,6 +74,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         schema_version=SCHEMA_VERSION,
         interrupted=got.interrupted,
         decode_forward_passes=generation.decode_passes,
+        special_tokens=_special_tokens(options, llm),
         tpot_ms=tpot_of(chosen.pass_ms),
         phases=phases,
         ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
@@ -92,7 +93,12 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         ),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
+        warnings=[
+            *got.warnings,
+            *llm.warnings,
+            *warnings.early_ends(list(map(len, generation.tokens)), options.max_new_tokens),
+            *_warnings(llm, got, phases, missing),
+        ],
     )
 
 
@@ -108,6 +114,12 @@ def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequen
     yield from got.watch.warnings
     yield from missing
     yield from warnings.unmeasured(llm.inputs.device, got.ceilings, phases.decode)
+
+
+def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
+    if options.prompt_len is not None:
+        return SpecialTokens(before=[], after=[])
+    return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 
 
 def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak:
@@ -182,6 +194,7 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
 def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     """``resolved``: what was asked for, as far as there are layers, what ``--auto`` chose, and what was found."""
     chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    chosen.update(llm.plan.placement.clipped)
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
         "device": str(llm.inputs.device),
@@ -190,7 +203,7 @@ def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
     }
     return Config(
         argv=list(got.argv),
-        resolved={**options.to_json(), **chosen, **llm.plan.placement.clipped, **found},
+        resolved={**options.to_json(), **chosen, **found},
         environment=environment_echo(os.environ),
         environment_set_by_user=list(got.user_set),
     )

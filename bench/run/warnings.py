@@ -80,6 +80,17 @@ def _read_MBps(reads: Sequence[Transfer]) -> float:
     return sum(t.nbytes for t in reads) / busy_s / 1e6 if busy_s else float("inf")
 
 
+def early_ends(tokens: Sequence[int], most: int) -> Iterator[str]:
+    """A line where rows ended at a stop token; ``tokens`` are those of each row, ``most`` what was asked for."""
+    early = sorted(count for count in tokens if count < most)
+    if early:
+        after = f"{early[0]}" if early[0] == early[-1] else f"{early[0]} to {early[-1]}"
+        yield (
+            f"{len(early)} of {len(tokens)} {'row' if len(tokens) == 1 else 'rows'} ended at a stop token, after "
+            f"{after} of {most} tokens: to compare times, run to the full length with --ignore-eos"
+        )
+
+
 def steadiness_warnings(e2e_ms: Sequence[float]) -> list[str]:
     """A line for a first round that stands out, and one for rounds that grow or shrink one after the other."""
     outlier = _outlier_first(e2e_ms) if len(e2e_ms) >= FEWEST_FOR_OUTLIER else ()

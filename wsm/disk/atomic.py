@@ -1,13 +1,17 @@
-"""Small files that are there whole or not at all, and JSON read from one."""
+"""Small files that are there whole or not at all, and files that processes take turns by."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
+import stat
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from wsm import stop
 from wsm.errors import UnusableInput
 
 
@@ -21,11 +25,17 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was."""
+    """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was.
+
+    UnusableInput for what is no file, as /dev/null: a rename would put one in its place.
+    """
     path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UnusableInput(f"{path} is no file and cannot be written: name another")
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("x", encoding="utf-8") as file:
+        # A name from the command line may hold bytes that are no text: they are written as escapes.
+        with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -36,11 +46,40 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path, label: str, mend: str) -> Any:
-    """What a JSON file holds; raises UnusableInput, naming it ``label``, if it is missing or damaged."""
+@contextlib.contextmanager
+def locked(path: Path, label: str, *, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock file (made where there is none, its mtime set) alone: wait for it, or refuse with ``busy``.
+
+    UnusableInput, with ``label`` in the sentence, where it cannot be made. Whoever holds it may remove it.
+    """
+    while True:
+        stop.check()
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UnusableInput(f"{label} cannot be used: {path.name}: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise UnusableInput(f"{label} cannot be used: {path.name} is no file")
+            if _taken(file, path):
+                os.utime(file)
+                yield
+                return
+        finally:
+            os.close(file)
+        if busy is not None:
+            raise UnusableInput(busy)
+        time.sleep(stop.LOOK_S)
+
+
+def _taken(file: int, path: Path) -> bool:
+    """Try to lock an open file; False where another process has it, or has removed it from its place meanwhile."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"{label} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{label} is damaged (no JSON: {error}); {mend}") from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a filesystem without locks
+    with contextlib.suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(file))
+    return False

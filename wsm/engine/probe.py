@@ -13,12 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wsm import stop
+from wsm.disk.io_threads import IOThreads
 from wsm.engine.device import Device
 from wsm.engine.telemetry import moved_bytes
 from wsm.layout.groups import GroupId
@@ -56,6 +58,7 @@ def sizes_for(device: Device) -> ProbeSizes:
 
 def _seconds(device: Device, work: Callable[[], object]) -> float:
     """Time of ``work`` on the compute stream."""
+    stop.check()
     device.synchronize()
     stream = device.compute_stream()
     start = device.record(stream)
@@ -138,6 +141,7 @@ def probe_link(
     def rates(sample: Callable[[], float]) -> list[float]:
         found = []
         for _ in range(SAMPLES):
+            stop.check()
             in_step()
             found.append(sample())
         return found
@@ -150,9 +154,10 @@ def probe_link(
     up = _walk(host[middle:], half), _walk(slot[slot_middle:], half)
 
     def both_ways() -> float:
-        with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
-            upwards = other.submit(_copies, device, *up, count)
-            return 2 * count * half / max(_copies(device, *down, count), upwards.result()) / 1e6
+        seconds = list[float]()
+        with _beside(device, lambda: seconds.append(_copies(device, *up, count))):
+            downwards_s = _copies(device, *down, count)
+        return 2 * count * half / max(downwards_s, *seconds) / 1e6
 
     return {
         "h2d": _ceiling(h2d, "MBps", how),
@@ -169,29 +174,35 @@ def probe_ssd(
     Streamed ``groups`` are read round and round into page-locked ``buffers``, each large enough for any of them; with
     several, one group's checksum is made while the others are read. The last one is copied to ``slot`` meanwhile.
     """
-    stop = threading.Event()
+    over, link_rates = threading.Event(), list[float]()
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
     hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
-    def keep_link_busy() -> list[float]:
-        rates = []
-        while not stop.is_set():
-            rates.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
-        return rates
+    def keep_link_busy() -> None:
+        while not over.is_set():
+            link_rates.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
 
-    with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
-        link = other.submit(keep_link_busy)
+    with _beside(device, keep_link_busy):
         try:
             chunks = _read_for(sizes_for(device).ssd_s, source, groups, buffers[:-1])
         finally:
-            stop.set()
+            over.set()
     rates = _window_rates(chunks)
     read_MB = sum(chunk.nbytes for chunk in chunks) / 1e6
     how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
     return {
         "ssd": _ceiling(rates, "MBps", how),
-        "h2d_with_ssd": _ceiling(link.result(), "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
+        "h2d_with_ssd": _ceiling(link_rates, "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
     }
+
+
+@contextmanager
+def _beside(device: Device, work: Callable[[], None]) -> Iterator[None]:
+    """``work`` on a thread of its own; the block's end waits for it, and raises what it raised."""
+    with IOThreads(1, "wsm-probe") as other:
+        ended = other.submit([device.enter_thread, work])  # one thread: in this order
+        yield
+        stop.result(ended)
 
 
 def _read_for(
@@ -205,7 +216,7 @@ def _read_for(
     began, chunks = time.perf_counter(), list[ChunkRead]()
 
     def finish(read: GroupRead) -> None:
-        read.checked.result()
+        stop.result(read.checked)
         chunks.extend(read.chunks)
 
     finish(next(reads))

@@ -9,8 +9,9 @@ import struct
 import uuid
 from collections.abc import Sequence
 
-from wsm.disk.blockdev import check_writable, device_number, is_block_device, related_devices, target_size
+from wsm.disk.blockdev import device_number, is_block_device, target_size
 from wsm.disk.direct import aligned_block, is_buffered
+from wsm.disk.safety import check_writable, related_devices
 from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from wsm.option import options_of
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
@@ -95,7 +96,9 @@ def place(n_layers: int, settings: Settings) -> Placement:
     depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
     gpu_slots = min(depth // 2 + 1, settings.gpu_max_groups // 2, len(rest))
     staged = _staged(n_layers, residency, gpu_slots, settings, ahead, clips)
-    in_force, notes = {clip.setting: clip.value for clip in clips}, tuple(clip.note for clip in clips)
+    in_force = {clip.setting: clip.value for clip in clips}
+    asked_for = settings.warmup_layers != options_of(Settings)["warmup_layers"].default  # no default model has so many
+    notes = tuple(clip.note for clip in clips if asked_for or clip.setting != "warmup_layers")
     return Placement(mode, residency, gpu_slots, slots, ahead, staged, in_force, notes)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
+from wsm.disk.atomic import locked
 from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.model import WHOLE, Shard, TensorSource
@@ -51,7 +50,12 @@ def cached_store(
     """
     path = store_path(checkpoint, dtype, cache_dir, shard.size)
     manifest = path.with_suffix(".json")
-    with _locked(path.with_suffix(".lock")):
+    label = f"--cache-dir {cache_dir}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableInput(f"{label} cannot be used: {error.strerror}") from error
+    with locked(path.with_suffix(".lock"), label):  # two runs that start together pack once
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
         path.unlink(missing_ok=True)
@@ -76,16 +80,3 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
     except (UnusableInput, StoreError):
         return None
     return description
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two runs that start together pack once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from wsm import stop
 from wsm.disk.blockdev import target_size
 from wsm.disk.direct import open_for_reading
 from wsm.disk.io_threads import IOThreads, Transfer, transfer_fully
@@ -201,7 +202,7 @@ def verify(store: PackedStore, *, progress: Callable[[int], None] = lambda nbyte
     bad = []
     for stored, (read, _next) in zip(groups, pairwise(chain(reads, [Future[None]()])), strict=True):
         try:
-            read.result()
+            stop.result(read)
         except StoreError as error:
             bad.append(str(error))
         progress(stored.layout.nbytes)

@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import math
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from bench.cli.docs import result_schema
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase
 from bench.result.results import checked, dump, plain, read_result, significant
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION, LinkRates, Tpot
 from bench.result.types_machine import BytesPerPass, LoadRate
 from bench.result.types_phases import Idle
@@ -197,9 +199,15 @@ def test_one_round_has_no_deviation() -> None:
     assert repeats_of([a_round()]).statistics.ttft_ms.stdev is None
 
 
+def test_below_a_hundred_passes_p99_is_the_slowest() -> None:
+    passes = tpot_of([1.0, 2.0, 9.0])
+    assert passes is not None
+    assert (passes.p50, passes.p99) == (2.0, 9.0)
+
+
 def test_tpot_percentiles_are_passes_that_took_place() -> None:
     passes = tpot_of([float(n) for n in range(100, 0, -1)])
-    assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, max=100.0, n=100)
+    assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, p99=99.0, max=100.0, n=100)
     assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, max=7.0, n=1)
 
 
@@ -743,11 +751,18 @@ def test_texts_are_kept_only_if_asked_for(runs: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_terminal_without_chinese_letters_ends_no_run(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_these_letters_ends_no_verb(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, measured_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / "详细-caf\udce9.json"
+    shutil.copy(measured_files[0], odd)
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
-    ConsoleReporter(quiet=False, verbose=False).say("详细 JSON \udce9")
-    assert b"JSON" in written.getvalue()
+    assert main(["compare", str(measured_files[0]), str(odd)]) == 0
+    assert main(["report", str(measured_files[0]), str(odd), "--out", f"{odd.with_suffix('.html')}"]) == 0
+    assert "caf\\udce9" in odd.with_suffix(".html").read_text(encoding="utf-8")
+    sys.stdout.flush()
+    assert b"caf\\udce9" in written.getvalue()
 
 
 @pytest.mark.parametrize("part", ["phases", "memory", "output", "gpu_mem_GB"])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llama.inputs import read_manifest
 from tests.stores import aligned, assert_equals, checkpoint, loop_device, pack_tiny
-from wsm.disk import blockdev, targets
+from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.kv import target as kv_target
 from wsm.kv.disk import KVDevice
@@ -473,8 +473,8 @@ def test_devices_are_refused_in_order_weights_use_signature(tmp_path: Path, monk
     monkeypatch.setattr(kv_target, "is_block_device", lambda name: True)
     monkeypatch.setattr(kv_target, "related_devices", lambda name: related)
     monkeypatch.setattr(kv_target, "device_number", lambda name: "8:1")
-    monkeypatch.setattr(blockdev, "why_busy", lambda name, root: busy[0] if busy else None)
-    monkeypatch.setattr(blockdev, "signatures", lambda name, mend: borne)
+    monkeypatch.setattr(safety, "why_file_busy", lambda name, root: busy[0] if busy else None)
+    monkeypatch.setattr(safety, "signatures", lambda name, mend: borne)
     monkeypatch.setattr(targets, "logical_block", lambda file: 8192)
     monkeypatch.setattr(kv_target, "open_target", lambda name: pytest.fail("opened for writing"))
     before = disk.read_bytes()
@@ -485,7 +485,7 @@ def test_devices_are_refused_in_order_weights_use_signature(tmp_path: Path, monk
     refused(path, "bears a packed store of weights", weights=[str(tmp_path / "sdz1")])
     assert disk.read_bytes() == before
     disk.write_bytes(bytes(8 * BLOCK))
-    refused(path, r"is in use \(sdz is mounted on /data\): nothing was written; choose a free device")
+    refused(path, r"is in use \(sdz is mounted on /data\): nothing was written; name a free device")
     busy.clear()
     refused(path, r"bears a signature of type ext4: nothing was written; .*`wipefs -a .*sdz` clears it, or name a file")
     borne.clear()

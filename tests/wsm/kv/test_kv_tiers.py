@@ -542,7 +542,7 @@ def test_a_write_back_lets_the_weights_go_first_where_many_are_wanted(
 
 def test_closing_gives_the_memory_back_and_joins_the_threads(model: Transformer) -> None:
     with cache(model, 2, EVERYWHERE) as (_, tiers):
-        threads = list(tiers._threads)
+        threads = list(tiers.schedule.threads)
         assert tiers.page_locked_bytes > 0
     assert not any(thread.is_alive() for thread in threads)
     tiers.schedule.begin([0], [0] * 5, [1] * 5, 0)

@@ -18,12 +18,8 @@ from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traff
 from llama.generation import Generation
 from llama.llm import LLaMA
 from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
-<<<<<<< HEAD
-from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
-=======
 from wsm.layout.groups import KINDS
-from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
->>>>>>> int
+from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
 
 
 @dataclass(frozen=True, slots=True)

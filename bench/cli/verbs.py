@@ -19,10 +19,11 @@ from bench.options.verb_flags import (
     SweepOptions,
     VerifyOptions,
 )
-from bench.run.job import unbroken
+from bench.run.signals import importing
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from wsm import stop
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
@@ -48,9 +49,9 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         from bench.cli.cache import run_cache
 
         return run_cache(options)
-    with unbroken():
+    with importing():
         from bench.cli.models import run_pack, run_plan, run_verify
-
+    stop.check()
     if isinstance(options, PlanOptions):
         return run_plan(options, argv)
     if isinstance(options, PackOptions):
@@ -105,6 +106,7 @@ def _run_prompts(options: PromptsOptions) -> int:
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     with reporter.bar(options.count, "prompt", "prompts") as advance:
         for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
+            stop.check()
             texts.append(text)
             advance(1)
     write_atomically(options.out, prompt_file(texts, options.tokens))

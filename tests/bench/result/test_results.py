@@ -208,7 +208,7 @@ def test_below_a_hundred_passes_p99_is_the_slowest() -> None:
 def test_tpot_percentiles_are_passes_that_took_place() -> None:
     passes = tpot_of([float(n) for n in range(100, 0, -1)])
     assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, p99=99.0, max=100.0, n=100)
-    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, max=7.0, n=1)
+    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, p99=7.0, max=7.0, n=1)
 
 
 def test_without_decode_passes_there_is_no_tpot() -> None:

@@ -8,25 +8,24 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor
 
-from wsm.disk.atomic import sync_directory, write_atomically
+from wsm import stop
+from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
 from wsm.disk.direct import aligned_block
-from wsm.disk.io_threads import transfer_fully
+from wsm.disk.io_threads import IOThreads, transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.formats.format import WeightFormat
-from wsm.layout.groups import GroupId, GroupLayout, views
+from wsm.layout.groups import GroupId
 from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
-from wsm.store.images import encode_group
+from wsm.store.images import make_images
 from wsm.store.layout import (
     FORMATTED,
     VERSION,
@@ -79,6 +78,7 @@ def pack(
     plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp, request.weight_format)
     sources = checkpoint.sources()
     _check_places(checkpoint, request)
+    remove_left_behind(request.manifest.resolve())
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
     if request.manifest.exists():
         lost.append(f"the manifest {request.manifest}")
@@ -168,55 +168,23 @@ def _write_groups(
     buffers = [[torch.frombuffer(mmap.mmap(-1, room), dtype=torch.uint8) for _ in shares] for _ in range(2)]
     written: dict[GroupId | None, WrittenGroup] = {}
     offset = plan.offsets[None]
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
-
-        def make(number: int) -> Future[list[GroupLayout]]:
-            return ahead.submit(_make_images, shares, groups[number], plan, buffers[number % 2], readers)
-
-        coming = make(0)
+    with IOThreads(READERS, "wsm-pack-in") as readers, IOThreads(len(files), "wsm-pack-out") as out:
+        coming = make_images(shares, groups[0], plan, buffers[0], readers)
         for number, group in enumerate(groups):
-            layouts = coming.result()
-            if number + 1 < len(groups):
-                coming = make(number + 1)
+            layouts = stop.result(coming)
             nbytes, checksums = layouts[0].nbytes, []
+            if number + 1 < len(groups):
+                coming = make_images(shares, groups[number + 1], plan, buffers[(number + 1) % 2], readers)
             for rank, buffer in enumerate(buffers[number % 2]):
                 image = memoryview(buffer[:nbytes].numpy().data)
-                checksums.append(xxhash.xxh3_128_hexdigest(image))
                 extents = stripes(nbytes, offset + rank * stride_of(nbytes, plan.targets), plan.targets)
-                list(out.map(partial(_write_extent, files, image), extents))  # raises what one raised
+                moved = out.submit(partial(_write_extent, files, image, extent) for extent in extents)
+                checksums.append(xxhash.xxh3_128_hexdigest(image))
+                stop.result(moved)
                 progress(plan.layouts[group].nbytes)
             written[group] = WrittenGroup(offset, layouts, checksums)
             offset += plan.tp * stride_of(nbytes, plan.targets)
     return written
-
-
-def _make_images(
-    shares: Sequence[TensorSource],
-    group: GroupId | None,
-    plan: StorePlan,
-    buffers: Sequence[Tensor],
-    readers: Executor,
-) -> list[GroupLayout]:
-    """Every rank's image of a group in a buffer of its own, all padded to the largest; their layouts.
-
-    The gaps between the tensors are zero, so the same weights give the same bytes.
-    """
-    weight_format = plan.weight_format if group is not None else None
-    if weight_format is None:
-        for share, buffer in zip(shares, buffers, strict=True):
-            tensors = views(buffer[: plan.layouts[group].nbytes].zero_(), plan.layouts[group])
-            names = [share.config.full_name(group, name) for name in tensors]
-            list(readers.map(share.read_into, names, tensors.values()))
-        return [plan.layouts[group]] * len(shares)
-    assert group is not None
-    layouts = [
-        encode_group(share, group, plan.dtype, weight_format, buffer, readers)
-        for share, buffer in zip(shares, buffers, strict=True)
-    ]
-    nbytes = max(layout.nbytes for layout in layouts)
-    for layout, buffer in zip(layouts, buffers, strict=True):
-        buffer[layout.nbytes : nbytes].zero_()
-    return [GroupLayout(nbytes, layout.tensors) for layout in layouts]
 
 
 def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:

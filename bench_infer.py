@@ -7,7 +7,6 @@ need torch are imported where they are used: its import takes seconds, and a wro
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import time
@@ -16,11 +15,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from bench.run import signals, streams
+
+if __name__ == "__main__":
+    signals.hear()  # before the modules below
+
 from bench.cli.verbs import run_verb
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
-from bench.run.job import DONE, INTERRUPTED, Job, Terminated, is_foreseen, unbroken
+from bench.run.job import DONE, FAILED, Job, is_foreseen
+from wsm import stop
 from wsm.settings import Ranks, preset_environment, read_ranks, unknown_variables
+from wsm.stop import Stopped
 
 if TYPE_CHECKING:
     from bench.result.console import ConsoleReporter
@@ -30,8 +36,19 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """The script, and the command ``bench-infer``: the exit code."""
+    signals.hear()
+    streams.make_lossy()
     user_set = preset_environment(os.environ)  # before torch, whose OpenMP reads its variable once
-    return command_line(sys.argv[1:], user_set)
+    argv = sys.argv[1:]
+    try:
+        code = command_line(argv, user_set)
+    except SystemExit as ended:  # --help
+        code = int(ended.code or DONE)
+    if (why := streams.lost()) is not None:
+        print(f"bench_infer.py: {why}", file=sys.stderr)
+        only_printed = argv[:1] in (["plan"], ["compare"]) or not {"-h", "--help"}.isdisjoint(argv)
+        code = code or (FAILED if only_printed else DONE)  # other results are in files, or are the exit code itself
+    return code
 
 
 def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
@@ -39,8 +56,11 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
 
     ``user_set`` names the variables that the user had set.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # no verb ends because a terminal lacks a letter
+    with signals.heard():
+        return _command_line(argv, user_set)
+
+
+def _command_line(argv: Sequence[str], user_set: Sequence[str]) -> int:
     job, code = Job(Ranks()), DONE
     failure: BaseException | None = None
     try:
@@ -51,7 +71,7 @@ def command_line(argv: Sequence[str], user_set: Sequence[str] = ()) -> int:
         else:
             job.refuse_other_ranks(verb)
             code = run_verb(options, argv, user_set)
-    except (Exception, KeyboardInterrupt, Terminated) as error:
+    except (Exception, Stopped) as error:
         failure = error
     if failure is not None and ("--verbose" in argv or not is_foreseen(failure)):
         traceback.print_exception(failure)
@@ -67,7 +87,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
 
     silent = options.output is not None or not job.speaks
     reporter = ConsoleReporter(quiet=silent, verbose=options.verbose, bars=job.speaks and not options.quiet)
-    with reporter.doing("starting torch"), unbroken():
+    with signals.importing(), reporter.doing("starting torch"):
         from bench.run import outputs
         from bench.run.ceilings import recall_near
         from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
@@ -76,6 +96,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from llama import LLaMA
         from llama.inputs import open_inputs, plan_run
         from wsm.plan.advice import check_fits
+    stop.check()
 
     job.check_tp(options.tp, argv)
     job.join()
@@ -92,6 +113,8 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         ceilings = recall_near(options, inputs)
     outputs.say_plan(reporter, options, inputs, plan, argv)
     check_fits(plan, ceilings)
+    if job.speaks:
+        outputs.check_room(options, plan)
 
     # Build, warm up, measure, write: after Ctrl-C with the rounds that were finished.
     warnings = [*unknown_variables(os.environ), *outputs.warnings_of(user_set, plan)]
@@ -102,14 +125,15 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     ):
         outputs.say_streaming(reporter, plan)
         _warm_up(options, llm, got, reporter)
-        _measure(options, llm, got, reporter)
-        with outputs.finishing():
+        _measure(options, llm, got, reporter, job)
+        with stop.held():  # a wish to stop comes too late to lose finished rounds
             result = job_result(options, llm, got)
-            if job.speaks:
-                outputs.write_outputs(options, llm, got, result)
+            failed = outputs.write_outputs(options, llm, got, result) if job.speaks else None
     if job.speaks:
-        outputs.print_result(reporter, options, result)
-    return INTERRUPTED if got.interrupted else DONE
+        outputs.print_result(reporter, options, result, got.stopped_by)
+    if failed is not None:
+        raise failed
+    return DONE if got.stopped_by is None else signals.exit_code(got.stopped_by)
 
 
 def _probe(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleReporter) -> None:
@@ -137,8 +161,8 @@ def _warm_up(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
             llm.manager.tiers.wait_loaded()
 
 
-def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleReporter) -> None:
-    """The timed rounds; after Ctrl-C those that were finished, if any was."""
+def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleReporter, job: Job) -> None:
+    """The timed rounds; where a stop is wished those that were finished, if any was."""
     import psutil
 
     from bench.run.conditions import Watch
@@ -153,12 +177,14 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
                 what = f"round {number}/{options.repeats}"
                 with reporter.bar(options.max_new_tokens, "tok", what, partial(prefill_place, llm)) as advance:
                     llm.inputs.world.barrier()
+                    stop.check()
                     got.rounds.append(run_round(llm, got.prompts, options, on_token=lambda: advance(1)))
                 forget_records(got.rounds, options.repeats)
-    except KeyboardInterrupt:
-        got.interrupted = True
+    except Stopped as wish:
         if not got.rounds:
             raise
+        job.blame(wish)
+        got.stopped_by = wish.number
 
 
 if __name__ == "__main__":

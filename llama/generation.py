@@ -12,6 +12,7 @@ from llama.batch import TokenBatch, decode_batch, prefill_batch
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.sampling import check_sampling, sample
+from wsm import stop
 from wsm.errors import UnusableInput
 
 Observer = Callable[[str], None]
@@ -92,6 +93,7 @@ def generate(
                     going.remove(row)
                     kv.end_row(row)
         observer("token")
+        stop.check()
         if not going:
             break
         observer("pass")

@@ -19,6 +19,7 @@ from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
 from llama.rope import RopeScaling
 from llama.weights import Acquire, WeightSource, side_by_side
+from wsm import stop
 from wsm.layout.groups import GroupId
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
@@ -162,9 +163,11 @@ class Transformer:
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
                 for chunk in chunks:
+                    stop.check()
                     self._attention_(h[chunk.part], w, chunk, kv, layer)
             with acquire(GroupId(layer, "ffn")) as w:
                 for chunk in chunks:
+                    stop.check()
                     self._feed_forward_(h[chunk.part], w)
         return h
 

@@ -15,9 +15,9 @@ JOIN_S = 30.0
 _ROOM = 48 << 20
 """Address space that a new thread may need at once: a stack of 8 MiB, and for its first objects."""
 _LIMITS = (
-    (resource.RLIMIT_AS, "ulimit -v", "GB of address space", 1e9),
-    (resource.RLIMIT_DATA, "ulimit -d", "GB of data", 1e9),
-    (resource.RLIMIT_NPROC, "ulimit -u", "threads of this user", 1),
+    (resource.RLIMIT_AS, "ulimit -v", "{:.2f} GB of address space", 1e9),
+    (resource.RLIMIT_DATA, "ulimit -d", "{:.2f} GB of data", 1e9),
+    (resource.RLIMIT_NPROC, "ulimit -u", "{:.0f} threads of this user", 1),
 )
 
 
@@ -28,7 +28,7 @@ class ThreadsStuck(RuntimeError):
 def limits() -> str:
     """The limits of this process that can refuse it memory or threads, in words: what the user may raise."""
     found = ((command, what, unit, resource.getrlimit(which)[0]) for which, command, what, unit in _LIMITS)
-    said = [f"{soft / unit:.4g} {what} (`{command}`)" for command, what, unit, soft in found if soft >= 0]
+    said = [f"{what.format(soft / unit)} (`{command}`)" for command, what, unit, soft in found if soft >= 0]
     return f"the limits here are {' and '.join(said)}" if said else "a container's or the system's own limit is reached"
 
 

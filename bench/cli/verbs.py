@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options.flags import check_point
-from bench.options.run_flags import RunOptions
+from bench.options.run_flags import PlanOptions
 from bench.options.verb_flags import (
     CacheOptions,
     CompareOptions,
@@ -17,11 +17,13 @@ from bench.options.verb_flags import (
     PromptsOptions,
     ReportOptions,
     SweepOptions,
+    VerifyOptions,
 )
-from bench.run.job import unbroken
+from bench.run.signals import importing
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from wsm import stop
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 
@@ -47,12 +49,15 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         from bench.cli.cache import run_cache
 
         return run_cache(options)
-    with unbroken():
+    with importing():
         from bench.cli.models import run_pack, run_plan, run_verify
-
-    if isinstance(options, RunOptions):
+    stop.check()
+    if isinstance(options, PlanOptions):
         return run_plan(options, argv)
-    return run_pack(options) if isinstance(options, PackOptions) else run_verify(options)
+    if isinstance(options, PackOptions):
+        return run_pack(options)
+    assert isinstance(options, VerifyOptions)
+    return run_verify(options)
 
 
 def _run_compare(options: CompareOptions) -> int:
@@ -101,6 +106,7 @@ def _run_prompts(options: PromptsOptions) -> int:
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     with reporter.bar(options.count, "prompt", "prompts") as advance:
         for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
+            stop.check()
             texts.append(text)
             advance(1)
     write_atomically(options.out, prompt_file(texts, options.tokens))

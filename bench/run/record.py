@@ -41,9 +41,13 @@ class Progress:
     warnings: list[str]
     ceilings: dict[str, Ceiling] = dataclasses.field(default_factory=dict)
     rounds: list[Round] = dataclasses.field(default_factory=list)
-    interrupted: bool = False
+    stopped_by: int | None = None  # the signal's number
     chosen: int = 0
     watch: Watch = dataclasses.field(default_factory=lambda: Watch(torch.device("cpu"), ()))
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_by is not None
 
 
 def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:

@@ -18,9 +18,11 @@ from bench.result.console import ConsoleReporter
 from bench.result.results import read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
 from bench.result.types import PASS_FIGURES, Result
+from wsm import stop
 from wsm.disk.atomic import locked
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
+from wsm.stop import Stopped
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench_infer.py"
 PATIENCE_S = 30.0
@@ -69,6 +71,7 @@ def _run(
     with reporter.bar(total, "run", "sweep", lambda done: jobs[len(outcomes) % len(jobs)][1].folder) as advance:
         advance(total - len(jobs))
         for repeat, point in jobs:
+            stop.check()
             gave = run_point(options.out_dir, point, repeat, options.inner_repeats, environment)
             outcomes[repeat, point.number] = gave
             advance(1)
@@ -172,7 +175,7 @@ def run_point(
 ) -> Result | Failure:
     """Run it to its end, and keep its result or why it failed.
 
-    Raises KeyboardInterrupt after the process, interrupted as well, has ended; it then counts as not run.
+    Raises Stopped after the process, to which the signal was passed on, has ended; it then counts as not run.
     """
     place = folder / point.folder
     final, failed, log = (place / f"r{repeat}.{ending}" for ending in ("json", "failed.json", "log"))
@@ -203,19 +206,22 @@ def _wait(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C comes to the sweep alone, which hands it on
+            start_new_session=True,  # signals come to the sweep alone, which hands them on
             # In the new process: be killed when the sweep is; an orphan would disturb the sweep that goes on.
             preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(stop.LOOK_S)
+            stop.check()
+    except Stopped as wish:
+        process.send_signal(wish.number)
         try:
             process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(PATIENCE_S)
         raise
 
 

@@ -53,12 +53,12 @@ def _open_temporary(path: Path) -> TextIO:
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was.
 
-    Temporary files of the same path that a killed process has left go first. UnusableInput for what is no file, as
-    /dev/null: a rename would put one in its place.
+    It names ``path``, of which a full disk's own error says nothing. Temporary files of the same path that a killed
+    process has left go first. UnusableInput for what is no file, as /dev/null: a rename would put one in its place.
     """
-    path = path.resolve()
+    named, path = path, path.resolve()
     if path.exists() and not path.is_file():
-        raise UnusableInput(f"{path} is no file and cannot be written: name another")
+        raise UnusableInput(f"{named} is no file and cannot be written: name another")
     remove_left_behind(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -68,8 +68,11 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
         sync_directory(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(named)) from error
         raise
 
 

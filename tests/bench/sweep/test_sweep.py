@@ -19,6 +19,7 @@ from bench.result.sweep_folder import Failure, Point, outcomes_in, read_points
 from bench.result.types import Result
 from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
+from wsm.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -296,7 +297,7 @@ def test_a_retry_that_is_broken_off_leaves_an_outcome_of_each_process(
 
     def run_point(folder: Path, point: Point, *rest: Any) -> Result | Failure:
         if point.number == 3:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         return real(folder, point, *rest)
 
     monkeypatch.setattr(sweep_module, "run_point", run_point)

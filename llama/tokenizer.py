@@ -202,7 +202,7 @@ class HFTokenizer:
 
     def _special_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the post-processor puts before and after a text."""
-        with _explained(f"{self._path}: its rules cannot cut a text"):
+        with _explained(f"{self._path}: its rules cannot cut a text", AGAIN):
             whole, bare = (self._tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
         mask = whole.special_tokens_mask
         before = mask.index(0) if 0 in mask else len(mask)
@@ -263,14 +263,14 @@ def stop_ids_named(directory: Path, config: ModelConfig) -> list[int]:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, mend: str = "change the text, or take the model's original tokenizer") -> Iterator[None]:
     """UnusableInput for what a tokenizer's compiled code raises; its panics are no Exceptions."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UnusableInput(f"{what} ({reason}); {AGAIN}") from error
+            raise UnusableInput(f"{what} ({reason}); {mend}") from error
         raise
 
 
@@ -281,7 +281,7 @@ def _open_hf(path: Path) -> Any:
         raise UnusableInput(f"{path} needs the tokenizers package: pip install tokenizers") from error
     refuse_pointer(path)
     content = read_file(path)
-    with _explained(f"{path} is damaged, or newer than the tokenizers package"):
+    with _explained(f"{path} is damaged, or newer than the tokenizers package", AGAIN):
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     # Both may be left over in the file from training.
     tokenizer.no_truncation()

@@ -192,9 +192,10 @@ def differing(many: Sequence[Mapping[str, Any] | None]) -> dict[str, list[Any]]:
 
 
 def _named_apart(sides: Sequence[Side]) -> Iterator[Side]:
-    """Names that several sides share become their paths, then get numbers."""
+    """Names that several sides share become their paths, then get numbers; bytes that are no text become escapes."""
     shared, seen = Counter(side.name for side in sides), Counter[str]()
     for side in sides:
         name = side.name if shared[side.name] == 1 else str(side.source)
         seen[name] += 1
-        yield replace(side, name=name if seen[name] == 1 else f"{name} ({seen[name]})")
+        shown = name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+        yield replace(side, name=shown if seen[name] == 1 else f"{shown} ({seen[name]})")

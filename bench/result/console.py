@@ -18,12 +18,7 @@ from wsm.errors import DoesNotFit
 
 DRAWN_S, LOGGED_S = 0.25, 30.0
 """Between two drawings of the line on a terminal, and between two lines of a log."""
-
-
-class _Line(tqdm):  # type: ignore[type-arg]
-    """The line on a terminal."""
-
-    monitor_interval = 0  # a thread of tqdm's, for bars that their loops forget
+_CLEAR = "\r\033[K"
 
 
 class _Task:
@@ -60,7 +55,7 @@ class _Task:
         """
         elapsed_s = time.monotonic() - self.since_s
         if self.total is None or self.counted_from is None:
-            return f"{self.named()} [{tqdm.format_interval(elapsed_s)}]"
+            return f"{self.named()} [{tqdm.format_interval(elapsed_s)}]"[: columns or None]
         return str(
             tqdm.format_meter(
                 self.done,
@@ -88,10 +83,14 @@ class ConsoleReporter(Reporter):
         self._bars = bars and sys.stderr is not None
         self._tasks: list[_Task] = []
         self._logged_s = time.monotonic()
+        # Under the lock: what is on the terminal. tqdm draws too, but keeps its own lock where a write fails.
+        self._terminal = threading.Lock()
+        self._is_drawn = False
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            with _Line.external_write_mode():  # the line of progress, if there is one, stays below
+            with self._terminal:
+                self._clear()
                 print(line, flush=True)
 
     def doing(self, what: str) -> AbstractContextManager[Callable[[int], None]]:
@@ -127,15 +126,22 @@ class ConsoleReporter(Reporter):
                 shower.join(1.0)  # not for ever: a terminal may be stopped
 
     def _draw(self, over: threading.Event) -> None:
-        with contextlib.ExitStack() as shown:
-            shown.enter_context(contextlib.suppress(OSError, ValueError))
-            # With a row to spare: tqdm hides a line that it takes to be below the last one.
-            made = _Line(file=sys.stderr, leave=False, bar_format="{desc}", ncols=_columns(), nrows=2)
-            line = shown.enter_context(made)
+        with contextlib.suppress(OSError, ValueError):
             while not over.wait(DRAWN_S):
-                line.ncols = _columns()
+                columns = shutil.get_terminal_size().columns - 1  # behind the last some go on in the next row
                 for task in self._tasks[-1:]:
-                    line.set_description_str(task.meter(line.ncols))
+                    with self._terminal:
+                        print(f"{_CLEAR}{task.meter(columns)}", end="", file=sys.stderr, flush=True)
+                        self._is_drawn = True
+        with self._terminal:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Take the line away; called under the lock."""
+        if self._is_drawn:
+            self._is_drawn = False
+            with contextlib.suppress(OSError, ValueError):
+                print(_CLEAR, end="", file=sys.stderr, flush=True)
 
     def _log(self, over: threading.Event) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -143,8 +149,3 @@ class ConsoleReporter(Reporter):
                 self._logged_s = time.monotonic()
                 for task in self._tasks[-1:]:
                     print(f"[PROGRESS] {task.meter(0)}", file=sys.stderr, flush=True)
-
-
-def _columns() -> int:
-    """Of the terminal, less the last, behind which some go on in the next row."""
-    return shutil.get_terminal_size().columns - 1

@@ -44,6 +44,8 @@ def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None
     else:
         texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
         whole = [encode_prompt(inputs.tokenizer, text) for text in texts[: options.batch_size]]
+        if [] in whole:
+            raise UnusableInput(f"prompt {whole.index([])} gives no token with the model's tokenizer: leave it out")
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
         say(f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)})")
     if options.prompt_len is not None:

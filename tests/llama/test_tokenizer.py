@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -224,6 +225,18 @@ def test_files_that_are_no_tokenizer_are_refused(file: str, content: bytes, said
     with pytest.raises(UnusableInput, match=said) as caught:
         load_tokenizer(tmp_path, model(600))
     assert str(tmp_path / file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"]
+)
+def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(file: str, tmp_path: Path) -> None:
+    if file != "tokenizer.model":
+        hf_tokenizer(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(UnusableInput, match=f"{file} cannot be read: it is a pipe, not a file"):
+        load_tokenizer(tmp_path, model(300))
 
 
 def test_a_twice_named_token_is_damage(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,6 +104,17 @@ def test_texts_that_no_tokenizer_can_show_are_refused_before_the_run(
     assert run(directory, tmp_path / "r.json", "--prompt-len", "9", "--print-text") == 2
     assert "neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copy(home, tmp_path)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.normalizer = Replace("~", "")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert run(directory, tmp_path / "r.json", "--prompt", "~~~") == 2
+    assert "prompt 0 gives no token with the model's tokenizer" in capsys.readouterr().err
 
 
 def test_a_token_without_an_embedding_warns_and_refuses_only_a_prompt_that_has_it(

@@ -52,6 +52,7 @@ def read_file(path: Path, label: str = "", *, most_bytes: int = MOST_BYTES, pipe
 
     With ``pipes`` the shell's ``<(command)`` is read as well, for :data:`PIPE_LIMIT_S` at most.
     """
+    stop.check()
     label = label or str(path)
     check_regular_file(path, label, most_bytes=most_bytes, pipes=pipes)
     try:

@@ -20,9 +20,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """stderr, drawn to often."""
+def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """stderr, drawn to often; called by each test itself, since pytest sets stderr anew after the fixtures."""
     made = Terminal()
     monkeypatch.setattr("sys.stderr", made)
     monkeypatch.setattr(console, "DRAWN_S", 0.01)
@@ -32,9 +31,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def wait_for(text: str, shown: Callable[[], str]) -> str:
     """What is shown, once ``text`` is in it."""
-    deadline, found = time.monotonic() + 20, ""
-    while text not in (found := found + shown()) and time.monotonic() < deadline:
+    deadline, found = time.monotonic() + 20, shown()
+    while text not in found and time.monotonic() < deadline:
         time.sleep(0.005)
+        found += shown()
     assert text in found
     return found
 
@@ -47,7 +47,8 @@ def prefill_of(tokens: int) -> str:
     return "" if tokens else "prefill, layer 2 of 4"
 
 
-def test_a_terminal_shows_the_innermost_of_what_is_being_done(terminal: Terminal) -> None:
+def test_a_terminal_shows_the_innermost_of_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     shown = reporter()
     with shown.bar(4, "layer", "loading") as advance:
         advance(1)
@@ -56,11 +57,12 @@ def test_a_terminal_shows_the_innermost_of_what_is_being_done(terminal: Terminal
             wait_for("probing [00:00]", terminal.getvalue)
         advance(1)
         wait_for("loading:  50%", terminal.getvalue)
-    assert terminal.getvalue().endswith("\r")  # and the line is gone
+    assert terminal.getvalue().endswith("\r\033[K")  # and the line is gone
     assert "\n" not in terminal.getvalue()
 
 
-def test_a_round_shows_its_prefill_and_then_its_tokens(terminal: Terminal) -> None:
+def test_a_round_shows_its_prefill_and_then_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     with reporter().bar(8, "tok", "round 1/2", prefill_of) as advance:
         wait_for("round 1/2: prefill, layer 2 of 4 [00:00]", terminal.getvalue)
         advance(1)
@@ -106,8 +108,8 @@ def test_bytes_are_told_with_a_prefix() -> None:
     assert task.meter(0).startswith("packing:  25% 500M/2.00G [00:00<")
 
 
-def test_a_count_costs_no_more_than_a_sum(terminal: Terminal) -> None:
-    """Nothing is drawn by the thread that counts."""
+def test_nothing_is_drawn_by_the_thread_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     drawn_by = set[int]()
     write = terminal.write
     terminal.write = lambda text: (drawn_by.add(threading.get_ident()), write(text))[1]  # type: ignore[method-assign]
@@ -119,7 +121,9 @@ def test_a_count_costs_no_more_than_a_sum(terminal: Terminal) -> None:
     assert threading.get_ident() not in drawn_by
 
 
-def test_without_a_thread_or_a_stream_the_work_goes_on(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_without_a_thread_or_a_stream_the_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+
     def full(text: str) -> int:
         raise OSError(28, "No space left on device")
 
@@ -139,7 +143,19 @@ def test_without_a_thread_or_a_stream_the_work_goes_on(monkeypatch: pytest.Monke
         advance(1)
 
 
-def test_quiet_shows_nothing(terminal: Terminal) -> None:
+def test_a_line_of_the_log_takes_the_place_of_the_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal, shown = terminal_of(monkeypatch), reporter()
+    with shown.bar(2, "tok", "round 1/1"):
+        wait_for("round 1/1", terminal.getvalue)
+        monkeypatch.setattr(shown, "_clear", lambda: print("(cleared)"))
+        shown.say("[INFO] a line")
+    assert "(cleared)\n[INFO] a line\n" in capsys.readouterr().out
+
+
+def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     with reporter(bars=False).bar(8, "tok", "round 1/1") as advance:
         advance(1)
         time.sleep(0.05)
@@ -148,10 +164,11 @@ def test_quiet_shows_nothing(terminal: Terminal) -> None:
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_run_shows_what_it_does_unless_it_is_told_not_to(
-    quiet: bool, terminal: Terminal, measured_files: tuple[Path, Path], tmp_path: Path
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, measured_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    terminal = terminal_of(monkeypatch)
     flags = ["--device", "cpu", "--cache-dir", str(measured_files[0].parent / "cache"), "-p", "64", "-n", "4"]
     argv = [*flags, "--no-probe", "--out-json", str(tmp_path / "r.json"), *["--quiet"] * quiet]
     assert main(argv) == 0
     shown = terminal.getvalue()
-    assert shown == "" if quiet else all(part in shown for part in ("starting", "warm-up 1/1", "round 1/1"))
+    assert shown == "" if quiet else all(part in shown for part in ("warm-up 1/1", "round 1/1"))

@@ -37,17 +37,19 @@ from bench.run.measure import (
     repeats_of,
     tpot_of,
 )
-from bench.run.warnings import drive_warnings, plan_warnings, prediction_warnings
+from bench.run.warnings import beaten_floors, drive_warnings, plan_warnings, prediction_warnings
 from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
 from tests.results import stored, typed, varied
-from wsm.engine.telemetry import PhaseStats, Transfer
+from wsm.disk.checks import CheckCost
+from wsm.engine.records import Transfer
+from wsm.engine.stretch import PhaseStats, ReadRate
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of
 from wsm.plan.plan import make_plan
-from wsm.plan.time import Ceiling, decode_work, predicted_floor, prefill_work
+from wsm.plan.time import Ceiling, Estimate, decode_work, predicted_floor, prefill_work
 from wsm.settings import ECHOED_ONLY, PRESETS, Settings
 
 GUIDE = json.loads("""{
@@ -74,14 +76,13 @@ def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0,
         prefill_done=after,
         tokens_at=tuple(after + first_s + pace * n for n in range(new)),
         done=after + decode_s,
-        steps=(0, 8, 8 * new),
-        passes=(0, 1, new),
+        stretches=(),
+        checked=CheckCost(),
         complete_at_start=True,
     )
 
 
 def stats_of(
-    name: str = "decode",
     *,
     used: Mapping[str, int] | None = None,
     moved: Mapping[str, int] | None = None,
@@ -94,7 +95,6 @@ def stats_of(
     nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h", "kv_read", "kv_write"), 0)
     unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h", "kv_read", "kv_write"))
     return PhaseStats(
-        name=name,
         passes=passes,
         wall_ms=wall_ms,
         bytes={**nothing, **(used or {})},
@@ -114,17 +114,15 @@ def ceilings_of(**values: float) -> dict[str, Ceiling]:
 
 
 def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
-    def reads(*rates: float) -> list[Transfer]:
-        made, now = [], 0.0
-        for place, rate in enumerate(rates):
-            made.append(Transfer(GroupId(place, "ffn"), place, round(rate * 1e6), now, now + 1.0))
-            now += 1.0
-        return made
+    def passes(*rates: int, reads: int = 1) -> list[ReadRate]:
+        return [ReadRate(reads, rate * 10**6, 1.0) for rate in rates]
 
-    steady, slowing = reads(*[1000] * 12), reads(*[2000] * 6, *[1000] * 6)
-    assert drive_warnings(steady, (0.0, 12.0)) == []
-    assert "from 2000 to 1000 MB/s" in drive_warnings(slowing, (0.0, 12.0))[0]
-    assert drive_warnings(slowing, (0.0, 5.0)) == []
+    slowing = [2000] * 6 + [1000] * 6
+    assert drive_warnings(passes(*[1000] * 12)) == []
+    assert "from 2000 to 1000 MB/s" in drive_warnings(passes(*slowing))[0]
+    assert "from 2000 to 1000 MB/s" in drive_warnings(passes(2000, 1500, 1000, reads=3))[0]
+    for too_few in (passes(2000, 1500, 1000), passes(2000, 1000, reads=9), []):
+        assert drive_warnings(too_few) == []
 
 
 def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
@@ -208,7 +206,7 @@ def test_below_a_hundred_passes_p99_is_the_slowest() -> None:
 def test_tpot_percentiles_are_passes_that_took_place() -> None:
     passes = tpot_of([float(n) for n in range(100, 0, -1)])
     assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, p99=99.0, max=100.0, n=100)
-    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, max=7.0, n=1)
+    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, p99=7.0, max=7.0, n=1)
 
 
 def test_without_decode_passes_there_is_no_tpot() -> None:
@@ -360,11 +358,15 @@ def test_reads_that_nobody_planned_are_warned_of() -> None:
 # -- the text
 
 
+def figure(ms: float) -> Estimate:
+    return Estimate(ms, ms, ms)
+
+
 def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
     def warned(prefill_ms: float, decode_ms: float | None) -> list[str]:
         phases = {
-            "prefill": phase_of(stats_of("prefill", passes=1, wall_ms=104), {}, prefill_ms),
-            "decode": phase_of(stats_of("decode", passes=2, wall_ms=212), {}, decode_ms),
+            "prefill": phase_of(stats_of(passes=1, wall_ms=104), {}, figure(prefill_ms)),
+            "decode": phase_of(stats_of(passes=2, wall_ms=212), {}, decode_ms and figure(decode_ms)),
         }
         return list(prediction_warnings(phases))
 
@@ -375,8 +377,37 @@ def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() ->
 
 
 def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
-    stats = stats_of("prefill", passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
-    assert list(prediction_warnings({"prefill": phase_of(stats, {}, 100.0)})) == []
+    stats = stats_of(passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
+    assert list(prediction_warnings({"prefill": phase_of(stats, {}, figure(100.0))})) == []
+
+
+def test_a_prediction_from_a_disturbed_ceiling_is_an_interval_alone() -> None:
+    stats = stats_of(passes=2, wall_ms=212)
+    steady, disturbed = phase_of(stats, {}, Estimate(100, 95, 105)), phase_of(stats, {}, Estimate(100, 80, 130))
+    assert (steady.predicted_ms, steady.predicted_range_ms) == (200, [190, 210])
+    assert (disturbed.predicted_ms, disturbed.predicted_range_ms) == (None, [160, 260])
+    assert list(prediction_warnings({"decode": disturbed})) == []
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "told", "warned"), [(2000, 50.0, 0), (1000, 100.0, 0), (970, 100.0, 0), (500, None, 1)]
+)
+def test_a_run_is_never_said_to_be_faster_than_it_can_be(wall_ms: int, told: float | None, warned: int) -> None:
+    """1 GB at 1 000 MB/s: a floor of a second. In half of it, the ceiling was none; by 3 %, that is its own noise."""
+    part = phase_of(stats_of(hbm_bytes=10**9, wall_ms=wall_ms), ceilings_of(hbm=1000))
+    assert part.floor_ms == pytest.approx(1000)
+    assert part.roofline_pct == (told if told is None else pytest.approx(told))
+    lines = list(beaten_floors({"decode": part}))
+    assert len(lines) == warned
+    assert all(
+        "took 500 ms, less than its floor of 1000 ms: the ceiling of hbm was disturbed" in line for line in lines
+    )
+
+
+def test_the_summary_of_a_run_that_beat_its_floor_gives_no_share_of_it() -> None:
+    text = summary(typed(earlier(phases__decode__floor_ms=9e6, phases__decode__roofline_pct=203.0)))
+    assert "; the run beat it: a disturbed ceiling" in text
+    assert "203" not in text
 
 
 def test_numbers_keep_six_significant_digits() -> None:
@@ -457,6 +488,7 @@ LATER = [
     "config.environment.CUDA_VISIBLE_DEVICES",
     "repeats.statistics.e2e_ms.median_ci95",
     "phases.decode.predicted_ms",
+    "phases.decode.predicted_range_ms",
     "phases.decode.stall_ms.kv",
     "phases.decode.busy_ms.kv_read",
     "phases.decode.busy_ms.kv_write",

@@ -435,7 +435,7 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "a number beyond floats": (
         lambda d: (d / "config.json").write_text('{"rope_theta": 1e999}'),
-        "config.json is damaged (no JSON: a number",
+        "config.json is damaged (no JSON: ",
     ),
     "deep nesting": (lambda d: (d / "config.json").write_text("[" * 99999), "config.json is damaged (no JSON"),
     "config is a pipe": (lambda d: instead(d / "config.json", pipe), "it is a pipe, not a file"),
@@ -680,10 +680,14 @@ def test_other_options_than_layers_are_refused(option: str) -> None:
         synthetic("Llama-3.1-8B" + option)
 
 
-def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnusableInput) as caught:
+def test_an_unknown_preset_is_refused_with_where_the_known_ones_are() -> None:
+    with pytest.raises(UnusableInput, match=r"'Llama-9-1T' is no known model.*--list-models"):
         synthetic("Llama-9-1T")
-    assert all(name in str(caught.value) for name in PRESETS)
+
+
+def test_more_synthetic_layers_than_memory_could_describe_are_refused() -> None:
+    with pytest.raises(UnusableInput, match="n_layers must be at most 10000"):
+        synthetic("Llama-3.1-8B:layers=999999")
 
 
 # The built-in model

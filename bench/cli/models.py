@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from contextlib import closing
 from functools import partial
 
 from bench.cli.confirm import confirmed
+from bench.cli.plan_json import plan_json
 from bench.options.flags import kept_command
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
-from bench.result.summary import ConsoleReporter
+from bench.result.console import ConsoleReporter
+from bench.result.results import significant
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
@@ -20,6 +23,7 @@ from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open
 from llama.inputs import open_inputs, plan_run, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
+from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
 from wsm.plan.levers import auto_flags
@@ -32,16 +36,23 @@ from wsm.store.packed_store import PackedStore, verify
 
 def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
     """Print what would be where, and what each flag would buy; exit code 3 if it does not fit."""
+    if options.output not in (None, "json"):
+        raise UnusableInput(f"plan -o {options.output} is not known: leave it out for text, or give json")
     ranks = options.tp or 1
     inputs = open_inputs(options, World(Shard(0, ranks), Shard(0, ranks)))
-    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, print), options))
+    say = partial(print, file=sys.stderr) if options.output else print
+    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, say), options))
     ceilings = recall_near(options, inputs)
+    if options.output:
+        print(json.dumps(significant(plan_json(plan, ceilings))))
+        check_fits(plan, ceilings)
+        return 0
     if not ceilings:
         print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
     print(describe(plan, ceilings))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
-    for warning in unknown_variables(os.environ):
+    for warning in (*inputs.warnings, *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings)
     return 0
@@ -49,12 +60,14 @@ def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
 
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
-    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
     inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
     size = plan_store(config, inputs.dtype, targets, tp).target_bytes
     ranks = f" for {tp} ranks" if tp > 1 else ""
+    for warning in inputs.warnings:
+        reporter.say(f"[WARNING] {warning}")
     reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
 
     with reporter.bar(size * targets, "B", "packing") as advance:
@@ -66,7 +79,7 @@ def run_pack(options: PackOptions) -> int:
 
 def run_verify(options: VerifyOptions) -> int:
     """Read a store back; exit code 4 if any group is bad."""
-    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     checkpoint: Checkpoint | None = None
     if options.checkpoints is not None:
         weightless = options.checkpoints.is_dir() and not has_weights(options.checkpoints)

@@ -25,18 +25,22 @@ class RunOptions(BuildOptions):
         shown="the file in prompts/",
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
-    prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed")
-    batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it")
-    max_new_tokens: int = _work(32, whole(1), "tokens to make per row")
+    prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed", flags=("-p",))
+    batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it", flags=("-b",))
+    max_new_tokens: int = _work(32, whole(1), "tokens to make per row", flags=("-n",))
     max_seq_len: int = _work(
-        2048, whole(2), "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, BOS counted in"
+        2048,
+        whole(2),
+        "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, special ones kept and counted in",
     )
     temperature: float = _work(0.6, number(0), "nucleus sampling; 0 is greedy")
     top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens of this probability")
     seed: int = _work(0, whole(0), "of random ids and sampling, not of synthetic weights: another packs nothing anew")
-    ignore_eos: bool = _work(False, SWITCH, "go on after a stop token")
+    ignore_eos: bool | None = _work(
+        None, SWITCH, "go on after a stop token", shown="on for random ids or random weights, else off"
+    )
     warmup_rounds: int = _work(1, whole(0), "untimed rounds")
-    repeats: int = _work(1, whole(1), "timed rounds")
+    repeats: int = _work(1, whole(1), "timed rounds", flags=("-r",))
     no_probe: bool = _work(False, SWITCH, "take the ceilings from the cache instead of measuring them")
     print_text: bool = _work(False, SWITCH, "print the generated texts, and keep them in the JSON")
     out_json: Path = _output(Path("bench_results.json"), PATH, "the result")
@@ -44,7 +48,14 @@ class RunOptions(BuildOptions):
     output: str | None = _output(
         None, one_of("md", "csv", "json"), "print a row instead of the summary; warnings go to stderr", flags=("-o",)
     )
+    quiet: bool = _output(False, SWITCH, "show no progress")
     verbose: bool = _output(False, SWITCH, "tell more, and give tracebacks")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether rows go on after a stop token: where prompt or weights are random, it ends nothing by meaning."""
+        is_random = self.prompt_len is not None or self.checkpoints is None
+        return is_random if self.ignore_eos is None else self.ignore_eos
 
     def check_together(self) -> None:
         sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
@@ -62,7 +73,7 @@ class RunOptions(BuildOptions):
     def to_json(self) -> dict[str, Any]:
         """Every option by name, paths as text, in the order in which results have always had them."""
         names = dict.fromkeys([*_JSON_FIRST.split(), *options_of(RunOptions)])
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names} | {"ignore_eos": self.goes_on}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 

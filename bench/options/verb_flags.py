@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
 from wsm.errors import UnusableInput
-from wsm.option import NAME, NAMES, PATH, SWITCH, TEXT, Option, number, one_of, option, options_of, same, whole
+from wsm.option import (
+    NAME,
+    NAMES,
+    PATH,
+    SWITCH,
+    TEXT,
+    Option,
+    negated,
+    number,
+    one_of,
+    option,
+    options_of,
+    same,
+    whole,
+)
 
 if TYPE_CHECKING:
     from bench.result.sweep_folder import Sweep
@@ -33,6 +47,7 @@ class PackOptions:
     dtype: str | None = same(RunOptions, "dtype")
     tp: int | None = same(RunOptions, "tp")
     cache_dir: Path = same(RunOptions, "cache_dir")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -42,6 +57,7 @@ class VerifyOptions:
     raw_device: str | None = same(RunOptions, "raw_device")
     checkpoints: Path | None = same(RunOptions, "checkpoints", help="for a manifest of version 1", shown="")
     staging_mb: int = same(RunOptions, "staging_mb")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -53,6 +69,7 @@ class PromptsOptions:
     checkpoints: Path | None = same(RunOptions, "checkpoints", help="whose tokenizer counts", shown="bytes")
     seed: int = same(RunOptions, "seed", help="of the words")
     cache_dir: Path = same(RunOptions, "cache_dir")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -67,6 +84,7 @@ class CompareOptions:
         "exit code 1 where a side is slower by more percent than this, 2 where it cannot be judged",
         metavar="PCT",
     )
+    equal_outputs: bool = option(False, SWITCH, "exit code 1 where two sides generated different tokens")
     output: str = option("text", one_of("text", "md", "csv"), "how the table is printed", flags=("-o",))
     verbose: bool = same(RunOptions, "verbose")
 
@@ -90,6 +108,7 @@ class SweepOptions:
     inner_repeats: int = option(1, whole(1), "timed rounds in each")
     out_dir: Path = option(Path("sweep"), PATH, "a new folder, or that of the same sweep, which goes on", metavar="DIR")
     retry_failed: bool = option(False, SWITCH, "run again what failed before")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
 
 
@@ -184,5 +203,5 @@ def _check_list(flag: str, values: Sequence[str]) -> None:
 def _typed(flag: str, value: str) -> list[str]:
     """A flag with its value, as one types it for a run."""
     if LISTED[flag].kind is SWITCH:
-        return [flag] if value == "on" else []
+        return [flag] if value == "on" else [negated(flag)] if LISTED[flag].default is None else []
     return [f"{flag}={value}"]

@@ -177,7 +177,8 @@ def sweep_charts(sides: Sequence[Side]) -> Iterator[Curves]:
             continue
         if all(map(math.isfinite, values)) and len(values) > 1:
             yield _curves(swept, flag, "e2e_ms", "ms", "Time of a run")
-            yield _curves(swept, flag, "throughput_tok_s", "tokens/s", "Decode throughput")
+            if passes := [side for side in swept if side.samples("decode_tok_s")]:
+                yield _curves(passes, flag, "decode_tok_s", "tokens/s", "Tokens a second of the decode")
 
 
 def _curves(sides: Sequence[Side], flag: str, metric: str, unit: str, title: str) -> Curves:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from bench.options.flags import kept_command
+from bench.options.flags import kept_command, swept_flags
 from bench.options.run_flags import RunOptions
+from bench.result.console import ConsoleReporter
 from bench.result.results import dump
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import Result
 from bench.run.record import Progress
 from bench.run.signals import name_of
@@ -23,8 +24,9 @@ from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
+from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
-from wsm.plan.advice import budget_text, ran_out
+from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
@@ -45,13 +47,13 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
     if mode == "full" and options.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
-    if plan.placement.residency.ssd:
+    if "SSD" in plan.way:
         store = inputs.description
         device = ",".join(store.targets) if store is not None else "(packed file in the cache)"
         reporter.say(f"[MODE-DECISION] use_raw_ssd=True raw_device={device}")
         reporter.say("[INFO] raw-ssd mode: large weights replaced with CPU stubs")
         reporter.say("[WSM] Initializing SSD backend...")
-    for note in plan.notes:
+    for note in (*plan.notes, *nothing_on_ssd(plan)):
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
         reporter.say(budget_text(plan))
@@ -60,15 +62,15 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
 def say_streaming(reporter: ConsoleReporter, plan: Plan) -> None:
     """That the model is there, and the way of its weights."""
     if plan.placement.mode != "full":
-        way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
+        way = " -> ".join(plan.way).replace("CPU", "CPU(pinned)")
         reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
 
 
 def warnings_of(user_set: Sequence[str], plan: Plan) -> list[str]:
-    """Variables that the user has set in vain."""
+    """Variables that the user has set in vain, and a mode that is another one here."""
     names = ", ".join(sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")))
     said = f"{names}: no effect, since all KV is on the compute device: nothing is written back"
-    return [said] if names and not plan.kv.below else []
+    return [*([said] if names and not plan.kv.below else []), *nothing_on_ssd(plan)]
 
 
 @contextlib.contextmanager
@@ -91,14 +93,15 @@ def explained(options: RunOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
 def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result, stopped_by: int | None) -> None:
     """A row or the summary, and where the JSON is; ``stopped_by`` is the signal that ended the run, if one did."""
     if options.output is not None:
-        print(row(result, options.output))
+        print(row(result, options.output, swept_flags(result.config.argv if options.output == "md" else None)))
         for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
             print(f"[WARNING] {warning}", file=sys.stderr)
     else:
         for number, text in enumerate(result.output.texts or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
         reporter.say(summary(result))
-        reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
+        reporter.say(f"\n[INFO] the result, with all details, is in {options.out_json}")
+        reporter.say(f"详细 JSON 已保存到: {options.out_json}")
     if stopped_by is not None:
         done = f"{result.repeats.n} of {options.repeats} repeats are in {options.out_json}"
         print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
@@ -165,7 +168,9 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
         failures.append(_kept_elsewhere(options.out_json, text, error))
     if options.trace is not None:
         try:
-            write_atomically(options.trace, chrome_trace(llm.telemetry, got.rounds[got.chosen].windows) + "\n")
+            chosen = got.rounds[got.chosen]
+            prefill, decode = (stretch.records or Records() for stretch in chosen.stretches)
+            write_atomically(options.trace, chrome_trace(prefill + decode, chosen.windows) + "\n")
         except OSError as error:
             failures.append(UnusableInput(f"--trace {options.trace}: {error.strerror}; {options.out_json} is written"))
     return failures[0] if failures else None

@@ -22,7 +22,7 @@ def test_a_thread_without_room_names_the_limits(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    with pytest.raises(DoesNotFit, match="refused the thread wsm-io-3 .can't start new thread.: the limits here are "):
+    with pytest.raises(DoesNotFit, match=r"refused the thread wsm-io-3 .can't start new thread.: the limits here are "):
         threads.start(threading.Thread(name="wsm-io-3"))
 
 
@@ -30,7 +30,7 @@ def test_a_join_has_a_limit_and_names_who_did_not_end() -> None:
     over = threading.Event()
     held_up = threading.Thread(target=over.wait, name="wsm-io-3", daemon=True)
     threads.start(held_up)
-    with pytest.raises(threads.ThreadsStuck, match="wsm-io-3 did not end within 0.05 s"):
+    with pytest.raises(threads.ThreadsStuck, match=r"wsm-io-3 did not end within 0\.05 s"):
         threads.join([held_up, threading.Thread(name="never started")], 0.05)
     over.set()
     threads.join([held_up])
@@ -81,11 +81,10 @@ def test_ctrl_c_in_a_users_program_leaves_no_lock_taken() -> None:
     """KeyboardInterrupt as Python raises it: at any instruction of the waiting thread, hundreds of times."""
     state, over = SharedState("the part"), time.monotonic() + 1.0
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    caught = 0
+    caught, main = 0, threading.main_thread().ident
     try:
         while time.monotonic() < over:
-            timer = threading.Thread(target=lambda: signal.pthread_kill(main, signal.SIGINT))
-            main = threading.main_thread().ident or 0
+            timer = threading.Thread(target=signal.pthread_kill, args=(main, signal.SIGINT))
             try:
                 timer.start()
                 while True:

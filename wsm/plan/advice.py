@@ -35,7 +35,7 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
             f"{placement.read_ahead_layers} layers read ahead, {placement.staged_layers} staged before the first pass",
             f"prefill: {plan.waves} {'pass' if plan.waves == 1 else 'passes'} of up to {plan.wave_rows} "
             f"{'row' if plan.wave_rows == 1 else 'rows'}, in chunks of {plan.chunk_tokens} tokens",
-            *(f"note: {note}" for note in plan.notes),
+            *(f"note: {note}" for note in (*plan.notes, *nothing_on_ssd(plan))),
             budget_text(plan),
             "a pass moves " + ", ".join(f"{plan.bytes_per_pass[k] / 1e6:.1f} MB {text}" for k, text in moved.items()),
             *(
@@ -46,6 +46,19 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
             what_each_flag_buys(plan, ceilings or {}),
         ]
     )
+
+
+def nothing_on_ssd(plan: Plan) -> list[str]:
+    """A sentence where ``mixed`` has no layer to read from the SSD: its figures would pass for a drive's."""
+    if plan.same_as is None:
+        return []
+    residency, flags = plan.placement.residency, "--gpu-cached-layers"
+    if plan.same_as == "stream":
+        flags = f"--cpu-cache-layers (now {plan.inputs.settings.cpu_cache_layers}) below {residency.streamed_layers}"
+    return [
+        f"no layer is left for the SSD: all {residency.n_layers} are on the GPU or in CPU memory, so this run equals "
+        f"--mode {plan.same_as}, and no figure is the drive's; to stream from it, give a smaller {flags}"
+    ]
 
 
 def _layers_text(layers: tuple[int, ...], layer_bytes: int) -> str:

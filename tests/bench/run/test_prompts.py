@@ -23,16 +23,14 @@ from bench.run.prompt_files import read_prompts
 from bench.run.prompts import (
     DEFAULT_FILE,
     fill_batch,
-    keep_last,
     make_prompts,
     prompt_file,
     random_prompts,
     shape_of,
-    tokenize,
 )
 from bench_infer import command_line as main
 from llama.config import ModelConfig
-from llama.tokenizer import ByteTokenizer, HFTokenizer, Llama3Tokenizer, Tokenizer
+from llama.tokenizer import ByteTokenizer, HFTokenizer, Llama3Tokenizer, Tokenizer, encode_prompt, keep_last
 from tests.tiny import hf_tokenizer, llama3_tokenizer
 from wsm.errors import UnusableInput
 
@@ -251,28 +249,30 @@ def test_what_is_written_as_blocks_is_read_back(tmp_path: Path, texts: list[str]
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_long_prompt_keeps_its_tail_with_bos_in_front_and_counted_in(
+def test_a_long_prompt_keeps_its_tail_and_the_special_tokens_in_front_counted_in(
     tmp_path: Path, maker: Callable[[Path], Tokenizer]
 ) -> None:
     tokenizer = maker(tmp_path)
     text = "the ocean of stars is wider than the page, " * 5
-    ids = tokenizer.encode(text, bos=False)
-    row = keep_last(tokenize([text], tokenizer)[0], 10)
+    ids = tokenizer.encode(text)
+    row = keep_last(tokenizer, encode_prompt(tokenizer, text), 10)
     assert len(row) == 10
-    assert row == [tokenizer.bos_id, *ids[-9:]]
+    assert row == [*tokenizer.prefix, *ids[len(tokenizer.prefix) - 10 :]]
 
 
 def test_the_guides_prompt_of_2048_tokens_becomes_one_of_2016() -> None:
     """max_seq_len 2048 - max_new_tokens 32."""
-    row = keep_last(tokenize(["x" * 2048], ByteTokenizer(config_of(300)))[0], 2048 - 32)
+    tokenizer = ByteTokenizer(config_of(300))
+    row = keep_last(tokenizer, encode_prompt(tokenizer, "x" * 2048), 2048 - 32)
     assert len(row) == 2016
 
 
 @given(st.text(string.ascii_letters, max_size=40), st.integers(1, 50))
 def test_a_row_is_never_longer_than_allowed_and_always_begins_with_bos(text: str, most: int) -> None:
-    row = keep_last(tokenize([text], ByteTokenizer(config_of(300)))[0], most)
+    tokenizer = ByteTokenizer(config_of(300))
+    row = keep_last(tokenizer, encode_prompt(tokenizer, text), most)
     assert len(row) == min(most, 1 + len(text))
-    assert row[0] == ByteTokenizer.bos_id
+    assert row[:1] == [256]
     assert bytes(row[1:]).decode() == text[len(text) - len(row) + 1 :]
 
 
@@ -347,8 +347,9 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
     tokenizer = maker(tmp_path)
     texts = list(make_prompts(tokenizer, 5, tokens, seed=3))
     read = read_prompts(written(tmp_path / "p.txt", prompt_file(texts, tokens)))
-    assert [len(tokenizer.encode(text, bos=False)) for text in read] == [tokens] * 5
-    assert [len(row) for row in tokenize(read, tokenizer)] == [tokens + 1] * 5
+    assert [len(tokenizer.encode(text)) for text in read] == [tokens] * 5
+    whole = tokens + len(tokenizer.prefix)
+    assert [len(encode_prompt(tokenizer, text)) for text in read] == [whole] * 5
 
 
 @given(tokens=st.integers(1, 80), seed=st.integers(0, 2**32))
@@ -356,7 +357,7 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
 def test_any_number_of_bytes_can_be_met_with_any_seed(tokens: int, seed: int) -> None:
     tokenizer = ByteTokenizer(config_of(300))
     [text] = make_prompts(tokenizer, 1, tokens, seed)
-    assert len(tokenizer.encode(text, bos=False)) == tokens
+    assert len(tokenizer.encode(text)) == tokens
     assert text == text.strip()
 
 
@@ -372,9 +373,9 @@ def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
     class Counting(HFTokenizer):
         encodings = 0
 
-        def encode(self, text: str, *, bos: bool) -> list[int]:
+        def encode(self, text: str) -> list[int]:
             Counting.encodings += 1
-            return super().encode(text, bos=bos)
+            return super().encode(text)
 
     trained(tmp_path)
     list(make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0))

@@ -178,14 +178,20 @@ def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
     }
 
 
-def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape) -> Plan:
-    """What will be where, and how much memory it takes; allocates nothing."""
+def hardware_here(inputs: Inputs) -> Hardware:
+    """The memory of this machine, a rank's share of the CPU's."""
+    world = inputs.world
+    return measure_hardware(inputs.device, world.local.size, GIB if world.shard.size == 1 else 2 * GIB)
+
+
+def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: Hardware | None = None) -> Plan:
+    """What will be where, and how much memory it takes, on this machine or on other ``hardware``; allocates nothing."""
     world = inputs.world
     if inputs.description is not None:
         layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
     else:
         layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1, world.shard.size).layouts)
-    hardware = measure_hardware(inputs.device, world.local.size, (GIB if world.shard.size == 1 else 2 * GIB))
+    hardware = hardware or hardware_here(inputs)
     everywhere = world.exchange(json.dumps(asdict(hardware)))
     planned = PlanInputs(
         config=inputs.share.config,

@@ -39,7 +39,10 @@ def flags_page() -> str:
         parts.append(f"### {group}\n\n{_table(declared)}")
     for verb, (cls, text) in VERBS.items():
         if cls is not RunOptions:
-            parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}.\n\n{_table(options_of(cls).values())}")
+            shared = options_of(RunOptions) if issubclass(cls, RunOptions) else {}
+            own = [declared for name, declared in options_of(cls).items() if name not in shared]
+            beside = " Beside the flags above:" if shared else ""
+            parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}.{beside}\n\n{_table(own)}")
         if cls is SweepOptions:
             unsplit = ", ".join(f"`{flag}`" for flag, declared in LISTED.items() if not is_split(declared))
             parts.append(

@@ -18,6 +18,7 @@ def plan_json(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
     ``levers``: one step of each flag, with what it changes in bytes and, where that is known, in milliseconds.
     """
     placement, residency, shape = plan.placement, plan.placement.residency, plan.shape
+    predicted = predicted_pass_ms(plan, ceilings)
     floors = predicted_floor(plan, {name: ceiling.value for name, ceiling in ceilings.items()})
     return {
         "model": plan.inputs.config.name,
@@ -41,7 +42,8 @@ def plan_json(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
             phase: {"ms": floor.ms, "bound_by": floor.bound_by, "parts_ms": dict(floor.parts_ms)}
             for phase, floor in floors.items()
         },
-        "predicted_pass_ms": predicted_pass_ms(plan, ceilings),
+        "predicted_pass_ms": {phase: e.ms if e and e.steady else None for phase, e in predicted.items()},
+        "predicted_range_ms": {phase: e and [e.low_ms, e.high_ms] for phase, e in predicted.items()},
         "ceilings": {name: asdict(ceiling) for name, ceiling in ceilings.items()},
         "levers": [
             {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options.flags import check_point
-from bench.options.run_flags import RunOptions
+from bench.options.run_flags import PlanOptions
 from bench.options.verb_flags import (
     CacheOptions,
     CompareOptions,
@@ -17,6 +17,7 @@ from bench.options.verb_flags import (
     PromptsOptions,
     ReportOptions,
     SweepOptions,
+    VerifyOptions,
 )
 from bench.run.signals import importing
 from llama.config import PRESETS, ModelConfig
@@ -51,9 +52,12 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
     with importing():
         from bench.cli.models import run_pack, run_plan, run_verify
     stop.check()
-    if isinstance(options, RunOptions):
+    if isinstance(options, PlanOptions):
         return run_plan(options, argv)
-    return run_pack(options) if isinstance(options, PackOptions) else run_verify(options)
+    if isinstance(options, PackOptions):
+        return run_pack(options)
+    assert isinstance(options, VerifyOptions)
+    return run_verify(options)
 
 
 def _run_compare(options: CompareOptions) -> int:

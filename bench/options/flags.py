@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bench.options.about import models_text, version_text
-from bench.options.run_flags import RunOptions
+from bench.options.run_flags import PlanOptions, RunOptions
 from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
 from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, Option, meant, negated, options_of
 from wsm.settings import read_variables
 
-GROUPS = ("", "model", "paging", "work", "output")
+GROUPS = ("", "model", "paging", "work", "output", "another machine")
 _PROGRAM = "bench_infer.py"
 _HELP_COLUMN = 30
 
@@ -160,7 +160,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
     if verb == "sweep":
         values["sweep"] = sweep_of(values.pop("given"))
     cls = VERBS[verb][0]
-    if cls is RunOptions:
+    if issubclass(cls, RunOptions):
         values = {**read_variables(environ), **values}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     options: Options = cls(**values)
@@ -206,10 +206,13 @@ def check_point(argv: Sequence[str]) -> None:
             raise UnusableInput(f"--{name} {named} does not exist: nothing was run")
 
 
+_OF_PLAN_ALONE = {each.spelled for name, each in options_of(PlanOptions).items() if name not in options_of(RunOptions)}
+
+
 def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
     """``argv`` with, in place of ``--auto``, what it has chosen (``--flag value`` each): to keep and to share."""
     flags = [text.split(" ", 1) for text in chosen]
-    replaced = {flag for flag, _ in flags}
+    replaced = {flag for flag, _ in flags} | _OF_PLAN_ALONE
     words = list(argv[1:] if argv and argv[0] in VERBS else argv)
     kept: list[str] = []
     while words:

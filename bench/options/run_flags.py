@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.options import BuildOptions
 from wsm.errors import UnusableInput
-from wsm.option import PATH, SWITCH, TEXT, number, one_of, option, options_of, whole
+from wsm.option import NAME, PATH, SWITCH, TEXT, number, one_of, option, options_of, whole
 
 _work, _output = partial(option, group="work"), partial(option, group="output", swept=False)
 
@@ -75,6 +75,25 @@ class RunOptions(BuildOptions):
         names = dict.fromkeys([*_JSON_FIRST.split(), *options_of(RunOptions)])
         values = {name: getattr(self, name) for name in names} | {"ignore_eos": self.goes_on}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+_RATE = number(0, 1e6, above=True, says="a number above 0, at most 1e+06")
+_elsewhere = partial(option, group="another machine", swept=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions(RunOptions):
+    """A run, and the machine that it is planned for."""
+
+    machine: str | None = _elsewhere(
+        None, NAME, "a card from the table in docs/TUNING.md instead of this machine, such as `RTX 4090`"
+    )
+    link_gbps: float | None = _elsewhere(None, _RATE, "CPU to GPU, in 10^9 bytes/s", shown="as measured here")
+    ssd_gbps: float | None = _elsewhere(None, _RATE, "the drive, in 10^9 bytes/s", shown="as measured here")
+    hbm_gbps: float | None = _elsewhere(None, _RATE, "the GPU's memory, in 10^9 bytes/s", shown="as measured here")
+    matmul_tflops: float | None = _elsewhere(
+        None, _RATE, "dense matrix products, in 10^12 operations/s", shown="as measured here"
+    )
 
 
 _JSON_FIRST = """

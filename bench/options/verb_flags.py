@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.options.run_flags import RunOptions
+from bench.options.run_flags import PlanOptions, RunOptions
 from wsm.errors import UnusableInput
 from wsm.option import (
     NAME,
@@ -150,7 +150,7 @@ VERBS: Mapping[str, tuple[type[Options], str]] = {
     "run": (RunOptions, "run and measure (the default verb)"),
     "pack": (PackOptions, "checkpoint to packed device or file"),
     "verify": (VerifyOptions, "read a packed store back and check it"),
-    "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
+    "plan": (PlanOptions, "what would be where, in how much memory, bound by what"),
     "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
     "sweep": (SweepOptions, "a run for every combination of listed values"),
     "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),

@@ -55,6 +55,10 @@ def summary(result: Result) -> str:
         if phase.floor_ms is None:
             lines.append(f"{name + ' floor':>24}: not known")
             continue
+        if phase.roofline_pct is None:
+            why = "the run beat it: a disturbed ceiling" if phase.beats_floor else "the phase took no time"
+            lines.append(f"{name + ' floor':>24}: {phase.floor_ms:.3f} ms, bound by {phase.bound_by}; {why}")
+            continue
         varied = phase.ceiling_spread_pct
         unsure = f", the ceiling itself varied by {varied:.0f} %" if varied is not None else ""
         lines.append(

@@ -90,7 +90,10 @@ class LoadRate(Part, frozen=True, kw_only=True):
         Above0 | None,
         says("10^6 bytes/s from the first of these reads to the last, groups streamed meanwhile included"),
     ]
-    ssd_pct: Annotated[Above0 | None, says("percent of ceilings.ssd; null where the store was not probed")]
+    ssd_pct: Annotated[
+        Above0 | None,
+        says("percent of ceilings.ssd, at most 100; null without, or beyond 105"),
+    ]
 
 
 class Checks(Part, frozen=True, kw_only=True):

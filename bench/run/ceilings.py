@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from bench.run.provenance import cpu_model, drive_of
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from llama.options import BuildOptions
+from llama.parallel.world import World
 from wsm.engine.probe import probe_compute, probe_link, probe_ssd
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
@@ -41,7 +43,7 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
         torch.cuda.reset_peak_memory_stats(llm.inputs.device)
     if manager is None or host is None or slot is None:
         return found
-    found |= probe_link(llm.device, host, slot, in_step)
+    found |= probe_link(llm.device, host, slot, in_step, _anyone(llm.inputs.world))
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
     if isinstance(source, PackedStore):
@@ -51,6 +53,11 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
             in_step()
             found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in read], buffers, slot)
     return found
+
+
+def _anyone(world: World) -> Callable[[bool], bool]:
+    """Asks all ranks, which measure again together or not at all."""
+    return bool if world.shard.size == 1 else lambda mine: "1" in world.exchange(str(int(mine)))
 
 
 class _Place(NamedTuple):
@@ -90,10 +97,11 @@ def _digest(key: Any) -> str:
 
 
 def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
-    """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
+    """Keep the ceilings for a later ``--no-probe``, and for ``plan``; not those that varied too much to be trusted."""
+    steady = {name: ceiling for name, ceiling in ceilings.items() if ceiling.steady}
     inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the keys
     place = _place(options, inputs)
-    ceilings_file.remember(place.file, place.machine, place.of, {place.exact: ceilings, place.near: ceilings})
+    ceilings_file.remember(place.file, place.machine, place.of, {place.exact: steady, place.near: steady})
 
 
 def recall_for(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
@@ -111,4 +119,5 @@ def recall_near(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
 def _of_an_earlier_run(place: _Place, *keys: str) -> dict[str, Ceiling]:
     probes = ceilings_file.recall(place.file)
     found = next((probes[key].ceilings for key in keys if key in probes and probes[key].ceilings), {})
-    return {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in found.items()}
+    told = {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in found.items()}
+    return {name: ceiling for name, ceiling in told.items() if ceiling.steady}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from bench.options.run_flags import RunOptions
-from bench.result.fields import Bound, ByPhase
+from bench.result.fields import Bound, ByPhase, believed
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
 from bench.result.types_machine import LoadRate
@@ -22,7 +22,7 @@ from wsm.disk.checks import CheckCost, Checks
 from wsm.engine.records import Interval, Transfer, moved_bytes
 from wsm.engine.stretch import PhaseStats, Stretch
 from wsm.layout.groups import KINDS
-from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
 from wsm.store.packed_store import PackedStore
 
 
@@ -183,7 +183,7 @@ def phases_of(
     timed: Round,
     prompts: Sequence[Sequence[int]],
     ceilings: Mapping[str, Ceiling],
-    predicted_pass_ms: Mapping[str, float | None],
+    predicted: Mapping[str, Estimate | None],
 ) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
@@ -196,13 +196,14 @@ def phases_of(
     found = {}
     for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):
         stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
-        found[name] = phase_of(stats, ceilings, predicted_pass_ms[name])
+        found[name] = phase_of(stats, ceilings, predicted[name])
     return ByPhase(**found)
 
 
-def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_ms: float | None = None) -> Phase:
-    """What a phase moved and waited for, beside its floor."""
+def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted: Estimate | None = None) -> Phase:
+    """What a phase moved and waited for, beside its floor; ``predicted`` is one of its passes."""
     floor_ms, bound_by = floor_of(stats, ceilings)
+    predicted = predicted if stats.passes else None
     spread = ceilings[ceiling_of(bound_by)].spread_pct if bound_by is not None else 0.0
     return Phase(
         wall_ms=stats.wall_ms,
@@ -215,7 +216,8 @@ def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_
         flops=stats.flops,
         hbm_bytes=stats.hbm_bytes,
         floor_ms=floor_ms,
-        predicted_ms=None if predicted_pass_ms is None else predicted_pass_ms * stats.passes or None,
+        predicted_ms=predicted.ms * stats.passes if predicted is not None and predicted.steady else None,
+        predicted_range_ms=None if predicted is None else [end * stats.passes for end in predicted[1:]],
         bound_by=bound_by,
         roofline_pct=None if floor_ms is None or stats.wall_ms == 0 else 100 * floor_ms / stats.wall_ms,
         ceiling_spread_pct=spread if spread > 5 else None,
@@ -278,5 +280,5 @@ def load_rate(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling])
     return LoadRate(
         read_bytes=None if reads is None else sum(t.nbytes for t in residents),
         read_MBps=rate,
-        ssd_pct=100 * rate / ceilings["ssd"].value if rate is not None and "ssd" in ceilings else None,
+        ssd_pct=believed(100 * rate / ceilings["ssd"].value) if rate is not None and "ssd" in ceilings else None,
     )

@@ -23,10 +23,11 @@ _MAD_TO_STDEV = 1.4826
 def beaten_floors(phases: Mapping[str, Phase]) -> Iterator[str]:
     """A line for each phase that was faster than its floor by over 5 %: no floor may be, so its ceiling was wrong."""
     for name, phase in phases.items():
-        if phase.floor_ms is not None and phase.floor_ms > 1.05 * phase.wall_ms:
+        if phase.beats_floor:
             yield (
-                f"{name}: faster than the floor, so the ceiling of {phase.bound_by} was measured too low "
-                "(other work on the machine, or a device that varies): roofline_pct says little"
+                f"{name}: took {phase.wall_ms:.0f} ms, less than its floor of {phase.floor_ms:.0f} ms: the ceiling of "
+                f"{phase.bound_by} was disturbed while it was measured (other work on the machine, or a device that "
+                "varies), so roofline_pct is null; measure again on a quiet machine"
             )
 
 

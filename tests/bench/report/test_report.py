@@ -143,13 +143,14 @@ def test_times_and_rooflines_are_the_results_figures(swept: list[Side]) -> None:
     assert sum(parts(bar).values()) == pytest.approx(100)
 
 
-def test_a_floor_that_was_beaten_is_not_drawn_beyond_the_bar(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    side = Side(
-        "a", (typed(varied(measured, phases__decode__roofline_pct=250.0, phases__decode__bound_by="ssd")),), tmp_path
-    )
-    bar = list(overview_charts([side]))[1].bars[1]
-    assert sum(parts(bar).values()) == 100
-    assert bar.after == "250 %: ceiling of ssd too low"
+def test_a_floor_that_was_beaten_is_told_and_not_drawn(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    """In an old result too, which has the share of a floor that was none."""
+    floor_ms = 2.5 * measured["phases"]["decode"]["wall_ms"]
+    changes = {"floor_ms": floor_ms, "roofline_pct": 250.0, "bound_by": "ssd"}
+    beaten = typed(varied(measured, **{f"phases__decode__{name}": value for name, value in changes.items()}))
+    bar = list(overview_charts([Side("a", (beaten,), tmp_path)]))[1].bars[1]
+    assert bar.spans == ()
+    assert bar.after == "faster than the floor: ceiling of ssd too low"
 
 
 def test_a_side_shows_each_tiers_time_and_bytes(measured: Mapping[str, Any], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from bench.run.measure import (
     repeats_of,
     tpot_of,
 )
-from bench.run.warnings import drive_warnings, plan_warnings, prediction_warnings
+from bench.run.warnings import beaten_floors, drive_warnings, plan_warnings, prediction_warnings
 from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
@@ -49,7 +49,7 @@ from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of
 from wsm.plan.plan import make_plan
-from wsm.plan.time import Ceiling, decode_work, predicted_floor, prefill_work
+from wsm.plan.time import Ceiling, Estimate, decode_work, predicted_floor, prefill_work
 from wsm.settings import ECHOED_ONLY, PRESETS, Settings
 
 GUIDE = json.loads("""{
@@ -358,11 +358,15 @@ def test_reads_that_nobody_planned_are_warned_of() -> None:
 # -- the text
 
 
+def figure(ms: float) -> Estimate:
+    return Estimate(ms, ms, ms)
+
+
 def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
     def warned(prefill_ms: float, decode_ms: float | None) -> list[str]:
         phases = {
-            "prefill": phase_of(stats_of(passes=1, wall_ms=104), {}, prefill_ms),
-            "decode": phase_of(stats_of(passes=2, wall_ms=212), {}, decode_ms),
+            "prefill": phase_of(stats_of(passes=1, wall_ms=104), {}, figure(prefill_ms)),
+            "decode": phase_of(stats_of(passes=2, wall_ms=212), {}, decode_ms and figure(decode_ms)),
         }
         return list(prediction_warnings(phases))
 
@@ -374,7 +378,36 @@ def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() ->
 
 def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
     stats = stats_of(passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
-    assert list(prediction_warnings({"prefill": phase_of(stats, {}, 100.0)})) == []
+    assert list(prediction_warnings({"prefill": phase_of(stats, {}, figure(100.0))})) == []
+
+
+def test_a_prediction_from_a_disturbed_ceiling_is_an_interval_alone() -> None:
+    stats = stats_of(passes=2, wall_ms=212)
+    steady, disturbed = phase_of(stats, {}, Estimate(100, 95, 105)), phase_of(stats, {}, Estimate(100, 80, 130))
+    assert (steady.predicted_ms, steady.predicted_range_ms) == (200, [190, 210])
+    assert (disturbed.predicted_ms, disturbed.predicted_range_ms) == (None, [160, 260])
+    assert list(prediction_warnings({"decode": disturbed})) == []
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "told", "warned"), [(2000, 50.0, 0), (1000, 100.0, 0), (970, 100.0, 0), (500, None, 1)]
+)
+def test_a_run_is_never_said_to_be_faster_than_it_can_be(wall_ms: int, told: float | None, warned: int) -> None:
+    """1 GB at 1 000 MB/s: a floor of a second. In half of it, the ceiling was none; by 3 %, that is its own noise."""
+    part = phase_of(stats_of(hbm_bytes=10**9, wall_ms=wall_ms), ceilings_of(hbm=1000))
+    assert part.floor_ms == pytest.approx(1000)
+    assert part.roofline_pct == (told if told is None else pytest.approx(told))
+    lines = list(beaten_floors({"decode": part}))
+    assert len(lines) == warned
+    assert all(
+        "took 500 ms, less than its floor of 1000 ms: the ceiling of hbm was disturbed" in line for line in lines
+    )
+
+
+def test_the_summary_of_a_run_that_beat_its_floor_gives_no_share_of_it() -> None:
+    text = summary(typed(earlier(phases__decode__floor_ms=9e6, phases__decode__roofline_pct=203.0)))
+    assert "; the run beat it: a disturbed ceiling" in text
+    assert "203" not in text
 
 
 def test_numbers_keep_six_significant_digits() -> None:
@@ -455,6 +488,7 @@ LATER = [
     "config.environment.CUDA_VISIBLE_DEVICES",
     "repeats.statistics.e2e_ms.median_ci95",
     "phases.decode.predicted_ms",
+    "phases.decode.predicted_range_ms",
     "phases.decode.stall_ms.kv",
     "phases.decode.busy_ms.kv_read",
     "phases.decode.busy_ms.kv_write",

@@ -166,7 +166,7 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
     import psutil
 
     from bench.run.conditions import Watch
-    from bench.run.measure import prefill_place, run_round
+    from bench.run.measure import forget_records, prefill_place, run_round
 
     llm.load_times.parts["from_process_start_s"] = time.time() - psutil.Process().create_time()
     store = llm.inputs.description if llm.plan.placement.residency.ssd else None
@@ -179,6 +179,7 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
                     llm.inputs.world.barrier()
                     stop.check()
                     got.rounds.append(run_round(llm, got.prompts, options, on_token=lambda: advance(1)))
+                forget_records(got.rounds, options.repeats)
     except Stopped as wish:
         if not got.rounds:
             raise

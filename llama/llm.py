@@ -221,7 +221,7 @@ class LLaMA:
         store = PackedStore(
             description,
             staging_bytes=settings.staging_mb * 10**6,
-            verify="always" if settings.verify_weights else "first",
+            verify=settings.verify_weights,
         )
         try:
             compare_heads(store, inputs.share)
@@ -294,6 +294,7 @@ class LLaMA:
             if part is not None:
                 part.stop()
         self.device.synchronize()
+        self.telemetry.fold()
 
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""

@@ -88,8 +88,9 @@ class Option:
     """What is declared of a field; ``help`` is for docs/FLAGS.md too, where ``code`` and docs/PAGE.md are marked up.
 
     ``shown`` is the default in words, where the value does not say it; ``flags`` are other spellings than
-    ``--the-name``. ``positional``: not a flag, but the arguments themselves; ``by_variable``: set by ``WSM_THE_NAME``
-    and by no flag; ``swept``: whether ``sweep`` takes it as a list.
+    ``--the-name``, and ``alone`` is what the flag means without a value. ``positional``: not a flag, but the arguments
+    themselves; ``by_variable``: set by ``WSM_THE_NAME`` and by no flag; ``swept``: whether ``sweep`` takes it as a
+    list.
     """
 
     kind: Kind
@@ -98,6 +99,7 @@ class Option:
     metavar: str = ""
     shown: str = ""
     flags: tuple[str, ...] = ()
+    alone: str = ""
     positional: bool = False
     by_variable: bool = False
     swept: bool = True

@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, meant, number, one_of, option, options_of, whole
 
 MODES = ("mixed", "stream", "preload", "full")
+VerifyWhen = Literal["auto", "first", "always"]
 _GIB = number(0, 1e6, above=True, says="a number of GiB above 0, at most 1e+06", metavar="GIB")
 _flag, _variable = partial(option, group="paging"), partial(option, by_variable=True)
 
@@ -30,7 +31,13 @@ class Settings:
     cpu_cache_layers: int = _flag(40, whole(1), "layers of page-locked memory in all: pools first, the rest resident")
     warmup_layers: int = _flag(4, whole(0), "layers staged on the GPU before the first pass")
     staging_mb: int = _flag(64, whole(1), "SSD bytes in flight, in MB, used up to 134; takes no GPU memory")
-    verify_weights: bool = _flag(False, SWITCH, "check a group's checksum at every read, not only at the first")
+    verify_weights: VerifyWhen = _flag(
+        "auto",
+        one_of(*get_args(VerifyWhen)),
+        "check what comes from the SSD tier at every read, or at the first; auto: at every one where the drive is "
+        "slower than the checks",
+        alone="always",
+    )
     embedding: Literal["gpu", "cpu"] = _flag(
         "gpu", one_of("gpu", "cpu"), "where the token embedding is; not for `full`, nor where it is the head too"
     )

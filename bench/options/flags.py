@@ -99,6 +99,8 @@ def _add(to: argparse._ActionsContainer, declared: Option, *, listed: bool = Fal
     elif declared.kind is SWITCH:
         to.add_argument(*names, action="store_true", **shown)
     else:
+        if declared.alone:
+            shown |= {"nargs": "?", "const": declared.alone}
         to.add_argument(*names, type=_reader(declared.kind), required=declared.required, **shown)
 
 

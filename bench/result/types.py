@@ -12,7 +12,17 @@ from msgspec import UNSET, Meta
 from msgspec.structs import force_setattr
 
 from bench.result.fields import Above0, Amount, ByPhase, Count, FromOne, Later, Mode, Part, T, Texts, says
-from bench.result.types_machine import KV, Conditions, LoadRate, LoadSeconds, Memory, Planned, Provenance, Residency
+from bench.result.types_machine import (
+    KV,
+    Checks,
+    Conditions,
+    LoadRate,
+    LoadSeconds,
+    Memory,
+    Planned,
+    Provenance,
+    Residency,
+)
 from bench.result.types_phases import Ceilings, Parallel, Phase
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -175,6 +185,7 @@ class Result(Part, frozen=True, kw_only=True):
     memory: Memory
     load_s: LoadSeconds
     load: Later[LoadRate] = UNSET
+    checks: Later[Checks | None] = UNSET
     kv: Later[KV] = UNSET
     config: Config
     provenance: Provenance

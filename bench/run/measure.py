@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +18,21 @@ from bench.result.types_machine import LoadRate
 from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traffic
 from llama.generation import Generation
 from llama.llm import LLaMA
-from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
+from wsm.disk.checks import CheckCost, Checks
+from wsm.engine.records import Interval, Transfer, moved_bytes
+from wsm.engine.stretch import PhaseStats, Stretch
 from wsm.layout.groups import KINDS
 from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.store.packed_store import PackedStore
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """One generation, in seconds of the host's clock.
 
-    ``tokens_at``: when each token had been read back. ``steps`` (places in the endless pass order) and ``passes``
-    (begun since the model's start) are those at the start, the end of the prefill, and the end.
-    ``complete_at_start``: whether every resident was in its tier when the clock started.
+    ``tokens_at``: when each token had been read back. ``stretches``: what the prefill and the decode come to, known
+    once all is still. ``checked``: what the checks of the store's bytes took meanwhile. ``complete_at_start``: whether
+    every resident was in its tier when the clock started.
     """
 
     generation: Generation
@@ -36,8 +40,8 @@ class Round:
     prefill_done: float
     done: float
     tokens_at: Sequence[float]
-    steps: Sequence[int]
-    passes: Sequence[int]
+    stretches: Sequence[Stretch]
+    checked: CheckCost
     complete_at_start: bool
 
     @property
@@ -56,23 +60,34 @@ class Round:
         return [(later - earlier) * 1e3 for earlier, later in pairwise(self.tokens_at)]
 
 
+def checks_of(llm: LLaMA) -> Checks | None:
+    """The checks of what comes from a packed store; None where nothing does."""
+    source = llm.manager.source if llm.manager is not None else None
+    return source.checks if isinstance(source, PackedStore) else None
+
+
 def run_round(
     llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None] = lambda: None
 ) -> Round:
     """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
     complete = llm.manager.tiers.loaded() if llm.manager is not None else True
+    checks = checks_of(llm)
+    checked_before = checks.cost if checks is not None else CheckCost()
     at: dict[str, float] = {}
-    tokens_at, steps, passes = list[float](), list[int](), list[int]()
+    tokens_at, stretches = array("d"), list[Stretch]()
 
     def observe(mark: str) -> None:
         now = time.perf_counter()
+        step = llm.manager.tiers.next_step if llm.manager is not None else 0
         if mark == "token":
             tokens_at.append(now)
             on_token()
+        elif mark == "queued":
+            llm.telemetry.fold(step, llm.kv.passes)
         elif mark != "pass":
             at[mark] = now
-            passes.append(llm.kv.passes)
-            steps.append(llm.manager.tiers.next_step if llm.manager is not None else 0)
+            records = options.trace is not None and mark != "done"
+            stretches.append(llm.telemetry.begin(now, step, llm.kv.passes, records=records))
 
     generation = llm.generate(
         prompts,
@@ -83,12 +98,15 @@ def run_round(
         ignore_eos=options.goes_on,
         observer=observe,
     )
-    return Round(generation, **at, tokens_at=tokens_at, steps=steps, passes=passes, complete_at_start=complete)
+    checked = checks.cost - checked_before if checks is not None else CheckCost()
+    return Round(
+        generation, **at, tokens_at=tokens_at, stretches=stretches[:2], checked=checked, complete_at_start=complete
+    )
 
 
 def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None]) -> None:
     """One untimed round: the prefill and two decode passes."""
-    short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True)
+    short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True, trace=None)
     run_round(llm, prompts, short, on_token)
 
 
@@ -110,6 +128,16 @@ def median_round(rounds: Sequence[Round]) -> int:
     """The index of the round of median ``e2e_ms`` (the lower of two)."""
     order = sorted(range(len(rounds)), key=lambda i: metrics_of(rounds[i]).e2e_ms)
     return order[(len(order) - 1) // 2]
+
+
+def forget_records(rounds: Sequence[Round], repeats: int) -> None:
+    """Let go of the records of those rounds that cannot be of median time any more, of ``repeats`` in the end."""
+    order = sorted(rounds, key=lambda timed: timed.done - timed.start)
+    middle, to_come = (repeats - 1) // 2, repeats - len(rounds)
+    for place, timed in enumerate(order):
+        if not place <= middle <= place + to_come:
+            for stretch in timed.stretches:
+                stretch.records = None
 
 
 # -- times
@@ -160,15 +188,13 @@ def phases_of(
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
     itemsize = llm.inputs.dtype.itemsize
-    passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
+    prefill, decode = (stretch.stats() for stretch in timed.stretches)
     works = (
-        prefill_work(llm.config, rows, len(passes[0]), itemsize),
-        decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
+        prefill_work(llm.config, rows, prefill.passes, itemsize),
+        decode_work(llm.config, rows, decode.passes, itemsize, llm.plan.inputs.kv_token_bytes),
     )
     found = {}
-    for place, (name, window) in enumerate(timed.windows.items()):
-        steps, work = range(timed.steps[place], timed.steps[place + 1]), works[place]
-        stats = llm.telemetry.phase(name, window, steps, passes[place])
+    for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):
         stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
         found[name] = phase_of(stats, ceilings, predicted[name])
     return ByPhase(**found)
@@ -250,7 +276,7 @@ def load_rate(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling])
     if reads is not None and residents:
         window = min(t.start for t in residents), max(t.end for t in residents)
         seconds = window[1] - window[0]
-        rate = moved_bytes(reads, window) / seconds / 1e6 if seconds else None
+        rate = round(moved_bytes(reads, window)) / seconds / 1e6 if seconds else None
     return LoadRate(
         read_bytes=None if reads is None else sum(t.nbytes for t in residents),
         read_MBps=rate,

@@ -24,6 +24,7 @@ from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
+from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
 from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
 from wsm.plan.levers import auto_flags
@@ -167,7 +168,9 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
         failures.append(_kept_elsewhere(options.out_json, text, error))
     if options.trace is not None:
         try:
-            write_atomically(options.trace, chrome_trace(llm.telemetry, got.rounds[got.chosen].windows) + "\n")
+            chosen = got.rounds[got.chosen]
+            prefill, decode = (stretch.records or Records() for stretch in chosen.stretches)
+            write_atomically(options.trace, chrome_trace(prefill + decode, chosen.windows) + "\n")
         except OSError as error:
             failures.append(UnusableInput(f"--trace {options.trace}: {error.strerror}; {options.out_json} is written"))
     return failures[0] if failures else None

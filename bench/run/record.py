@@ -18,11 +18,11 @@ import torch
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
 from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting, SpecialTokens
-from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
+from bench.result.types_machine import KV, BytesPerPass, Checks, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
 from bench.result.types_phases import Ceilings, Phase, Rate
 from bench.run import warnings
 from bench.run.conditions import Watch
-from bench.run.measure import Round, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
+from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
 from llama.llm import LLaMA
 from wsm.option import options_of
@@ -86,7 +86,8 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         plan=_planned(llm),
         memory=memory,
         load_s=_load_seconds(llm),
-        load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
+        load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
+        checks=_checks(llm, chosen),
         kv=_kv(options, llm),
         config=_config(options, llm, got),
         provenance=provenance,
@@ -113,7 +114,7 @@ def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequen
     yield from warnings.beaten_floors(named)
     if llm.inputs.device.type == "cuda":
         yield from warnings.prediction_warnings(named)
-    yield from warnings.drive_warnings(llm.telemetry.reads, chosen.windows["decode"])
+    yield from warnings.drive_warnings(chosen.stretches[1].read_rates)
     yield from warnings.steadiness_warnings([metrics_of(timed).e2e_ms for timed in got.rounds])
     yield from got.watch.warnings
     yield from missing
@@ -177,6 +178,20 @@ def _load_seconds(llm: LLaMA) -> LoadSeconds:
     if llm.manager is not None:
         parts["residents_s"] = llm.manager.residents_s
     return LoadSeconds(**parts)
+
+
+def _checks(llm: LLaMA, chosen: Round) -> Checks | None:
+    checks = checks_of(llm)
+    if checks is None:
+        return None
+    passes = sum(len(stretch.passes) for stretch in chosen.stretches)
+    return Checks(
+        rule=checks.rule,
+        read_MBps=checks.read_MBps,
+        check_MBps=checks.check_MBps,
+        bytes_per_pass=chosen.checked.nbytes / passes,
+        ms_per_pass=1e3 * chosen.checked.cpu_s / passes,
+    )
 
 
 def _kv(options: RunOptions, llm: LLaMA) -> KV:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import stat
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from wsm import stop
 from wsm.errors import UnusableInput
@@ -24,19 +26,43 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+def remove_left_behind(path: Path) -> None:
+    """Remove the temporary files of ``path`` that a killed process has left; a living one has its own locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+        with contextlib.suppress(OSError), left.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _open_temporary(path: Path) -> TextIO:
+    """A new file, locked; again where somebody has removed it before it was, taking it for left behind."""
+    while True:
+        # A name from the command line may hold bytes that are no text: they are written as escapes.
+        file = path.open("x", encoding="utf-8", errors="backslashreplace")
+        try:
+            with contextlib.suppress(OSError):  # a filesystem without locks: nobody gets one to remove it by
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text``: temporary file, fsync, rename. An OSError leaves nothing behind, and an older file as it was.
 
-    It names ``path``, of which a full disk's own error says nothing. UnusableInput for what is no file, as /dev/null: a
-    rename would put one in its place.
+    It names ``path``, of which a full disk's own error says nothing. Temporary files of the same path that a killed
+    process has left go first. UnusableInput for what is no file, as /dev/null: a rename would put one in its place.
     """
     named, path = path, path.resolve()
     if path.exists() and not path.is_file():
         raise UnusableInput(f"{named} is no file and cannot be written: name another")
+    remove_left_behind(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        # A name from the command line may hold bytes that are no text: they are written as escapes.
-        with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        with _open_temporary(beside) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ from torch import Tensor
 from wsm import stop
 from wsm.disk.io_threads import IOThreads
 from wsm.engine.device import Device
-from wsm.engine.telemetry import moved_bytes
+from wsm.engine.records import moved_bytes
 from wsm.layout.groups import GroupId
 from wsm.plan.time import STEADY_PCT, Ceiling
 from wsm.store.source import ChunkRead, GroupRead, GroupSource

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -59,6 +61,7 @@ def cached_store(
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
         path.unlink(missing_ok=True)
+        _remove_unfinished(cache_dir)
         size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
         free = free_bytes(cache_dir)
         say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
@@ -80,3 +83,12 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
     except (UnusableInput, StoreError):
         return None
     return description
+
+
+def _remove_unfinished(cache_dir: Path) -> None:
+    """Remove packed files whose packing was killed: with a lock of ours, no manifest, and nobody at work on them."""
+    for path in cache_dir.glob("*.wsm"):
+        with suppress(OSError), path.with_suffix(".lock").open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.with_suffix(".json").exists():
+                path.unlink()

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from wsm import stop
-from wsm.disk.atomic import sync_directory, write_atomically
+from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
 from wsm.disk.direct import aligned_block
 from wsm.disk.io_threads import IOThreads, transfer_fully
 from wsm.disk.targets import check_targets, opened
@@ -64,6 +64,7 @@ def pack(
     plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp)
     sources = checkpoint.sources()
     _check_places(checkpoint, request)
+    remove_left_behind(request.manifest.resolve())
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
     if request.manifest.exists():
         lost.append(f"the manifest {request.manifest}")

@@ -56,7 +56,7 @@ def test_a_value_that_may_hold_commas_stays_whole(flag: str) -> None:
 
 
 def test_switches_take_on_and_off() -> None:
-    assert points_of("--verify-weights=on,off") == [["--verify-weights"], []]
+    assert points_of("--ignore-eos=on,off") == [["--ignore-eos"], []]
     assert points_of("--ignore-eos") == [["--ignore-eos"]]
     assert "on, off" in refusal("--ignore-eos=maybe,off")
 

@@ -19,7 +19,7 @@ from bench.report.charts import MOVED, STALLED_KV, Bar, Curves, overview_charts,
 from bench.result.sweep_folder import Failure
 from bench_infer import command_line as main
 from tests.results import stored, typed, varied
-from wsm.engine.telemetry import KV_TIERS
+from wsm.engine.records import KV_TIERS
 
 draw = pytest.importorskip("bench.report.draw", reason="the plot extra is not installed")
 page = pytest.importorskip("bench.report.page").page

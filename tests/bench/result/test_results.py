@@ -42,7 +42,9 @@ from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
 from tests.results import stored, typed, varied
-from wsm.engine.telemetry import PhaseStats, Transfer
+from wsm.disk.checks import CheckCost
+from wsm.engine.records import Transfer
+from wsm.engine.stretch import PhaseStats, ReadRate
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of
@@ -74,14 +76,13 @@ def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0,
         prefill_done=after,
         tokens_at=tuple(after + first_s + pace * n for n in range(new)),
         done=after + decode_s,
-        steps=(0, 8, 8 * new),
-        passes=(0, 1, new),
+        stretches=(),
+        checked=CheckCost(),
         complete_at_start=True,
     )
 
 
 def stats_of(
-    name: str = "decode",
     *,
     used: Mapping[str, int] | None = None,
     moved: Mapping[str, int] | None = None,
@@ -94,7 +95,6 @@ def stats_of(
     nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h", "kv_read", "kv_write"), 0)
     unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h", "kv_read", "kv_write"))
     return PhaseStats(
-        name=name,
         passes=passes,
         wall_ms=wall_ms,
         bytes={**nothing, **(used or {})},
@@ -114,17 +114,15 @@ def ceilings_of(**values: float) -> dict[str, Ceiling]:
 
 
 def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
-    def reads(*rates: float) -> list[Transfer]:
-        made, now = [], 0.0
-        for place, rate in enumerate(rates):
-            made.append(Transfer(GroupId(place, "ffn"), place, round(rate * 1e6), now, now + 1.0))
-            now += 1.0
-        return made
+    def passes(*rates: int, reads: int = 1) -> list[ReadRate]:
+        return [ReadRate(reads, rate * 10**6, 1.0) for rate in rates]
 
-    steady, slowing = reads(*[1000] * 12), reads(*[2000] * 6, *[1000] * 6)
-    assert drive_warnings(steady, (0.0, 12.0)) == []
-    assert "from 2000 to 1000 MB/s" in drive_warnings(slowing, (0.0, 12.0))[0]
-    assert drive_warnings(slowing, (0.0, 5.0)) == []
+    slowing = [2000] * 6 + [1000] * 6
+    assert drive_warnings(passes(*[1000] * 12)) == []
+    assert "from 2000 to 1000 MB/s" in drive_warnings(passes(*slowing))[0]
+    assert "from 2000 to 1000 MB/s" in drive_warnings(passes(2000, 1500, 1000, reads=3))[0]
+    for too_few in (passes(2000, 1500, 1000), passes(2000, 1000, reads=9), []):
+        assert drive_warnings(too_few) == []
 
 
 def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
@@ -367,8 +365,8 @@ def figure(ms: float) -> Estimate:
 def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
     def warned(prefill_ms: float, decode_ms: float | None) -> list[str]:
         phases = {
-            "prefill": phase_of(stats_of("prefill", passes=1, wall_ms=104), {}, figure(prefill_ms)),
-            "decode": phase_of(stats_of("decode", passes=2, wall_ms=212), {}, decode_ms and figure(decode_ms)),
+            "prefill": phase_of(stats_of(passes=1, wall_ms=104), {}, figure(prefill_ms)),
+            "decode": phase_of(stats_of(passes=2, wall_ms=212), {}, decode_ms and figure(decode_ms)),
         }
         return list(prediction_warnings(phases))
 
@@ -379,7 +377,7 @@ def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() ->
 
 
 def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
-    stats = stats_of("prefill", passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
+    stats = stats_of(passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
     assert list(prediction_warnings({"prefill": phase_of(stats, {}, figure(100.0))})) == []
 
 

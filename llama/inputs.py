@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from llama.kv.format import KVFormat, kv_format
 from llama.loading import Reporter
 from llama.options import PLAIN_FORMATS, BuildOptions
 from llama.parallel.world import ALONE, World
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
+from wsm.disk.blockdev import is_block_device
 from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.formats import registry
@@ -101,6 +102,31 @@ class Inputs:
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
         return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a row. Token ids need no tokenizer: without one, what the JSON files name, or nothing."""
+        try:
+            return self.tokenizer.stop_ids
+        except UnusableInput:
+            directory = self.checkpoint.directory
+            return frozenset(stop_ids_named(directory, self.checkpoint.config) if directory is not None else ())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful in the files that were read."""
+        read = [self.tokenizer] if "tokenizer" in vars(self) else []
+        return [*self.checkpoint.warnings, *(warning for tokenizer in read for warning in tokenizer.warnings)]
+
+    def kv_disk(self, plan: Plan) -> tuple[str, Sequence[str]]:
+        """``--kv-device`` (of several ranks each has a file of its own), and the weights' targets."""
+        path = plan.inputs.kv_device
+        assert path is not None
+        if self.world.shard.size > 1:
+            if is_block_device(path):
+                raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
+            path = f"{path}.rank{self.world.shard.rank}"
+        return path, self.description.targets if self.description is not None else ()
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -208,12 +234,14 @@ def _in_format(path: Path) -> bool:
 def find_store(options: BuildOptions, inputs: Inputs, shape: RunShape, reporter: Reporter) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
-    Raises DoesNotFit before it packs what would not fit in memory, or on the drive; UnusableInput if it cannot pack.
+    Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs what would not fit in
+    memory, or on the drive; UnusableInput if it cannot pack.
     """
-    wanted = inputs.weight_format is not None and (not inputs.synthetic or options.mode == "mixed")
-    if inputs.description is None and wanted:
-        check_fits(plan_run(options, inputs, shape))
-        inputs.read_from(cached(inputs, reporter))
+    if inputs.description is None and inputs.weight_format is not None:
+        plan = plan_run(options, inputs, shape)
+        if not inputs.synthetic or "SSD" in plan.way:
+            check_fits(plan)
+            inputs.read_from(cached(inputs, reporter))
 
 
 def cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
@@ -230,10 +258,16 @@ def cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
         )
 
 
-def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape) -> Plan:
-    """What will be where, and how much memory it takes; allocates nothing."""
+def hardware_here(inputs: Inputs) -> Hardware:
+    """The memory of this machine, a rank's share of the CPU's."""
     world = inputs.world
-    hardware = measure_hardware(inputs.device, world.local.size, (GIB if world.shard.size == 1 else 2 * GIB))
+    return measure_hardware(inputs.device, world.local.size, GIB if world.shard.size == 1 else 2 * GIB)
+
+
+def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: Hardware | None = None) -> Plan:
+    """What will be where, and how much memory it takes, on this machine or on other ``hardware``; allocates nothing."""
+    world = inputs.world
+    hardware = hardware or hardware_here(inputs)
     everywhere = world.exchange(json.dumps(asdict(hardware)))
     planned = PlanInputs(
         config=inputs.share.config,

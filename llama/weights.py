@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama.checkpoint import Checkpoint
 from llama.names import QKV
+from wsm import stop
 from wsm.engine.decoding import decode_image
 from wsm.layout.groups import KINDS, GroupId, Stored, TensorSpec, decoded_layout, pass_order, stored_views, views
 from wsm.store.source import GroupSource
@@ -53,6 +54,7 @@ class TensorWeights:
         def load(group: GroupId | None, specs: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
             tensors = _empty(specs, device, dtype)
             for spec in specs:
+                stop.check()
                 on_cpu = torch.empty(spec.shape, dtype=dtype)
                 checkpoint.read_into(config.full_name(group, spec.name), on_cpu)
                 tensors[spec.name].copy_(on_cpu)
@@ -123,7 +125,7 @@ class ImageWeights:
             source.close()
 
     def _read(self, source: GroupSource, group: GroupId | None, buffer: Tensor) -> Tensor:
-        source.read(group, buffer).checked.result()
+        stop.result(source.read(group, buffer).checked)
         return buffer[: source.layout(group).nbytes]
 
     def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Stored]]:

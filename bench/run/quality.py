@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from bench.options.verb_flags import QualityOptions
 from bench.result.quality import WindowQuality
-from llama.inputs import Inputs, open_inputs, plan_run
+from llama.inputs import Inputs, find_store, open_inputs, plan_run
 from llama.llm import LLaMA
 from llama.loading import Reporter
 from llama.options import BuildOptions
+from llama.tokenizer import Tokenizer
+from wsm.disk.files import read_file
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.option import options_of
 from wsm.plan.hardware import GIB, measure_hardware
@@ -32,18 +35,26 @@ def options_of_both(options: QualityOptions) -> tuple[BuildOptions, BuildOptions
     return dataclasses.replace(model, checkpoints=options.reference or model.checkpoints, **plain), model
 
 
-def windows_of(options: QualityOptions, ids: Sequence[int], prefix: Sequence[int]) -> list[list[int]]:
-    """``ids`` in windows of equal length, each behind the special tokens that a text begins with; the rest is left."""
-    length = options.window - len(prefix)
+def read_text(path: Path, flag: str) -> str:
+    """A UTF-8 file; UnusableInput where it is none."""
+    try:
+        return read_file(path, f"{flag} {path}", pipes=True).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableInput(f"{flag} {path} is not UTF-8 text: {error}") from error
+
+
+def windows_of(tokenizer: Tokenizer, text: str, window: int, most: int | None, label: str) -> list[list[int]]:
+    """``text`` in windows of equal length, each behind the special tokens that a text begins with; the rest is left."""
+    prefix, ids = list(tokenizer.prefix), tokenizer.encode(text)
+    length = window - len(prefix)
     if length < 2:
-        raise UnusableInput(f"--window {options.window} holds no text behind {len(prefix)} special tokens; at least 3")
+        raise UnusableInput(f"--window {window} has no room for text behind {len(prefix)} special tokens: raise it")
     found = [[*prefix, *ids[begin : begin + length]] for begin in range(0, len(ids) - length + 1, length)]
     if not found:
         raise UnusableInput(
-            f"--text {options.text} has {len(ids)} tokens, fewer than one window of {options.window}: "
-            "take a longer text or a smaller --window"
+            f"{label} has {len(ids)} tokens, fewer than one window of {window}: take a longer text or a smaller --window"
         )
-    return found[: options.windows]
+    return found[:most]
 
 
 def compare_windows(
@@ -59,7 +70,9 @@ def compare_windows(
         budgets = _half_budgets(options, opened[0][1])
         models = []
         for build, inputs in opened:
-            plan = plan_run(dataclasses.replace(build, **budgets), inputs, shape)
+            build = dataclasses.replace(build, **budgets)
+            find_store(build, inputs, shape, reporter)
+            plan = plan_run(build, inputs, shape)
             models.append(stack.enter_context(LLaMA.assemble(inputs, plan, reporter, measured=False)))
         _check_alike(*models)
         for begin in range(0, len(windows), options.batch_size):

@@ -99,3 +99,27 @@ def test_with_room_for_the_whole_group_a_matrix_is_decoded_once(monkeypatch: pyt
         for _ in range(3):
             w.linear(torch.ones(2, 64).bfloat16(), "w1")
         assert len(calls) == decodings
+
+
+def test_a_packed_product_is_taken_for_few_rows_and_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = type(registry.get("int4"))
+
+    def packed(self: object, x: Tensor, planes: object, shape: object, out: Tensor | None = None) -> Tensor | None:
+        made = x.new_full((x.shape[0], shape[0]), float(shape[0]))  # type: ignore[index]
+        return None if x.shape[0] > 2 else made if out is None else out.copy_(made)
+
+    monkeypatch.setattr(family, "linear", packed)
+    names = {"wq": 48, "wk": 24, "wv": 24}
+    held: dict[str, Stored] = {n: encoded(torch.randn(rows, 64).bfloat16(), "int4") for n, rows in names.items()}
+    plain = torch.cat([decoded(m) for m in held.values() if isinstance(m, Encoded)])
+    w = products(held, scratch=Scratch(96 * 64 * 2, torch.device("cpu")))
+    few, many = torch.randn(2, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    assert torch.equal(w.linear(few, *names), torch.tensor([48.0] * 48 + [24.0] * 48).bfloat16().expand(2, -1))
+    assert torch.equal(w.linear(many, *names), F.linear(many, plain))
+    h = torch.ones(2, 48).bfloat16()
+    w.add_linear_(h, few, "wq")
+    assert torch.equal(h, torch.full((2, 48), 49.0).bfloat16())
+    doubled = products(held, _Doubling(), Scratch(96 * 64 * 2, torch.device("cpu")))
+    h = torch.ones(2, 48).bfloat16()
+    doubled.add_linear_(h, few, "wq")
+    assert torch.equal(h, torch.full((2, 48), 97.0).bfloat16())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import select
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from wsm import stop
 from wsm.errors import UnusableInput
 
 MOST_BYTES = 256 << 20
@@ -51,6 +52,7 @@ def read_file(path: Path, label: str = "", *, most_bytes: int = MOST_BYTES, pipe
 
     With ``pipes`` the shell's ``<(command)`` is read as well, for :data:`PIPE_LIMIT_S` at most.
     """
+    stop.check()
     label = label or str(path)
     check_regular_file(path, label, most_bytes=most_bytes, pipes=pipes)
     try:
@@ -70,8 +72,10 @@ def _read_most(file: int, label: str, most: int) -> bytes:
         try:
             part = os.read(file, min(most - got, 16 << 20))
         except BlockingIOError:
-            if (left := end - time.monotonic()) <= 0 or not select.select([file], [], [], left)[0]:
+            stop.check()
+            if time.monotonic() > end:
                 raise UnusableInput(f"{label} did not come to its end in {PIPE_LIMIT_S:.0f} s; name a file") from None
+            select.select([file], [], [], min(stop.LOOK_S, PIPE_LIMIT_S))
             continue
         if not part:
             break
@@ -97,7 +101,8 @@ def parse_json(content: bytes, label: str, mend: str) -> Any:
     try:
         text = content.decode("utf-8-sig")
         found = json.loads(text, object_pairs_hook=_object)
-        _check_values(found)
+        if fault := _fault(found):
+            raise ValueError(fault.removeprefix(".") if len(fault) < 200 else f"...{fault[-150:]}")
         if "\\ud" in text.lower():  # surrogateescape: so Python writes a path that is no text
             json.dumps(found, ensure_ascii=False).encode("utf-8", errors="surrogateescape")
     except (ValueError, RecursionError) as error:
@@ -114,27 +119,24 @@ def read_json(path: Path, label: str, mend: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen = set[str]()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {twice!r:.60} comes twice")
     return found
 
 
-def _check_values(found: Any) -> None:
-    """ValueError for numbers that no float holds, and for what is too deep."""
-    level: Collection[Any] = [found]
-    for _ in range(_MOST_DEPTH):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner.extend(value.values())
-            elif isinstance(value, list):
-                inner.extend(value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("a number that is not finite, or larger than any float")
-            elif isinstance(value, int) and abs(value) > sys.float_info.max:
-                raise ValueError("a number larger than any float")
-        if not inner:
-            return
-        level = inner
-    raise ValueError(f"nested deeper than {_MOST_DEPTH} levels")
+def _fault(value: Any, depth: int = 0) -> str | None:
+    """The key of what no JSON file of ours holds, and why: a number beyond floats, or a hundred levels."""
+    if depth > _MOST_DEPTH:
+        return f" is nested deeper than {_MOST_DEPTH} levels"
+    inner: Iterable[tuple[object, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = (("[]", item) for item in value)
+    elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # nor NaN
+        text = json.dumps(value)
+        return f" is {text if len(text) <= 40 else f'{text[:37]}...'}"
+    for key, item in inner:
+        if fault := _fault(item, depth + 1):
+            return f".{key}{fault}"
+    return None

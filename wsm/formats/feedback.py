@@ -20,8 +20,10 @@ _MOST_BLOCK = 128
 
 
 def round_with_feedback(grid: Grid, weights: Tensor, moments: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 ``[rows, cols]``, scales and zeros float32 ``[rows, groups]`` of ``weights``, float32 ``[rows, cols]``
-    and overwritten; ``moments`` are those of the inputs, float32 ``[cols, cols]``, on the same device.
+    """Codes uint8 ``[rows, cols]``, scales and zeros float32 ``[rows, groups]``.
+
+    ``weights`` are float32 ``[rows, cols]``, and overwritten; ``moments`` are those of the inputs, float32 ``[cols,
+    cols]``, on the same device.
 
     ``group`` columns share a scale, which is searched when all columns before them have been made up for.
     UnusableInput where the moments are not finite, or those of no inputs.

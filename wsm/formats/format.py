@@ -57,7 +57,7 @@ class WeightFormat(Protocol):
         """The planes of ``weight [rows, cols]``, contiguous and on its device; the same bytes whatever the threads.
 
         ``importance`` is the mean square of each input channel, float32 ``[cols]``: what errors are weighted with; or
-        the mean product of each two, ``[cols, cols]``, so that later columns can make up for the errors of earlier ones.
+        the mean product of each two, ``[cols, cols]``: then later columns make up for the errors of earlier ones.
         None where the format does not pay for this matrix: it stays plain.
         UnusableInput for a dtype or for values that the format cannot hold.
         """

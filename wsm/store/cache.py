@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
+from wsm.disk.atomic import locked
 from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.formats.format import WeightFormat
@@ -63,10 +64,20 @@ def cached_store(
     """
     path = store_path(checkpoint, dtype, cache_dir, shard.size, weight_format)
     manifest = path.with_suffix(".json")
-    with _locked(path.with_suffix(".lock")):
+    label = f"--cache-dir {cache_dir}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableInput(f"{label} cannot be used: {error.strerror}") from error
+    with locked(path.with_suffix(".lock"), label):  # two runs that start together pack once
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
-        path.unlink(missing_ok=True)
+        try:  # what is damaged goes, and is nobody else's
+            manifest.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UnusableInput(f"{label} cannot be used: {error.filename}: {error.strerror}") from error
+        _remove_unfinished(cache_dir)
         plan = plan_store(checkpoint.config, dtype, 1, shard.size, weight_format)
         size = plan.target_bytes
         how = "" if weight_format is None else f" in {weight_format.name}"
@@ -93,14 +104,10 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
     return description
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two runs that start together pack once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _remove_unfinished(cache_dir: Path) -> None:
+    """Remove packed files whose packing was killed: with a lock of ours, no manifest, and nobody at work on them."""
+    for path in cache_dir.glob("*.wsm"):
+        with suppress(OSError), path.with_suffix(".lock").open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.with_suffix(".json").exists():
+                path.unlink()

@@ -1,14 +1,16 @@
-"""Images of groups in a weight format: which planes they have, and how they are made of a checkpoint's tensors."""
+"""Images of groups, plain or in a weight format, made of a checkpoint's tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from wsm.disk.io_threads import IOThreads
 from wsm.formats.format import Plane, WeightFormat
 from wsm.layout.groups import (
     GroupId,
@@ -21,54 +23,110 @@ from wsm.layout.groups import (
     views,
 )
 from wsm.layout.model import TensorSource
+from wsm.store.layout import StorePlan
+
+Encodings = dict[str, Mapping[str, Tensor]]
+"""Planes by a matrix's short name; without those that stay plain."""
+Moments = Callable[[GroupId], Mapping[str, Tensor]]
+"""Of the inputs of a group's matrices, by short name: the importance of :meth:`WeightFormat.encode`; in pass order."""
 
 
-def encode_group(
-    source: TensorSource,
-    group: GroupId,
-    dtype: torch.dtype,
-    weight_format: WeightFormat,
-    buffer: Tensor,
-    workers: Executor,
-    moments: Mapping[str, Tensor] | None = None,
-) -> GroupLayout:
-    """Make a group's image in ``buffer`` (``uint8``, large enough for any); its layout. A tensor is a worker's work.
+def make_images(
+    shares: Sequence[TensorSource],
+    group: GroupId | None,
+    plan: StorePlan,
+    buffers: Sequence[Tensor],
+    readers: IOThreads,
+    moments: Moments | None = None,
+) -> Future[list[GroupLayout]]:
+    """Every rank's image of a group in a buffer of its own, all padded to the largest; in the end, their layouts.
 
-    ``moments`` are those of the inputs by matrix, the importance of :meth:`WeightFormat.encode`; they are worked on one
-    matrix after the other, since each takes much memory.
+    A tensor is a thread's piece of work; with ``moments``, which take much memory, a whole group is. The gaps between
+    tensors are zero, so the same weights give the same bytes.
     """
-    specs = source.config.specs(group.kind)
-    encoded = partial(_encoded, source, group, dtype, weight_format, moments or {})
-    found = list((workers.map if moments is None else map)(encoded, specs))
-    planes = {spec.name: of for spec, of in zip(specs, found, strict=True) if of is not None}
-    described = {name: tuple(Plane(n, p.dtype, tuple(p.shape)) for n, p in of.items()) for name, of in planes.items()}
-    layout = image_layout(specs, dtype, {name: InFormat(weight_format.name, of) for name, of in described.items()})
-    image = buffer[: layout.nbytes].zero_()
-    for tensor in layout.encoded:
-        for name, plane in planes_in(image, tensor).planes.items():
-            plane.copy_(planes[tensor.name][name])
-    plain = views(image, layout)
-    list(workers.map(source.read_into, [source.config.full_name(group, name) for name in plain], plain.values()))
-    return layout
+    if group is None or plan.weight_format is None:
+        layout = plan.layouts[group]
+        work = []
+        for share, buffer in zip(shares, buffers, strict=True):
+            tensors = views(buffer[: layout.nbytes].zero_(), layout)
+            work += [
+                partial(share.read_into, share.config.full_name(group, name), out) for name, out in tensors.items()
+            ]
+        return _then(readers.submit(work), lambda: [layout] * len(shares))
+    encodings: list[Encodings] = [{} for _ in shares]
+    encode = [
+        partial(_encode, share, group, plan.dtype, plan.weight_format, spec, of)
+        for share, of in zip(shares, encodings, strict=True)
+        for spec in filter(is_encoded, share.config.specs(group.kind))
+    ]
+    make = partial(_make_encoded, shares, group, plan, encodings, buffers)
+    return _then(readers.submit(encode if moments is None else [partial(_one_by_one, encode, moments, group)]), make)
 
 
-def _encoded(
+def _one_by_one(encode: Sequence[partial[None]], moments: Moments, group: GroupId) -> None:
+    found = moments(group)
+    for each in encode:
+        each(found)
+
+
+def _then(done: Future[None], result: Callable[[], list[GroupLayout]]) -> Future[list[GroupLayout]]:
+    """A future of ``result()``, which is asked on the thread that ends the work before it."""
+    future = Future[list[GroupLayout]]()
+
+    def tell(_: Future[None]) -> None:
+        try:
+            done.result()
+            future.set_result(result())
+        except BaseException as error:
+            future.set_exception(error)
+
+    done.add_done_callback(tell)
+    return future
+
+
+def _encode(
     source: TensorSource,
     group: GroupId,
     dtype: torch.dtype,
     weight_format: WeightFormat,
-    moments: Mapping[str, Tensor],
     spec: TensorSpec,
-) -> Mapping[str, Tensor] | None:
-    if not is_encoded(spec):
-        return None
+    encodings: Encodings,
+    moments: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     name = source.config.full_name(group, spec.name)
     planes = source.encode(name, spec.shape, dtype, weight_format, moments.get(spec.name))
-    return planes and {plane: values.cpu() for plane, values in planes.items()}
+    if planes is not None:
+        encodings[spec.name] = {plane: values.cpu() for plane, values in planes.items()}
+
+
+def _make_encoded(
+    shares: Sequence[TensorSource],
+    group: GroupId,
+    plan: StorePlan,
+    encodings: Sequence[Encodings],
+    buffers: Sequence[Tensor],
+) -> list[GroupLayout]:
+    assert plan.weight_format is not None
+    layouts = []
+    for share, planes in zip(shares, encodings, strict=True):
+        described = {
+            name: tuple(Plane(n, p.dtype, tuple(p.shape)) for n, p in of.items()) for name, of in planes.items()
+        }
+        encoded = {name: InFormat(plan.weight_format.name, of) for name, of in described.items()}
+        layouts.append(image_layout(share.config.specs(group.kind), plan.dtype, encoded))
+    nbytes = max(layout.nbytes for layout in layouts)
+    for share, planes, layout, buffer in zip(shares, encodings, layouts, buffers, strict=True):
+        image = buffer[:nbytes].zero_()
+        for tensor in layout.encoded:
+            for name, into in planes_in(image, tensor).planes.items():
+                into.copy_(planes[tensor.name][name])
+        for name, out in views(image, layout).items():
+            share.read_into(share.config.full_name(group, name), out)
+    return [GroupLayout(nbytes, layout.tensors) for layout in layouts]
 
 
 def coming_layout(source: TensorSource, group: GroupId, dtype: torch.dtype, weight_format: WeightFormat) -> GroupLayout:
-    """The layout that :func:`encode_group` will make."""
+    """The layout that an image will have, as far as :meth:`TensorSource.planes` tells without making it."""
     encoded = {}
     for spec in filter(is_encoded, source.config.specs(group.kind)):
         name = source.config.full_name(group, spec.name)

@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,18 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from torch import Tensor
 
-from wsm.disk.atomic import sync_directory, write_atomically
+from wsm import stop
+from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
 from wsm.disk.direct import aligned_block
-from wsm.disk.io_threads import transfer_fully
-from wsm.disk.targets import check_targets, opened
+from wsm.disk.io_threads import IOThreads, transfer_fully
+from wsm.disk.targets import check_place, check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.formats.format import WeightFormat
-from wsm.layout.groups import GroupId, GroupLayout, views
+from wsm.layout.groups import GroupId
 from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
-from wsm.store.images import encode_group
+from wsm.store.images import Moments, make_images
 from wsm.store.layout import (
     FORMATTED,
     VERSION,
@@ -44,12 +43,10 @@ from wsm.store.manifest import load_json, manifest_digest, new_manifest
 READERS = 4
 
 Progress = Callable[[int], None]
-Moments = Callable[[GroupId], Mapping[str, Tensor]]
-"""Of the inputs of a group's matrices, by short name; asked for in pass order, by one thread."""
 
 
 class Calibration(NamedTuple):
-    """What quantising looks at, and what is ``told`` of it in the manifest."""
+    """What quantising looks at, on one rank, and what is ``told`` of it in the manifest."""
 
     moments: Moments
     told: Mapping[str, Any]
@@ -90,6 +87,7 @@ def pack(
     plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp, request.weight_format)
     sources = checkpoint.sources()
     _check_places(checkpoint, request)
+    remove_left_behind(request.manifest.resolve())
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
     if request.manifest.exists():
         lost.append(f"the manifest {request.manifest}")
@@ -155,8 +153,7 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
     manifest = Path(os.path.realpath(request.manifest))
     if manifest.exists() and not manifest.is_file():
         raise UnusableInput(f"--manifest {request.manifest} is no file: name one to be written")
-    if not manifest.parent.is_dir():
-        raise UnusableInput(f"--manifest {request.manifest}: its directory does not exist")
+    check_place(str(manifest), f"--manifest {request.manifest}")
     if not os.access(manifest.parent, os.W_OK):
         raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
     if manifest.exists():
@@ -176,7 +173,7 @@ def _write_groups(
     plan: StorePlan,
     files: Sequence[int],
     progress: Progress,
-    moments: Moments | None = None,
+    moments: Moments | None,
 ) -> dict[GroupId | None, WrittenGroup]:
     """Groups in order, one group's images being made while those before are written; what is where then."""
     # Each group rank by rank: what the ranks share a page of is read from the drive once, whichever way it is cut.
@@ -186,57 +183,24 @@ def _write_groups(
     buffers = [[torch.frombuffer(mmap.mmap(-1, room), dtype=torch.uint8) for _ in shares] for _ in range(2)]
     written: dict[GroupId | None, WrittenGroup] = {}
     offset = plan.offsets[None]
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
-
-        def make(number: int) -> Future[list[GroupLayout]]:
-            return ahead.submit(_make_images, shares, groups[number], plan, buffers[number % 2], readers, moments)
-
-        coming = make(0)
+    with IOThreads(READERS, "wsm-pack-in") as readers, IOThreads(len(files), "wsm-pack-out") as out:
+        coming = make_images(shares, groups[0], plan, buffers[0], readers, moments)
         for number, group in enumerate(groups):
-            layouts = coming.result()
-            if number + 1 < len(groups):
-                coming = make(number + 1)
+            layouts = stop.result(coming)
             nbytes, checksums = layouts[0].nbytes, []
+            if number + 1 < len(groups):
+                buffer_of_next = buffers[(number + 1) % 2]
+                coming = make_images(shares, groups[number + 1], plan, buffer_of_next, readers, moments)
             for rank, buffer in enumerate(buffers[number % 2]):
                 image = memoryview(buffer[:nbytes].numpy().data)
-                checksums.append(xxhash.xxh3_128_hexdigest(image))
                 extents = stripes(nbytes, offset + rank * stride_of(nbytes, plan.targets), plan.targets)
-                list(out.map(partial(_write_extent, files, image), extents))  # raises what one raised
+                moved = out.submit(partial(_write_extent, files, image, extent) for extent in extents)
+                checksums.append(xxhash.xxh3_128_hexdigest(image))
+                stop.result(moved)
                 progress(plan.layouts[group].nbytes)
             written[group] = WrittenGroup(offset, layouts, checksums)
             offset += plan.tp * stride_of(nbytes, plan.targets)
     return written
-
-
-def _make_images(
-    shares: Sequence[TensorSource],
-    group: GroupId | None,
-    plan: StorePlan,
-    buffers: Sequence[Tensor],
-    readers: Executor,
-    moments: Moments | None,
-) -> list[GroupLayout]:
-    """Every rank's image of a group in a buffer of its own, all padded to the largest; their layouts.
-
-    The gaps between the tensors are zero, so the same weights give the same bytes.
-    """
-    weight_format = plan.weight_format if group is not None else None
-    if weight_format is None:
-        for share, buffer in zip(shares, buffers, strict=True):
-            tensors = views(buffer[: plan.layouts[group].nbytes].zero_(), plan.layouts[group])
-            names = [share.config.full_name(group, name) for name in tensors]
-            list(readers.map(share.read_into, names, tensors.values()))
-        return [plan.layouts[group]] * len(shares)
-    assert group is not None
-    inputs = moments(group) if moments is not None else None
-    layouts = [
-        encode_group(share, group, plan.dtype, weight_format, buffer, readers, inputs)
-        for share, buffer in zip(shares, buffers, strict=True)
-    ]
-    nbytes = max(layout.nbytes for layout in layouts)
-    for layout, buffer in zip(layouts, buffers, strict=True):
-        buffer[layout.nbytes : nbytes].zero_()
-    return [GroupLayout(nbytes, layout.tensors) for layout in layouts]
 
 
 def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:

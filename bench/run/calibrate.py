@@ -1,0 +1,87 @@
+"""`pack --calibrate`: a text is read by the unquantised model, so that quantising knows which errors matter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from bench.options.verb_flags import PackOptions
+from bench.run.quality import read_text, windows_of
+from llama.calibration import Calibration as Prefill
+from llama.inputs import Inputs, open_inputs, plan_run
+from llama.llm import LLaMA
+from llama.loading import Reporter
+from llama.options import BuildOptions
+from wsm.errors import DoesNotFit, UnusableInput
+from wsm.formats import registry
+from wsm.formats.integer import Integer
+from wsm.layout.groups import KINDS
+from wsm.plan.hardware import GIB, measure_hardware
+from wsm.plan.inputs import RunShape
+from wsm.plan.plan import Plan
+from wsm.store.pack import Calibration
+
+
+@contextmanager
+def calibrated(options: PackOptions, reporter: Reporter) -> Iterator[Calibration | None]:
+    """What packing asks for the importance of each group's inputs; None where no text was given.
+
+    The model streams from its checkpoint, beside the memory that quantising its largest matrix takes. Where that is not
+    there, errors are weighted with the mean square of each input, and nothing makes up for them.
+    """
+    if options.calibrate is None:
+        yield None
+        return
+    named = ("checkpoints", "synthetic", "cache_dir", "dtype", "device", "gpu_mem_gb", "cpu_mem_gb")
+    build = BuildOptions(mode="mixed", auto=True, **{name: getattr(options, name) for name in named})
+    _check(options)
+    inputs = open_inputs(build)
+    text = read_text(options.calibrate, "--calibrate")
+    windows = windows_of(inputs.tokenizer, text, options.window, options.windows, f"--calibrate {options.calibrate}")
+    feedback, plan = _planned(build, inputs, windows)
+    windows = windows[: plan.shape.batch]
+    tokens, how = sum(map(len, windows)), "error feedback" if feedback else "a weighted search"
+    reporter.say(f"[INFO] quantising with {how}, by {tokens} tokens of {options.calibrate} in {len(windows)} windows")
+    told = {
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": tokens,
+        "window": options.window,
+        "error_feedback": feedback,
+    }
+    with (
+        LLaMA.assemble(inputs, plan, reporter, measured=False, packed=False) as llm,
+        Prefill(llm, windows, feedback=feedback) as prefill,
+    ):
+        yield Calibration(prefill.moments, told)
+
+
+def _check(options: PackOptions) -> None:
+    name = options.weight_format
+    if name in ("auto", "bfloat16", "float16", "float32") or not isinstance(registry.get(name), Integer):
+        raise UnusableInput(f"--calibrate has no use for --weight-format {name}: int4 and int8 are quantised with it")
+    if (options.tp or 1) > 1:
+        raise UnusableInput("--calibrate packs for one rank: leave out --tp")
+
+
+def _planned(build: BuildOptions, inputs: Inputs, windows: list[list[int]]) -> tuple[bool, Plan]:
+    """Whether there is memory for error feedback, and the plan of the most windows that fit in one prefill."""
+    config, hardware = inputs.checkpoint.config, measure_hardware(inputs.device)
+    free = hardware.gpu_available_bytes if hardware.has_gpu else hardware.cpu_available_bytes
+    asked = build.gpu_mem_gb if hardware.has_gpu else build.cpu_mem_gb
+    room = min(free or 0, int(asked * GIB)) if asked is not None else free or 0
+    shapes = [spec.shape for kind in KINDS for spec in config.specs(kind) if len(spec.shape) == 2]
+    width = max(shape[1] for shape in shapes)
+    matrix = 10 * max(rows * columns for rows, columns in shapes)  # bf16, float32 and what a search takes beside them
+    budget = "gpu_mem_gb" if hardware.has_gpu else "cpu_mem_gb"
+    for feedback, taken in ((True, 3 * 4 * width * width + matrix), (False, matrix)):
+        rows = len(windows)
+        while rows and room > taken:
+            longest = len(windows[0])
+            settings = replace(build, **{budget: (room - taken) / GIB})
+            plan = plan_run(settings, inputs, RunShape(rows, longest, 1, rows * longest))
+            if plan.fits and plan.wave_rows >= rows:
+                return feedback, plan
+            rows //= 2
+    raise DoesNotFit("there is no memory for one window of the text beside the model: lower --window")

@@ -4,6 +4,8 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 MODES := full preload stream mixed
+# Rounds of each mode: as many as a verdict needs.
+ROUNDS := 5
 # Processes that share the tests. On a machine with a GPU, JOBS=0 runs them one after the other.
 JOBS ?= 2
 
@@ -19,9 +21,9 @@ $(VENV)/.installed: pyproject.toml
 
 bench: $(VENV)/.installed
 	set -e; for mode in $(MODES); do \
-	  $(BIN)/python bench_infer.py --mode $$mode --out-json bench_results_$$mode.json; \
+	  $(BIN)/python bench_infer.py --mode $$mode --repeats $(ROUNDS) --out-json bench_results_$$mode.json; \
 	done
-	$(BIN)/python bench_infer.py compare $(MODES:%=bench_results_%.json)
+	$(BIN)/python bench_infer.py compare --equal-outputs $(MODES:%=bench_results_%.json)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope

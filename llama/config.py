@@ -5,31 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from llama import names
+from llama.fields import Fields, number, whole
+from llama.rope import RopeScaling, hf_rope, meta_rope
 from wsm.errors import UnusableInput
 
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the original context.
-
-    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones only (Llama 3.1).
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise UnusableInput(f"RoPE scaling of type {self.kind!r} does not run here; linear and llama3 do")
-        factors = (self.factor, self.low_freq_factor, self.high_freq_factor)
-        if not all(map(_is_positive, (*factors, self.original_max_position))) or factors[2] <= factors[1]:
-            raise UnusableInput(f"RoPE scaling with impossible factors: {self}")
+MOST_LAYERS = 10_000
+"""No model has a hundredth of them; more would take all memory before a file could disprove them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +40,15 @@ class ModelConfig:
     full_name = staticmethod(names.full_name)
 
     def __post_init__(self) -> None:
-        for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_position"):
-            _whole(getattr(self, field), f"{self.name}: {field}")
+        for field in ("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_position"):
+            whole(getattr(self, field), f"{self.name}: {field}")
+        whole(self.n_layers, f"{self.name}: n_layers", MOST_LAYERS)
         if self.n_heads % self.n_kv_heads:
             raise UnusableInput(f"{self.name}: {self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:
             raise UnusableInput(f"{self.name}: head_dim must be even for RoPE, not {self.head_dim}")
         for field in ("norm_eps", "rope_theta"):
-            _number(getattr(self, field), f"{self.name}: {field}")
+            number(getattr(self, field), f"{self.name}: {field}")
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], name: str, *, vocab_size: int | None = None) -> ModelConfig:
@@ -71,19 +56,18 @@ class ModelConfig:
 
         UnusableInput for a missing field, or a model that is not a plain LLaMA.
         """
-        fields = _Fields(params, f"{name}/params.json")
-        for field in ("quantization_args", "lora_args", "moe_args", "vision_chunk_size"):
-            if params.get(field):
+        fields = Fields(params, f"{name}/params.json")
+        for field in _META_FOREIGN:
+            if params.get(field) not in (None, False, 0, -1, {}, []):
                 raise UnusableInput(
-                    f"{fields.file} sets {field}: quantised, LoRA, mixture-of-experts and vision models do not run "
-                    "here; take the plain text model in bfloat16"
+                    f"{fields.file} sets {field}: quantised, LoRA, mixture-of-experts, vision and Llama 4 models do "
+                    "not run here; take the plain text model in bfloat16"
                 )
         dim, n_heads = fields.whole("dim"), fields.whole("n_heads")
         vocab = vocab_size if params.get("vocab_size") in (None, -1) else params["vocab_size"]
         if vocab is None:
             raise UnusableInput(f"{fields.file} gives no vocab_size and no embedding was found to take it from")
-        scaled = params.get("use_scaled_rope")
-        scaling = RopeScaling("llama3", fields.number("rope_scaling_factor", 8.0)) if scaled else None
+        rope = meta_rope(fields)
         # LLaMA 2 was trained on 4096 positions and names no rope_theta; LLaMA 3 on 8192 and does.
         unscaled = 8192 if params.get("rope_theta") else 4096
         return cls(
@@ -96,9 +80,9 @@ class ModelConfig:
             ffn_dim=_meta_ffn_dim(dim, fields.whole("multiple_of", 256), fields.number("ffn_dim_multiplier", 1.0)),
             vocab_size=vocab,
             norm_eps=fields.number("norm_eps", 1e-5),
-            rope_theta=fields.number("rope_theta", 10000.0),
-            rope_scaling=scaling,
-            max_position=131072 if scaling else unscaled,
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
+            max_position=131072 if rope.scaling else unscaled,
         )
 
     @classmethod
@@ -107,14 +91,11 @@ class ModelConfig:
 
         UnusableInput for a missing field, another architecture, or a feature that does not run here, by name.
         """
-        fields = _Fields(config, f"{name}/config.json")
+        fields = Fields(config, f"{name}/config.json")
         _refuse_hf(fields)
         dim, n_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
         max_position = fields.whole("max_position_embeddings", 2048)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise UnusableInput(f"{fields.file}: RoPE parameters must be an object, not {rope!r}")
-        rope_fields = _Fields(rope, f"{fields.file} (RoPE)")
+        rope = hf_rope(fields, max_position)
         return cls(
             name=name,
             dim=dim,
@@ -125,10 +106,10 @@ class ModelConfig:
             ffn_dim=fields.whole("intermediate_size"),
             vocab_size=fields.whole("vocab_size"),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=rope_fields.number("rope_theta", fields.number("rope_theta", 10000.0)),
-            rope_scaling=_hf_rope_scaling(rope_fields, max_position),
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
             max_position=max_position,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tied_embeddings=fields.flag("tie_word_embeddings"),
         )
 
     def share(self, ranks: int) -> ModelConfig:
@@ -171,45 +152,10 @@ def _same_fields(cls: type[ModelConfig] | type[RopeScaling], found: Mapping[str,
 
 _SHARED = {"n_heads": "heads", "n_kv_heads": "KV heads", "ffn_dim": "feed-forward width", "vocab_size": "vocabulary"}
 """What ranks share evenly."""
-_BEYOND_ANY_MODEL = 1e15  # so products of two fields stay finite
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _BEYOND_ANY_MODEL
-
-
-def _whole(value: object, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnusableInput(f"{what} must be a whole number above 0, not {value!r}")
-    return value
-
-
-def _number(value: Any, what: str) -> float:
-    if not _is_positive(value):
-        raise UnusableInput(f"{what} must be a number above 0, not {value!r}")
-    return float(value)
-
-
-class _Fields(NamedTuple):
-    """Typed reading of a checkpoint's JSON; a field that is absent or null takes its default, if it has one."""
-
-    values: Mapping[str, Any]
-    file: str
-
-    def whole(self, field: str, default: int | None = None) -> int:
-        return _whole(self._value(field, default), f"{self.file}: field {field}")
-
-    def number(self, field: str, default: float | None = None) -> float:
-        return _number(self._value(field, default), f"{self.file}: field {field}")
-
-    def _value(self, field: str, default: float | None) -> Any:
-        value = self.values.get(field)
-        value = default if value is None else value
-        if value is None:
-            raise UnusableInput(
-                f"{self.file}: field {field} is missing; take the file from the original checkpoint again"
-            )
-        return value
+_META_FOREIGN = (
+    *("quantization_args", "lora_args", "moe_args", "vision_chunk_size", "vision_args"),
+    *("nope_layer_interval", "use_qk_norm", "attention_chunk_size", "attn_temperature_tuning"),
+)
 
 
 def _meta_ffn_dim(dim: int, multiple_of: int, multiplier: float) -> int:
@@ -218,7 +164,7 @@ def _meta_ffn_dim(dim: int, multiple_of: int, multiplier: float) -> int:
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-def _refuse_hf(fields: _Fields) -> None:
+def _refuse_hf(fields: Fields) -> None:
     config = fields.values
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if architectures not in (None, [], ["LlamaForCausalLM"]) or model_type not in (None, "llama"):
@@ -228,7 +174,17 @@ def _refuse_hf(fields: _Fields) -> None:
         )
     if not architectures and not model_type:
         raise UnusableInput(f"{fields.file} names neither architectures nor model_type: it is no model's config.json")
-    features = "attention_bias mlp_bias quantization_config compression_config sliding_window"
+    for field in ("quantization_config", "compression_config", "quantization"):
+        if found := config.get(field):
+            method, bits = (
+                (found.get(key) for key in ("quant_method", "bits")) if isinstance(found, dict) else (None,) * 2
+            )
+            how = f" ({method}{f', {bits} bits' if bits else ''})" if method else ""
+            raise UnusableInput(
+                f"{fields.file} sets {field}: a quantised model{how}, which does not run here; take the same model in "
+                "bfloat16 or float16 weights"
+            )
+    features = "attention_bias mlp_bias sliding_window"
     experts = "num_local_experts num_experts n_routed_experts"
     for field in (*features.split(), *experts.split()):
         if config.get(field):
@@ -237,23 +193,6 @@ def _refuse_hf(fields: _Fields) -> None:
             )
     if config.get("hidden_act", "silu") != "silu":
         raise UnusableInput(f"{fields.file}: activation {config['hidden_act']!r} does not run here; silu does")
-    if config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise UnusableInput(f"{fields.file} sets partial_rotary_factor, which does not run here; full RoPE does")
-
-
-def _hf_rope_scaling(rope: _Fields, max_position: int) -> RopeScaling | None:
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise UnusableInput(f"{rope.file}: scaling of type {kind!r} does not run here; default, linear and llama3 do")
-    return RopeScaling(
-        kind,
-        rope.number("factor"),
-        rope.number("low_freq_factor", 1.0),
-        rope.number("high_freq_factor", 4.0),
-        rope.whole("original_max_position_embeddings", max_position),
-    )
 
 
 def _llama2(name: str, dim: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wsm.disk import atomic
+from wsm.disk import files
 from wsm.errors import UnusableInput
 
 AGAIN = "download it from the original checkpoint again"
@@ -13,7 +13,7 @@ AGAIN = "download it from the original checkpoint again"
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; UnusableInput if it is missing, no JSON, or no object."""
-    content = atomic.read_json(path, str(path), AGAIN)
+    content = files.read_json(path, str(path), AGAIN)
     if not isinstance(content, dict):
         raise UnusableInput(f"{path} holds no JSON object; {AGAIN}")
     return content
@@ -21,6 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def refuse_pointer(path: Path) -> None:
     """Refuse (UnusableInput) what git leaves in place of a large file that it has not downloaded."""
+    files.check_regular_file(path)
     try:
         with path.open("rb") as file:
             is_pointer = file.read(64).startswith(b"version https://git-lfs")
@@ -28,3 +29,13 @@ def refuse_pointer(path: Path) -> None:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     if is_pointer:
         raise UnusableInput(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that directory")
+
+
+def refuse_gguf(where: Path) -> None:
+    """Refuse (UnusableInput), by name, a file for llama.cpp, or a directory that holds one."""
+    found = [where] if where.suffix == ".gguf" and where.is_file() else sorted(where.glob("*.gguf"))
+    if found:
+        raise UnusableInput(
+            f"--checkpoints {where}: {found[0].name} is a GGUF file, made for llama.cpp, which is not read here; take "
+            "the model's Hugging Face or Meta release, a directory with .safetensors or .pth files"
+        )

@@ -12,10 +12,13 @@ from llama.batch import TokenBatch, decode_batch, prefill_batch
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.sampling import check_sampling, sample
+from wsm import stop
 from wsm.errors import UnusableInput
 
 Observer = Callable[[str], None]
-"""Called with "start", "pass" (before each pass), "prefill_done", "token" (after each token's read-back), "done"."""
+"""Called with "start", "pass" (before each pass), "queued" (after it, while the device may still compute),
+"prefill_done", "token" (after each token's read-back), "done".
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,13 @@ def generate(
                     going.remove(row)
                     kv.end_row(row)
         observer("token")
+        stop.check()
         if not going:
             break
         observer("pass")
         batch = batch.followed_by(picked) if batch else decode_batch(picked, kv.lengths[: len(rows)], model.device)
         logits = model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last")
+        observer("queued")
         passes += 1
     observer("done")
     return Generation(rows, sum(map(len, prompts)), waves, passes)
@@ -148,4 +153,5 @@ def _prefill(
         observer("pass")
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))
+        observer("queued")
     return torch.cat(logits), len(logits)

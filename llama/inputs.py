@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
 from llama.options import BuildOptions
 from llama.parallel.world import ALONE, World
-from llama.tokenizer import Tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
+from wsm.disk.blockdev import is_block_device
+from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
@@ -58,6 +61,31 @@ class Inputs:
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
         return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a row. Token ids need no tokenizer: without one, what the JSON files name, or nothing."""
+        try:
+            return self.tokenizer.stop_ids
+        except UnusableInput:
+            directory = self.checkpoint.directory
+            return frozenset(stop_ids_named(directory, self.checkpoint.config) if directory is not None else ())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful in the files that were read."""
+        read = [self.tokenizer] if "tokenizer" in vars(self) else []
+        return [*self.checkpoint.warnings, *(warning for tokenizer in read for warning in tokenizer.warnings)]
+
+    def kv_disk(self, plan: Plan) -> tuple[str, Sequence[str]]:
+        """``--kv-device`` (of several ranks each has a file of its own), and the weights' targets."""
+        path = plan.inputs.kv_device
+        assert path is not None
+        if self.world.shard.size > 1:
+            if is_block_device(path):
+                raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
+            path = f"{path}.rank{self.world.shard.rank}"
+        return path, self.description.targets if self.description is not None else ()
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -113,6 +141,7 @@ def _stored_config(path: Path) -> ModelConfig | None:
 def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     """Open and check everything that the run reads; UnusableInput for what cannot be used."""
     options.check_together()
+    refuse_in_dev(options.cache_dir.expanduser(), f"--cache-dir {options.cache_dir}")
     device = choose_device(options.device, world.local)
     checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
@@ -149,14 +178,20 @@ def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
     }
 
 
-def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape) -> Plan:
-    """What will be where, and how much memory it takes; allocates nothing."""
+def hardware_here(inputs: Inputs) -> Hardware:
+    """The memory of this machine, a rank's share of the CPU's."""
+    world = inputs.world
+    return measure_hardware(inputs.device, world.local.size, GIB if world.shard.size == 1 else 2 * GIB)
+
+
+def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: Hardware | None = None) -> Plan:
+    """What will be where, and how much memory it takes, on this machine or on other ``hardware``; allocates nothing."""
     world = inputs.world
     if inputs.description is not None:
         layouts = {group: stored.layout for group, stored in inputs.description.groups.items()}
     else:
         layouts = dict(plan_store(inputs.checkpoint.config, inputs.dtype, 1, world.shard.size).layouts)
-    hardware = measure_hardware(inputs.device, world.local.size, (GIB if world.shard.size == 1 else 2 * GIB))
+    hardware = hardware or hardware_here(inputs)
     everywhere = world.exchange(json.dumps(asdict(hardware)))
     planned = PlanInputs(
         config=inputs.share.config,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.ambient import own_torch
 from llama.batch import prefill_batch
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
@@ -20,9 +21,8 @@ from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, encode_prompt
 from llama.weights import TensorWeights, WeightSource
-from wsm.disk.blockdev import is_block_device
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.stream import WeightStreamingManager
 from wsm.engine.telemetry import Telemetry
@@ -56,13 +56,14 @@ class LLaMA:
         self.link = Link()
         self.graphs: DecodeGraphs | None = None
         self.load_times = LoadTimes()
-        self.warnings: list[str] = []
+        self.warnings = inputs.warnings
         self.model: Transformer
         self.kv: KVCache
 
     # -- construction
 
     @classmethod
+    @own_torch()
     def build(
         cls,
         checkpoints_dir: str | Path | None,
@@ -97,6 +98,7 @@ class LLaMA:
         return cls.assemble(inputs, plan_run(options, inputs, shape), Reporter(), measured=False)
 
     @classmethod
+    @own_torch()
     def assemble(
         cls,
         inputs: Inputs,
@@ -150,7 +152,7 @@ class LLaMA:
                 self.telemetry,
                 self.link,
                 wanted=lambda: self.manager.tiers.wanted_groups() if self.manager is not None else 0,
-                disk=self._kv_disk() if placement.disk else None,
+                disk=inputs.kv_disk(self.plan) if placement.disk else None,
             )
             self.warnings += self.kv_tiers.warnings
         return KVCache(
@@ -165,16 +167,6 @@ class LLaMA:
             topk=self.plan.inputs.topk_blk,
         )
 
-    def _kv_disk(self) -> tuple[str, Sequence[str]]:
-        """``--kv-device``; of several ranks each has a file of its own."""
-        path, world, description = self.plan.inputs.kv_device, self.inputs.world, self.inputs.description
-        assert path is not None
-        if world.shard.size > 1:
-            if is_block_device(path):
-                raise UnusableInput(f"--kv-device {path}: several ranks cannot share a device: name a file")
-            path = f"{path}.rank{world.shard.rank}"
-        return path, description.targets if description is not None else ()
-
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
     ) -> WeightStreamingManager:
@@ -182,7 +174,7 @@ class LLaMA:
             source = self._source(reporter)
         self.warnings += source.warnings
         try:
-            with self.load_times.timed("allocate_s"):
+            with self.load_times.timed("allocate_s"), reporter.bar(None, "", "taking memory"):
                 manager = WeightStreamingManager(
                     self.plan.placement,
                     source,
@@ -213,7 +205,7 @@ class LLaMA:
     def _source(self, reporter: Reporter) -> GroupSource:
         inputs, settings = self.inputs, self.settings
         description = inputs.description
-        if description is None and settings.mode != "mixed":
+        if description is None and "SSD" not in self.plan.way:  # packing would write what no pass reads
             return CheckpointSource(inputs.share, inputs.dtype, threads=LOADING_THREADS)
         if description is None:
             with contextlib.ExitStack() as stack, inputs.world.first_here():
@@ -229,7 +221,7 @@ class LLaMA:
         store = PackedStore(
             description,
             staging_bytes=settings.staging_mb * 10**6,
-            verify="always" if settings.verify_weights else "first",
+            verify=settings.verify_weights,
         )
         try:
             compare_heads(store, inputs.share)
@@ -256,6 +248,7 @@ class LLaMA:
     def tokenizer(self) -> Tokenizer:
         return self.inputs.tokenizer
 
+    @own_torch()
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -266,9 +259,12 @@ class LLaMA:
         ignore_eos: bool = False,
         observer: Observer | None = None,
     ) -> Generation:
-        """New tokens for every prompt (texts, which get a BOS, or lists of token ids); ``.tokens`` and ``.texts``."""
-        ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else list(p) for p in prompts]
-        stop_ids = self.tokenizer.stop_ids if not ignore_eos else frozenset[int]()
+        """New tokens for every prompt (texts, or lists of token ids); ``.tokens`` and ``.texts``.
+
+        A text gets the special ids that its tokenizer puts around it; token ids are taken as they are.
+        """
+        ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+        stop_ids = self.inputs.stop_ids if not ignore_eos else frozenset[int]()
         chunk, wave = self.plan.chunk_tokens, self.plan.wave_rows
         options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave)
         found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None))
@@ -277,6 +273,7 @@ class LLaMA:
         kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
         return dataclasses.replace(found, texts=[self.tokenizer.decode(row) for row in kept])
 
+    @own_torch()
     @torch.inference_mode()
     def logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """float32 ``[B, T, vocab]`` after every token of equally long rows."""
@@ -297,6 +294,7 @@ class LLaMA:
             if part is not None:
                 part.stop()
         self.device.synchronize()
+        self.telemetry.fold()
 
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""

@@ -16,8 +16,8 @@ class Reporter:
     def say(self, line: str) -> None:
         """A line for the user."""
 
-    def bar(self, total: int, unit: str, what: str) -> AbstractContextManager[Callable[[int], None]]:
-        """A progress bar over ``total`` units; the callable inside moves it."""
+    def bar(self, total: int | None, unit: str, what: str) -> AbstractContextManager[Callable[[int], None]]:
+        """The progress of something that takes ``total`` units (None: nobody knows); the callable inside moves it."""
         return contextlib.nullcontext(lambda done: None)
 
 

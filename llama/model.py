@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.batch import Segment, TokenBatch, cut
-from llama.config import ModelConfig, RopeScaling
+from llama.config import ModelConfig
 from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
+from llama.rope import RopeScaling
 from llama.weights import Acquire, WeightSource, side_by_side
+from wsm import stop
 from wsm.layout.groups import GroupId
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
@@ -32,7 +34,7 @@ def scaled_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
         return freqs / scaling.factor
     wavelength, low = 2 * math.pi / freqs, scaling.low_freq_factor
     smooth = (scaling.original_max_position / wavelength - low) / (scaling.high_freq_factor - low)
-    smooth = smooth.clamp(0.0, 1.0)
+    smooth = smooth.clamp(0.0, 1.0).nan_to_num(0.0)  # with equal factors a step: 1 or 0, and 0 / 0 on it
     return (1 - smooth) * freqs / scaling.factor + smooth * freqs
 
 
@@ -161,9 +163,11 @@ class Transformer:
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
                 for chunk in chunks:
+                    stop.check()
                     self._attention_(h[chunk.part], w, chunk, kv, layer)
             with acquire(GroupId(layer, "ffn")) as w:
                 for chunk in chunks:
+                    stop.check()
                     self._feed_forward_(h[chunk.part], w)
         return h
 

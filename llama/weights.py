@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama.checkpoint import Checkpoint
 from llama.names import QKV
+from wsm import stop
 from wsm.layout.groups import GroupId, TensorSpec, pass_order
 
 Acquire = Callable[[GroupId], AbstractContextManager[Mapping[str, Tensor]]]
@@ -65,6 +66,7 @@ class TensorWeights:
         def load(group: GroupId | None, specs: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
             tensors = _empty(specs, device, dtype)
             for spec in specs:
+                stop.check()
                 on_cpu = torch.empty(spec.shape, dtype=dtype)
                 checkpoint.read_into(config.full_name(group, spec.name), on_cpu)
                 tensors[spec.name].copy_(on_cpu)

@@ -85,6 +85,8 @@ def meta_params(checkpoint: Checkpoint) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "use_scaled_rope": config.rope_scaling is not None,
     }
+    if config.rope_scaling is not None:
+        params["rope_scaling_factor"] = config.rope_scaling.factor
     return params
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no
 
 
 class Kind(NamedTuple):
-    """What a value may be: in words, as a test, and read from text (ValueError or KeyError where it cannot be)."""
+    """What a value may be: in words, as a test, and read from text (ValueError or KeyError where it cannot be).
+
+    ``words``: all that are allowed, where they can be listed.
+    """
 
     says: str
     allows: Callable[[Any], bool]
     read: Callable[[str], Any]
     metavar: str
+    words: tuple[str, ...] = ()
 
     def parse(self, text: str, say: Callable[[], Exception]) -> Any:
         """The value that ``text`` says; raises what ``say`` makes for one that is not allowed."""
@@ -34,7 +39,14 @@ class Kind(NamedTuple):
     def instead_of(self, text: str) -> str:
         """The end of the sentence that refuses ``text``."""
         large = text.isdecimal() and len(text) > 18
-        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}"
+        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}{meant(text, self.words)}"
+
+
+def meant(text: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses ``text``: the known word that is most like it, or nothing."""
+    spelled = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(text.strip("'\"").lower(), spelled, n=1)
+    return f"; did you mean {spelled[close[0]]}?" if close else ""
 
 
 def whole(least: int) -> Kind:
@@ -55,7 +67,7 @@ def number(least: float, most: float = math.inf, *, above: bool = False, says: s
 
 def one_of(*words: str) -> Kind:
     """One of the words."""
-    return Kind(f"{', '.join(words[:-1])} or {words[-1]}", words.__contains__, str, f"{{{','.join(words)}}}")
+    return Kind(f"{', '.join(words[:-1])} or {words[-1]}", words.__contains__, str, f"{{{','.join(words)}}}", words)
 
 
 def _is_a(*types: type) -> Callable[[object], bool]:
@@ -76,8 +88,9 @@ class Option:
     """What is declared of a field; ``help`` is for docs/FLAGS.md too, where ``code`` and docs/PAGE.md are marked up.
 
     ``shown`` is the default in words, where the value does not say it; ``flags`` are other spellings than
-    ``--the-name``. ``positional``: not a flag, but the arguments themselves; ``by_variable``: set by ``WSM_THE_NAME``
-    and by no flag; ``swept``: whether ``sweep`` takes it as a list.
+    ``--the-name``, and ``alone`` is what the flag means without a value. ``positional``: not a flag, but the arguments
+    themselves; ``by_variable``: set by ``WSM_THE_NAME`` and by no flag; ``swept``: whether ``sweep`` takes it as a
+    list.
     """
 
     kind: Kind
@@ -86,6 +99,7 @@ class Option:
     metavar: str = ""
     shown: str = ""
     flags: tuple[str, ...] = ()
+    alone: str = ""
     positional: bool = False
     by_variable: bool = False
     swept: bool = True
@@ -115,6 +129,11 @@ class Option:
         """Raises UnusableInput for a value that is not allowed; None is where it is the default."""
         if not (self.kind.allows(value) if value is not None else self.default is None):
             raise UnusableInput(f"{self.spelled} {self.kind.instead_of(repr(value))}")
+
+
+def negated(flag: str) -> str:
+    """What turns a switch off that is on or off by what else is given: its default is None."""
+    return f"--no-{flag.removeprefix('--')}"
 
 
 def option(default: Any, kind: Kind, help: str, **more: Any) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from wsm.errors import UnusableInput
-from wsm.option import SWITCH, Kind, number, one_of, option, options_of, whole
+from wsm.option import SWITCH, Kind, meant, number, one_of, option, options_of, whole
 
 MODES = ("mixed", "stream", "preload", "full")
+VerifyWhen = Literal["auto", "first", "always"]
 _GIB = number(0, 1e6, above=True, says="a number of GiB above 0, at most 1e+06", metavar="GIB")
 _flag, _variable = partial(option, group="paging"), partial(option, by_variable=True)
 
@@ -31,7 +31,13 @@ class Settings:
     cpu_cache_layers: int = _flag(40, whole(1), "layers of page-locked memory in all: pools first, the rest resident")
     warmup_layers: int = _flag(4, whole(0), "layers staged on the GPU before the first pass")
     staging_mb: int = _flag(64, whole(1), "SSD bytes in flight, in MB, used up to 134; takes no GPU memory")
-    verify_weights: bool = _flag(False, SWITCH, "check a group's checksum at every read, not only at the first")
+    verify_weights: VerifyWhen = _flag(
+        "auto",
+        one_of(*get_args(VerifyWhen)),
+        "check what comes from the SSD tier at every read, or at the first; auto: at every one where the drive is "
+        "slower than the checks",
+        alone="always",
+    )
     embedding: Literal["gpu", "cpu"] = _flag(
         "gpu", one_of("gpu", "cpu"), "where the token embedding is; not for `full`, nor where it is the head too"
     )
@@ -143,7 +149,9 @@ def read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read(name: str, text: str, kind: Kind) -> Any:
-    return kind.parse(text, lambda: UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}"))
+    return kind.parse(
+        text, lambda: UnusableInput(f"{name}={text} cannot be used: it must be {kind.says}{meant(text, kind.words)}")
+    )
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
@@ -151,7 +159,5 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     warnings = []
     for name in sorted(environ):
         if name.startswith("WSM_") and name not in WSM_PRESETS:
-            close = difflib.get_close_matches(name, WSM_PRESETS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            warnings.append(f"the variable {name} is not known and has no effect{hint}")
+            warnings.append(f"the variable {name} is not known and has no effect{meant(name, WSM_PRESETS)}")
     return warnings

@@ -2,81 +2,133 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
+import torch
+
+from bench.cli.confirm import confirmed
+from bench.cli.plan_json import plan_json
 from bench.options.flags import kept_command
-from bench.options.run_flags import RunOptions
+from bench.options.run_flags import PlanOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
-from bench.result.summary import ConsoleReporter
+from bench.result.console import ConsoleReporter
+from bench.result.results import significant
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import open_inputs, plan_run, read_manifest
+from llama.inputs import Inputs, hardware_here, open_inputs, plan_run, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
+from wsm.plan.hardware import Hardware
 from wsm.plan.levers import auto_flags
-from wsm.settings import unknown_variables
+from wsm.plan.machines import Machine, hardware_elsewhere, machine_named, rates_elsewhere
+from wsm.plan.plan import Plan
+from wsm.plan.time import Ceiling
+from wsm.settings import Settings, unknown_variables
 from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
 from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore, verify
 
 
-def run_plan(options: RunOptions, argv: Sequence[str]) -> int:
+def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     """Print what would be where, and what each flag would buy; exit code 3 if it does not fit."""
+    if options.output not in (None, "json"):
+        raise UnusableInput(f"plan -o {options.output} is not known: leave it out for text, or give json")
     ranks = options.tp or 1
-    inputs = open_inputs(options, World(Shard(0, ranks), Shard(0, ranks)))
-    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, print), options))
-    ceilings = recall_near(options, inputs)
-    if not ceilings:
-        print("[INFO] no floor is predicted: this machine's ceilings are measured, and kept, by the first run")
+    machine = machine_named(options.machine) if options.machine is not None else None
+    elsewhere = machine is not None or (options.gpu_mem_gb is not None and options.device != "cpu")
+    device = "cpu" if elsewhere and not torch.cuda.is_available() else options.device
+    inputs = open_inputs(replace(options, device=device), World(Shard(0, ranks), Shard(0, ranks)))
+    say = partial(print, file=sys.stderr) if options.output else print
+    hardware = _hardware(options, inputs, machine, elsewhere)
+    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, say), options), hardware)
+    ceilings = _rates(options, inputs, machine, plan)
+    if options.output:
+        print(json.dumps(significant(plan_json(plan, ceilings))))
+        check_fits(plan, ceilings)
+        return 0
+    for line in _said_of_rates(machine, plan, ceilings):
+        print(f"[INFO] {line}")
     print(describe(plan, ceilings))
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
-    for warning in unknown_variables(os.environ):
+    for warning in (*inputs.warnings, *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings)
     return 0
 
 
+def _hardware(options: PlanOptions, inputs: Inputs, machine: Machine | None, elsewhere: bool) -> Hardware:
+    """What is planned for. ``--device cpu`` plans for the CPU as the compute device, its tiers as large as given."""
+    here = hardware_here(inputs)
+    settings: Settings = options if elsewhere or here.has_gpu else replace(options, gpu_mem_gb=None)
+    return hardware_elsewhere(here, machine, settings, inputs.world.local.size)
+
+
+def _rates(options: PlanOptions, inputs: Inputs, machine: Machine | None, plan: Plan) -> dict[str, Ceiling]:
+    """Given, of the named machine, or measured here; of a GPU that is not here only the drive's was."""
+    here = recall_near(options, inputs)
+    if plan.inputs.hardware.has_gpu and inputs.device.type == "cpu":
+        here = {name: ceiling for name, ceiling in here.items() if name == "ssd"}
+    given = {"h2d": options.link_gbps, "ssd": options.ssd_gbps, "hbm": options.hbm_gbps}
+    rates = rates_elsewhere(here, machine, given, options.matmul_tflops)
+    if machine is not None and inputs.dtype.itemsize > 2 and options.matmul_tflops is None:
+        rates.pop("matmul")  # the table's is of bf16
+    return rates
+
+
+def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, Ceiling]) -> Iterator[str]:
+    if machine is not None:
+        yield f"planned for {machine.name}: {', '.join(_rate(name, ceiling) for name, ceiling in ceilings.items())}"
+        if plan.inputs.settings.cpu_mem_gb is None:
+            yield "its CPU memory is taken to be what is free here: --cpu-mem-gb says another machine's"
+    if not ceilings:
+        yield (
+            "no floor is predicted: this machine's ceilings are measured, and kept where they are steady, by the first "
+            "run; --machine, or --link-gbps and --ssd-gbps, give another machine's"
+        )
+    elif "SSD" in plan.way and "ssd" not in ceilings:
+        yield "nothing is known of the drive, which this plan reads: give --ssd-gbps"
+
+
+def _rate(name: str, ceiling: Ceiling) -> str:
+    value = f"{ceiling.value / 1e3:g} GB/s" if ceiling.unit == "MBps" else f"{ceiling.value:g} TFLOPs"
+    return f"{name} {value} ({ceiling.how})"
+
+
 def run_pack(options: PackOptions) -> int:
     """Pack a checkpoint."""
-    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     shared = {name: getattr(options, name) for name in ("checkpoints", "synthetic", "cache_dir", "dtype")}
     inputs = open_inputs(BuildOptions(mode="full", device="cpu", **shared))
     tp, config, targets = options.tp or 1, inputs.checkpoint.config, len(options.to)
     size = plan_store(config, inputs.dtype, targets, tp).target_bytes
     ranks = f" for {tp} ranks" if tp > 1 else ""
+    for warning in inputs.warnings:
+        reporter.say(f"[WARNING] {warning}")
     reporter.say(f"[INFO] packing {config.name}{ranks}: {size / 1e9:.3f} GB on each of {targets} target(s)")
-
-    def confirm(question: str) -> bool:
-        if options.yes:
-            return True
-        if not sys.stdin.isatty():
-            raise UnusableInput(f"{question} There is no terminal to ask on: --yes confirms; nothing was written")
-        try:
-            return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-        except EOFError:
-            return False
 
     with reporter.bar(size * targets, "B", "packing") as advance:
         request = PackRequest(options.to, options.manifest, inputs.dtype, options.force, tp)
-        pack(inputs.checkpoint, request, confirm=confirm, progress=advance)
+        pack(inputs.checkpoint, request, confirm=partial(confirmed, yes=options.yes), progress=advance)
     reporter.say(f"[INFO] packed; the manifest is {options.manifest}")
     return 0
 
 
 def run_verify(options: VerifyOptions) -> int:
     """Read a store back; exit code 4 if any group is bad."""
-    reporter = ConsoleReporter(quiet=False, verbose=options.verbose)
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     checkpoint: Checkpoint | None = None
     if options.checkpoints is not None:
         weightless = options.checkpoints.is_dir() and not has_weights(options.checkpoints)

@@ -5,16 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.options.flags import check_point
-from bench.options.run_flags import RunOptions
-from bench.options.verb_flags import CompareOptions, Options, PackOptions, PromptsOptions, ReportOptions, SweepOptions
-from bench.run.job import unbroken
+from bench.options.run_flags import PlanOptions
+from bench.options.verb_flags import (
+    CacheOptions,
+    CompareOptions,
+    Options,
+    PackOptions,
+    PromptsOptions,
+    ReportOptions,
+    SweepOptions,
+    VerifyOptions,
+)
+from bench.run.signals import importing
 from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from wsm import stop
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
+
+if TYPE_CHECKING:
+    from bench.compare.compare import Comparison
 
 
 def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> int:
@@ -31,45 +45,68 @@ def run_verb(options: Options, argv: Sequence[str], user_set: Sequence[str]) -> 
         from bench.sweep.sweep import run_sweep
 
         return run_sweep(options, user_set, check_point)
-    with unbroken():
-        from bench.cli.models import run_pack, run_plan, run_verify
+    if isinstance(options, CacheOptions):
+        from bench.cli.cache import run_cache
 
-    if isinstance(options, RunOptions):
+        return run_cache(options)
+    with importing():
+        from bench.cli.models import run_pack, run_plan, run_verify
+    stop.check()
+    if isinstance(options, PlanOptions):
         return run_plan(options, argv)
-    return run_pack(options) if isinstance(options, PackOptions) else run_verify(options)
+    if isinstance(options, PackOptions):
+        return run_pack(options)
+    assert isinstance(options, VerifyOptions)
+    return run_verify(options)
 
 
 def _run_compare(options: CompareOptions) -> int:
-    """Print results against the first; with ``--threshold``, exit code 1 if one is slower by more."""
-    from bench.compare.compare import compare, regressions
+    """Print results against the first; exit code 1 where ``--threshold`` or ``--equal-outputs`` found a fault."""
+    from bench.compare.compare import are_equal, compare, outputs_of
     from bench.compare.sides import read_sides
-    from bench.compare.text import as_csv, as_markdown, as_text
+    from bench.compare.text import as_csv, as_markdown, as_text, outputs_line
 
     comparison = compare(read_sides(options.paths))
     print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
-    if options.threshold is None:
-        return 0
-    slower = list(regressions(comparison, options.threshold))
+    unequal = options.equal_outputs and not are_equal(outputs_of(comparison))
+    if unequal:
+        print(f"bench_infer.py: the outputs are {outputs_line(comparison)}", file=sys.stderr)
+    return 1 if (options.threshold is not None and _is_slower(comparison, options.threshold)) or unequal else 0
+
+
+def _is_slower(comparison: Comparison, threshold: float) -> bool:
+    """Whether a side is slower than the first by more than ``threshold`` percent; says which, and what is undecided."""
+    from bench.compare.compare import regressions, undecided
+
+    base, slower = comparison.sides[0].name, list(regressions(comparison, threshold))
     for side, percent in slower:
         print(
-            f"bench_infer.py: {side.name} is slower than {comparison.sides[0].name} by "
-            f"{percent:.1f} %, more than --threshold {options.threshold:g}",
+            f"bench_infer.py: {side.name} is slower than {base} by {percent:.1f} %, more than --threshold "
+            f"{threshold:g}",
             file=sys.stderr,
         )
-    return 1 if slower else 0
+    for side, ratio in undecided(comparison, threshold):
+        print(
+            f"bench_infer.py: --threshold {threshold:g} is undecided for {side.name}: e2e_ms is {ratio.value:.4f} "
+            f"times that of {base}, and the interval goes up to {ratio.high:.4f}: more samples tell",
+            file=sys.stderr,
+        )
+    return bool(slower)
 
 
 def _run_prompts(options: PromptsOptions) -> int:
     """Make a prompt file."""
-    from bench.result.summary import ConsoleReporter
+    from bench.result.console import ConsoleReporter
     from bench.run.prompts import make_prompts, prompt_file
 
     tokenizer = _tokenizer_of(options.checkpoints)
     if not options.out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {options.out}: its directory does not exist")
     texts = []
-    with ConsoleReporter(quiet=False, verbose=options.verbose).bar(options.count, "prompt", "prompts") as advance:
+    reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
+    with reporter.bar(options.count, "prompt", "prompts") as advance:
         for text in make_prompts(tokenizer, options.count, options.tokens, options.seed):
+            stop.check()
             texts.append(text)
             advance(1)
     write_atomically(options.out, prompt_file(texts, options.tokens))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from bench.compare.sides import Side, device_of, differing, mixed_within, provenance_of, settings_of
+from bench.compare.sides import Side, device_of, differing, mixed_within, once, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
-from bench.result.types import METRICS, LinkRates, Result
+from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
 from wsm.errors import UnusableInput
 
@@ -74,7 +74,7 @@ def compare(sides: Sequence[Side]) -> Comparison:
 
 def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cell]]]:
     yield "n", [f"{len(side.samples('e2e_ms'))} {side.sampled}" for side in sides]
-    for metric in METRICS:
+    for metric in (*PASS_FIGURES, *METRICS):
         found = [side.samples(metric) for side in sides]
         yield f"median {metric}", [statistics.median(samples) if samples else None for samples in found]
     found = [side.samples("e2e_ms") for side in sides]
@@ -100,8 +100,6 @@ def _where(typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cel
             yield f"{phase} {key}", _cells(typical, f"phases.{phase}.{key}")
         if phase == "prefill":
             yield "prefill passes", _cells(typical, "phases.prefill.passes")
-        else:
-            yield "decode tpot_ms", [result.tpot_ms.mean if result and result.tpot_ms else None for result in typical]
         paths = {f"{tier} MB": (f"bytes_moved.{tier}", 1e6) for tier in Traffic.__struct_fields__}
         for group, tiers in {"busy_ms": Busy, "stall_ms": Stall, "idle_ms": Idle}.items():
             paths |= {f"{tier} {group}": (f"{group}.{tier}", 1) for tier in tiers.__struct_fields__}
@@ -156,6 +154,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+Outputs: TypeAlias = dict[str | None, list[int]]
+
+
+def outputs_of(comparison: Comparison) -> Outputs:
+    """The places of the sides that generated each output, by its digest; under None those that gave no result."""
+    found: Outputs = {}
+    for place, side in enumerate(comparison.sides):
+        for digest in dict.fromkeys(result.output.sha256 for result in side.results) or (None,):
+            found.setdefault(digest, []).append(place)
+    return found
+
+
+def are_equal(outputs: Outputs) -> bool:
+    """Whether all sides generated the same tokens."""
+    return len(outputs) == 1 and None not in outputs
+
+
 def regressions(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[Side, float]]:
     """The sides that are slower than the base by more than the threshold, and by how many percent.
 
@@ -171,6 +186,16 @@ def regressions(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[
             yield against.side, percent
 
 
+def undecided(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[Side, Ratio]]:
+    """The sides that are no regression and whose interval rules none out: silence would be a claim."""
+    most = 1 + threshold_pct / 100
+    for against in comparison.against:
+        ratio = against.ratio
+        shown = against.verdict == "slower" and ratio is not None and ratio.value > most
+        if ratio is not None and ratio.high is not None and ratio.high > most and not shown:
+            yield against.side, ratio
+
+
 def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
     """Each warning with its sides' names; what a side's results differ in, and its failed processes, are some too."""
     named: dict[str, list[str]] = {}
@@ -179,6 +204,12 @@ def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
         for name, values in mixed_within(side).items():
             said.append(f"its results differ in {name}: {', '.join(map(_short, values))}")
         said += [f"a process failed with {failure}" for failure in side.failures]
+        if side.copies:
+            said.append(f"{side.copies} of its results are copies of another one: each process counts once")
+        if side is not sides[0] and (shared := len(once(sides[0].results).keys() & once(side.results))):
+            said.append(
+                f"{shared} of its results are those of {sides[0].name}: a process on both sides compares nothing"
+            )
         for warning in said:
             named.setdefault(warning, []).append(side.name)
     return named

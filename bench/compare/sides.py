@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from wsm.settings import CHOSEN
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
-_PLACES = frozenset({"out_json", "trace", "output", "print_text", "verbose"})
+_PLACES = frozenset({"out_json", "trace", "output", "print_text", "quiet", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
 
 
@@ -31,12 +31,13 @@ class Side:
     source: Path  # where it was read from, for messages and for traces beside it
     failures: tuple[Failure, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)  # the swept flags', of a point of a sweep
+    copies: int = 0  # files or lines that held one of the results once more
 
     def samples(self, metric: str) -> list[float]:
         """What a test may take as independent: the rounds of a single result, or each result's own figure."""
         if len(self.results) == 1:
-            return [getattr(raw, metric) for raw in self.results[0].repeats.raw]
-        return [getattr(result, metric) for result in self.results]
+            return self.results[0].rounds(metric)
+        return [figure for result in self.results if (figure := result.whole(metric)) is not None]
 
     @property
     def sampled(self) -> str:
@@ -55,7 +56,7 @@ def read_sides(paths: Sequence[Path]) -> list[Side]:
 
     Raises UnusableInput for what cannot be read, holds no result, or mixes runs of different settings.
     """
-    sides = [side for path in paths for side in _read(path)]
+    sides = [_each_once(side) for path in paths for side in _read(path)]
     for side in sides:
         _check_same_settings(side)
     return list(_named_apart(sides))
@@ -87,6 +88,19 @@ def _folder(folder: Path, name: str, values: Mapping[str, str]) -> Side:
     failures = tuple(read_failure(path) for path in files if path.name.endswith(".failed.json"))
     results = tuple(read_result(path) for path in files if not path.name.endswith((".failed.json", TRACE_SUFFIX)))
     return Side(name or folder.name, results, folder, failures, values)
+
+
+def once(results: Iterable[Result]) -> dict[bytes, Result]:
+    """The results by their content: five copies of a file are one sample, not five that agree to the last digit.
+
+    Start, timings and memory are part of it, so no two processes have the same.
+    """
+    return {msgspec.json.encode(result): result for result in results}
+
+
+def _each_once(side: Side) -> Side:
+    found = tuple(once(side.results).values())
+    return replace(side, results=found, copies=len(side.results) - len(found))
 
 
 class _SweepLine(msgspec.Struct):
@@ -153,7 +167,9 @@ def mixed_within(side: Side) -> dict[str, list[Any]]:
 
 def settings_of(result: Result) -> dict[str, Any]:
     """Resolved flags and variables of a run, less the paths that it writes to."""
-    named = {name: value for name, value in result.config.resolved.items() if name not in ("out_json", "trace")}
+    named = {
+        name: value for name, value in result.config.resolved.items() if name not in ("out_json", "trace", "quiet")
+    }
     return {**named, **result.config.environment}
 
 
@@ -176,9 +192,10 @@ def differing(many: Sequence[Mapping[str, Any] | None]) -> dict[str, list[Any]]:
 
 
 def _named_apart(sides: Sequence[Side]) -> Iterator[Side]:
-    """Names that several sides share become their paths, then get numbers."""
+    """Names that several sides share become their paths, then get numbers; bytes that are no text become escapes."""
     shared, seen = Counter(side.name for side in sides), Counter[str]()
     for side in sides:
         name = side.name if shared[side.name] == 1 else str(side.source)
         seen[name] += 1
-        yield replace(side, name=name if seen[name] == 1 else f"{name} ({seen[name]})")
+        shown = name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+        yield replace(side, name=shown if seen[name] == 1 else f"{shown} ({seen[name]})")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench.compare.compare import Against, Cell, Comparison, Rows
+from bench.compare.compare import Against, Cell, Comparison, Rows, are_equal, outputs_of
 from bench.compare.verdict import CONFIDENCE
 from bench.result.results import significant
 
@@ -118,6 +118,7 @@ def _header(comparison: Comparison, quote: str) -> Iterator[str]:
 
 def _closing(comparison: Comparison) -> Iterator[list[str]]:
     """Sections: a title, then lines."""
+    yield ["outputs", outputs_line(comparison)]
     yield ["verdicts", *verdict_lines(comparison)]
     for title, values in (("settings", comparison.settings), ("provenance", comparison.provenance)):
         yield [f"{title} that differ", *(list(differing_lines(values)) or ["none"])]
@@ -139,6 +140,15 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
                 f"Welch on logarithms, n {side.ratio.n[0]} and {side.ratio.n[1]})"
             )
         yield f"{letters(place)}: {side.verdict}: {said}"
+
+
+def outputs_line(comparison: Comparison) -> str:
+    """Whether all sides generated the same tokens, and which did where not."""
+    found = {digest and digest[:12]: places for digest, places in outputs_of(comparison).items()}
+    if are_equal(found):
+        return f"equal: all {len(comparison.sides)} sides generated the same tokens (sha256 {next(iter(found))})"
+    groups = [f"{', '.join(map(letters, places))} {digest or 'no result'}" for digest, places in found.items()]
+    return f"not equal: {'; '.join(groups)}"
 
 
 def differing_lines(values: Mapping[str, Sequence[Any]]) -> Iterator[str]:

@@ -8,23 +8,51 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from bench.options.run_flags import RunOptions
+from bench.options.about import models_text, version_text
+from bench.options.run_flags import PlanOptions, RunOptions
 from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
 from wsm.errors import UnusableInput
-from wsm.option import SWITCH, Kind, Option, options_of
+from wsm.option import SWITCH, Kind, Option, meant, negated, options_of
 from wsm.settings import read_variables
 
-GROUPS = ("", "model", "paging", "work", "output")
+GROUPS = ("", "model", "paging", "work", "output", "another machine")
+_PROGRAM = "bench_infer.py"
+_HELP_COLUMN = 30
 
 
 class _Parser(argparse.ArgumentParser):
     """Hands its complaints on as one sentence instead of printing usage and exiting; guesses no abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
+        def formatter(prog: str) -> argparse.HelpFormatter:
+            return argparse.HelpFormatter(prog, max_help_position=_HELP_COLUMN)
+
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=formatter, **options)
+
+    @property
+    def flags(self) -> frozenset[str]:
+        return frozenset(self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
         raise UnusableInput(f"{message} (see {self.prog} --help)")
+
+
+class _Program(_Parser):
+    """Whose help has the verbs, then the flags of the default one."""
+
+    of_verb: dict[str, _Parser]
+
+    def format_help(self) -> str:
+        flags = self.of_verb["run"].format_help().split("\n\n", 2)[2]  # less usage and --help
+        return f"{super().format_help()}\nFlags of run and plan:\n\n{flags}"
+
+
+class _Answer(argparse.Action):
+    """Prints what ``const`` makes, and ends, as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(self.const())
+        parser.exit()
 
 
 class _Given(argparse.Action):
@@ -33,7 +61,8 @@ class _Given(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        namespace.given.append((self.option_strings[0], "on" if values is None else str(values)))
+        # The flag itself, for which there may be a short form of one letter.
+        namespace.given.append((max(self.option_strings, key=len), "on" if values is None else str(values)))
 
 
 def _reader(kind: Kind) -> Callable[[str], Any]:
@@ -56,7 +85,8 @@ def metavar_of(declared: Option, *, listed: bool = False) -> str:
 
 def _add(to: argparse._ActionsContainer, declared: Option, *, listed: bool = False) -> None:
     names = sorted([declared.spelled, *declared.flags], key=len)
-    told = f" ({declared.default_text})" if declared.default_text and declared.kind is not SWITCH else ""
+    plain_switch = declared.kind is SWITCH and declared.default is not None
+    told = f" ({declared.default_text})" if declared.default_text and not plain_switch else ""
     shown: dict[str, Any] = {"help": declared.help.replace("`", "").replace("%", "%%") + told}
     if declared.kind is not SWITCH or listed:
         shown["metavar"] = metavar_of(declared, listed=listed)
@@ -64,30 +94,56 @@ def _add(to: argparse._ActionsContainer, declared: Option, *, listed: bool = Fal
         to.add_argument(*names, action=_Given, nargs="?" if declared.kind is SWITCH else None, **shown)
     elif declared.positional:
         to.add_argument(declared.name, type=_reader(declared.kind), nargs="+", **shown)
+    elif declared.kind is SWITCH and declared.default is None:
+        to.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, **shown)
     elif declared.kind is SWITCH:
         to.add_argument(*names, action="store_true", **shown)
     else:
+        if declared.alone:
+            shown |= {"nargs": "?", "const": declared.alone}
         to.add_argument(*names, type=_reader(declared.kind), required=declared.required, **shown)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Program:
     """The parser of all verbs; ``run`` is the default one, see :func:`parse`."""
-    parser = _Parser(
-        prog="bench_infer.py", description="Runs LLaMA models larger than the GPU and tells where the time went."
+    parser = _Program(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [VERB] [FLAGS]",
+        description="Runs LLaMA models larger than the GPU and tells where the time went.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, parser_class=_Parser, title="verbs, each with --help of its own", metavar="VERB"
+    )
+    parser.of_verb = {}
     for verb, (cls, text) in VERBS.items():
-        one = verbs.add_parser(verb, help=text)
-        for group, found in in_groups(options_of(cls).values()).items():
+        declared = options_of(cls)
+        usage = f"{_PROGRAM} {verb} {''.join(map(_needed, declared.values()))}[FLAGS]"
+        one = parser.of_verb[verb] = verbs.add_parser(verb, prog=f"{_PROGRAM} {verb}", help=text, usage=usage)
+        for group, found in in_groups(declared.values()).items():
             to = one.add_argument_group(group) if group and cls is not SweepOptions else one
-            for declared in found:
-                _add(to, declared)
+            for each in found:
+                _add(to, each)
         if cls is SweepOptions:
             one.set_defaults(given=[])
             lists = one.add_argument_group("of a run, each a list: A,B,C or the flag several times")
-            for declared in LISTED.values():
-                _add(lists, declared, listed=True)
+            for each in LISTED.values():
+                _add(lists, each, listed=True)
+        if cls is RunOptions:
+            asked = one.add_argument_group("answered, and nothing else done")
+            asked.add_argument(
+                "--version", action=_Answer, nargs=0, const=version_text, help="of this program and torch"
+            )
+            asked.add_argument(
+                "--list-models", action=_Answer, nargs=0, const=models_text, help="what --synthetic takes"
+            )
     return parser
+
+
+def _needed(declared: Option) -> str:
+    """What has to be given, as the line of usage has it."""
+    if not declared.required:
+        return ""
+    return f"{metavar_of(declared)} ... " if declared.positional else f"{declared.spelled} {metavar_of(declared)} "
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Options]:
@@ -95,20 +151,49 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
 
     Raises UnusableInput for an argument or a variable that cannot be used, in one sentence.
     """
-    if not argv or (argv[0] not in VERBS and argv[0] not in ("-h", "--help")):
+    if not argv or (argv[0][:1] == "-" and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
-    values: dict[str, Any] = vars(build_parser().parse_args(list(argv)))
+    parser = build_parser()
+    _check_known(argv, parser.of_verb)
+    values: dict[str, Any] = vars(parser.parse_args(list(argv)))
     verb = str(values.pop("verb"))
     if verb == "sweep":
         values["sweep"] = sweep_of(values.pop("given"))
     cls = VERBS[verb][0]
-    if cls is RunOptions:
+    if issubclass(cls, RunOptions):
         values = {**read_variables(environ), **values}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     options: Options = cls(**values)
     if isinstance(options, RunOptions):
         options.check_together()
     return verb, options
+
+
+def _check_known(argv: Sequence[str], of_verb: Mapping[str, _Parser]) -> None:
+    """Raises UnusableInput, with what was most likely meant, for a verb or a flag that there is not."""
+    verb, *words = argv
+    if verb[:1] == "-":  # --help alone
+        return
+    if verb not in of_verb:
+        raise UnusableInput(f"there is no verb {verb}{meant(verb, of_verb)} (see {_PROGRAM} --help)")
+    known = of_verb[verb].flags
+    for word in words:
+        if word == "--":
+            return
+        # As argparse does: what has a space in it, or is a negative number, is a value.
+        if word[:1] != "-" or word == "-" or " " in word or word[1] in ".0123456789":
+            continue
+        flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
+        if flag not in known:
+            others = [other for other, parser in of_verb.items() if flag in parser.flags]
+            hint = f", but of {' and '.join(others)}" if others else meant(flag, known)
+            raise UnusableInput(f"{flag} is no flag of {verb}{hint} (see {_PROGRAM} {verb} --help)")
+
+
+def swept_flags(argv: Sequence[str] | None = None) -> list[str]:
+    """The names of all settings that a sweep may vary, or of those that these arguments give."""
+    given = None if argv is None else {word.partition("=")[0] if word[:2] == "--" else word[:2] for word in argv}
+    return [each.name for flag, each in LISTED.items() if given is None or given & {flag, negated(flag), *each.flags}]
 
 
 def check_point(argv: Sequence[str]) -> None:
@@ -121,10 +206,13 @@ def check_point(argv: Sequence[str]) -> None:
             raise UnusableInput(f"--{name} {named} does not exist: nothing was run")
 
 
+_OF_PLAN_ALONE = {each.spelled for name, each in options_of(PlanOptions).items() if name not in options_of(RunOptions)}
+
+
 def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
     """``argv`` with, in place of ``--auto``, what it has chosen (``--flag value`` each): to keep and to share."""
     flags = [text.split(" ", 1) for text in chosen]
-    replaced = {flag for flag, _ in flags}
+    replaced = {flag for flag, _ in flags} | _OF_PLAN_ALONE
     words = list(argv[1:] if argv and argv[0] in VERBS else argv)
     kept: list[str] = []
     while words:

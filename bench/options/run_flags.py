@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.options import BuildOptions
 from wsm.errors import UnusableInput
-from wsm.option import PATH, SWITCH, TEXT, number, one_of, option, options_of, whole
+from wsm.option import NAME, PATH, SWITCH, TEXT, number, one_of, option, options_of, whole
 
 _work, _output = partial(option, group="work"), partial(option, group="output", swept=False)
 
@@ -19,21 +19,28 @@ class RunOptions(BuildOptions):
     """Everything that a run follows from, in one object from the command line to the plan."""
 
     prompts: Path | None = _work(
-        None, PATH, "a prompt per line, `===== PROMPT … =====` blocks, or `.jsonl`", shown="the file in prompts/"
+        None,
+        PATH,
+        "a prompt per line, `===== PROMPT … =====` blocks, `.jsonl`, `.json`, ShareGPT",
+        shown="the file in prompts/",
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
-    prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed")
-    batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it")
-    max_new_tokens: int = _work(32, whole(1), "tokens to make per row")
+    prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed", flags=("-p",))
+    batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it", flags=("-b",))
+    max_new_tokens: int = _work(32, whole(1), "tokens to make per row", flags=("-n",))
     max_seq_len: int = _work(
-        2048, whole(2), "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, BOS counted in"
+        2048,
+        whole(2),
+        "a prompt keeps its last `max_seq_len - max_new_tokens` tokens, special ones kept and counted in",
     )
     temperature: float = _work(0.6, number(0), "nucleus sampling; 0 is greedy")
     top_p: float = _work(0.9, number(0, 1, above=True), "nucleus sampling: the likeliest tokens of this probability")
     seed: int = _work(0, whole(0), "of random ids and sampling, not of synthetic weights: another packs nothing anew")
-    ignore_eos: bool = _work(False, SWITCH, "go on after a stop token")
+    ignore_eos: bool | None = _work(
+        None, SWITCH, "go on after a stop token", shown="on for random ids or random weights, else off"
+    )
     warmup_rounds: int = _work(1, whole(0), "untimed rounds")
-    repeats: int = _work(1, whole(1), "timed rounds")
+    repeats: int = _work(1, whole(1), "timed rounds", flags=("-r",))
     no_probe: bool = _work(False, SWITCH, "take the ceilings from the cache instead of measuring them")
     print_text: bool = _work(False, SWITCH, "print the generated texts, and keep them in the JSON")
     out_json: Path = _output(Path("bench_results.json"), PATH, "the result")
@@ -41,12 +48,21 @@ class RunOptions(BuildOptions):
     output: str | None = _output(
         None, one_of("md", "csv", "json"), "print a row instead of the summary; warnings go to stderr", flags=("-o",)
     )
+    quiet: bool = _output(False, SWITCH, "show no progress")
     verbose: bool = _output(False, SWITCH, "tell more, and give tracebacks")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether rows go on after a stop token: where prompt or weights are random, it ends nothing by meaning."""
+        is_random = self.prompt_len is not None or self.checkpoints is None
+        return is_random if self.ignore_eos is None else self.ignore_eos
 
     def check_together(self) -> None:
         sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
         if len(given := [flag for flag, value in sources.items() if value is not None]) > 1:
             raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UnusableInput("--prompt is empty: give a text")
         if self.max_new_tokens >= self.max_seq_len:
             raise UnusableInput(
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-seq-len "
@@ -57,8 +73,27 @@ class RunOptions(BuildOptions):
     def to_json(self) -> dict[str, Any]:
         """Every option by name, paths as text, in the order in which results have always had them."""
         names = dict.fromkeys([*_JSON_FIRST.split(), *options_of(RunOptions)])
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names} | {"ignore_eos": self.goes_on}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+_RATE = number(0, 1e6, above=True, says="a number above 0, at most 1e+06")
+_elsewhere = partial(option, group="another machine", swept=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions(RunOptions):
+    """A run, and the machine that it is planned for."""
+
+    machine: str | None = _elsewhere(
+        None, NAME, "a card from the table in docs/TUNING.md instead of this machine, such as `RTX 4090`"
+    )
+    link_gbps: float | None = _elsewhere(None, _RATE, "CPU to GPU, in 10^9 bytes/s", shown="as measured here")
+    ssd_gbps: float | None = _elsewhere(None, _RATE, "the drive, in 10^9 bytes/s", shown="as measured here")
+    hbm_gbps: float | None = _elsewhere(None, _RATE, "the GPU's memory, in 10^9 bytes/s", shown="as measured here")
+    matmul_tflops: float | None = _elsewhere(
+        None, _RATE, "dense matrix products, in 10^12 operations/s", shown="as measured here"
+    )
 
 
 _JSON_FIRST = """

@@ -12,9 +12,23 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.options.run_flags import RunOptions
+from bench.options.run_flags import PlanOptions, RunOptions
 from wsm.errors import UnusableInput
-from wsm.option import NAMES, PATH, SWITCH, TEXT, Option, number, one_of, option, options_of, same, whole
+from wsm.option import (
+    NAME,
+    NAMES,
+    PATH,
+    SWITCH,
+    TEXT,
+    Option,
+    negated,
+    number,
+    one_of,
+    option,
+    options_of,
+    same,
+    whole,
+)
 
 if TYPE_CHECKING:
     from bench.result.sweep_folder import Sweep
@@ -33,6 +47,7 @@ class PackOptions:
     dtype: str | None = same(RunOptions, "dtype")
     tp: int | None = same(RunOptions, "tp")
     cache_dir: Path = same(RunOptions, "cache_dir")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -42,6 +57,7 @@ class VerifyOptions:
     raw_device: str | None = same(RunOptions, "raw_device")
     checkpoints: Path | None = same(RunOptions, "checkpoints", help="for a manifest of version 1", shown="")
     staging_mb: int = same(RunOptions, "staging_mb")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -53,6 +69,7 @@ class PromptsOptions:
     checkpoints: Path | None = same(RunOptions, "checkpoints", help="whose tokenizer counts", shown="bytes")
     seed: int = same(RunOptions, "seed", help="of the words")
     cache_dir: Path = same(RunOptions, "cache_dir")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
 
@@ -67,6 +84,7 @@ class CompareOptions:
         "exit code 1 where a side is slower by more percent than this, 2 where it cannot be judged",
         metavar="PCT",
     )
+    equal_outputs: bool = option(False, SWITCH, "exit code 1 where two sides generated different tokens")
     output: str = option("text", one_of("text", "md", "csv"), "how the table is printed", flags=("-o",))
     verbose: bool = same(RunOptions, "verbose")
 
@@ -90,19 +108,54 @@ class SweepOptions:
     inner_repeats: int = option(1, whole(1), "timed rounds in each")
     out_dir: Path = option(Path("sweep"), PATH, "a new folder, or that of the same sweep, which goes on", metavar="DIR")
     retry_failed: bool = option(False, SWITCH, "run again what failed before")
+    quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
 
 
-Options = RunOptions | PackOptions | VerifyOptions | PromptsOptions | SweepOptions | CompareOptions | ReportOptions
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    words: tuple[str, ...] = option(
+        MISSING,
+        NAME,
+        "list, or clear, and the names that are meant (`*` and `?` stand for others)",
+        metavar="ACTION",
+        positional=True,
+    )
+    all: bool = option(False, SWITCH, "clear all that is in it")
+    older_than: float | None = option(None, number(0), "only what was last used so many days ago", metavar="DAYS")
+    yes: bool = same(PackOptions, "yes")
+    cache_dir: Path = same(RunOptions, "cache_dir")
+    verbose: bool = same(RunOptions, "verbose", help="give tracebacks")
+
+    def __post_init__(self) -> None:
+        if self.words[0] not in ("list", "clear"):
+            raise UnusableInput(f"cache {self.words[0]} is not known: cache list, or cache clear")
+        if self.words == ("clear",) and not self.all and self.older_than is None:
+            raise UnusableInput("cache clear: say what: names, --older-than DAYS, or --all")
+        if self.all and len(self.words) > 1:
+            raise UnusableInput("cache: names and --all exclude each other: give one")
+
+
+Options = (
+    RunOptions
+    | PackOptions
+    | VerifyOptions
+    | PromptsOptions
+    | SweepOptions
+    | CompareOptions
+    | ReportOptions
+    | CacheOptions
+)
 VERBS: Mapping[str, tuple[type[Options], str]] = {
     "run": (RunOptions, "run and measure (the default verb)"),
     "pack": (PackOptions, "checkpoint to packed device or file"),
     "verify": (VerifyOptions, "read a packed store back and check it"),
-    "plan": (RunOptions, "what would be where, in how much memory, bound by what"),
+    "plan": (PlanOptions, "what would be where, in how much memory, bound by what"),
     "prompts": (PromptsOptions, "make a prompt file of exactly N tokens per prompt"),
     "sweep": (SweepOptions, "a run for every combination of listed values"),
     "compare": (CompareOptions, "results against the first one: table, ratio, verdict"),
     "report": (ReportOptions, "results as one HTML page, and as PNG"),
+    "cache": (CacheOptions, "what lies in the cache directory; clear it"),
 }
 
 LISTED: Mapping[str, Option] = {
@@ -139,7 +192,6 @@ def sweep_of(given: Iterable[tuple[str, str]]) -> Sweep:
 
 def _check_list(flag: str, values: Sequence[str]) -> None:
     said = f"{flag} {','.join(values)}"
-    # An empty text is a prompt like another; elsewhere it is a comma too many.
     if is_split(LISTED[flag]) and not all(values):
         raise UnusableInput(f"{said} has an empty value: a comma too many?")
     if len(set(values)) < len(values):
@@ -151,5 +203,5 @@ def _check_list(flag: str, values: Sequence[str]) -> None:
 def _typed(flag: str, value: str) -> list[str]:
     """A flag with its value, as one types it for a run."""
     if LISTED[flag].kind is SWITCH:
-        return [flag] if value == "on" else []
+        return [flag] if value == "on" else [negated(flag)] if LISTED[flag].default is None else []
     return [f"{flag}={value}"]

@@ -56,8 +56,6 @@ class Curves(Chart):
     curves: Mapping[str, Sequence[Point]]
 
 
-MOST_BELIEVED_PCT = 105.0
-"""A run cannot be faster than its floor; some 5 % of it are the ceilings' own noise."""
 MOVED = {
     "ssd_read": "SSD to CPU",
     "weight_h2d": "weights to GPU",
@@ -73,7 +71,7 @@ _TIERS = {"ssd": "SSD reads", "h2d": "link", "compute": "compute", **KV_MOVED}
 _OF_TIMES = "Medians over rounds or processes; in brackets the 95 % bootstrap interval of the median of e2e_ms."
 _OF_FLOORS = (
     "How much of the measured time the hardware's own rates explain: at 100 % nothing else limits the run. "
-    "Above it, a ceiling was measured too low."
+    "A run that beat its floor has no share of it: a ceiling was measured too low."
 )
 _OF_TIERS = (
     f"Each tier over the whole phase. Stalled: computing waited for weights, {STALLED_KV}: for KV. "
@@ -127,12 +125,10 @@ def _time(side: Side, label: str) -> Bar:
 def _roofline(phase: Phase | None, label: str) -> Bar:
     if phase is None or phase.floor_ms is None:
         return Bar(label, (), "no floor known")
-    if (percent := phase.roofline_pct) is None:
-        return Bar(label, (), "no time to measure the floor by")
-    after = f"{percent:.1f} %, bound by {phase.bound_by}"
-    if percent > MOST_BELIEVED_PCT:
-        after = f"{percent:.0f} %: ceiling of {phase.bound_by} too low"
-    reached = min(100.0, percent)
+    if (reached := phase.roofline_pct) is None:
+        too_low = f"faster than the floor: ceiling of {phase.bound_by} too low"
+        return Bar(label, (), too_low if phase.beats_floor else "no time to measure the floor by")
+    after = f"{reached:.1f} %, bound by {phase.bound_by}"
     return stacked(label, {"floor": reached, "above the floor": 100 - reached}, after, mark=100.0)
 
 
@@ -177,7 +173,8 @@ def sweep_charts(sides: Sequence[Side]) -> Iterator[Curves]:
             continue
         if all(map(math.isfinite, values)) and len(values) > 1:
             yield _curves(swept, flag, "e2e_ms", "ms", "Time of a run")
-            yield _curves(swept, flag, "throughput_tok_s", "tokens/s", "Decode throughput")
+            if passes := [side for side in swept if side.samples("decode_tok_s")]:
+                yield _curves(passes, flag, "decode_tok_s", "tokens/s", "Tokens a second of the decode")
 
 
 def _curves(sides: Sequence[Side], flag: str, metric: str, unit: str, title: str) -> Curves:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.compare.compare import compare
 from bench.compare.sides import Side, provenance_of, settings_of
-from bench.compare.text import differing_lines, letters, shown_cell, verdict_lines
+from bench.compare.text import differing_lines, letters, outputs_line, shown_cell, verdict_lines
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
 from bench.report.timeline import timelines_of
@@ -28,7 +28,7 @@ _HEAD = """<!doctype html>
 {style}</style>
 </head>
 <body>"""
-_COLUMNS = ("prefill_ms", "ttft_ms", "decode_ms", "e2e_ms", "throughput_tok_s")
+_COLUMNS = ("tpot_ms", "decode_tok_s", "prefill_ms", "ttft_ms", "decode_ms", "e2e_ms")
 _FIGURES = ("n", *_COLUMNS, "floor reached")
 
 
@@ -71,6 +71,7 @@ def _overview(sides: Sequence[Side]) -> Iterator[str]:
     rows = [[letters(place), *_overview_row(side), *verdicts[place]] for place, side in enumerate(sides)]
     yield _table(head, rows)
     if comparison is not None:
+        yield _list("Outputs", [outputs_line(comparison)])
         yield _list("Verdicts", verdict_lines(comparison))
         yield _list("Settings that differ", differing_lines(comparison.settings))
         yield _list("Provenance that differ", differing_lines(comparison.provenance))
@@ -80,7 +81,8 @@ def _overview_row(side: Side) -> list[str | int | None]:
     if side.typical is None:
         return [side.name, "failed", 0, *("-" for _ in (*_COLUMNS, "roofline", "bound"))]
     decode = side.typical.phases.decode
-    medians = [shown_cell(statistics.median(side.samples(metric))) for metric in _COLUMNS]
+    found = [side.samples(metric) for metric in _COLUMNS]
+    medians = [shown_cell(statistics.median(samples) if samples else None) for samples in found]
     reached = None if decode.roofline_pct is None else f"{decode.roofline_pct:.1f} %"
     return [side.name, side.typical.mode, len(side.samples("e2e_ms")), *medians, reached, decode.bound_by]
 

@@ -21,7 +21,7 @@ def run_report(options: ReportOptions) -> int:
         from bench.report.draw import write_png
         from bench.report.page import page
     except ModuleNotFoundError as error:
-        raise UnusableInput(f"report needs {error.name}: pip install 'wsm-bench[plot]'") from None
+        raise UnusableInput(f"report needs {error.name}: pip install matplotlib") from None
     write_atomically(options.out, page(sides))
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     if options.png is not None:

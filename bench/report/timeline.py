@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import NamedTuple
 from bench.compare.sides import TRACE_SUFFIX, Side
 from bench.report.charts import KV_MOVED, STALLED_KV, Bar, Bars, Span, phases_of, stalls_of
 from bench.result.types import Result
+from wsm.disk.files import parse_json, read_file
 from wsm.errors import UnusableInput
 
+MOST_BYTES = 1 << 30
 _SHOWN = {
     "phase": ("phase", ""),
     "ssd_read": ("SSD reads", "SSD"),
@@ -79,8 +80,10 @@ def _is_of(trace: Trace, result: Result) -> bool:
 
 def read_trace(path: Path) -> Trace:
     """A Chrome trace that ``--trace`` wrote; raises UnusableInput if it is none."""
+    mend = "delete it, or trace the run again"
+    found = parse_json(read_file(path, most_bytes=MOST_BYTES), str(path), mend)
     try:
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        events = found["traceEvents"]
         threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
         spans: dict[str, list[Span]] = {lane: [] for lane, _ in _SHOWN.values()}
         computed: list[tuple[float, str]] = []
@@ -93,10 +96,8 @@ def read_trace(path: Path) -> Trace:
                 spans[lane].append((start, start + length, word or name))
                 if lane == "compute":
                     computed.append((start, name))
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UnusableInput(f"{path} is no timeline of --trace ({error}): delete it, or trace the run again") from error
+        raise UnusableInput(f"{path} is no timeline of --trace ({error}): {mend}") from error
     first = min(computed, default=(0.0, ""))[1]
     return Trace(_lanes(spans), sorted(start for start, name in computed if name == first))
 

@@ -17,6 +17,15 @@ Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute"]
 Mode = Literal["mixed", "stream", "preload", "full"]
 
 
+MOST_BELIEVED_PCT = 105.0
+"""Of a ceiling: some 5 % are its own noise; what is beyond says that it was measured too low."""
+
+
+def believed(pct: float | None) -> float | None:
+    """A share of a ceiling as it is told: at most 100; None where it is more than noise above: that was no ceiling."""
+    return None if pct is None or pct > MOST_BELIEVED_PCT else min(100.0, pct)
+
+
 def says(description: str) -> Meta:
     """What a field means, for the schema and docs/JSON.md."""
     return Meta(description=description)

@@ -12,10 +12,13 @@ from typing import Any
 import msgspec
 
 from bench.result.types import SCHEMA_VERSION, Result
+from wsm.disk.files import parse_json, read_file
 from wsm.errors import UnusableInput
 
 BEYOND = 1e24
 """No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
+MOST_BYTES = 64 << 20
+_BROKEN = "was the run broken off?"
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
@@ -43,28 +46,15 @@ def dump(result: Result) -> str:
 
 def read_result(path: Path) -> Result:
     """The result of a file; raises UnusableInput if it is missing, damaged, no result, or of another schema."""
-    return checked(_parsed(_content(path), str(path)), str(path))
+    content = read_file(path, most_bytes=MOST_BYTES, pipes=True)
+    return checked(parse_json(content, str(path), _BROKEN), str(path))
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each line of a file of JSON lines is, and what it holds; raises UnusableInput as for a file of one."""
-    for number, line in enumerate(_content(path).split(b"\n"), 1):
+    for number, line in enumerate(read_file(path, most_bytes=MOST_BYTES, pipes=True).split(b"\n"), 1):
         if line.strip():
-            yield (where := f"{path}, line {number},"), _parsed(line, where)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"{where} is no JSON ({error}): was the run broken off?") from error
+            yield (where := f"{path}, line {number},"), parse_json(line, where, _BROKEN)
 
 
 def checked(found: Any, where: str) -> Result:

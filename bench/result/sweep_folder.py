@@ -15,13 +15,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 from bench.result.results import read_result
 from bench.result.types import Result
 from wsm.disk.atomic import write_atomically
+from wsm.disk.files import read_json
 from wsm.errors import UnusableInput
 
 DESCRIPTION = "sweep.json"
@@ -32,7 +34,7 @@ FORMAT, VERSION = "bench_infer sweep", 1
 class Point:
     """One combination of the swept flags' values; ``number`` counts from 1."""
 
-    number: int
+    number: Annotated[int, Meta(ge=1, lt=1 << 32)]
     values: Mapping[str, str]
     argv: tuple[str, ...] = ()
 
@@ -89,24 +91,22 @@ def outcomes_in(folder: Path, points: Sequence[Point]) -> Outcomes:
 
 def read_failure(path: Path) -> Failure:
     """Why a process failed, from its file."""
+    mend = "delete it, and the sweep runs this one again"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Failure)
-    except (OSError, msgspec.DecodeError) as error:
-        raise UnusableInput(f"{path} cannot be read ({error}): delete it, and the sweep runs this one again") from error
+        return msgspec.convert(read_json(path, str(path), mend), Failure)
+    except msgspec.ValidationError as error:
+        raise UnusableInput(f"{path} tells no failure ({error}): {mend}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write sweep.json, or a failure."""
-    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """sweep.json; raises UnusableInput if it is damaged, or from a newer program."""
     path = folder / DESCRIPTION
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnusableInput(f"{path} cannot be read ({error}): is this a sweep's folder?") from error
+    found = read_json(path, str(path), "is this a sweep's folder?")
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UnusableInput(f"{path} describes no sweep of bench_infer.py")
     if found.get("version") != VERSION:

@@ -6,12 +6,23 @@ lack it are read with its default.
 
 from __future__ import annotations
 
-from typing import Annotated, Generic, Literal
+from typing import Annotated, Generic, Literal, cast
 
 from msgspec import UNSET, Meta
+from msgspec.structs import force_setattr
 
 from bench.result.fields import Above0, Amount, ByPhase, Count, FromOne, Later, Mode, Part, T, Texts, says
-from bench.result.types_machine import KV, Conditions, LoadRate, LoadSeconds, Memory, Planned, Provenance, Residency
+from bench.result.types_machine import (
+    KV,
+    Checks,
+    Conditions,
+    LoadRate,
+    LoadSeconds,
+    Memory,
+    Planned,
+    Provenance,
+    Residency,
+)
 from bench.result.types_phases import Ceilings, Parallel, Phase
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -20,7 +31,9 @@ FirstTokenMs = Annotated[T, says("ms for sampling and reading back token 1, whos
 TtftMs = Annotated[T, says("ms to the first token: prefill_ms + first_token_decode_ms")]
 DecodeMs = Annotated[T, says("ms from the end of the prefill to the last token; includes first_token_decode_ms")]
 E2eMs = Annotated[T, says("ms in all: prefill_ms + decode_ms")]
-Throughput = Annotated[T, says("tokens/s of the decode: decode_tokens_total / decode seconds")]
+Throughput = Annotated[
+    T, says("tokens/s, as the guide has it: decode_tokens_total, token 1 without a pass included, / decode seconds")
+]
 EndToEnd = Annotated[T, says("tokens/s of the whole: decode_tokens_total / e2e seconds")]
 Interval = Annotated[list[Annotated[Amount, says("an end, in the metric's unit")]], Meta(min_length=2, max_length=2)]
 Tokens = Annotated[FromOne, says("tokens of a row's prompt")]
@@ -57,6 +70,7 @@ class Tpot(Part, frozen=True, kw_only=True):
     mean: Annotated[Amount, says("ms, arithmetic mean")]
     p50: Annotated[Amount, says("ms, half of the passes took no longer")]
     p90: Annotated[Amount, says("ms, nine tenths of the passes took no longer")]
+    p99: Later[Annotated[Amount, says("ms, 99 of 100 passes took no longer; below 100 passes the slowest")]] = UNSET
     max: Annotated[Amount, says("ms, the slowest pass")]
     n: Annotated[FromOne, says("passes")]
 
@@ -72,6 +86,13 @@ class Config(Part, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not isinstance(self.resolved.get("model"), str):
             raise ValueError("resolved.model is missing")
+
+
+class SpecialTokens(Part, frozen=True, kw_only=True):
+    """what the model's tokenizer puts around each text; nothing around the random ids of --prompt-len"""
+
+    before: Annotated[list[Annotated[Count, says("a token id")]], says("ids in front of a text, such as BOS")]
+    after: Annotated[list[Annotated[Count, says("a token id")]], says("ids behind it")]
 
 
 class Output(Part, frozen=True, kw_only=True):
@@ -128,7 +149,7 @@ class Result(Part, frozen=True, kw_only=True):
 
     batch_size: Annotated[FromOne, says("rows")]
     max_new_tokens: Annotated[FromOne, says("most new tokens per row")]
-    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, BOS included")]
+    prompt_lens: Annotated[list[Tokens], Meta(min_length=1), says("tokens of each row's prompt, special ones included")]
     prefill_tokens_total: Annotated[FromOne, says("prompt tokens of all rows")]
     decode_tokens_total: Annotated[
         FromOne, says("new tokens of all rows, token 1 and stop tokens included, none after those")
@@ -149,7 +170,12 @@ class Result(Part, frozen=True, kw_only=True):
     schema_version: Annotated[Literal[1], says("version of this description")]
     interrupted: Annotated[bool, says("whether the run was broken off, and only the rounds finished by then are here")]
     decode_forward_passes: Annotated[Count, says("passes of the decode; token 1 takes none")]
+    special_tokens: Later[SpecialTokens] = UNSET
     tpot_ms: Tpot | None
+    decode_tok_s: Annotated[
+        Above0 | None,
+        says("tokens/s of the decode: tokens after each row's first / seconds of its passes; null without"),
+    ] = None
     phases: Annotated[
         ByPhase[Phase], says("what moved, how long each tier worked and waited, how far that is from the floor")
     ]
@@ -159,6 +185,7 @@ class Result(Part, frozen=True, kw_only=True):
     memory: Memory
     load_s: LoadSeconds
     load: Later[LoadRate] = UNSET
+    checks: Later[Checks | None] = UNSET
     kv: Later[KV] = UNSET
     config: Config
     provenance: Provenance
@@ -168,7 +195,34 @@ class Result(Part, frozen=True, kw_only=True):
     parallel: Parallel | None = None
     warnings: Annotated[Texts, says("what could not be had, and what makes figures doubtful")]
 
+    def __post_init__(self) -> None:
+        """``decode_tok_s`` follows from the rest, so files of before it was written have it too."""
+        if self.decode_tok_s is None and self.tpot_ms is not None:
+            force_setattr(self, "decode_tok_s", self._decode_tok_s(self.tpot_ms.mean * self.tpot_ms.n))
 
+    def _decode_tok_s(self, passes_ms: float) -> float | None:
+        tokens = self.decode_tokens_total - self.batch_size
+        return tokens / passes_ms * 1e3 if tokens > 0 and passes_ms > _NO_TIME_MS else None
+
+    def rounds(self, figure: str) -> list[float]:
+        """One of :data:`PASS_FIGURES` or :data:`METRICS` of every round; of rounds without passes, no pass's."""
+        if figure not in PASS_FIGURES:
+            return [getattr(timed, figure) for timed in self.repeats.raw]
+        passes_ms = [timed.decode_ms - timed.first_token_decode_ms for timed in self.repeats.raw]
+        if figure == "tpot_ms":
+            return [ms / self.decode_forward_passes for ms in passes_ms if self.decode_forward_passes and ms > 0]
+        return [rate for rate in map(self._decode_tok_s, passes_ms) if rate is not None]
+
+    def whole(self, figure: str) -> float | None:
+        """One of the same figures as it is at the top level."""
+        if figure == "tpot_ms":
+            return None if self.tpot_ms is None else self.tpot_ms.mean
+        return cast("float | None", getattr(self, figure))
+
+
+_NO_TIME_MS = 1e-6
 METRICS = PerMetric.__struct_fields__
+PASS_FIGURES = ("tpot_ms", "decode_tok_s")
+"""Of decode passes alone, and shown first: the guide's throughput also counts token 1, which takes no pass."""
 FIXED_KEYS = Result.__struct_fields__[: Result.__struct_fields__.index("wsm") + 1]
 """The quick-start guide's keys, which stay as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct
 
@@ -90,7 +90,23 @@ class LoadRate(Part, frozen=True, kw_only=True):
         Above0 | None,
         says("10^6 bytes/s from the first of these reads to the last, groups streamed meanwhile included"),
     ]
-    ssd_pct: Annotated[Above0 | None, says("percent of ceilings.ssd; null where the store was not probed")]
+    ssd_pct: Annotated[
+        Above0 | None,
+        says("percent of ceilings.ssd, at most 100; null without, or beyond 105"),
+    ]
+
+
+class Checks(Part, frozen=True, kw_only=True):
+    """checksums of what comes from the SSD tier (--verify-weights); null where nothing was read from a packed store"""
+
+    rule: Annotated[
+        Literal["first", "always"] | None,
+        says("what was in force: a check at a group's first read, or at every one; null: auto, before it had decided"),
+    ]
+    read_MBps: Annotated[Above0 | None, says("10^6 bytes/s that the drive gave while a group was read, from the start")]
+    check_MBps: Annotated[Above0 | None, says("10^6 bytes/s that one thread checks, in CPU time")]
+    bytes_per_pass: Annotated[Amount, says("bytes that were checked, a pass of this round")]
+    ms_per_pass: Annotated[Amount, says("CPU ms of the checking threads, a pass of this round; beside the computation")]
 
 
 class KVTier(Part, frozen=True, kw_only=True):

@@ -5,9 +5,24 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta
+from msgspec.structs import force_setattr
 
-from bench.result.fields import Above0, Amount, Bound, ByPhase, Count, Later, Part, Texts, says
+from bench.result.fields import (
+    MOST_BELIEVED_PCT,
+    Above0,
+    Amount,
+    Bound,
+    ByPhase,
+    Count,
+    Later,
+    Part,
+    Texts,
+    believed,
+    says,
+)
 
+_ROOFLINE = "percent, at most 100: 100 * floor_ms / {}; null without a floor, and where the run beat it by over 5 %"
+Range = Annotated[list[Annotated[Amount, says("an end, in ms")]], Meta(min_length=2, max_length=2)]
 Over5 = Annotated[float, Meta(gt=5)]
 
 
@@ -73,9 +88,20 @@ class Phase(Part, frozen=True, kw_only=True):
         Above0 | None,
         says("ms expected from the probe's medians where a link or drive bounds streamed passes; else null"),
     ] = None
+    predicted_range_ms: Annotated[
+        Range | None, says("the same from the probe's best and slowest samples; alone where these vary by over 25 %")
+    ] = None
     bound_by: Annotated[Bound | None, says("the resource that sets floor_ms; null with it")]
-    roofline_pct: Annotated[Above0 | None, says("percent: 100 * floor_ms / wall_ms; null without a floor")]
+    roofline_pct: Annotated[Above0 | None, says(_ROOFLINE.format("wall_ms"))]
     ceiling_spread_pct: Annotated[Over5 | None, says("percent: spread of the ceiling behind floor_ms, if above 5")]
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "roofline_pct", believed(self.roofline_pct))
+
+    @property
+    def beats_floor(self) -> bool:
+        """Whether it took less than its floor by more than noise: no phase can, so a ceiling was measured too low."""
+        return self.floor_ms is not None and 100 * self.floor_ms > MOST_BELIEVED_PCT * self.wall_ms > 0
 
 
 class Rate(Part, frozen=True, kw_only=True):
@@ -122,10 +148,13 @@ class JobPhase(Part, frozen=True, kw_only=True):
     ]
     bound_by: Annotated[Bound | None, says("the resource that sets floor_ms")]
     bound_rank: Annotated[Count | None, says("the rank that sets floor_ms")]
-    roofline_pct: Annotated[Above0 | None, says("percent: 100 * floor_ms / rank 0's wall_ms; null without a floor")]
+    roofline_pct: Annotated[Above0 | None, says(_ROOFLINE.format("rank 0's wall_ms"))]
     collectives: Annotated[Count, says("sums and gathers of a rank")]
     collectives_ms: Annotated[Amount, says("ms in them on the rank that waits least: what they take themselves")]
     collectives_pct: Annotated[Amount | None, says("percent of rank 0's wall_ms: 100 * collectives_ms / wall_ms")]
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "roofline_pct", believed(self.roofline_pct))
 
 
 class Rank(Part, frozen=True, kw_only=True):

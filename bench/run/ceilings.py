@@ -6,19 +6,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
 import torch
 
+from bench.run import ceilings_file
 from bench.run.provenance import cpu_model, drive_of
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from llama.options import BuildOptions
-from wsm.disk.atomic import write_atomically
+from llama.parallel.world import World
 from wsm.engine.probe import probe_compute, probe_link, probe_ssd
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
@@ -42,7 +43,7 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
         torch.cuda.reset_peak_memory_stats(llm.inputs.device)
     if manager is None or host is None or slot is None:
         return found
-    found |= probe_link(llm.device, host, slot, in_step)
+    found |= probe_link(llm.device, host, slot, in_step, _anyone(llm.inputs.world))
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
     if isinstance(source, PackedStore):
@@ -54,56 +55,69 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     return found
 
 
-def _files(options: BuildOptions, inputs: Inputs) -> tuple[Path, Path]:
-    """Of this model, mode, sizes and rank: what a run may measure itself against; and of layers of this shape, however
-    many, in any mode and budget: what a plan may predict from.
+def _anyone(world: World) -> Callable[[bool], bool]:
+    """Asks all ranks, which measure again together or not at all."""
+    return bool if world.shard.size == 1 else lambda mine: "1" in world.exchange(str(int(mine)))
 
-    Two for each machine and store; machines may share the cache directory.
+
+class _Place(NamedTuple):
+    """Where this run's ceilings are kept: the machine's file, and in it, by key, those of this model, mode, sizes and
+    rank, which a run may measure itself against (``exact``), and those of layers of this shape, however many, in any
+    mode and budget, which a plan may predict from (``near``). Each of one drive, graphics card and number of cores.
     """
+
+    file: Path
+    machine: str
+    of: str
+    exact: str
+    near: str
+
+
+def _place(options: BuildOptions, inputs: Inputs) -> _Place:
     device, folder, shard = inputs.device, inputs.cache_dir, inputs.world.shard
     store = str(options.raw_device or options.manifest or folder)
     gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
-    cpu = [cpu_model(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total]
-    hardware = [*gpu, *cpu, drive_of(Path(store.partition(",")[0]))]
+    hardware = [*gpu, len(os.sched_getaffinity(0)), drive_of(Path(store.partition(",")[0]))]
     model = inputs.checkpoint.config.to_json()
     sizes = [options.staging_mb, options.mode, options.gpu_mem_gb, options.cpu_mem_gb]
+    common = [hardware, str(inputs.dtype), store]
+    machine = f"{cpu_model()}, {psutil.virtual_memory().total} bytes of memory"
+    return _Place(
+        folder / f"ceilings.{_digest(machine)}.json",
+        machine,
+        f"{model['name']} {options.mode} on {' '.join(map(str, gpu)) or 'the CPU'} from {store}",
+        _digest([*common, sizes, model, *(shard if shard.size > 1 else ())]),
+        _digest([*common, "near", {name: value for name, value in model.items() if name not in ("name", "n_layers")}]),
+    )
 
-    def file(*more: Any) -> Path:
-        key = [hardware, str(inputs.dtype), store, *more]
-        text = json.dumps(key, sort_keys=True, default=msgspec.to_builtins)
-        return folder / f"ceilings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    exact = file(sizes, model, *(shard if shard.size > 1 else ()))
-    return exact, file("near", {name: value for name, value in model.items() if name not in ("name", "n_layers")})
+def _digest(key: Any) -> str:
+    text = json.dumps(key, sort_keys=True, default=msgspec.to_builtins)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]) -> None:
-    """Keep the ceilings for a later ``--no-probe``, and for ``plan``."""
-    inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the files' names
-    exact, near = _files(options, inputs)
-    for path, known in ((exact, {}), (near, _read(near))):
-        content = {name: dataclasses.asdict(ceiling) for name, ceiling in {**known, **ceilings}.items()}
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+    """Keep the ceilings for a later ``--no-probe``, and for ``plan``; not those that varied too much to be trusted."""
+    steady = {name: ceiling for name, ceiling in ceilings.items() if ceiling.steady}
+    inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the keys
+    place = _place(options, inputs)
+    ceilings_file.remember(place.file, place.machine, place.of, {place.exact: steady, place.near: steady})
 
 
 def recall_for(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
     """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
-    return _of_an_earlier_run(_files(options, inputs)[:1])
+    place = _place(options, inputs)
+    return _of_an_earlier_run(place, place.exact)
 
 
 def recall_near(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
     """As :func:`recall_for`, or else of other modes and budgets and of the same model with fewer layers."""
-    return _of_an_earlier_run(_files(options, inputs))
+    place = _place(options, inputs)
+    return _of_an_earlier_run(place, place.exact, place.near)
 
 
-def _of_an_earlier_run(files: Sequence[Path]) -> dict[str, Ceiling]:
-    found = next(filter(None, map(_read, files)), {})
-    return {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in found.items()}
-
-
-def _read(path: Path) -> dict[str, Ceiling]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Ceiling(**entry) for name, entry in content.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
+def _of_an_earlier_run(place: _Place, *keys: str) -> dict[str, Ceiling]:
+    probes = ceilings_file.recall(place.file)
+    found = next((probes[key].ceilings for key in keys if key in probes and probes[key].ceilings), {})
+    told = {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in found.items()}
+    return {name: ceiling for name, ceiling in told.items() if ceiling.steady}

@@ -15,6 +15,7 @@ import torch
 
 from bench.result.types_machine import Conditions
 from bench.run.provenance import Gpu, disk_of
+from wsm import threads
 
 THROTTLES = {
     0x04: "power cap",
@@ -46,7 +47,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._gpu is not None:
             self._others_before = self._gpu.other_processes()
-            self._sampler.start()
+            threads.start(self._sampler)
         self._moved_before = self._moved_bytes()
         self._busy_before_s, self._since_s = _busy_s(), time.monotonic()
         return self
@@ -57,7 +58,7 @@ class Watch:
             self._judge_drive()
         if self._gpu is not None:
             self._over.set()
-            self._sampler.join()
+            threads.join([self._sampler])
             self._judge_processes(self._gpu)
             self._judge_clocks()
 

@@ -7,61 +7,36 @@ with one sentence that names the rank to blame, and with its exit code.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from bench.run.signals import exit_code, name_of
 from llama.parallel.watch import GRACE_S, LOST_S, START_S, Ending, RankFailed
 from llama.parallel.world import ALONE, World
+from wsm import stop
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.settings import Ranks
+from wsm.stop import Stopped
+from wsm.threads import ThreadsStuck, limits
 
 if TYPE_CHECKING:
     from llama.parallel.ranks import TorchWorld
 
-DONE, FAILED, UNUSABLE, TOO_LARGE, BAD_STORE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, UNUSABLE, TOO_LARGE, BAD_STORE = 0, 1, 2, 3, 4
 _CODES: Mapping[type[BaseException], int] = {
     UnusableInput: UNUSABLE,
     ModuleNotFoundError: UNUSABLE,
     DoesNotFit: TOO_LARGE,
     StoreError: BAD_STORE,
-    KeyboardInterrupt: INTERRUPTED,
     OSError: UNUSABLE,
 }
 SAME_END_S = 2.0
 """How long a rank waits to see whether all others fail in the same way."""
-
-
-@contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], object] | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Signals of these numbers go to ``handler`` until the block ends; on the main thread, whose they are."""
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-@contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """Imports end before Ctrl-C counts: torch's would swallow it, or abort the process."""
-    came: list[int] = []
-    with handled(lambda number, _: came.append(number), signal.SIGINT):
-        yield
-    if came:
-        raise KeyboardInterrupt
-
-
-class Terminated(BaseException):
-    """SIGTERM: torchrun ends all ranks of a host when one of them has ended."""
 
 
 class Job:
@@ -96,20 +71,24 @@ class Job:
             return
         from llama.parallel.ranks import join
 
-        signal.signal(signal.SIGTERM, self._on_signal)
         self.world = self._joined = join(self._ranks, on_failure=self._interrupt, last_resort=self._last_resort)
 
     # -- while it runs
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> NoReturn:
+    def blame(self, wish: Stopped) -> None:
+        """Raises RankFailed where a stop is wished because another rank has failed.
+
+        Such a failure may be seen late: torchrun ends all ranks of a host at once when one of them has ended.
+        """
         if self._joined is not None:
+            if wish.number == signal.SIGTERM:
+                self._joined.watch.wait_for_failure(LOST_S + 2)
             self._joined.watch.check()
-        raise Terminated
 
     def _interrupt(self, ending: Ending) -> None:
-        """On the watch's thread: free the main thread from a collective, and make it raise."""
+        """On the watch's thread: free the main thread from a collective, and make it stop."""
+        stop.ask(signal.SIGTERM)
         self.world.abandon()
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _last_resort(self, ending: Ending) -> None:
         """The main thread is stuck where no signal reaches it; the system takes back threads, files and memory."""
@@ -125,10 +104,10 @@ class Job:
         sentence = None
         if error is not None:
             code, sentence = _code_of(error), _sentence_of(error)
+        if isinstance(error, ThreadsStuck):
+            _end_at_once(code, sentence)
         if self.size == 1:
             return code, sentence
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
         if self._joined is None:
             # Before the ranks have met, an error in the command is every rank's; one per host says it.
             return code, sentence if isinstance(error, RankFailed) or self._ranks.local_rank == 0 else None
@@ -143,8 +122,8 @@ class Job:
         ending = self._cause(error) or Ending(self._ranks.rank, world.watch.host, sentence or "interrupted", code)
         world.watch.settle(ending)
         said: str | None = ending.sentence
-        if ending.code == INTERRUPTED:  # Ctrl-C reaches all ranks of a terminal, in any order: said once a host
-            own = isinstance(error, KeyboardInterrupt)
+        if ending.code > 128:  # Ctrl-C reaches all ranks of a terminal, in any order: said once a host
+            own = isinstance(error, Stopped)
             said = None if error is None or self._ranks.local_rank else sentence if own else said
         elif ending.rank == self._ranks.rank:
             # Where all fail alike, one of them says it, for the job.
@@ -167,9 +146,9 @@ class Job:
         assert self._joined is not None
         if isinstance(error, RankFailed):
             return error.ending
-        if isinstance(error, CollectiveBroken | Terminated):
+        if isinstance(error, CollectiveBroken) or (isinstance(error, Stopped) and error.number == signal.SIGTERM):
             return self._joined.watch.wait_for_failure(LOST_S + 2)
-        return None if error is None or isinstance(error, tuple(_CODES)) else self._joined.watch.failure
+        return None if error is None or isinstance(error, (*_CODES, Stopped)) else self._joined.watch.failure
 
 
 def _end_at_once(code: int, sentence: str | None) -> NoReturn:
@@ -186,7 +165,9 @@ def _code_of(error: BaseException) -> int:
     """The exit code of what ended a verb."""
     if isinstance(error, RankFailed):
         return error.ending.code
-    if _ran_out(error):
+    if isinstance(error, Stopped):
+        return exit_code(error.number)
+    if _ran_out(error) or _was_refused(error):
         return TOO_LARGE
     return next((code for kind, code in _CODES.items() if isinstance(error, kind)), FAILED)
 
@@ -197,9 +178,19 @@ def _ran_out(error: BaseException) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
+def _was_refused(error: BaseException) -> bool:
+    """Whether the system refused CPU memory or a thread: Python's own error, torch's, or the loader's of a library."""
+    if isinstance(error, UnusableInput | StoreError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.EAGAIN)
+    said = ("can't allocate memory", "can't start new thread", "failed to map segment", "annot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+
+
 def is_foreseen(error: BaseException) -> bool:
     """Whether a sentence says it all; anything else is a fault of this program, and its traceback is wanted."""
-    return isinstance(error, (*_CODES, RuntimeError, Terminated))
+    return isinstance(error, (*_CODES, RuntimeError, Stopped)) or _was_refused(error)
 
 
 def _sentence_of(error: BaseException) -> str:
@@ -214,12 +205,12 @@ def _sentence_of(error: BaseException) -> str:
             f"the GPU ran out of memory: {str(error).splitlines()[0]} "
             "Lower --gpu-cached-layers, then --group-prefetch-depth, then --batch-size"
         )
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing half-written was left"
-    if isinstance(error, Terminated):
-        return "ended by SIGTERM; nothing half-written was left"
-    if isinstance(error, BrokenPipeError):
-        return "standard output was closed before the end"
+    if _was_refused(error) and not isinstance(error, DoesNotFit):
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"the system refused memory or a thread ({what}): {limits()}; raise them, or make the run smaller"
+    if isinstance(error, Stopped):
+        said = "interrupted" if error.number == signal.SIGINT else f"ended by {name_of(error.number)}"
+        return f"{said}; nothing half-written was left"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     return str(error) or type(error).__name__

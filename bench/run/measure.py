@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from bench.options.run_flags import RunOptions
-from bench.result.fields import Bound, ByPhase
+from bench.result.fields import Bound, ByPhase, believed
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
 from bench.result.types_machine import LoadRate
 from bench.result.types_phases import Busy, Idle, Phase, RankPhase, Stall, Traffic
 from llama.generation import Generation
 from llama.llm import LLaMA
-from wsm.engine.telemetry import Interval, PhaseStats, Transfer, moved_bytes
-from wsm.plan.time import Ceiling, Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.disk.checks import CheckCost, Checks
+from wsm.engine.records import Interval, Transfer, moved_bytes
+from wsm.engine.stretch import PhaseStats, Stretch
+from wsm.layout.groups import KINDS
+from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.store.packed_store import PackedStore
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """One generation, in seconds of the host's clock.
 
-    ``tokens_at``: when each token had been read back. ``steps`` (places in the endless pass order) and ``passes``
-    (begun since the model's start) are those at the start, the end of the prefill, and the end.
-    ``complete_at_start``: whether every resident was in its tier when the clock started.
+    ``tokens_at``: when each token had been read back. ``stretches``: what the prefill and the decode come to, known
+    once all is still. ``checked``: what the checks of the store's bytes took meanwhile. ``complete_at_start``: whether
+    every resident was in its tier when the clock started.
     """
 
     generation: Generation
@@ -36,8 +40,8 @@ class Round:
     prefill_done: float
     done: float
     tokens_at: Sequence[float]
-    steps: Sequence[int]
-    passes: Sequence[int]
+    stretches: Sequence[Stretch]
+    checked: CheckCost
     complete_at_start: bool
 
     @property
@@ -56,23 +60,34 @@ class Round:
         return [(later - earlier) * 1e3 for earlier, later in pairwise(self.tokens_at)]
 
 
+def checks_of(llm: LLaMA) -> Checks | None:
+    """The checks of what comes from a packed store; None where nothing does."""
+    source = llm.manager.source if llm.manager is not None else None
+    return source.checks if isinstance(source, PackedStore) else None
+
+
 def run_round(
     llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None] = lambda: None
 ) -> Round:
     """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
     complete = llm.manager.tiers.loaded() if llm.manager is not None else True
+    checks = checks_of(llm)
+    checked_before = checks.cost if checks is not None else CheckCost()
     at: dict[str, float] = {}
-    tokens_at, steps, passes = list[float](), list[int](), list[int]()
+    tokens_at, stretches = array("d"), list[Stretch]()
 
     def observe(mark: str) -> None:
         now = time.perf_counter()
+        step = llm.manager.tiers.next_step if llm.manager is not None else 0
         if mark == "token":
             tokens_at.append(now)
             on_token()
+        elif mark == "queued":
+            llm.telemetry.fold(step, llm.kv.passes)
         elif mark != "pass":
             at[mark] = now
-            passes.append(llm.kv.passes)
-            steps.append(llm.manager.tiers.next_step if llm.manager is not None else 0)
+            records = options.trace is not None and mark != "done"
+            stretches.append(llm.telemetry.begin(now, step, llm.kv.passes, records=records))
 
     generation = llm.generate(
         prompts,
@@ -80,21 +95,49 @@ def run_round(
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        ignore_eos=options.ignore_eos,
+        ignore_eos=options.goes_on,
         observer=observe,
     )
-    return Round(generation, **at, tokens_at=tokens_at, steps=steps, passes=passes, complete_at_start=complete)
+    checked = checks.cost - checked_before if checks is not None else CheckCost()
+    return Round(
+        generation, **at, tokens_at=tokens_at, stretches=stretches[:2], checked=checked, complete_at_start=complete
+    )
 
 
-def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions) -> None:
+def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None]) -> None:
     """One untimed round: the prefill and two decode passes."""
-    run_round(llm, prompts, replace(options, max_new_tokens=min(3, options.max_new_tokens), ignore_eos=True))
+    short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True, trace=None)
+    run_round(llm, prompts, short, on_token)
+
+
+def warm_up_tokens(options: RunOptions) -> int:
+    return min(3, options.max_new_tokens)
+
+
+def prefill_place(llm: LLaMA, tokens: int) -> str:
+    """Where a round is that has made so many ``tokens``: before the first in the prefill, and there in which layer."""
+    if tokens:
+        return ""
+    if llm.manager is None or llm.manager.resident:
+        return "prefill"
+    layers = llm.config.n_layers
+    return f"prefill, layer {llm.manager.tiers.next_step // len(KINDS) % layers + 1} of {layers}"
 
 
 def median_round(rounds: Sequence[Round]) -> int:
     """The index of the round of median ``e2e_ms`` (the lower of two)."""
     order = sorted(range(len(rounds)), key=lambda i: metrics_of(rounds[i]).e2e_ms)
     return order[(len(order) - 1) // 2]
+
+
+def forget_records(rounds: Sequence[Round], repeats: int) -> None:
+    """Let go of the records of those rounds that cannot be of median time any more, of ``repeats`` in the end."""
+    order = sorted(rounds, key=lambda timed: timed.done - timed.start)
+    middle, to_come = (repeats - 1) // 2, repeats - len(rounds)
+    for place, timed in enumerate(order):
+        if not place <= middle <= place + to_come:
+            for stretch in timed.stretches:
+                stretch.records = None
 
 
 # -- times
@@ -128,8 +171,8 @@ def tpot_of(pass_ms: Sequence[float]) -> Tpot | None:
     if not pass_ms:
         return None
     ordered, n = sorted(pass_ms), len(pass_ms)
-    p50, p90 = (ordered[math.ceil(share * n) - 1] for share in (0.5, 0.9))
-    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, max=ordered[-1], n=n)
+    p50, p90, p99 = (ordered[-(-percent * n // 100) - 1] for percent in (50, 90, 99))
+    return Tpot(mean=statistics.fmean(ordered), p50=p50, p90=p90, p99=p99, max=ordered[-1], n=n)
 
 
 # -- bytes, and the floor under their time
@@ -140,28 +183,27 @@ def phases_of(
     timed: Round,
     prompts: Sequence[Sequence[int]],
     ceilings: Mapping[str, Ceiling],
-    predicted_pass_ms: Mapping[str, float | None],
+    predicted: Mapping[str, Estimate | None],
 ) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
     itemsize = llm.inputs.dtype.itemsize
-    passes = range(timed.passes[0], timed.passes[1]), range(timed.passes[1], timed.passes[2])
+    prefill, decode = (stretch.stats() for stretch in timed.stretches)
     works = (
-        prefill_work(llm.config, rows, len(passes[0]), itemsize),
-        decode_work(llm.config, rows, len(passes[1]), itemsize, llm.plan.inputs.kv_token_bytes),
+        prefill_work(llm.config, rows, prefill.passes, itemsize),
+        decode_work(llm.config, rows, decode.passes, itemsize, llm.plan.inputs.kv_token_bytes),
     )
     found = {}
-    for place, (name, window) in enumerate(timed.windows.items()):
-        steps, work = range(timed.steps[place], timed.steps[place + 1]), works[place]
-        stats = llm.telemetry.phase(name, window, steps, passes[place])
+    for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):
         stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
-        found[name] = phase_of(stats, ceilings, predicted_pass_ms[name])
+        found[name] = phase_of(stats, ceilings, predicted[name])
     return ByPhase(**found)
 
 
-def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_ms: float | None = None) -> Phase:
-    """What a phase moved and waited for, beside its floor."""
+def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted: Estimate | None = None) -> Phase:
+    """What a phase moved and waited for, beside its floor; ``predicted`` is one of its passes."""
     floor_ms, bound_by = floor_of(stats, ceilings)
+    predicted = predicted if stats.passes else None
     spread = ceilings[ceiling_of(bound_by)].spread_pct if bound_by is not None else 0.0
     return Phase(
         wall_ms=stats.wall_ms,
@@ -174,7 +216,8 @@ def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted_pass_
         flops=stats.flops,
         hbm_bytes=stats.hbm_bytes,
         floor_ms=floor_ms,
-        predicted_ms=None if predicted_pass_ms is None else predicted_pass_ms * stats.passes or None,
+        predicted_ms=predicted.ms * stats.passes if predicted is not None and predicted.steady else None,
+        predicted_range_ms=None if predicted is None else [end * stats.passes for end in predicted[1:]],
         bound_by=bound_by,
         roofline_pct=None if floor_ms is None or stats.wall_ms == 0 else 100 * floor_ms / stats.wall_ms,
         ceiling_spread_pct=spread if spread > 5 else None,
@@ -233,9 +276,9 @@ def load_rate(reads: Sequence[Transfer] | None, ceilings: Mapping[str, Ceiling])
     if reads is not None and residents:
         window = min(t.start for t in residents), max(t.end for t in residents)
         seconds = window[1] - window[0]
-        rate = moved_bytes(reads, window) / seconds / 1e6 if seconds else None
+        rate = round(moved_bytes(reads, window)) / seconds / 1e6 if seconds else None
     return LoadRate(
         read_bytes=None if reads is None else sum(t.nbytes for t in residents),
         read_MBps=rate,
-        ssd_pct=100 * rate / ceilings["ssd"].value if rate is not None and "ssd" in ceilings else None,
+        ssd_pct=believed(100 * rate / ceilings["ssd"].value) if rate is not None and "ssd" in ceilings else None,
     )

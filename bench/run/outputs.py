@@ -5,30 +5,36 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
-from bench.options.flags import kept_command
+from bench.options.flags import kept_command, swept_flags
 from bench.options.run_flags import RunOptions
+from bench.result.console import ConsoleReporter
 from bench.result.results import dump
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import Result
-from bench.run.job import handled
 from bench.run.record import Progress
+from bench.run.signals import name_of
 from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
-from wsm.errors import KVDeviceError, StoreError, UnusableInput
-from wsm.plan.advice import budget_text, ran_out
+from wsm.engine.records import Records
+from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
+from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
+
+_JSON_BYTES, _ROUND_BYTES, _TOKEN_BYTES, _LAYER_BYTES = 1 << 20, 512, 32, 4096
+"""Room for a result, for a round and a token of text in it, and for a layer of a pass in a timeline; about thrice what
+was seen."""
+_MOST_BYTES = 2 << 30
 
 
 def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, plan: Plan, argv: Sequence[str]) -> None:
@@ -41,13 +47,13 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
     reporter.say(f"[MODE-DECISION] called LLaMA.build(mode={mode}, load_model={mode in ('full', 'preload')})")
     if mode == "full" and options.manifest is not None:
         reporter.say("[INFO] --manifest and --raw-device are not used: mode full reads the checkpoint")
-    if plan.placement.residency.ssd:
+    if "SSD" in plan.way:
         store = inputs.description
         device = ",".join(store.targets) if store is not None else "(packed file in the cache)"
         reporter.say(f"[MODE-DECISION] use_raw_ssd=True raw_device={device}")
         reporter.say("[INFO] raw-ssd mode: large weights replaced with CPU stubs")
         reporter.say("[WSM] Initializing SSD backend...")
-    for note in plan.notes:
+    for note in (*plan.notes, *nothing_on_ssd(plan)):
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
         reporter.say(budget_text(plan))
@@ -56,15 +62,15 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
 def say_streaming(reporter: ConsoleReporter, plan: Plan) -> None:
     """That the model is there, and the way of its weights."""
     if plan.placement.mode != "full":
-        way = {"mixed": "SSD -> CPU(pinned) -> GPU", "stream": "CPU(pinned) -> GPU"}.get(plan.placement.mode, "GPU")
+        way = " -> ".join(plan.way).replace("CPU", "CPU(pinned)")
         reporter.say(f"✅ Weight streaming enabled ({way} by layer)")
 
 
 def warnings_of(user_set: Sequence[str], plan: Plan) -> list[str]:
-    """Variables that the user has set in vain."""
+    """Variables that the user has set in vain, and a mode that is another one here."""
     names = ", ".join(sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")))
     said = f"{names}: no effect, since all KV is on the compute device: nothing is written back"
-    return [said] if names and not plan.kv.below else []
+    return [*([said] if names and not plan.kv.below else []), *nothing_on_ssd(plan)]
 
 
 @contextlib.contextmanager
@@ -84,20 +90,21 @@ def explained(options: RunOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
         raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error
 
 
-def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result) -> None:
-    """A row or the summary, and where the JSON is."""
+def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result, stopped_by: int | None) -> None:
+    """A row or the summary, and where the JSON is; ``stopped_by`` is the signal that ended the run, if one did."""
     if options.output is not None:
-        print(row(result, options.output))
+        print(row(result, options.output, swept_flags(result.config.argv if options.output == "md" else None)))
         for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
             print(f"[WARNING] {warning}", file=sys.stderr)
     else:
         for number, text in enumerate(result.output.texts or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
         reporter.say(summary(result))
-        reporter.say(f"\n详细 JSON 已保存到: {options.out_json}")
-    if result.interrupted:
+        reporter.say(f"\n[INFO] the result, with all details, is in {options.out_json}")
+        reporter.say(f"详细 JSON 已保存到: {options.out_json}")
+    if stopped_by is not None:
         done = f"{result.repeats.n} of {options.repeats} repeats are in {options.out_json}"
-        print(f"bench_infer.py: interrupted; {done}", file=sys.stderr)
+        print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
 
 
 # -- files
@@ -124,13 +131,55 @@ def check_outputs(options: RunOptions) -> None:
         raise UnusableInput(f"--out-json and --trace both name {options.out_json}: name two files")
 
 
-def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> None:
-    """The timeline, if one is asked for, and the result."""
+def check_room(options: RunOptions, plan: Plan) -> None:
+    """Raises DoesNotFit, naming the file, where the disk or a quota has no room for what the run will write.
+
+    The room is taken and given back at once: free bytes that are shown may be others', or beyond a quota.
+    """
+    texts = options.batch_size * options.max_new_tokens if options.print_text else 0
+    room = {options.out_json: _JSON_BYTES + _ROUND_BYTES * options.repeats + _TOKEN_BYTES * texts}
     if options.trace is not None:
-        write_atomically(options.trace, chrome_trace(llm.telemetry, got.rounds[got.chosen].windows) + "\n")
-    write_atomically(options.out_json, dump(result))
+        passes = options.max_new_tokens + -(-options.batch_size // plan.wave_rows)
+        room[options.trace] = _JSON_BYTES + _LAYER_BYTES * passes * plan.placement.residency.n_layers
+    with contextlib.ExitStack() as taken:
+        for path, nbytes in room.items():
+            nbytes = min(nbytes, _MOST_BYTES)
+            try:
+                file = taken.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent))
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise DoesNotFit(
+                        f"{path}: {error.strerror}, and up to {nbytes / 1e6:.0f} MB may be written there; make room, "
+                        "or name another --out-json or --trace"
+                    ) from error
 
 
-def finishing() -> AbstractContextManager[None]:
-    """Ctrl-C or SIGTERM comes too late to lose finished rounds: what takes a second is let through."""
-    return handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)
+def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> Exception | None:
+    """The result, and the timeline if one is asked for, each whatever became of the other; the error of the first lost.
+
+    A result that has no room where it should be goes to the directory of temporary files: a run may have taken hours.
+    """
+    failures = list[Exception]()
+    text = dump(result)
+    try:
+        write_atomically(options.out_json, text)
+    except OSError as error:
+        failures.append(_kept_elsewhere(options.out_json, text, error))
+    if options.trace is not None:
+        try:
+            chosen = got.rounds[got.chosen]
+            prefill, decode = (stretch.records or Records() for stretch in chosen.stretches)
+            write_atomically(options.trace, chrome_trace(prefill + decode, chosen.windows) + "\n")
+        except OSError as error:
+            failures.append(UnusableInput(f"--trace {options.trace}: {error.strerror}; {options.out_json} is written"))
+    return failures[0] if failures else None
+
+
+def _kept_elsewhere(path: Path, text: str, error: OSError) -> UnusableInput:
+    place = Path(tempfile.gettempdir()) / f"{path.stem}-{os.getpid()}.json"
+    try:
+        write_atomically(place, text)
+    except OSError:
+        return UnusableInput(f"--out-json {path}: {error.strerror}; the result is lost")
+    return UnusableInput(f"--out-json {path}: {error.strerror}; the result is in {place}")

@@ -1,18 +1,18 @@
-"""Prompts: files read and made, and the rows of a run's batch, cut to length. Imports no torch."""
+"""Prompts: made, and the rows of a run's batch, cut to length. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
+from bench.run.prompt_files import read_prompts
 from llama.config import ModelConfig
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, encode_prompt, keep_last
 from wsm.errors import UnusableInput
 from wsm.plan.inputs import RunShape
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llama.inputs import Inputs
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "prompts" / "prompts_default.txt"
-_HEADER = re.compile(r"^=====\s*PROMPT\b.*=====\s*$")
 _WORDS = Path(__file__).with_name("words.txt")
 MOST_RANDOM_PROMPTS = 512
 """As many as the guide's prompt file has; a larger batch repeats them."""
@@ -30,21 +29,28 @@ batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk
 
 
 def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
-    """The token ids of the prompts that fill the batch, BOS among them; ``say`` gets the line on what was cut.
+    """The token ids of the prompts that fill the batch, special ones among them; ``say`` gets the line on what was cut.
 
-    Of each at most ``max_seq_len - max_new_tokens``, the last ones. They fill the batch, repeated, only once it is
-    known to fit: a batch may be asked for that no memory holds.
+    Of each at most ``max_seq_len - max_new_tokens``, the last ones, and of a text also the special ids that the model's
+    tokenizer puts around it; random ids have none, and need no tokenizer. They fill the batch, repeated, only once it
+    is known to fit: a batch may be asked for that no memory holds.
     """
     most = options.max_seq_len - options.max_new_tokens
     if options.prompt_len is not None:
+        if options.print_text:
+            inputs.tokenizer  # noqa: B018 - what cannot be shown in the end is said at the beginning
         count = min(options.batch_size, MOST_RANDOM_PROMPTS)
         whole = random_prompts(inputs.checkpoint.config, options.prompt_len, count, options.seed)
     else:
         texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
-        whole = tokenize(texts[: options.batch_size], inputs.tokenizer)
+        whole = [encode_prompt(inputs.tokenizer, text) for text in texts[: options.batch_size]]
+        if [] in whole:
+            raise UnusableInput(f"prompt {whole.index([])} gives no token with the model's tokenizer: leave it out")
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
         say(f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)})")
-    return [keep_last(prompt, most) for prompt in whole]
+    if options.prompt_len is not None:
+        return [prompt[-most:] for prompt in whole]
+    return [keep_last(inputs.tokenizer, prompt, most) for prompt in whole]
 
 
 def shape_of(prompts: Sequence[Sequence[int]], options: RunOptions) -> RunShape:
@@ -66,16 +72,6 @@ def fill_batch(prompts: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
     return [list(prompts[row % len(prompts)]) for row in range(batch)]
 
 
-def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text, BOS in front."""
-    return [[tokenizer.bos_id, *tokenizer.encode(text, bos=False)] for text in texts]
-
-
-def keep_last(prompt: Sequence[int], most: int) -> list[int]:
-    """A prompt cut to ``most`` tokens: its first, the BOS, and the last ones behind it."""
-    return [prompt[0], *prompt[max(1, len(prompt) - (most - 1)) :]]
-
-
 def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> list[list[int]]:
     """``count`` prompts of ``length`` random ids; the first and last 256 of a real vocabulary are left out.
 
@@ -87,62 +83,12 @@ def random_prompts(config: ModelConfig, length: int, count: int, seed: int) -> l
     return [[numbers.randrange(first, end) for _ in range(length)] for _ in range(count)]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: ``.jsonl``; blocks under ``===== PROMPT … =====`` headers; else one a line.
-
-    Raises UnusableInput if it is missing, not UTF-8, empty, or a line of ``.jsonl`` holds no prompt.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UnusableInput(f"--prompts {path}: no such file; bench_infer.py prompts --out {path} makes one") from None
-    except OSError as error:
-        raise UnusableInput(f"--prompts {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UnusableInput(f"--prompts {path} is not UTF-8 text: {error}") from error
-    lines = text.split("\n")  # splitlines() would also cut at U+2028 and the like, which JSON strings may hold
-    if path.suffix == ".jsonl":
-        prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    elif any(_HEADER.match(line) for line in lines):
-        prompts = _blocks(path, lines)
-    else:
-        prompts = [line.strip() for line in lines]
-    if not any(prompts):
-        raise UnusableInput(f"--prompts {path} holds no prompt")
-    return [prompt for prompt in prompts if prompt]
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UnusableInput(f"--prompts {path}, line {number} is no JSON: {error}") from error
-    found = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else entry
-    if not isinstance(found, str):
-        raise UnusableInput(
-            f'--prompts {path}, line {number} holds no prompt: {{"prompt": "…"}} or a string is expected'
-        )
-    return found
-
-
-def _blocks(path: Path, lines: Sequence[str]) -> list[str]:
-    blocks: list[list[str]] = []
-    for number, line in enumerate(lines, 1):
-        if _HEADER.match(line):
-            blocks.append([])
-        elif blocks:
-            blocks[-1].append(line)
-        elif line.strip():
-            raise UnusableInput(f"--prompts {path}, line {number}: text before the first ===== PROMPT … ===== header")
-    return ["\n".join(block).strip() for block in blocks]
-
-
 def make_prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> Iterator[str]:
-    """``count`` texts of random words that the tokenizer cuts into exactly ``tokens`` tokens each, BOS not counted."""
+    """``count`` texts of random words that the tokenizer cuts into exactly ``tokens`` tokens, special ones aside."""
     numbers, words = random.Random(seed), _WORDS.read_text(encoding="utf-8").split()
 
     def length(text: str) -> int:
-        return len(tokenizer.encode(text, bos=False))
+        return len(tokenizer.encode(text))
 
     tokens_a_word = length(" ".join(words)) / len(words)
     for _ in range(count):

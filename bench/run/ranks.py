@@ -62,10 +62,10 @@ def _rank(llm: LLaMA, timed: Round, result: Result) -> Rank:
     """What this rank measured in the round that its ``result`` is of; to be asked when the device is idle."""
     world, rates = llm.inputs.world, msgspec.structs.asdict(result.ceilings)
     phases = {}
-    for name, whole in msgspec.structs.asdict(result.phases).items():
-        collectives_ms, count = llm.telemetry.collectives(timed.windows[name])
+    for (name, whole), stretch in zip(msgspec.structs.asdict(result.phases).items(), timed.stretches, strict=True):
         shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
-        phases[name] = RankPhase(**shared, collectives_ms=collectives_ms, collectives=count)
+        collectives_ms = stretch.collectives_cover.ms
+        phases[name] = RankPhase(**shared, collectives_ms=collectives_ms, collectives=stretch.collectives)
     return Rank(
         rank=world.shard.rank,
         host=world.hosts[world.shard.rank],

@@ -17,12 +17,12 @@ import torch
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
-from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting
-from bench.result.types_machine import KV, BytesPerPass, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
+from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting, SpecialTokens
+from bench.result.types_machine import KV, BytesPerPass, Checks, KVTier, LoadSeconds, Memory, Planned, Residency, Tier
 from bench.result.types_phases import Ceilings, Phase, Rate
 from bench.run import warnings
 from bench.run.conditions import Watch
-from bench.run.measure import Round, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
+from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
 from llama.llm import LLaMA
 from wsm.option import options_of
@@ -41,9 +41,13 @@ class Progress:
     warnings: list[str]
     ceilings: dict[str, Ceiling] = dataclasses.field(default_factory=dict)
     rounds: list[Round] = dataclasses.field(default_factory=list)
-    interrupted: bool = False
+    stopped_by: int | None = None  # the signal's number
     chosen: int = 0
     watch: Watch = dataclasses.field(default_factory=lambda: Watch(torch.device("cpu"), ()))
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_by is not None
 
 
 def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
@@ -67,13 +71,14 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         device=str(llm.inputs.device),
         wsm=Manager(
             enabled=llm.manager is not None,
-            ssd_enabled=bool(llm.plan.placement.residency.ssd),
+            ssd_enabled="SSD" in llm.plan.way,
             gpu_max_groups=llm.settings.gpu_max_groups,
         ),
         total_tok_s=chosen.total_tok_s,
         schema_version=SCHEMA_VERSION,
         interrupted=got.interrupted,
         decode_forward_passes=generation.decode_passes,
+        special_tokens=_special_tokens(options, llm),
         tpot_ms=tpot_of(chosen.pass_ms),
         phases=phases,
         ceilings=Ceilings(**{name: Rate(**dataclasses.asdict(rate)) for name, rate in got.ceilings.items()}),
@@ -81,7 +86,8 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         plan=_planned(llm),
         memory=memory,
         load_s=_load_seconds(llm),
-        load=load_rate(llm.telemetry.reads if llm.manager is not None else None, got.ceilings),
+        load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
+        checks=_checks(llm, chosen),
         kv=_kv(options, llm),
         config=_config(options, llm, got),
         provenance=provenance,
@@ -92,7 +98,12 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         ),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[*got.warnings, *llm.warnings, *_warnings(llm, got, phases, missing)],
+        warnings=[
+            *got.warnings,
+            *llm.warnings,
+            *warnings.early_ends(list(map(len, generation.tokens)), options.max_new_tokens),
+            *_warnings(llm, got, phases, missing),
+        ],
     )
 
 
@@ -103,11 +114,17 @@ def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequen
     yield from warnings.beaten_floors(named)
     if llm.inputs.device.type == "cuda":
         yield from warnings.prediction_warnings(named)
-    yield from warnings.drive_warnings(llm.telemetry.reads, chosen.windows["decode"])
+    yield from warnings.drive_warnings(chosen.stretches[1].read_rates)
     yield from warnings.steadiness_warnings([metrics_of(timed).e2e_ms for timed in got.rounds])
     yield from got.watch.warnings
     yield from missing
     yield from warnings.unmeasured(llm.inputs.device, got.ceilings, phases.decode)
+
+
+def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
+    if options.prompt_len is not None:
+        return SpecialTokens(before=[], after=[])
+    return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 
 
 def gpu_peak(allocated_bytes: int | None, reserved_bytes: int | None) -> GpuPeak:
@@ -163,6 +180,20 @@ def _load_seconds(llm: LLaMA) -> LoadSeconds:
     return LoadSeconds(**parts)
 
 
+def _checks(llm: LLaMA, chosen: Round) -> Checks | None:
+    checks = checks_of(llm)
+    if checks is None:
+        return None
+    passes = sum(len(stretch.passes) for stretch in chosen.stretches)
+    return Checks(
+        rule=checks.rule,
+        read_MBps=checks.read_MBps,
+        check_MBps=checks.check_MBps,
+        bytes_per_pass=chosen.checked.nbytes / passes,
+        ms_per_pass=1e3 * chosen.checked.cpu_s / passes,
+    )
+
+
 def _kv(options: RunOptions, llm: LLaMA) -> KV:
     placed, tiers = llm.plan.kv, llm.kv_tiers
     fraction = tiers.fraction_fetched if tiers is not None else None
@@ -180,8 +211,9 @@ def _kv(options: RunOptions, llm: LLaMA) -> KV:
 
 
 def _config(options: RunOptions, llm: LLaMA, got: Progress) -> Config:
-    """``resolved``: what was asked for, what ``--auto`` chose, and what was found."""
+    """``resolved``: what was asked for, as far as there are layers, what ``--auto`` chose, and what was found."""
     chosen = {name: getattr(llm.settings, name) for name in options_of(Settings)}
+    chosen.update(llm.plan.placement.clipped)
     found: dict[str, Setting] = {
         "dtype": DTYPE_NAMES[llm.inputs.dtype],
         "device": str(llm.inputs.device),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from wsm.engine.telemetry import Interval, Telemetry, Transfer
+from wsm.engine.records import Interval, Records, Transfer
 from wsm.layout.groups import GroupId
 
 LANES = ("phase", "SSD reads", "CPU tier", "H2D", "compute waits", "compute", "KV")
@@ -31,11 +31,11 @@ class Stay(NamedTuple):
     args: dict[str, Any]
 
 
-def chrome_trace(telemetry: Telemetry, phases: dict[str, Interval]) -> str:
-    """The trace of the given stretches of time, as JSON; to be asked when the device is idle. Times in microseconds."""
+def chrome_trace(records: Records, phases: dict[str, Interval]) -> str:
+    """The trace of the given stretches of time, as JSON; times in microseconds."""
     start = min(window[0] for window in phases.values())
     end = max(window[1] for window in phases.values())
-    stays = [stay for stay in _stays(telemetry, phases) if stay.interval[0] < end and stay.interval[1] > start]
+    stays = [stay for stay in _stays(records, phases, end) if stay.interval[0] < end and stay.interval[1] > start]
     events: list[dict[str, Any]] = []
     for place, lane in enumerate(LANES):
         tracks = _side_by_side(stay for stay in stays if stay.lane == lane)
@@ -51,28 +51,28 @@ def chrome_trace(telemetry: Telemetry, phases: dict[str, Interval]) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def _stays(telemetry: Telemetry, phases: dict[str, Interval]) -> Iterator[Stay]:
+def _stays(records: Records, phases: dict[str, Interval], trace_end: float) -> Iterator[Stay]:
     for name, window in phases.items():
         yield Stay("phase", name, window, {"kind": "phase"})
-    copies = _groups_of(telemetry.copies())
+    copies = _groups_of(records.copies)
     copied_at = {(copy.group, copy.step): copy.end for copy in copies}
-    for read in telemetry.reads:
+    for read in records.reads:
         yield _moved("SSD reads", "ssd_read", read)
-        left_at = copied_at.get((read.group, read.step))
-        if read.step is not None and left_at is not None:  # from its first byte in a slot to its last one on the GPU
+        if read.step is not None:  # from its first byte in a slot to its last one on the GPU, or the trace's end
+            left_at = copied_at.get((read.group, read.step), trace_end)
             yield _moved("CPU tier", "cpu_tier", replace(read, end=max(left_at, read.end)))
     for copy in copies:
         yield _moved("H2D", "weight_h2d", copy)
-    for use in telemetry.uses():
+    for use in records.uses:
         group = str(use.group or "pass")
         args = {"group": group, "step": use.step}
         if use.granted - use.asked > _SHORTEST_WAIT_S:
             yield Stay("compute waits", f"wait {group}", (use.asked, use.granted), {"kind": "weight_wait", **args})
         yield Stay("compute", group, (use.granted, use.done), {"kind": "compute", **args})
-    for waited in telemetry.kv_waits():
+    for waited in records.kv_waits:
         if waited[1] - waited[0] > _SHORTEST_WAIT_S:
             yield Stay("compute waits", "wait KV", waited, {"kind": "kv_wait"})
-    for moved in telemetry.kv_transfers():
+    for moved in records.kv:
         args = {"kind": moved.tier, "layer": moved.layer, "bytes": moved.nbytes}
         yield Stay("KV", f"L{moved.layer}.{moved.tier}", (moved.start, moved.end), args)
 

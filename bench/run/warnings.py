@@ -10,7 +10,7 @@ import torch
 
 from bench.result.types_machine import BytesPerPass
 from bench.result.types_phases import Phase
-from wsm.engine.telemetry import Interval, Transfer, merged
+from wsm.engine.stretch import ReadRate
 from wsm.plan.time import Ceiling
 
 FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
@@ -23,10 +23,11 @@ _MAD_TO_STDEV = 1.4826
 def beaten_floors(phases: Mapping[str, Phase]) -> Iterator[str]:
     """A line for each phase that was faster than its floor by over 5 %: no floor may be, so its ceiling was wrong."""
     for name, phase in phases.items():
-        if phase.floor_ms is not None and phase.floor_ms > 1.05 * phase.wall_ms:
+        if phase.beats_floor:
             yield (
-                f"{name}: faster than the floor, so the ceiling of {phase.bound_by} was measured too low "
-                "(other work on the machine, or a device that varies): roofline_pct says little"
+                f"{name}: took {phase.wall_ms:.0f} ms, less than its floor of {phase.floor_ms:.0f} ms: the ceiling of "
+                f"{phase.bound_by} was disturbed while it was measured (other work on the machine, or a device that "
+                "varies), so roofline_pct is null; measure again on a quiet machine"
             )
 
 
@@ -58,25 +59,34 @@ def prediction_warnings(phases: Mapping[str, Phase]) -> Iterator[str]:
             )
 
 
-def drive_warnings(reads: Sequence[Transfer], window: Interval) -> list[str]:
-    """A line where the drive's rate in the last third of the phase fell below four fifths of that in the first."""
-    inside = sorted((t for t in reads if window[0] <= t.start and t.end <= window[1]), key=lambda t: t.end)
-    third = len(inside) // 3
-    if third < 3:
-        return []
-    first, last = _read_MBps(inside[:third]), _read_MBps(inside[-third:])
-    if last >= 0.8 * first:
+def drive_warnings(passes: Sequence[ReadRate]) -> list[str]:
+    """A line where the drive's rate in the last third of the passes fell below four fifths of that in the first.
+
+    Fewer than three reads in either say nothing.
+    """
+    third = len(passes) // 3
+    first, last = map(_sum, (passes[:third], passes[len(passes) - third :]))
+    if min(first.reads, last.reads) < 3 or last.MBps >= 0.8 * first.MBps:
         return []
     return [
-        f"the drive slowed down in the run, from {first:.0f} to {last:.0f} MB/s: the ssd figures, and the floor where "
-        "the SSD bounds it, are a mean of both; let it cool, or fill its cache less (trim it, leave room)"
+        f"the drive slowed down in the run, from {first.MBps:.0f} to {last.MBps:.0f} MB/s: the ssd figures, and the "
+        "floor where the SSD bounds it, are a mean of both; let it cool, or fill its cache less (trim it, leave room)"
     ]
 
 
-def _read_MBps(reads: Sequence[Transfer]) -> float:
-    """Rate while any of ``reads`` was under way."""
-    busy_s = sum(end - start for start, end in merged((t.start, t.end) for t in reads))
-    return sum(t.nbytes for t in reads) / busy_s / 1e6 if busy_s else float("inf")
+def _sum(passes: Sequence[ReadRate]) -> ReadRate:
+    return ReadRate(sum(p.reads for p in passes), sum(p.nbytes for p in passes), sum(p.busy_s for p in passes))
+
+
+def early_ends(tokens: Sequence[int], most: int) -> Iterator[str]:
+    """A line where rows ended at a stop token; ``tokens`` are those of each row, ``most`` what was asked for."""
+    early = sorted(count for count in tokens if count < most)
+    if early:
+        after = f"{early[0]}" if early[0] == early[-1] else f"{early[0]} to {early[-1]}"
+        yield (
+            f"{len(early)} of {len(tokens)} {'row' if len(tokens) == 1 else 'rows'} ended at a stop token, after "
+            f"{after} of {most} tokens: to compare times, run to the full length with --ignore-eos"
+        )
 
 
 def steadiness_warnings(e2e_ms: Sequence[float]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -14,14 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bench.options.verb_flags import SweepOptions
+from bench.result.console import ConsoleReporter
 from bench.result.results import read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
-from bench.result.types import Result
+from bench.result.types import PASS_FIGURES, Result
+from wsm import stop
+from wsm.disk.atomic import locked
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
+from wsm.stop import Stopped
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench_infer.py"
 PATIENCE_S = 30.0
@@ -52,46 +53,51 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
                 at: gave for at, gave in outcomes.items() if isinstance(gave, Result) or at[0] > options.repeats
             }
         left = [(repeat, point) for repeat, point in jobs if (repeat, point.number) not in outcomes]
-        _say(f"[SWEEP] {len(points)} points x {options.repeats} processes, {len(left)} to run, in {folder}")
-        outcomes |= _run(options, left, len(jobs), environment)
-    return _closing(folder, list(outcomes.values()))
+        reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
+        reporter.say(f"[SWEEP] {len(points)} points x {options.repeats} processes, {len(left)} to run, in {folder}")
+        outcomes |= _run(options, left, len(jobs), environment, reporter)
+    return _closing(folder, list(outcomes.values()), reporter)
 
 
 def _run(
-    options: SweepOptions, jobs: Sequence[tuple[int, Point]], total: int, environment: Mapping[str, str]
+    options: SweepOptions,
+    jobs: Sequence[tuple[int, Point]],
+    total: int,
+    environment: Mapping[str, str],
+    reporter: ConsoleReporter,
 ) -> Outcomes:
     outcomes: Outcomes = {}
     since = time.monotonic()
-    with tqdm(total=total, initial=total - len(jobs), unit="run", desc="sweep", disable=None, leave=False) as bar:
+    with reporter.bar(total, "run", "sweep", lambda done: jobs[len(outcomes) % len(jobs)][1].folder) as advance:
+        advance(total - len(jobs))
         for repeat, point in jobs:
-            bar.set_postfix_str(point.folder)
+            stop.check()
             gave = run_point(options.out_dir, point, repeat, options.inner_repeats, environment)
             outcomes[repeat, point.number] = gave
-            bar.update()
+            advance(1)
             left = len(jobs) - len(outcomes)
             eta_s = (time.monotonic() - since) / len(outcomes) * left
             eta = f"{left} left, about {eta_s:.0f} s" if left else "all done"
-            shown = f"failed, {gave}" if isinstance(gave, Failure) else f"e2e_ms {gave.e2e_ms:.1f}"
-            _say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {shown}, {eta}")
+            shown = f"failed, {gave}" if isinstance(gave, Failure) else _figures(gave)
+            reporter.say(f"[SWEEP] {total - left}/{total} {point.folder} r{repeat}: {shown}, {eta}")
     return outcomes
 
 
-def _closing(folder: Path, gave: Sequence[Result | Failure]) -> int:
+def _figures(result: Result) -> str:
+    found = {name: result.whole(name) for name in (*PASS_FIGURES, "e2e_ms")}
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if value is not None)
+
+
+def _closing(folder: Path, gave: Sequence[Result | Failure], reporter: ConsoleReporter) -> int:
     failures = [failure for failure in gave if isinstance(failure, Failure)]
-    _say(f"[SWEEP] {len(gave) - len(failures)} results and {len(failures)} failures in {folder}")
+    reporter.say(f"[SWEEP] {len(gave) - len(failures)} results and {len(failures)} failures in {folder}")
     if failures and len(failures) == len(gave):
         reason = failures[0].reason
         print(f"{_PREFIX}every process of the sweep failed, the first with: {reason}", file=sys.stderr)
         return 1
     for verb in ("compare", "report"):
-        _say(f"[SWEEP] next: bench_infer.py {verb} {folder}")
+        reporter.say(f"[SWEEP] next: bench_infer.py {verb} {folder}")
     return 0
-
-
-def _say(line: str) -> None:
-    """On stdout, above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
 
 
 # -- the folder
@@ -107,13 +113,8 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnusableInput(
-                f"another sweep is running in --out-dir {folder}: wait for it, or name another"
-            ) from None
+    busy = f"another sweep is running in --out-dir {folder}: wait for it, or name another"
+    with locked(folder / ".lock", f"--out-dir {folder}", busy=busy):
         if (folder / DESCRIPTION).exists():
             _check_same(folder, wanted)
         elif strangers := sorted(path.name for path in folder.iterdir() if path.name[0] != "."):
@@ -139,9 +140,31 @@ def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
     for name in ("axes", "fixed", "inner_repeats", "points", "environment"):
         if found.get(name) != wanted[name]:
             raise UnusableInput(
-                f"--out-dir {folder} holds another sweep (its {name}: {found.get(name)}, not {wanted[name]}): "
-                "repeat that sweep's flags and variables to go on with it, or name another folder"
+                f"--out-dir {folder} holds another sweep (its {_NAMES[name]}: {_typed(found.get(name))}; asked for: "
+                f"{_typed(wanted[name])}): repeat that sweep's flags and variables to go on with it, or name another "
+                "folder"
             )
+
+
+_NAMES = {
+    "axes": "lists",
+    "fixed": "other flags",
+    "inner_repeats": "--inner-repeats",
+    "points": "points",
+    "environment": "variables",
+}
+
+
+def _typed(value: object) -> str:
+    """What a description holds, as one types it: ``--mode mixed,stream``, ``WSM_PAIR_AHEAD=3``."""
+    if isinstance(value, Mapping):
+        pairs = [f"{key} {','.join(x)}" if isinstance(x, list | tuple) else f"{key}={x}" for key, x in value.items()]
+        return " ".join(pairs) or "none"
+    if isinstance(value, list | tuple):
+        return (
+            " ".join(str(x["folder"]) if isinstance(x, Mapping) and "folder" in x else str(x) for x in value) or "none"
+        )
+    return str(value)
 
 
 # -- one process: ended when the sweep is, its result kept whole or not at all
@@ -152,7 +175,7 @@ def run_point(
 ) -> Result | Failure:
     """Run it to its end, and keep its result or why it failed.
 
-    Raises KeyboardInterrupt after the process, interrupted as well, has ended; it then counts as not run.
+    Raises Stopped after the process, to which the signal was passed on, has ended; it then counts as not run.
     """
     place = folder / point.folder
     final, failed, log = (place / f"r{repeat}.{ending}" for ending in ("json", "failed.json", "log"))
@@ -183,19 +206,22 @@ def _wait(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C comes to the sweep alone, which hands it on
+            start_new_session=True,  # signals come to the sweep alone, which hands them on
             # In the new process: be killed when the sweep is; an orphan would disturb the sweep that goes on.
             preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(stop.LOOK_S)
+            stop.check()
+    except Stopped as wish:
+        process.send_signal(wish.number)
         try:
             process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(PATIENCE_S)
         raise
 
 

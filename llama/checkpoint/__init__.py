@@ -11,7 +11,7 @@ from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from llama.config import ModelConfig
-from llama.files import read_json
+from llama.files import read_json, refuse_gguf
 from llama.names import Cut
 from wsm.errors import UnusableInput
 
@@ -31,7 +31,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not directory.exists():
         raise UnusableInput(f"--checkpoints {directory}: no such directory")
     if not directory.is_dir():
-        raise UnusableInput(f"--checkpoints {directory}: this is a file; name the directory that it lies in")
+        refuse_gguf(directory)
+        raise UnusableInput(
+            f"--checkpoints {directory}: this is no directory; name the one that holds the model's files"
+        )
     has_shards = any(directory.glob("consolidated.*.pth"))
     has_config = (directory / "config.json").exists()
     if (directory / "params.json").exists() and (has_shards or not has_config):
@@ -40,6 +43,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         return HFCheckpoint(directory)
     if has_shards:
         raise UnusableInput(f"--checkpoints {directory}: params.json is missing beside the shards; download it too")
+    refuse_gguf(directory)
     if (directory / "adapter_config.json").exists():
         raise UnusableInput(f"--checkpoints {directory}: a LoRA adapter alone; merge it into its base model first")
     raise UnusableInput(

@@ -30,6 +30,8 @@ class Checkpoint(ABC):
     """
 
     has_weights = True
+    warnings: tuple[str, ...] = ()
+    """What the files say twice, and differently, and which of it counts."""
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, directory: Path | None = None, paths: Sequence[Path] = ()
@@ -165,8 +167,13 @@ def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -
 
 
 def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
-    """Refuse (UnusableInput) biases and LoRA adapters, which are no plain LLaMA's."""
+    """Refuse (UnusableInput) quantised weights, biases and LoRA adapters, which are no plain LLaMA's."""
     for name in names:
+        if name.endswith((".qweight", ".qzeros")):
+            raise UnusableInput(
+                f"{path}: tensor {name} belongs to a quantised model (GPTQ or AWQ), which does not run here; take the "
+                "same model in bfloat16 or float16 weights"
+            )
         if name.endswith(".bias") or "lora_" in name:
             raise UnusableInput(
                 f"{path}: tensor {name} belongs to no plain LLaMA; biases do not run here, and LoRA adapters have to "

@@ -124,4 +124,13 @@ def _open_shard(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(shard, dict):
         raise UnusableInput(f"{path} holds no dictionary of tensors; {AGAIN}")
     base.refuse_foreign_tensors(path, map(str, shard))
-    return shard
+    return {name: _plain(path, name, value) if isinstance(value, Tensor) else value for name, value in shard.items()}
+
+
+def _plain(path: Path, name: object, tensor: Tensor) -> Tensor:
+    """The tensor's numbers without what training hung on them; UnusableInput if there are none to be read."""
+    if tensor.device.type == "meta":
+        raise UnusableInput(f"{path}: {name} is on the meta device, a shape without numbers; save the loaded model")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise UnusableInput(f"{path}: {name} is a sparse tensor, which is not read here; save it after .to_dense()")
+    return tensor.detach()

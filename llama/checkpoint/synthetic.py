@@ -20,6 +20,7 @@ from llama.config import PRESETS, ModelConfig
 from llama.names import Cut
 from wsm.errors import UnusableInput
 from wsm.layout.model import SourceFile
+from wsm.option import meant
 
 BLOCK_VALUES = (1 << 20) + 1
 """2 MiB in bfloat16: stays in a core's cache while it is copied out."""
@@ -78,14 +79,16 @@ def _unit_block(seed: int) -> Tensor:
 
 
 def synthetic_checkpoint(spec: str, *, seed: int, dtype: torch.dtype) -> SyntheticCheckpoint:
-    """``NAME`` or ``NAME:layers=N``, NAME being a known model; UnusableInput for an unknown name or option."""
-    name, colon, option = spec.partition(":")
-    config = PRESETS.get(name)
+    """``NAME`` or ``NAME:layers=N``, NAME a known model's in any case; UnusableInput for an unknown name or option."""
+    asked, colon, option = spec.partition(":")
+    config = {name.lower(): config for name, config in PRESETS.items()}.get(asked.lower())
     if config is None:
-        raise UnusableInput(f"--synthetic {spec}: {name!r} is no known model; known are {', '.join(PRESETS)}")
+        raise UnusableInput(
+            f"--synthetic {spec}: {asked!r} is no known model{meant(asked, PRESETS)} (see bench_infer.py --list-models)"
+        )
     if colon:
         key, _, count = option.partition("=")
         if key != "layers" or not (count.isascii() and count.isdecimal()) or len(count) > 6 or int(count) < 1:
             raise UnusableInput(f"--synthetic {spec}: after the name only :layers=N is understood, N at least 1")
-        config = dataclasses.replace(config, name=f"{name}:layers={int(count)}", n_layers=int(count))
+        config = dataclasses.replace(config, name=f"{config.name}:layers={int(count)}", n_layers=int(count))
     return SyntheticCheckpoint(config, seed=seed, dtype=dtype)

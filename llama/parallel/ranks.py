@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from llama.parallel.watch import START_S, Ending, RankFailed, Watch
 from llama.parallel.world import Collective, World
+from wsm import stop
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
@@ -72,6 +73,7 @@ def _broken_if_it_fails() -> Iterator[None]:
     except (RankFailed, NotImplementedError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
+        stop.check()
         raise CollectiveBroken(f"a collective failed: {error}") from error
 
 
@@ -102,6 +104,7 @@ class TorchWorld(World):
         until, pause = math.inf if limit_s is None else time.monotonic() + limit_s, 0.001
         while not self._store.check(keys):
             self.watch.check()
+            stop.check()
             if time.monotonic() > until:
                 return False
             time.sleep(pause)
@@ -221,4 +224,5 @@ def _wait_for_store(address: str, port: int) -> None:
                     f"({error.strerror or error}); see its own output, and --master-addr where there are several hosts"
                 )
                 raise RankFailed(Ending(0, address, reason, 1)) from error
+            stop.check()
             time.sleep(0.1)

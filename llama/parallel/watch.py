@@ -16,6 +16,9 @@ from typing import Any, Literal, Protocol
 import msgspec
 from msgspec import Struct
 
+from wsm import stop, threads
+from wsm.errors import DoesNotFit
+
 BEAT_S = 1.0
 LOST_S = 10.0
 """Silence after which a rank counts as lost: far beyond any pause that the interpreter's lock makes."""
@@ -143,11 +146,12 @@ class Watch:
                 for rank, key in enumerate(self._keys):
                     if not self._store.check([key]):
                         raise RankFailed(self._find(Ending(rank, "a host that was not heard of", reason, 1)))
+            stop.check()
             time.sleep(_POLL_S)
         self._listen()
         for name, work in (("watch-beat", self._beat), ("watch-guard", self._guard)):
             self._threads.append(threading.Thread(target=work, name=name, daemon=True))
-            self._threads[-1].start()
+            threads.start(self._threads[-1])
 
     def close(self) -> None:
         """Watch no more; a second call does nothing."""
@@ -245,6 +249,9 @@ class Watch:
         if self.failure is None or self._settled.is_set():
             return
         # On a thread of its own: what it calls may hang, and the last resort is for that too.
-        threading.Thread(target=self._on_failure, args=(self.failure,), name="watch-failure", daemon=True).start()
+        with contextlib.suppress(DoesNotFit):  # no thread to be had: the last resort is left
+            threads.start(
+                threading.Thread(target=self._on_failure, args=(self.failure,), name="watch-failure", daemon=True)
+            )
         if not self._settled.wait(GRACE_S) and not self._closed.is_set():
             self._last_resort(self.failure)

@@ -18,7 +18,7 @@ def read(out: Path, name: str) -> Result | None:
 def decode_line(name: str, result: Result) -> str:
     """The pass, the floor over all links, and the share of collectives."""
     phase, parallel = result["phases"]["decode"], result["parallel"]
-    line = f"{name}: p50 {result['tpot_ms']['p50']:.2f} ms a token, {result['throughput_tok_s']:.4g} tok/s"
+    line = f"{name}: p50 {result['tpot_ms']['p50']:.2f} ms a token, {result['decode_tok_s']:.4g} tok/s"
     if phase["floor_ms"]:
         ratio = phase["wall_ms"] / phase["floor_ms"]
         line += f", {ratio:.3f} x the floor ({phase['bound_by']})"
@@ -34,8 +34,8 @@ def scaling_line(name: str, one: Result, two: Result) -> str:
     """Tokens a second against 0.95 x (both links at once / one alone) x one GPU's."""
     at_once = sum(rank["ceilings_MBps"]["h2d"] for rank in two["parallel"]["ranks"])
     alone = one["ceilings"]["h2d"]["value"]
-    wanted = 0.95 * at_once / alone * one["throughput_tok_s"]
-    rate, fraction = two["throughput_tok_s"], two["throughput_tok_s"] / wanted
+    wanted = 0.95 * at_once / alone * one["decode_tok_s"]
+    rate, fraction = two["decode_tok_s"], two["decode_tok_s"] / wanted
     return f"{name}: {rate:.4g} tok/s, at least {wanted:.4g} wanted ({at_once / alone:.3f} links): {fraction:.3f} of it"
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama.config import PRESETS, ModelConfig, RopeScaling
+from llama.config import MOST_LAYERS, PRESETS, ModelConfig
+from llama.rope import RopeScaling
 from wsm.errors import UnusableInput
 
 # params.json of the released models, as Meta ships them.
@@ -79,7 +80,6 @@ META_PARAMS: dict[str, dict[str, Any]] = {
     },
     "Llama-3.2-1B": {
         **LLAMA31,
-        "rope_scaling_factor": 32.0,
         "dim": 2048,
         "n_layers": 16,
         "n_heads": 32,
@@ -88,7 +88,6 @@ META_PARAMS: dict[str, dict[str, Any]] = {
     },
     "Llama-3.2-3B": {
         **LLAMA31,
-        "rope_scaling_factor": 32.0,
         "dim": 3072,
         "n_layers": 28,
         "n_heads": 24,
@@ -149,25 +148,6 @@ def test_hf_config_gives_the_preset() -> None:
     assert ModelConfig.from_hf(HF, "Llama-3.2-1B") == PRESETS["Llama-3.2-1B"]
 
 
-def test_rope_parameters_of_transformers_5_mean_the_same() -> None:
-    newer = {key: value for key, value in HF.items() if key not in ("rope_scaling", "rope_theta")}
-    newer["rope_parameters"] = {**HF["rope_scaling"], "rope_theta": 500000.0}
-    assert ModelConfig.from_hf(newer, "m") == ModelConfig.from_hf(HF, "m")
-
-
-@pytest.mark.parametrize(
-    ("rope", "scaling"),
-    [
-        ({"rope_scaling": None}, None),
-        ({"rope_scaling": {"rope_type": "default"}}, None),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, RopeScaling("linear", 4.0, original_max_position=131072)),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000}}, None),
-    ],
-)
-def test_rope_types(rope: dict[str, Any], scaling: RopeScaling | None) -> None:
-    assert ModelConfig.from_hf({**HF, **rope}, "m").rope_scaling == scaling
-
-
 def test_absent_hf_fields_take_transformers_defaults() -> None:
     optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
     config = ModelConfig.from_hf({key: value for key, value in HF.items() if key not in optional}, "m")
@@ -176,8 +156,17 @@ def test_absent_hf_fields_take_transformers_defaults() -> None:
     assert not config.tied_embeddings
 
 
-def test_scaled_rope_without_a_factor_means_8() -> None:
-    assert ModelConfig.from_meta(META_PARAMS["Llama-3.1-8B"], "m").rope_scaling == RopeScaling("llama3", 8.0)
+def test_metas_empty_vision_fields_are_a_text_models() -> None:
+    params = {**META_PARAMS["Llama-3-8B"], "vision_chunk_size": -1, "use_qk_norm": False, "moe_args": None}
+    assert ModelConfig.from_meta(params, "Llama-3-8B") == PRESETS["Llama-3-8B"]
+
+
+@pytest.mark.parametrize("layers", [MOST_LAYERS + 1, 10**30, 10**400])
+def test_more_layers_than_any_model_has_are_refused_before_they_are_counted(layers: int) -> None:
+    with pytest.raises(UnusableInput, match=r"layers must be at most .*: no model has more"):
+        ModelConfig.from_hf({**HF, "num_hidden_layers": layers}, "m")
+    with pytest.raises(UnusableInput, match=r"layers must be at most .*: no model has more"):
+        ModelConfig.from_meta({**META_PARAMS["Llama-3-8B"], "n_layers": layers}, "m")
 
 
 @pytest.mark.parametrize("vocab", [{}, {"vocab_size": -1}, {"vocab_size": None}])
@@ -215,15 +204,12 @@ def test_a_field_missing_in_config_is_named_with_its_file(field: str) -> None:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"sliding_window": 4096}, "sliding_window"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised model \(gptq, 4 bits\)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised model \(fp8\)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "sets quantization: a quantised model"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+        ({"hidden_size": 10**30}, "hidden_size must be at most"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "field factor is missing"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor must be a number above 0"),
-        ({"rope_scaling": "linear"}, "must be an object"),
         ({"hidden_size": "2048"}, "hidden_size must be a whole number"),
         ({"num_key_value_heads": 7}, "7 KV heads"),
         ({"head_dim": 63}, "head_dim must be even"),
@@ -236,7 +222,7 @@ def test_hf_configs_that_do_not_run_are_refused_by_name(changes: dict[str, Any],
         ModelConfig.from_hf({**HF, **changes}, "m")
 
 
-@pytest.mark.parametrize("field", ["quantization_args", "lora_args", "moe_args", "vision_chunk_size"])
+@pytest.mark.parametrize("field", ["quantization_args", "lora_args", "moe_args", "vision_args", "nope_layer_interval"])
 def test_meta_params_that_do_not_run_are_refused_by_name(field: str) -> None:
     with pytest.raises(UnusableInput, match=field):
         ModelConfig.from_meta({**META_PARAMS["Llama-3.2-1B"], field: {"group_size": 32}}, "m")
@@ -277,7 +263,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     return ModelConfig(
         name=draw(st.text(max_size=10)),
         dim=draw(POSITIVE),
-        n_layers=draw(POSITIVE),
+        n_layers=draw(st.integers(1, MOST_LAYERS)),
         n_heads=kv_heads * draw(st.integers(1, 16)),
         n_kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 128)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,7 @@ from llama.tokenizer import (
     HFTokenizer,
     Llama3Tokenizer,
     digestible_pieces,
+    encode_prompt,
     load_tokenizer,
 )
 from tests.tiny import hf_tokenizer, llama3_tokenizer
@@ -54,27 +56,26 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
 
 def test_llama3_special_ids_follow_the_ranks(llama3: Llama3Tokenizer) -> None:
     ranks = llama3.vocab_size - 256
-    assert llama3.bos_id == ranks  # 128000 in the released models
+    assert (llama3.prefix, llama3.suffix) == ((ranks,), ())  # 128000 in the released models
     assert llama3.stop_ids == {ranks + 1, ranks + 8, ranks + 9}  # 128001, 128008, 128009
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_llama3_round_trip(text: str, llama3: Llama3Tokenizer) -> None:
-    ids = llama3.encode(text, bos=True)
-    assert ids[0] == llama3.bos_id
-    assert ids[1:] == llama3.encode(text, bos=False)
+    ids = encode_prompt(llama3, text)
+    assert ids == [*llama3.prefix, *llama3.encode(text)]
     assert llama3.decode(ids) == text
 
 
 def test_llama3_merges_inside_words_and_cuts_digits_in_threes(llama3: Llama3Tokenizer) -> None:
-    encoded = llama3.encode("aeb ", bos=False)
+    encoded = llama3.encode("aeb ")
     assert [llama3.decode([token]) for token in encoded] == ["ae", "b", " "]
     # No pair of digits is in the vocabulary, so what is left is one id a digit.
-    assert len(llama3.encode("1234", bos=False)) == 4
+    assert len(llama3.encode("1234")) == 4
 
 
 def test_special_tokens_in_a_text_are_text_to_llama3(llama3: Llama3Tokenizer) -> None:
-    assert not set(llama3.encode("<|eot_id|><|begin_of_text|>", bos=False)) & set(range(llama3.vocab_size - 256, 10**6))
+    assert not set(llama3.encode("<|eot_id|><|begin_of_text|>")) & set(range(llama3.vocab_size - 256, 10**6))
 
 
 @given(st.lists(st.integers(-3, 1000)))
@@ -91,17 +92,17 @@ def test_any_ids_decode_with_a_vocabulary(llama3: Llama3Tokenizer, hf: HFTokeniz
 @given(st.text(max_size=300))
 def test_bytes_round_trip(text: str) -> None:
     tokenizer = ByteTokenizer(model(320))
-    assert tokenizer.decode([*tokenizer.encode(text, bos=True), 257]) == text.encode(errors="replace").decode()
+    assert tokenizer.decode([*encode_prompt(tokenizer, text), 257]) == text.encode(errors="replace").decode()
 
 
 @pytest.mark.parametrize("text", [" " * 100_000, "x" * 100_000, "ab " * 300_000, "\n" * 60_000 + "end", "1" * 500_000])
 def test_very_long_texts_are_encoded_whole(text: str, llama3: Llama3Tokenizer) -> None:
-    assert llama3.decode(llama3.encode(text, bos=False)) == text
+    assert llama3.decode(llama3.encode(text)) == text
 
 
 def test_half_a_surrogate_pair_does_no_harm(llama3: Llama3Tokenizer, hf: HFTokenizer) -> None:
     for tokenizer in (llama3, hf, ByteTokenizer(model(320))):
-        assert tokenizer.decode(tokenizer.encode("a\ud800b", bos=False))[::2] == "ab"
+        assert tokenizer.decode(tokenizer.encode("a\ud800b"))[::2] == "ab"
 
 
 RUNS = st.lists(st.tuples(st.sampled_from([" ", "x", "\n"]), st.integers(1, 3 * LONGEST_RUN)), max_size=4)
@@ -126,7 +127,7 @@ def test_llama3_ids_are_tiktokens_own(llama3: Llama3Tokenizer, tmp_path: Path) -
     llama3_tokenizer(tmp_path / "tokenizer.model")
     ranks = load_tiktoken_bpe(str(tmp_path / "tokenizer.model"))
     oracle = tiktoken.Encoding("oracle", pat_str=r"\p{L}+|\s+", mergeable_ranks=ranks, special_tokens={})
-    assert llama3.encode("sheath", bos=False) == oracle.encode("sheath")
+    assert llama3.encode("sheath") == oracle.encode("sheath")
 
 
 @pytest.mark.parametrize("off", [-1, 1, 1000])
@@ -136,10 +137,23 @@ def test_a_meta_tokenizer_of_another_size_is_refused_with_both_numbers(off: int,
         load_tokenizer(tmp_path, model(size + off))
 
 
-@pytest.mark.parametrize(("size", "vocab_size"), [(300, 299), (300, 316)])
-def test_an_hf_tokenizer_that_is_larger_or_much_smaller_is_refused(size: int, vocab_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "vocab_size"), [(557, 300), (300, 316)])
+def test_an_hf_tokenizer_that_is_much_larger_or_smaller_is_refused(size: int, vocab_size: int, tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match=rf"has {size} tokens.* has {vocab_size}: "):
         load_tokenizer(hf_tokenizer(tmp_path, size), model(vocab_size))
+
+
+def test_an_hf_tokenizer_with_tokens_beyond_the_embedding_warns_and_refuses_only_those(tmp_path: Path) -> None:
+    directory = hf_tokenizer(tmp_path, 300)
+    tokenizer = load_tokenizer(directory, model(290))
+    [warning] = tokenizer.warnings
+    assert warning.startswith(f"{directory}/tokenizer.json has 10 token(s) beyond the 290 of the model's embedding")
+    assert tokenizer.encode("abc") == [64, 65, 66]
+    fewer = load_tokenizer(directory, model(257))  # no embedding for </s>, which a text may hold
+    with pytest.raises(
+        UnusableInput, match=r"gives '</s>' the id 257, for which the model has no embedding \(it has 257"
+    ):
+        fewer.encode("abc</s>")
 
 
 def test_a_slightly_smaller_hf_tokenizer_is_padding(tmp_path: Path) -> None:
@@ -148,13 +162,11 @@ def test_a_slightly_smaller_hf_tokenizer_is_padding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text])
 def test_hf_round_trip(text: str, hf: HFTokenizer) -> None:
-    ids = hf.encode(text, bos=True)
-    assert ids[0] == hf.bos_id == 256
-    assert hf.decode([*ids, 257]) == text
+    assert hf.decode([*encode_prompt(hf, text), 257]) == text
 
 
 def test_hf_recognises_special_tokens_as_transformers_does(hf: HFTokenizer) -> None:
-    assert hf.encode("a</s>", bos=False)[1:] == [257]
+    assert hf.encode("a</s>")[1:] == [257]
 
 
 def test_hf_forgets_truncation_and_padding_left_in_the_file(tmp_path: Path) -> None:
@@ -162,43 +174,34 @@ def test_hf_forgets_truncation_and_padding_left_in_the_file(tmp_path: Path) -> N
     content = json.loads(path.read_text())
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     path.write_text(json.dumps(content))
-    assert len(load_tokenizer(tmp_path, model(300)).encode("a" * 50, bos=False)) == 50
+    assert len(load_tokenizer(tmp_path, model(300)).encode("a" * 50)) == 50
 
 
 @pytest.mark.parametrize(
-    ("files", "bos", "stops"),
+    ("files", "stops"),
     [
-        ({}, 256, {257}),
-        ({"config.json": {"bos_token_id": 1, "eos_token_id": 2}}, 1, {2}),
-        ({"config.json": {"bos_token_id": 1, "eos_token_id": [2, 3]}}, 1, {2, 3}),
-        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [4, 5]}}, 256, {4, 5}),
-        ({"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}}, 257, {257}),
-        ({"config.json": {"bos_token_id": None, "eos_token_id": -1}}, 256, {257}),
+        ({}, {257}),
+        ({"config.json": {"bos_token_id": 1, "eos_token_id": 2}}, {2}),
+        ({"config.json": {"eos_token_id": [2, 3]}}, {2, 3}),
+        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [4, 5]}}, {4, 5}),
+        ({"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}}, {257}),
+        ({"config.json": {"bos_token_id": None, "eos_token_id": -1}}, {257}),
+        ({"config.json": {"eos_token_id": True}}, {257}),
+        ({"config.json": {"eos_token_id": 10**30}}, {257}),
+        ({"tokenizer_config.json": {}}, set()),
     ],
 )
-def test_begin_and_stop_ids_come_from_the_files_beside(
-    files: dict[str, Any], bos: int, stops: set[int], tmp_path: Path
-) -> None:
+def test_stop_ids_come_from_the_files_beside(files: dict[str, Any], stops: set[int], tmp_path: Path) -> None:
     hf_tokenizer(tmp_path)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    tokenizer = load_tokenizer(tmp_path, model(300))
-    assert (tokenizer.bos_id, tokenizer.stop_ids) == (bos, stops)
-
-
-def test_a_begin_id_must_be_named_and_inside_the_vocabulary(tmp_path: Path) -> None:
-    hf_tokenizer(tmp_path, bos_token=None)
-    with pytest.raises(UnusableInput, match=r"no file names .* tokenizer_config\.json"):
-        load_tokenizer(tmp_path, model(300))
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 4000}))
-    with pytest.raises(UnusableInput, match="bos_token_id 4000 is no token of a vocabulary of 300"):
-        load_tokenizer(tmp_path, model(300))
+    assert load_tokenizer(tmp_path, model(300)).stop_ids == stops
 
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UnusableInput, match=r"pip install 'wsm-bench\[hf\]'"):
+    with pytest.raises(UnusableInput, match=r"pip install tokenizers"):
         load_tokenizer(tmp_path, model(300))
 
 
@@ -222,6 +225,18 @@ def test_files_that_are_no_tokenizer_are_refused(file: str, content: bytes, said
     with pytest.raises(UnusableInput, match=said) as caught:
         load_tokenizer(tmp_path, model(600))
     assert str(tmp_path / file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"]
+)
+def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(file: str, tmp_path: Path) -> None:
+    if file != "tokenizer.model":
+        hf_tokenizer(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(UnusableInput, match=f"{file} cannot be read: it is a pipe, not a file"):
+        load_tokenizer(tmp_path, model(300))
 
 
 def test_a_twice_named_token_is_damage(tmp_path: Path) -> None:

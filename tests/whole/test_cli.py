@@ -200,7 +200,7 @@ def damage(home: Path, name: str) -> list[object]:
         params.pop("dim")
         (copy / "params.json").write_text(json.dumps(params))
     elif name == "tokenizer":
-        hf_tokenizer(copy, size=400)
+        hf_tokenizer(copy, size=600)
     else:
         tensors = load_file(copy / "model.safetensors")
         if name == "extra tensor":
@@ -218,7 +218,7 @@ def damage(home: Path, name: str) -> list[object]:
         ("corrupt safetensors", "model.safetensors"),
         ("truncated shard", "consolidated.01.pth"),
         ("no dim", "dim"),
-        ("tokenizer", "400"),
+        ("tokenizer", "600"),
         ("extra tensor", "q_norm"),
         ("nan", "not finite"),
     ],

@@ -54,6 +54,35 @@ def commands() -> Iterator[Command]:
                     yield Command(page, {name: value for name, _, value in pairs}, words[place + 1 :])
 
 
+def test_the_bash_blocks_of_the_documents_hold_nothing_that_is_not_tried_here() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+            for line in filter(None, block.replace("\\\n", " ").splitlines()):
+                words = shlex.split(line, comments=True)
+                made = words[:1] == ["make"] and set(words[1:]) <= targets
+                assert made or any(word.endswith("bench_infer.py") for word in words), f"{page}: {line}"
+
+
+def test_what_pip_is_told_to_install_is_there_to_be_had() -> None:
+    """In documents and messages: the clone with an extra that it has, or a package that this project needs; this
+    project itself is in no index.
+    """
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.")[0]
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("optional-dependencies]")[2], re.MULTILINE))
+    packages = set(re.findall(r'"([a-zA-Z][\w-]*)[>=]', project))
+    sources = [path for folder in ("bench", "llama", "wsm") for path in (ROOT / folder).rglob("*.py")]
+    sources += [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench_infer.py"]
+    asked = [
+        (path, words) for path in sources for words in re.findall(r"pip install ((?:-e )?\S+)", path.read_text("utf-8"))
+    ]
+    assert len(asked) >= 4
+    for path, word in asked:
+        assert word.strip("`\"').,;") in packages | {f"-e '.[{extra}]'" for extra in extras}, path
+    [extra] = re.findall(r"pip install --quiet -e '\.\[(\w+)\]'", (ROOT / "Makefile").read_text("utf-8"))
+    assert extra in extras
+
+
 def _named(command: Command) -> str:
     return f"{command.page}: {' '.join(command.argv) or '(no flag)'}"
 

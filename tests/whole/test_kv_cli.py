@@ -16,13 +16,14 @@ import pytest
 
 from bench.cli.docs import result_schema
 from bench_infer import command_line as main
-from tests.stores import loop_device
+from tests.stores import flip, loop_device
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
 from tests.whole.test_cli import interrupted, sentence
 from wsm.engine.tiers import Tiers
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
 from wsm.kv.disk import KVDevice
+from wsm.layout.groups import BLOCK
 from wsm.layout.kv import WINDOWS
 from wsm.plan.hardware import GIB
 from wsm.plan.kv import DISK_SLOTS
@@ -227,3 +228,20 @@ def test_ctrl_c_takes_the_kv_file_away(home: Path, tmp_path: Path) -> None:
     assert ended.returncode == 130
     sentence(ended.stderr)
     assert not kv.exists()
+
+
+def test_kv_that_changes_on_its_device_is_exit_4(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, real = tmp_path / "kv", kv_disk.KVDisk.write_window
+
+    def then_change(self: kv_disk.KVDisk, *args: Any) -> None:
+        real(self, *args)
+        flip(device, BLOCK + 100)
+
+    monkeypatch.setattr(kv_disk.KVDisk, "write_window", then_change)
+    code, _, err = run(*budgets(home, full_cpu=True), "--kv-device", device)
+    assert code == 4
+    assert f"{device} at byte {BLOCK}, in offloaded KV: what was read is not what was written" in sentence(err)
+    assert not (tmp_path / "r.json").exists()
+    assert not device.exists()

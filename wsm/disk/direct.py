@@ -9,6 +9,7 @@ import os
 import stat
 
 from wsm.disk.blockdev import unusable_target
+from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK
 
@@ -57,6 +58,8 @@ def open_for_reading(target: str) -> tuple[int, bool]:
         raise unusable_target(target, error) from error
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise UnusableInput(f"{target} is neither a file nor a block device: name the target of `pack --to`")
+    if stat.S_ISREG(mode):
+        refuse_in_dev(target, target)
     file = open_direct(target, os.O_RDONLY)
     try:
         lock(file, fcntl.LOCK_SH, f"{target} is being packed just now: wait until that is over")

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
+from wsm import threads as life
 from wsm.layout.groups import BLOCK
 
 Piece = Callable[[], None]
@@ -81,7 +82,7 @@ class IOThreads:
         try:
             for number in range(threads):
                 worker = threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
-                worker.start()
+                life.start(worker)
                 self._workers.append(worker)
         except BaseException as error:
             self.close(error)
@@ -118,7 +119,10 @@ class IOThreads:
             job.end()
 
     def close(self, failure: BaseException) -> None:
-        """Join every thread; jobs with pieces left to deal end with ``failure``. May be called again."""
+        """Join every thread; jobs with pieces left to deal end with ``failure``. May be called again.
+
+        Raises ThreadsStuck where the drive holds one up.
+        """
         with self._lock:
             self._closed = self._closed or failure
         with contextlib.suppress(Empty):  # here, since a thread may be held up by the drive
@@ -126,8 +130,13 @@ class IOThreads:
                 self._work(*work)
         for _ in self._workers:  # at every call: the one before may have been broken off
             self._dealt.put(None)
-        for worker in self._workers:
-            worker.join()
+        life.join(self._workers)
+
+    def __enter__(self) -> IOThreads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(RuntimeError("closed before the work was done"))
 
     def _serve(self) -> None:
         while work := self._dealt.get():

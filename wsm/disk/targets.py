@@ -10,10 +10,10 @@ from pathlib import Path
 
 import xxhash
 
-from wsm.disk import blockdev
 from wsm.disk.atomic import sync_directory
 from wsm.disk.blockdev import is_block_device, logical_block, target_size, unusable_target
 from wsm.disk.direct import lock, open_direct
+from wsm.disk.safety import check_writable, refuse_in_dev
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.layout.groups import BLOCK
 
@@ -33,7 +33,7 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
     """What will be overwritten of files or block devices that are each to take ``nbytes``, a phrase each.
 
     Refuses what must not be written (UnusableInput) or is too small (DoesNotFit), in the order of the contract in
-    docs/ARCHITECTURE.md. With ``force``, block devices pass that hold a filesystem or the like.
+    docs/ARCHITECTURE.md. With ``force``, devices and files pass that hold a filesystem or the like.
     """
     if len({os.path.realpath(target) for target in targets}) != len(targets):
         raise UnusableInput("--to names one target twice")
@@ -44,12 +44,7 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
             continue
         path = check_place(target, f"--to {target}")
         if path.exists():
-            if loop := blockdev.loop_device_over(path):
-                raise UnusableInput(
-                    f"{target} is in use (it is the contents of {loop}): nothing was written; name another file, or "
-                    f"detach it: losetup -d /dev/{loop}"
-                )
-            lost.append(target)
+            lost.append(_described(target, check_writable(str(path), force=force, label=target)))
         filesystems.setdefault(path.parent.stat().st_dev, []).append(path)
     for paths in filesystems.values():
         # Several targets may be on one filesystem; what they hold already is theirs again.
@@ -64,7 +59,7 @@ def check_targets(targets: Sequence[str], nbytes: int, *, force: bool) -> list[s
 
 def _check_device(target: str, nbytes: int, force: bool) -> str:
     with reading(target) as file:
-        found = blockdev.check_writable(target, force=force)
+        found = check_writable(target, force=force)
         check_blocks(file, target, "stores are")
         room = target_size(file)
     if room < nbytes:
@@ -72,6 +67,10 @@ def _check_device(target: str, nbytes: int, force: bool) -> str:
             f"{target} is too small: the store takes {nbytes / 1e9:.3f} GB, the device has {room / 1e9:.3f} GB; "
             "nothing was written"
         )
+    return _described(target, found)
+
+
+def _described(target: str, found: Sequence[str]) -> str:
     return f"{target} (which bears {' and '.join(found)})" if found else target
 
 
@@ -99,6 +98,7 @@ def check_place(target: str, label: str) -> Path:
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
         raise UnusableInput(f"{label} is neither a file nor a block device")
+    refuse_in_dev(path, label)
     if not path.parent.is_dir():
         raise UnusableInput(f"{label}: its directory does not exist")
     return path

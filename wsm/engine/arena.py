@@ -11,13 +11,15 @@ import ctypes
 import mmap
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wsm import stop
+from wsm.disk.io_threads import IOThreads
 from wsm.engine.device import Device
 from wsm.errors import DoesNotFit
 from wsm.layout.groups import BLOCK, round_up
@@ -79,8 +81,9 @@ class PageLockedArena:
                 f"`echo madvise | sudo tee {_HUGE_PAGES_FILE}` allows them"
             )
         _libc.madvise(self._address, self.nbytes, _MADV_DONTFORK)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._populate, range(0, self.nbytes, _POPULATE_PIECE)))
+        pieces = range(0, self.nbytes, _POPULATE_PIECE)
+        with IOThreads(min(16, os.cpu_count() or 1, len(pieces)), "wsm-populate") as threads:
+            stop.result(threads.submit(partial(self._populate, offset) for offset in pieces))
 
     def _populate(self, offset: int) -> None:
         nbytes = min(_POPULATE_PIECE, self.nbytes - offset)

@@ -34,6 +34,8 @@ class Event(Protocol):
 class CpuEvent:
     """Has happened once it is recorded."""
 
+    __slots__ = ("time_s",)
+
     def __init__(self) -> None:
         self.time_s = time.perf_counter()
 

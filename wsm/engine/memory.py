@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wsm import stop
 from wsm.engine.arena import PageLockedArena
 from wsm.engine.device import Device, Event
 from wsm.engine.slots import Homes, Pool, Pools, Slot
@@ -103,7 +104,7 @@ class WeightMemory:
         own = next((arena for arena in self._arenas if arena.nbytes >= layout.nbytes), None)
         arena = own or self._new_arena(layout.nbytes)
         image = arena.whole[: layout.nbytes]
-        self._source.read(None, image).checked.result()
+        stop.result(self._source.read(None, image).checked)
         kept = without(layout, self._kept_on_cpu) if self._kept_on_cpu else layout
         on_device = views(torch.empty(kept.nbytes, dtype=torch.uint8, device=device.torch_device), kept)
         stream = device.stream()

@@ -1,6 +1,7 @@
 """Ceilings of this machine, measured before the clock in the memory that the run will use.
 
-Each is the best of several samples, as a floor has to be; its spread is (max - min) / median. The copies have the
+Each is the best of several samples, as a floor has to be; its spread is (max - min) / median, and where that is large
+the samples are taken once more, longer. The copies have the
 size of the run's own pieces, the SSD reads its own chunks and depth, and the SSD is read while the link is busy.
 """
 
@@ -13,23 +14,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wsm import stop
+from wsm.disk.io_threads import IOThreads
 from wsm.engine.device import Device
-from wsm.engine.telemetry import moved_bytes
+from wsm.engine.records import moved_bytes
 from wsm.layout.groups import GroupId
-from wsm.plan.time import Ceiling
+from wsm.plan.time import STEADY_PCT, Ceiling
 from wsm.store.source import ChunkRead, GroupRead, GroupSource
 
 SAMPLES = 5
 
 
 class ProbeSizes(NamedTuple):
-    """How much work a sample is at most: in all some seconds (at most 5) on a GPU, little on the CPU.
+    """How much work a sample is at most: in all some seconds (at most 5, undisturbed) on a GPU, little on the CPU.
 
     The slowest links and drives give smaller samples, not longer probes.
     """
@@ -50,12 +54,34 @@ def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
     return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
 
 
+LONGER = (1, 4)
+"""How long samples are, and how long where the first ones vary too much: other work weighs less on longer ones."""
+Anyone = Callable[[bool], bool]
+"""Whether any of several ranks says yes: they measure side by side, and so again side by side."""
+
+
+def _steadied(measure: Callable[[int], Ceiling], anyone: Anyone = bool) -> Ceiling:
+    """The ceiling of ``measure``, which takes how many times as long as usual a sample is to be: the steadier one."""
+    found: list[Ceiling] = []
+    for times in LONGER:
+        found.append(measure(times))
+        if not anyone(found[-1].spread_pct > STEADY_PCT):
+            break
+    best = min(found, key=lambda ceiling: ceiling.spread_pct)
+    if len(found) == 1:
+        return best
+    return replace(
+        best, how=f"{best.how}; measured twice, since the first samples varied by {found[0].spread_pct:.0f} %"
+    )
+
+
 def sizes_for(device: Device) -> ProbeSizes:
     return ON_CUDA if device.torch_device.type == "cuda" else ON_CPU
 
 
 def _seconds(device: Device, work: Callable[[], object]) -> float:
     """Time of ``work`` on the compute stream."""
+    stop.check()
     device.synchronize()
     stream = device.compute_stream()
     start = device.record(stream)
@@ -73,20 +99,32 @@ def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = N
     """
     sizes = sizes_for(device)
     data = _room(device, sizes.hbm_bytes, scratch).view(torch.float32).zero_()
-    reads = [_seconds(device, data.sum) for _ in range(SAMPLES + 2)][2:]
+    hbm = _repeated(device, data.sum, 2, data.nbytes / 1e6, "MBps", f"sum of {data.nbytes >> 20} MiB")
     n = sizes.matmul_n
     room = _room(device, 3 * n * n * dtype.itemsize, scratch)
     n = math.isqrt(room.nbytes // (3 * dtype.itemsize)) // 128 * 128
     a, b, out = room.view(dtype)[: 3 * n * n].view(3, n, n)
     a.normal_()
     b.normal_()
-    products = [_seconds(device, lambda: torch.mm(a, b.t(), out=out)) for _ in range(SAMPLES + 3)][3:]
-    hbm_MBps = [data.nbytes / s / 1e6 for s in reads]
-    rates = [2 * n**3 / s / 1e12 for s in products]
-    return {
-        "hbm": _ceiling(hbm_MBps, "MBps", f"sum of {data.nbytes >> 20} MiB, {SAMPLES} samples"),
-        "matmul": _ceiling(rates, "TFLOPs", f"{n}^3 product of random {dtype} matrices, {SAMPLES} samples"),
-    }
+    how = f"{n}^3 product of random {dtype} matrices"
+    matmul = _repeated(device, lambda: torch.mm(a, b.t(), out=out), 3, 2 * n**3 / 1e12, "TFLOPs", how)
+    return {"hbm": hbm, "matmul": matmul}
+
+
+def _repeated(device: Device, work: Callable[[], object], warm_ups: int, amount: float, unit: str, how: str) -> Ceiling:
+    """The rate of ``work`` that does so much of ``unit``."""
+    for _ in range(warm_ups):
+        _seconds(device, work)
+
+    def measure(times: int) -> Ceiling:
+        def sample() -> None:
+            for _ in range(times):
+                work()
+
+        rates = [times * amount / _seconds(device, sample) for _ in range(SAMPLES)]
+        return _ceiling(rates, unit, f"{how}, {SAMPLES} samples" + (f" of {times}" if times > 1 else ""))
+
+    return _steadied(measure)
 
 
 def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
@@ -119,46 +157,52 @@ def _copies(device: Device, destinations: Iterator[Tensor], sources: Iterator[Te
 
 
 def probe_link(
-    device: Device, host: Tensor, slot: Tensor, in_step: Callable[[], None] = lambda: None
+    device: Device,
+    host: Tensor,
+    slot: Tensor,
+    in_step: Callable[[], None] = lambda: None,
+    anyone: Anyone = bool,
 ) -> dict[str, Ceiling]:
     """``h2d``, ``d2h`` and ``h2d_d2h`` (both ways at once, their sum) between page-locked ``host`` and ``slot``.
 
     The samples go through both, ``uint8`` and overwritten, piece after piece. ``in_step`` is called before each; with a
-    barrier, several ranks' links are measured at the same time.
+    barrier, several ranks' links are measured at the same time; ``anyone`` asks all of them whether to measure again.
     """
     piece = min(64 << 20, host.nbytes, slot.nbytes)
     hosts, slots = _walk(host, piece), _walk(slot, piece)
-    for _ in range(2):  # the first copies of each way are slower
-        _copies(device, hosts, slots, 1)
-        piece_s = _copies(device, slots, hosts, 1)
+    # The first copies of each way are slower, and one that other work holds up says nothing of the link.
+    piece_s = min(max(_copies(device, hosts, slots, 1), _copies(device, slots, hosts, 1)) for _ in range(2))
     sizes = sizes_for(device)
     count = max(1, min(-(-sizes.copy_bytes // piece), int(sizes.copy_s / max(piece_s, 1e-9))))
-    how = f"{count * piece / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB, {SAMPLES} samples"
 
-    def rates(sample: Callable[[], float]) -> list[float]:
-        found = []
-        for _ in range(SAMPLES):
-            in_step()
-            found.append(sample())
-        return found
+    def rate_of(way: str, sample: Callable[[int], float]) -> Ceiling:
+        """``sample`` takes a number of copies and gives MB/s."""
 
-    h2d = rates(lambda: count * piece / _copies(device, slots, hosts, count) / 1e6)
-    d2h = rates(lambda: count * piece / _copies(device, hosts, slots, count) / 1e6)
+        def measure(times: int) -> Ceiling:
+            rates = []
+            for _ in range(SAMPLES):
+                stop.check()
+                in_step()
+                rates.append(sample(times * count))
+            size = f"{times * count * piece / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB"
+            return _ceiling(rates, "MBps", f"{size}, {SAMPLES} samples{way}")
+
+        return _steadied(measure, anyone)
+
+    h2d = rate_of("", lambda n: n * piece / _copies(device, slots, hosts, n) / 1e6)
+    d2h = rate_of("", lambda n: n * piece / _copies(device, hosts, slots, n) / 1e6)
     middle, slot_middle = host.nbytes // 2, slot.nbytes // 2
     half = min(piece, middle, slot_middle)
     down = _walk(slot[:slot_middle], half), _walk(host[:middle], half)
     up = _walk(host[middle:], half), _walk(slot[slot_middle:], half)
 
-    def both_ways() -> float:
-        with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
-            upwards = other.submit(_copies, device, *up, count)
-            return 2 * count * half / max(_copies(device, *down, count), upwards.result()) / 1e6
+    def both_ways(n: int) -> float:
+        seconds = list[float]()
+        with _beside(device, lambda: seconds.append(_copies(device, *up, n))):
+            downwards_s = _copies(device, *down, n)
+        return 2 * n * half / max(downwards_s, *seconds) / 1e6
 
-    return {
-        "h2d": _ceiling(h2d, "MBps", how),
-        "d2h": _ceiling(d2h, "MBps", how),
-        "h2d_d2h": _ceiling(rates(both_ways), "MBps", how + ", both ways at once, their sum"),
-    }
+    return {"h2d": h2d, "d2h": d2h, "h2d_d2h": rate_of(", both ways at once, their sum", both_ways)}
 
 
 def probe_ssd(
@@ -169,29 +213,58 @@ def probe_ssd(
     Streamed ``groups`` are read round and round into page-locked ``buffers``, each large enough for any of them; with
     several, one group's checksum is made while the others are read. The last one is copied to ``slot`` meanwhile.
     """
-    stop = threading.Event()
+    beside: dict[float, Ceiling] = {}
+
+    def measure(times: int) -> Ceiling:
+        # Twice as long at most: the slowest drives give smaller samples, not longer probes.
+        seconds = min(times, 2) * sizes_for(device).ssd_s
+        ssd, link = _ssd_and_link(device, seconds, source, groups, buffers, slot)
+        beside[ssd.spread_pct] = link
+        return ssd
+
+    ssd = _steadied(measure)
+    return {"ssd": ssd, "h2d_with_ssd": beside[ssd.spread_pct]}
+
+
+def _ssd_and_link(
+    device: Device,
+    seconds: float,
+    source: GroupSource,
+    groups: Sequence[GroupId],
+    buffers: Sequence[Tensor],
+    slot: Tensor,
+) -> tuple[Ceiling, Ceiling]:
+    over, copies_s = threading.Event(), list[float]()
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
     hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
-    def keep_link_busy() -> list[float]:
-        rates = []
-        while not stop.is_set():
-            rates.append(8 * piece / _copies(device, slots, hosts, 8) / 1e6)
-        return rates
+    def keep_link_busy() -> None:
+        while not over.is_set():
+            copies_s.append(_copies(device, slots, hosts, 8))
 
-    with ThreadPoolExecutor(1, initializer=device.enter_thread) as other:
-        link = other.submit(keep_link_busy)
+    with _beside(device, keep_link_busy):
         try:
-            chunks = _read_for(sizes_for(device).ssd_s, source, groups, buffers[:-1])
+            chunks = _read_for(seconds, source, groups, buffers[:-1])
         finally:
-            stop.set()
+            over.set()
     rates = _window_rates(chunks)
     read_MB = sum(chunk.nbytes for chunk in chunks) / 1e6
     how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
-    return {
-        "ssd": _ceiling(rates, "MBps", how),
-        "h2d_with_ssd": _ceiling(link.result(), "MBps", f"pieces of {piece / 2**20:.3g} MiB while the SSD is read"),
-    }
+    # As many samples as of the drive, each as long: one copy that is held up is no spread of the link.
+    edges = [len(copies_s) * place // SAMPLES for place in range(SAMPLES + 1)]
+    parts = [copies_s[start:end] for start, end in itertools.pairwise(edges) if end > start]
+    link_rates = [8 * piece * len(part) / sum(part) / 1e6 for part in parts]
+    link_how = f"pieces of {piece / 2**20:.3g} MiB while the SSD is read, {len(parts)} samples"
+    return _ceiling(rates, "MBps", how), _ceiling(link_rates, "MBps", link_how)
+
+
+@contextmanager
+def _beside(device: Device, work: Callable[[], None]) -> Iterator[None]:
+    """``work`` on a thread of its own; the block's end waits for it, and raises what it raised."""
+    with IOThreads(1, "wsm-probe") as other:
+        ended = other.submit([device.enter_thread, work])  # one thread: in this order
+        yield
+        stop.result(ended)
 
 
 def _read_for(
@@ -205,7 +278,7 @@ def _read_for(
     began, chunks = time.perf_counter(), list[ChunkRead]()
 
     def finish(read: GroupRead) -> None:
-        read.checked.result()
+        stop.result(read.checked)
         chunks.extend(read.chunks)
 
     finish(next(reads))

@@ -66,12 +66,12 @@ class WeightStreamingManager(Threaded):
         self.order = pass_order(self.n_layers)
         self.memory = WeightMemory(plan, source, device, settings, kept_on_cpu)
         try:
-            self.tiers = Tiers(plan, settings, self.order, self.memory, telemetry.link_starved, on_loaded)
+            self.tiers = Tiers(plan, settings, self.order, self.memory, telemetry.link_starved, self._tell_loaded)
         except BaseException:
             self.memory.close()
             raise
         super().__init__(self.tiers, device)
-        self._link, self._on_layer = link or Link(), on_layer
+        self._link, self._on_layer, self._on_loaded = link or Link(), on_layer, on_loaded
         self._known = frozenset(self.order)
         self._views: dict[tuple[int, GroupId], dict[str, Tensor]] = {}
         self._together: dict[GroupId, dict[str, Tensor]] | None = None
@@ -96,6 +96,11 @@ class WeightStreamingManager(Threaded):
             self.tiers.read_done(job)
 
         self._guard(tell)
+
+    def _tell_loaded(self, group: GroupId) -> None:
+        self.telemetry.loading = not self.tiers.loaded()
+        if self._on_loaded is not None:
+            self._on_loaded(group)
 
     # -- copy ahead
 
@@ -209,6 +214,7 @@ class WeightStreamingManager(Threaded):
         began = time.perf_counter()
         self.globals = self.memory.load_globals()
         self._started_at_s = time.perf_counter()
+        self.telemetry.loading = not self.tiers.loaded()
         self.globals_s = self._started_at_s - began
         self._begin({"wsm-pager": self._copy_ahead, "wsm-reader": self._read_ahead})
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from typing import TypeVar
 
+from wsm import stop, threads
 from wsm.engine.device import Device
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 
@@ -15,52 +17,88 @@ P = TypeVar("P", bound="Threaded")
 
 
 class SharedState:
-    """What a subclass adds is read and written under ``_changed`` alone, whose waiters every change wakes.
+    """What a subclass adds is read and written under ``_lock`` alone; every change calls :meth:`_wake`.
 
     Sentences say that a thread of ``name`` failed, or that it is closed; once ``closing``, nothing more is handed out.
+
+    The lock is taken by ``with`` and nobody sleeps holding it: in a condition's Python code KeyboardInterrupt could
+    come between taking the lock and the block that gives it back, and every thread would wait for it for ever.
     """
 
     def __init__(self, name: str) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._bells: list[SimpleQueue[None]] = []
         self._name = name
+        self.threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self.closing = False
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait until ``ready``, with the lock held.
+    def _wake(self) -> None:
+        """Something has changed: who waits looks again. With the lock held."""
+        while self._bells:
+            self._bells.pop().put(None)
 
-        Raises StoreError, DoesNotFit, UnusableInput or RuntimeError for whatever failed on a thread, as the cause.
+    def _sleep(self, bell: SimpleQueue[None]) -> None:
+        """Until a change, for a moment at most: no wait depends on a wake-up that was lost, or on a thread that is."""
+        stop.pause(bell)
+        with self._lock:
+            if bell in self._bells:
+                self._bells.remove(bell)
+
+    def _wait(self, claim: Callable[[], T | None]) -> T:
+        """Wait, on the computing thread, until ``claim`` gives something; it is asked under the lock.
+
+        Raises StoreError, DoesNotFit, UnusableInput or RuntimeError for whatever failed on a thread, as the cause, and
+        Stopped if a stop is wished.
         """
-        self._changed.wait_for(lambda: ready() or self.closing or self._failure is not None)
+        bell = SimpleQueue[None]()
+        while True:
+            stop.check()
+            with self._lock:
+                self._raise_failure()
+                claimed = claim()
+                if claimed is not None:
+                    return claimed
+                self._bells.append(bell)
+            self._sleep(bell)
+
+    def _raise_failure(self) -> None:
         if (cause := self._failure) is not None:
             if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
                 raise type(cause)(str(cause)) from cause
             raise RuntimeError(f"a thread of {self._name} failed: {cause!r}") from cause
         if self.closing:
             raise RuntimeError(f"closed: {self._name}")
+        for thread in self.threads:
+            if thread.ident is not None and not thread.is_alive():
+                raise RuntimeError(f"the thread {thread.name} of {self._name} is gone: nothing more will come")
 
-    def next(self, claim: Callable[[], T | None]) -> T | None:
-        """Wait until there is something to ``claim``, which is asked under the lock; None once closing."""
-        with self._changed:
-            while not self.closing:
-                claimed = claim()
-                if claimed is not None:
+    def next(self, claim: Callable[[], T | None], *, to_the_end: bool = False) -> T | None:
+        """Wait, on a thread, until there is something to ``claim``, asked under the lock; None once closing.
+
+        ``to_the_end``: what is there when closing begins is still handed out.
+        """
+        bell = SimpleQueue[None]()
+        while True:
+            with self._lock:
+                claimed = claim() if to_the_end or not self.closing else None
+                if claimed is not None or self.closing:
                     return claimed
-                self._changed.wait()
-        return None
+                self._bells.append(bell)
+            self._sleep(bell)
 
     def fail(self, failure: BaseException) -> None:
         """Hand an exception of any thread to whoever waits, and to the next caller."""
-        with self._changed:
+        with self._lock:
             if self._failure is None and not self.closing:
                 self._failure = failure
-            self._changed.notify_all()
+            self._wake()
 
     def close(self) -> None:
         """Let everyone who waits go; nothing more is handed out."""
-        with self._changed:
+        with self._lock:
             self.closing = True
-            self._changed.notify_all()
+            self._wake()
 
 
 class Threaded(ABC):
@@ -71,14 +109,13 @@ class Threaded(ABC):
 
     def __init__(self, state: SharedState, device: Device) -> None:
         self.device, self._state = device, state
-        self._threads: list[threading.Thread] = []
 
     def _begin(self, works: Mapping[str, Callable[[], None]]) -> None:
         """Start a thread of each name."""
         for name, work in works.items():
             thread = threading.Thread(target=self._guard, args=(self.device.enter_thread, work), name=name, daemon=True)
-            self._threads.append(thread)  # first: an interrupted start may leave it running
-            thread.start()
+            self._state.threads.append(thread)  # first: an interrupted start may leave it running
+            threads.start(thread)
 
     def _guard(self, *works: Callable[[], None]) -> None:
         try:
@@ -90,18 +127,23 @@ class Threaded(ABC):
     def stop(self) -> None:
         """Begin nothing more and join every thread: the telemetry is then complete, and nothing can be had."""
         self._state.close()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-        self._threads.clear()
+        threads.join(self._state.threads)
+        self._state.threads.clear()
         self.device.synchronize()
 
     def close(self) -> None:
-        """Stop, and free every page. May be called twice, and after a failure."""
+        """Stop, and free every page. May be called twice, and after a failure.
+
+        Raises ThreadsStuck, and frees nothing, where a thread does not end: it may still write there.
+        """
         try:
             self.stop()
-        finally:
+        except threads.ThreadsStuck:
+            raise
+        except BaseException:
             self._free_memory()
+            raise
+        self._free_memory()
 
     @abstractmethod
     def _free_memory(self) -> None: ...

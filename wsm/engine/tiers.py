@@ -22,7 +22,7 @@ class Tiers(SharedState):
     A streamed group passes through six methods: :meth:`claim_read` and :meth:`read_done` of the reader,
     :meth:`next_copy` and :meth:`copy_queued` of the pager, :meth:`enter` and :meth:`leave` of the computation.
 
-    Everything below is read and written under ``self._changed`` alone. Invariants:
+    Everything below is read and written under ``self._lock`` alone. Invariants:
 
     * A slot has one owner: the free line of its pool, the read or copy into it, the copy or computation out of it.
     * Ordinals of a kind never go back: see :class:`Line`.
@@ -94,13 +94,13 @@ class Tiers(SharedState):
 
     def resident_arrived(self) -> None:
         """All bytes of a resident's read are in their slot, to be checked: the next may be on its way."""
-        with self._changed:
+        with self._lock:
             self._residents.arrived()
-            self._changed.notify_all()
+            self._wake()
 
     def read_done(self, job: ReadJob) -> None:
         """All bytes of a read are in their slot, and right."""
-        with self._changed:
+        with self._lock:
             job.destination.state = "ready"
             if job.step is not None:
                 self._to_cpu[job.group.kind].fetched += 1
@@ -108,22 +108,23 @@ class Tiers(SharedState):
                 self._staged.append((job.group, job.destination))
             else:
                 self._loaded(job.group)
-            self._changed.notify_all()
+            self._wake()
 
     # -- the pager's side
 
     def next_copy(self) -> CopyJob | None:
         """Wait for a copy that can be queued now and claim it; None once closing."""
-        with self._changed:
-            while not self.closing:
-                job = self._resident_copy() or self._streamed_copy()
-                if job is not None:
-                    return job
-                starved, since = self._starved(), time.perf_counter()
-                self._changed.wait()
-                if starved:
-                    self._on_starved(since, time.perf_counter())
-        return None
+        starved_since: float | None = None
+
+        def claim() -> CopyJob | None:
+            nonlocal starved_since
+            if starved_since is not None:
+                self._on_starved(starved_since, time.perf_counter())
+            job = self._resident_copy() or self._streamed_copy()
+            starved_since = time.perf_counter() if job is None and self._starved() else None
+            return job
+
+        return self.next(claim)
 
     def _starved(self) -> bool:
         """Whether the link could copy if only the bytes were there."""
@@ -161,7 +162,7 @@ class Tiers(SharedState):
 
     def copy_queued(self, job: CopyJob, end: Event) -> None:
         """The copy is queued up to its event ``end``."""
-        with self._changed:
+        with self._lock:
             job.destination.filled, job.destination.state = end, "ready"
             job.source.drained = end
             if job.step is None:
@@ -175,7 +176,7 @@ class Tiers(SharedState):
                 else:
                     self._held.append((job.step, self._to_cpu[job.group.kind], job.source))
                     self._free_passed()
-            self._changed.notify_all()
+            self._wake()
 
     # -- the computation's side
 
@@ -185,29 +186,35 @@ class Tiers(SharedState):
 
     def enter(self) -> tuple[int, Slot]:
         """Step on to the expected group; wait until its copy has been queued and its event recorded."""
-        with self._changed:
+        with self._lock:
             step, group = self.next_step, self.expected()
             self._entered = step
             if self._to_cpu:
                 self._free_passed()
-                self._changed.notify_all()
+                self._wake()
+
+        def take() -> Slot | None:
             # No wait uses anything up, so one that was interrupted can simply be entered again.
             if group in self._gpu_homes:
                 slot: Slot | None = self._gpu_homes[group]
-                self._wait(lambda: slot is not None and slot.filled is not None)
+                if slot is None or slot.filled is None:
+                    return None
             else:
                 line = self._to_gpu[group.kind]
-                self._wait(lambda: line.fetched > line.used)
+                if line.fetched <= line.used:
+                    return None
                 slot = line.pool.find(group)
+                assert slot is not None
                 line.used += 1
-            assert slot is not None
             self.next_step, slot.state = step + 1, "in_use"
-            return step, slot
+            return slot
+
+        return step, self._wait(take)
 
     def enter_all(self) -> tuple[int, Homes]:
         """Step over a whole pass whose groups are all resident, once they are there; its first step and their slots."""
-        with self._changed:
-            self._wait(self.loaded)
+        self.wait_loaded()
+        with self._lock:
             step = self.next_step
             self._entered = step + len(self._order) - 1
             self.next_step = self._entered + 1
@@ -215,13 +222,13 @@ class Tiers(SharedState):
 
     def leave(self, group: GroupId, slot: Slot, done: Event) -> None:
         """The computation on ``slot`` is queued up to its event ``done``."""
-        with self._changed:
+        with self._lock:
             if group in self._gpu_homes:
                 slot.state = "ready"
                 return
             slot.drained = done
             self._gpu_pools[group.kind].free(slot)
-            self._changed.notify_all()
+            self._wake()
 
     # -- shared pieces
 
@@ -241,7 +248,7 @@ class Tiers(SharedState):
         for line in lines:
             while line.pool.keeps(line.group):
                 line.pin()
-                self._changed.notify_all()
+                self._wake()
 
     def _loaded(self, group: GroupId) -> None:
         self._to_load -= 1
@@ -256,14 +263,13 @@ class Tiers(SharedState):
 
     def wanted_groups(self) -> int:
         """Slots that are to be filled ahead of the computation and whose copy has not been queued."""
-        with self._changed:
+        with self._lock:
             slots = [slot for pool in self._gpu_pools.values() for slot in pool.slots]
             return sum(slot.state in ("absent", "loading") for slot in slots)
 
     def wait_loaded(self) -> None:
         """Wait until every resident is in its tier."""
-        with self._changed:
-            self._wait(self.loaded)
+        self._wait(lambda: self.loaded() or None)
 
     def wait_staged(self) -> None:
         """Wait until the plan's warm-up layers are on the GPU, as far as they come unasked."""
@@ -276,14 +282,15 @@ class Tiers(SharedState):
             wanted = min(sum(group.layer < layers for group in line.groups), len(line.pool.slots))
             return line.fetched - line.used >= wanted
 
-        with self._changed:
-            self._wait(
-                lambda: all(slot.filled is not None for slot in resident) and all(map(staged, self._to_gpu.values()))
-            )
+        def all_staged() -> bool | None:
+            resident_there = all(slot.filled is not None for slot in resident)
+            return (resident_there and all(map(staged, self._to_gpu.values()))) or None
+
+        self._wait(all_staged)
 
     def describe(self) -> str:
         """One line: what the pools of each tier hold (``*`` in use, ``…`` loading)."""
-        with self._changed:
+        with self._lock:
             gpu, cpu = _names(self._gpu_pools), _names(self._cpu_pools)
             heads = sorted(line.group for line in self._to_cpu.values())
         residency = self._plan.residency

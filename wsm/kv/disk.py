@@ -9,9 +9,12 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import accumulate, product
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
+from wsm.disk.checks import Checks
 from wsm.disk.io_threads import IOThreads, Piece, Transfer, transfer_fully
 from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
@@ -21,6 +24,7 @@ from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
 from wsm.plan.kv import DISK_SLOTS, tail_bytes
+from wsm.settings import VerifyWhen
 from wsm.store.packed_store import CHUNK_UNIT, LARGEST_CHUNK, SMALLEST_CHUNK
 
 Move = tuple[int, Tensor]
@@ -41,6 +45,7 @@ class KVDisk:
         weights: Sequence[str],
         take: Callable[[int], Tensor],
         telemetry: Telemetry,
+        verify: VerifyWhen = "auto",
     ) -> None:
         layout = self.layout = placement.layout
         if layout.block_bytes % BLOCK:
@@ -59,7 +64,7 @@ class KVDisk:
         self.down = take(layout.window_bytes)  # for a window on its way down
         # The first row and the blocks to bring of each unit next time, in CPU memory.
         self.wanted: dict[Unit, tuple[int, Tensor]] = {}
-        self._device = KVDevice(path, ends[-1], weights=weights)
+        self._device = KVDevice(path, ends[-1], weights=weights, unit=layout.block_bytes, verify=verify)
         self.warnings = self._device.warnings
 
     def _offset(self, unit: Unit, row: int, head: int) -> int:
@@ -153,7 +158,12 @@ class KVDevice:
     Requests are begun in the order asked, and a large one is worked on by all threads, in chunks of at most 4 MiB. Two
     that touch the same bytes are not ordered: whoever reads what was written waits until its future has ended.
 
+    Bytes are written and read in whole units. In memory there is a checksum of each that was written, made before it
+    goes and compared when it comes back, where ``verify`` asks for it: what the drive changed, lost or put elsewhere is
+    a KVDeviceError, and so is a unit that was never written.
+
     Args and errors are those of :class:`KVTarget`, and a test's fake drive: as ``os.preadv`` and ``os.pwritev``.
+    ``unit`` are the bytes of a checksum, a multiple of 4096.
     """
 
     def __init__(
@@ -162,13 +172,20 @@ class KVDevice:
         nbytes: int,
         *,
         weights: Sequence[str],
+        unit: int = BLOCK,
+        verify: VerifyWhen = "auto",
         threads: int = 8,
         pread: Transfer = os.preadv,
         pwrite: Transfer = os.pwritev,
     ) -> None:
-        self._path, self._nbytes = path, round_up(nbytes, BLOCK)
+        self._path, self._nbytes, self._unit = path, round_up(nbytes, BLOCK), unit
         self._pread, self._pwrite = pread, pwrite
         self._target = KVTarget(path, self._nbytes, weights)
+        # xxh3-64 of each unit, 0 of one that was not written; and whether it was read back right. Pages of zeros take
+        # no memory until they are used.
+        self._sums = np.zeros(-(-self._nbytes // unit), dtype=np.uint64)
+        self._seen_right = np.zeros(len(self._sums), dtype=np.bool_)
+        self._checks = Checks(verify)
         self._closed = False
         warning = (
             f"the filesystem of {path} has no O_DIRECT: offloaded KV goes through the page cache, each write "
@@ -186,8 +203,8 @@ class KVDevice:
         """Queue one request of at least one move: to fill each tensor from its offset on.
 
         Its future ends, with the first failure, when nothing touches their memory any more; what has not been begun
-        after a failure is left out. Tensors are contiguous and in CPU memory; their addresses and sizes and the offsets
-        are multiples of 4096, else ValueError. Raises RuntimeError if the device is closed.
+        after a failure is left out. Tensors are contiguous and in CPU memory; their sizes and the offsets are whole
+        units, and their addresses multiples of 4096, else ValueError. Raises RuntimeError if the device is closed.
         """
         return self._threads.submit(piece for move in moves for piece in self._pieces(*move, writing=False))
 
@@ -207,14 +224,46 @@ class KVDevice:
 
     def _pieces(self, offset: int, buffer: Tensor, *, writing: bool) -> Iterator[Piece]:
         nbytes = buffer.nbytes
-        if nbytes == 0 or (buffer.data_ptr() | nbytes | offset) % BLOCK:
-            raise ValueError(f"{nbytes} bytes at {offset}: address, size and offset must be multiples of {BLOCK}")
+        if nbytes == 0 or nbytes % self._unit or offset % self._unit or buffer.data_ptr() % BLOCK:
+            raise ValueError(
+                f"{nbytes} bytes at {offset}: size and offset must be multiples of {self._unit}, the address of {BLOCK}"
+            )
         if not 0 <= offset <= self._nbytes - nbytes:
             raise ValueError(f"{nbytes} bytes at {offset} are not in the {self._nbytes} bytes of {self._path}")
         image = memoryview(buffer.view(-1).view(torch.uint8).numpy().data)
         chunk = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, round_up(-(-nbytes // self._n_threads), CHUNK_UNIT)))
+        chunk = max(1, chunk // self._unit) * self._unit
+        work = self._write if writing else self._read
         for start in range(0, nbytes, chunk):
-            yield partial(self._move, image[start : start + chunk], BLOCK + offset + start, writing=writing)
+            yield partial(work, image[start : start + chunk], offset + start)
+
+    def _write(self, image: memoryview, offset: int) -> None:
+        first, sums = offset // self._unit, self._checks.timed(len(image), partial(self._sums_of, image))
+        self._sums[first : first + len(sums)] = 0  # until all of it is there
+        self._move(image, BLOCK + offset, writing=True)
+        self._seen_right[first : first + len(sums)] = False
+        self._sums[first : first + len(sums)] = sums
+
+    def _read(self, image: memoryview, offset: int) -> None:
+        with self._checks.reading(len(image)):
+            self._move(image, BLOCK + offset, writing=False)
+        units = slice(offset // self._unit, (offset + len(image)) // self._unit)
+        if not self._checks.needed(bool(self._seen_right[units].all())):
+            return
+        right = self._sums[units] == self._checks.timed(len(image), partial(self._sums_of, image))
+        if not right.all():
+            at = BLOCK + offset + int(right.argmin()) * self._unit
+            raise KVDeviceError(
+                f"{self._path} at byte {at}, in offloaded KV: what was read is not what was written there (its "
+                "checksum differs): the drive or another program changed it; check the drive, or name another "
+                "--kv-device"
+            )
+        self._seen_right[units] = True
+
+    def _sums_of(self, image: memoryview) -> list[int]:
+        """Of each unit; never 0."""
+        parts = range(0, len(image), self._unit)
+        return [xxhash.xxh3_64_intdigest(image[start : start + self._unit]) or 1 for start in parts]
 
     def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
         transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")

@@ -85,7 +85,7 @@ class _Pass:
 
 
 class KVSchedule(SharedState):
-    """One owner of every window, slot and unit. Everything below is read and written under ``_changed`` alone.
+    """One owner of every window, slot and unit. Everything below is read and written under ``_lock`` alone.
 
     Invariants:
 
@@ -123,7 +123,7 @@ class KVSchedule(SharedState):
         ``after`` it; ``k`` blocks of a row are brought where it has more, 0 for all.
         """
         decoding = all(after[row] - before[row] <= 1 for row in range(len(before)))
-        with self._changed:
+        with self._lock:
             self.passes += 1
             now, later = self._pass, self.passes - 1 - self._pass.origin
             expected = [old + later * (new - old) for old, new in zip(now.before, now.after, strict=True)]
@@ -139,24 +139,29 @@ class KVSchedule(SharedState):
             coming = _Pass(used, tuple(stretches), tuple(before), tuple(after), self.passes - 1, k, decoding)
             coming.entered_before = {unit: self._units[unit].entered for unit in used}
             self._pass = coming  # whole, whenever Ctrl-C comes
-            self._changed.notify_all()
+            self._wake()
 
     def enter(self, unit: Unit) -> Fetch:
         """The filled window of the unit that the pass has next (ValueError for another), once its copy is queued."""
-        with self._changed:
+        with self._lock:
             now = self._pass
             if not now.units or now.units[now.used % len(now.units)] != unit:
                 raise ValueError(f"the KV of {unit} was asked for out of the order of the pass")
-            self._wait(lambda: bool(self._ready))
+
+        def take() -> Fetch | None:
+            if not self._ready:
+                return None
             fetch = self._ready.popleft()
             now.used += 1
             self._units[unit].entered += 1
             self._in_use[unit] = fetch
             return fetch
 
+        return self._wait(take)
+
     def leave(self, unit: Unit, done: Event, fresh: Tensor | None, wanted: Tensor | None) -> None:
         """The computation on the unit's window is queued up to ``done``."""
-        with self._changed:
+        with self._lock:
             fetch = self._in_use.pop(unit)
             before, after = self._lengths(unit, fetch.pass_no)
             changed = tuple(row for row, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
@@ -167,7 +172,7 @@ class KVSchedule(SharedState):
             self._writes.append(Write(unit, fetch.pass_no, before, after, fresh, window, done, changed, wanted))
             progress = self._units[unit]
             progress.wanted, progress.first = wanted, changed[0] if changed else 0
-            self._changed.notify_all()
+            self._wake()
 
     def _lengths(self, unit: Unit, pass_no: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of the unit's rows before and after a pass like the one that was begun."""
@@ -181,7 +186,7 @@ class KVSchedule(SharedState):
 
     def end_row(self, row: int) -> None:
         """A row's KV will not be asked for again."""
-        with self._changed:
+        with self._lock:
             self._ended.add(row)
 
     def reset(self) -> None:
@@ -190,7 +195,7 @@ class KVSchedule(SharedState):
         Windows, and what is still to be written, are counted anew: Ctrl-C, between any two lines of :meth:`enter` or
         :meth:`leave`, may lose neither.
         """
-        with self._changed:
+        with self._lock:
             self._epoch += 1
             self._ready.clear()
             self._in_use.clear()
@@ -203,7 +208,7 @@ class KVSchedule(SharedState):
             for unit, progress in self._units.items():
                 progress.entered = progress.applied + sum(write.unit == unit for write in writes)
             self.blocks_fetched = self.blocks_whole = 0
-            self._changed.notify_all()
+            self._wake()
 
     # -- what the fetching and the staging thread ask and tell
 
@@ -239,9 +244,9 @@ class KVSchedule(SharedState):
 
     def staged(self, fetch: Fetch) -> None:
         """The unit's bytes are in the slot that it was claimed with."""
-        with self._changed:
+        with self._lock:
             self._staged[fetch.epoch, fetch.pass_no, fetch.unit] = fetch.room
-            self._changed.notify_all()
+            self._wake()
 
     def _fetch_at(self, place: int, room: Slot) -> Fetch | None:
         """The fetch at a place of the sequence since the pass was begun; None while it may not be made yet."""
@@ -267,7 +272,7 @@ class KVSchedule(SharedState):
 
     def fetched(self, fetch: Fetch, filled: Event) -> None:
         """The copy is queued up to its event ``filled``; nobody may want it any more."""
-        with self._changed:
+        with self._lock:
             fetch.room.filled, self._fetching = filled, None
             if fetch.staged is not None:
                 fetch.staged.drained = filled
@@ -276,23 +281,24 @@ class KVSchedule(SharedState):
                 self._ready.append(fetch)
             else:
                 self._free.append(fetch.room)
-            self._changed.notify_all()
+            self._wake()
 
     # -- what the writing thread asks and tells
 
     def next_write(self) -> Write | None:
         """Wait for something to write; None once closing, when all that a pass has added is written."""
-        with self._changed:
-            while not self._writes and not self.closing:
-                self._changed.wait()
+
+        def claim() -> Write | None:
             self._writing = self._writes.popleft() if self._writes else None
             return self._writing
 
+        return self.next(claim, to_the_end=True)
+
     def written(self, write: Write) -> None:
         """All that was added is in its tier, and its window, if it had one, has been read."""
-        with self._changed:
+        with self._lock:
             self._units[write.unit].applied += 1
             self._writing = None
             if write.window is not None:
                 self._free.append(write.window)
-            self._changed.notify_all()
+            self._wake()

@@ -9,8 +9,9 @@ import struct
 import uuid
 from collections.abc import Sequence
 
-from wsm.disk.blockdev import check_writable, device_number, is_block_device, related_devices, target_size
+from wsm.disk.blockdev import device_number, is_block_device, target_size
 from wsm.disk.direct import aligned_block, is_buffered
+from wsm.disk.safety import check_writable, related_devices
 from wsm.disk.targets import check_blocks, check_place, free_bytes, open_target, reading, sealed, take, unsealed
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.layout.groups import BLOCK
@@ -19,19 +20,27 @@ from wsm.store.layout import MAGIC as STORE_MAGIC
 MAGIC = b"WSMKV\0\0\0"
 VERSION = 1
 _LOOKED_AT = 64 << 20
-_FIELDS = struct.Struct("<8sI4x16s")
+_FIELDS = struct.Struct("<8sII16s")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def kv_superblock(run: bytes) -> bytes:
-    """The first 4096 bytes of a target that the run of that id (16 bytes) has taken."""
-    return sealed(_FIELDS.pack(MAGIC, VERSION, run))
+def kv_superblock(run: bytes, *, made: bool = False) -> bytes:
+    """The first 4096 bytes of a target that the run of that id (16 bytes) has taken; ``made``: a file of its own."""
+    return sealed(_FIELDS.pack(MAGIC, VERSION, made, run))
+
+
+def _fields_of(block: bytes) -> tuple[bytes, bool] | None:
+    fields = unsealed(block, _FIELDS.size) if block.startswith(MAGIC) else None
+    if fields is None:
+        return None
+    _, _, made, run = _FIELDS.unpack(fields)
+    return run, bool(made)
 
 
 def run_of(block: bytes) -> bytes | None:
     """The id of the run that a target was last taken by; None if ``block`` is no KV superblock."""
-    fields = unsealed(block, _FIELDS.size) if block.startswith(MAGIC) else None
-    return bytes(_FIELDS.unpack(fields)[2]) if fields is not None else None
+    fields = _fields_of(block)
+    return fields[0] if fields is not None else None
 
 
 class KVTarget:
@@ -58,6 +67,8 @@ class KVTarget:
             self._check_content()
             take(self.file, path)
             self._check_content()  # again: from here on nobody else changes it
+            left = _fields_of(_head(self.file, path))
+            self._made = self._made or (left is not None and left[1])  # a killed run's own: it goes with this one
             self._taken = True
             self._fill(BLOCK + nbytes)
         except BaseException:
@@ -77,7 +88,7 @@ class KVTarget:
         self._check_room(nbytes)
         try:
             # First: a file that a killed run leaves behind is then known for ours.
-            os.pwritev(self.file, [aligned_block(kv_superblock(self._run))], 0)
+            os.pwritev(self.file, [aligned_block(kv_superblock(self._run, made=self._made))], 0)
             if not self._is_device:
                 # Through a descriptor without O_DIRECT: where there is no such call, libc writes.
                 with open(f"/proc/self/fd/{self.file}", "rb+", buffering=0) as file:

@@ -56,7 +56,7 @@ class KVTiers(Threaded):
             self._fresh = self._arena.take(fresh_bytes(self.layout))
             if placement.disk:
                 assert disk is not None
-                self._disk = KVDisk(placement, *disk, self._arena.take, telemetry)
+                self._disk = KVDisk(placement, *disk, self._arena.take, telemetry, settings.verify_weights)
             # Zeros: what a mask hides counts nothing times its value, and nothing times NaN is NaN.
             nbytes, where = self.layout.window_bytes, device.torch_device
             self._windows += [Slot(torch.zeros(nbytes, dtype=torch.uint8, device=where)) for _ in range(WINDOWS)]

@@ -10,9 +10,10 @@ from itertools import groupby
 from wsm.errors import DoesNotFit
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs
-from wsm.plan.levers import Step, changed_flags, least_memory, more_bytes, smallest_change, steps
+from wsm.plan.levers import Step, changed_flags, more_bytes, steps
 from wsm.plan.plan import Plan, make_plan
-from wsm.plan.time import Ceiling, pass_times, predicted_floor
+from wsm.plan.search import least_memory, smallest_change
+from wsm.plan.time import Ceiling, Estimate, floor_estimate, pass_times, predicted_floor, predicted_pass_ms
 
 UNKNOWN_TIME = "not known in time yet: the first run of this model measures this machine's rates, and plans use them"
 _RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
@@ -27,6 +28,7 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
     if plan.kv.below:
         moved["kv_h2d"] = "of KV to the GPU"
     best = {name: ceiling.value for name, ceiling in (ceilings or {}).items()}
+    floors = {phase: floor for phase, floor in floor_estimate(plan, ceilings or {}).items() if floor is not None}
     return "\n".join(
         [
             f"{config.name}, mode {placement.mode}: {config.n_layers} layers of {layer / 1e6:.1f} MB",
@@ -35,17 +37,42 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
             f"{placement.read_ahead_layers} layers read ahead, {placement.staged_layers} staged before the first pass",
             f"prefill: {plan.waves} {'pass' if plan.waves == 1 else 'passes'} of up to {plan.wave_rows} "
             f"{'row' if plan.wave_rows == 1 else 'rows'}, in chunks of {plan.chunk_tokens} tokens",
-            *(f"note: {note}" for note in plan.notes),
+            *(f"note: {note}" for note in (*plan.notes, *nothing_on_ssd(plan))),
             budget_text(plan),
             "a pass moves " + ", ".join(f"{plan.bytes_per_pass[k] / 1e6:.1f} MB {text}" for k, text in moved.items()),
             *(
-                f"{phase}: at least {floor.ms:.2f} ms a pass, bound by {_RESOURCE[floor.bound_by]} "
+                f"{phase}: at least {floors[phase].shown()} a pass, bound by {_RESOURCE[floor.bound_by]} "
                 f"({', '.join(f'{part} {ms:.2f} ms' for part, ms in floor.parts_ms.items())})"
                 for phase, floor in predicted_floor(plan, best).items()
             ),
+            *_predicted(plan, ceilings or {}),
             what_each_flag_buys(plan, ceilings or {}),
         ]
     )
+
+
+def _predicted(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[str]:
+    """A decode pass as it is predicted, and tokens a second of all rows."""
+    estimate, rows = predicted_pass_ms(plan, ceilings)["decode"], 1e3 * plan.shape.batch
+    if estimate is None:
+        return []
+    rate = f"{rows / estimate.ms:.4g}"
+    if not estimate.steady:
+        rate = f"{rows / estimate.high_ms:.4g} to {rows / estimate.low_ms:.4g}"
+    return [f"decode: predicted {estimate.shown()} a pass, {rate} tokens a second{_of_rates(estimate)}"]
+
+
+def nothing_on_ssd(plan: Plan) -> list[str]:
+    """A sentence where ``mixed`` has no layer to read from the SSD: its figures would pass for a drive's."""
+    if plan.same_as is None:
+        return []
+    residency, flags = plan.placement.residency, "--gpu-cached-layers"
+    if plan.same_as == "stream":
+        flags = f"--cpu-cache-layers (now {plan.inputs.settings.cpu_cache_layers}) below {residency.streamed_layers}"
+    return [
+        f"no layer is left for the SSD: all {residency.n_layers} are on the GPU or in CPU memory, so this run equals "
+        f"--mode {plan.same_as}, and no figure is the drive's; to stream from it, give a smaller {flags}"
+    ]
 
 
 def _layers_text(layers: tuple[int, ...], layer_bytes: int) -> str:
@@ -87,7 +114,7 @@ def what_each_flag_buys(plan: Plan, ceilings: Mapping[str, Ceiling]) -> str:
     title = f"what each flag would buy, {UNKNOWN_TIME}"
     if known is not None:
         kind = "takes at least" if known.at_least else "is predicted to take"
-        title = f"what each flag would buy: a decode pass {kind} {known.before_ms:.2f} ms now"
+        title = f"what each flag would buy: a decode pass {kind} {known.before.shown()} now{_of_rates(known.before)}"
     head = ["one step of a flag", "ms a pass", "ms a token", "SSD MB", "link MB", "GPU GiB", "CPU GiB", ""]
     rows = [head, *map(_cells, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -103,7 +130,7 @@ def _cells(step: Step) -> list[str]:
     more, pass_ms, token_ms = more_bytes(step.before, step.after), "-", "-"
     if step.times is not None:
         pass_ms = f"{step.times.change_ms:+.2f}"
-        before, after = step.times.before_ms / step.before.shape.batch, step.times.after_ms / step.after.shape.batch
+        before, after = step.times.before.ms / step.before.shape.batch, step.times.after.ms / step.after.shape.batch
         token_ms = f"{after - before:+.2f}"
     moved = [f"{more[way] / 1e6:+.1f}" for way in ("ssd_read", "weight_h2d")]
     held = [f"{more[tier] / GIB:+.3f}" for tier in ("gpu", "cpu")]
@@ -111,7 +138,7 @@ def _cells(step: Step) -> list[str]:
 
 
 def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> None:
-    """Raises DoesNotFit unless the plan fits: what is short, the smallest change of flags that fits, both budgets.
+    """Raises DoesNotFit unless the plan fits: what is short, the cheapest change of flags that fits, both budgets.
 
     What the change costs is predicted from this machine's rates, as far as they are known.
     """
@@ -123,7 +150,7 @@ def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> Non
             if budget is not None and needed > budget
         ]
         sentence = f"the run does not fit: {', and '.join(short)}"
-        raise DoesNotFit(_explained(sentence, plan, smallest_change(plan.inputs), ceilings or {}))
+        raise DoesNotFit(_explained(sentence, plan, smallest_change(plan.inputs, ceilings), ceilings or {}))
 
 
 def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotFit:
@@ -132,13 +159,13 @@ def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotF
     # leaves, a smaller budget, since nothing else frees any.
     target = int(0.95 * plan.gpu_bytes)
     sentence = f"the GPU ran out of memory ({cause}), though {_gib(plan.gpu_bytes)} were planned"
-    fitting = None if plan.kv.below else smallest_change(plan.inputs, most_gpu_bytes=target)
+    fitting = None if plan.kv.below else smallest_change(plan.inputs, ceilings, target)
     if fitting is None:
         # Rounded down to two digits that count: what is typed is to be what was planned with.
         scale = 10.0 ** (1 - math.floor(math.log10(target / GIB)))
         budget = math.floor(target / GIB * scale) / scale
         less = replace(plan.inputs, settings=replace(plan.inputs.settings, gpu_mem_gb=budget))
-        fitting = smallest_change(less)
+        fitting = smallest_change(less, ceilings)
     return DoesNotFit(_explained(sentence, plan, fitting, ceilings))
 
 
@@ -166,7 +193,7 @@ def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     if least.gpu_budget_bytes is not None:
         needed = f"{_gib(least.gpu_bytes)} of GPU memory and {needed}"
     flags = " ".join(changed_flags(inputs, least.inputs))
-    return f"no setting of these flags fits: the least that would do is {needed}{f', with {flags}' if flags else ''}"
+    return f"no change of flags suffices: {f'even {flags}' if flags else 'it'} would take {needed}"
 
 
 def cost_of(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> str:
@@ -179,11 +206,16 @@ def cost_of(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> str:
     if times is None:
         return f"its cost is {UNKNOWN_TIME}; {moved}"
     bound = "at least " if times.at_least else ""
-    text = f"its predicted cost: a decode pass of {bound}{times.after_ms:.2f} ms instead of {times.before_ms:.2f} ms"
-    if times.before_ms:
-        text += f" ({100 * times.change_ms / times.before_ms:+.1f} %)"
+    text = f"its predicted cost: a decode pass of {bound}{times.after.shown()} instead of {times.before.shown()}"
+    if times.before.ms:
+        text += f" ({100 * times.change_ms / times.before.ms:+.1f} %)"
     rows = before.shape.batch, after.shape.batch
     if rows[0] != rows[1]:
-        each = times.before_ms / rows[0], times.after_ms / rows[1]
-        text += f", for {rows[1]} rows instead of {rows[0]}: {each[1]:.2f} ms a token instead of {each[0]:.2f} ms"
-    return f"{text}; {moved}"
+        each = times.before.shown(rows[0]), times.after.shown(rows[1])
+        text += f", for {rows[1]} rows instead of {rows[0]}: {each[1]} a token instead of {each[0]}"
+    return f"{text}{_of_rates(times.after)}; {moved}"
+
+
+def _of_rates(estimate: Estimate) -> str:
+    """How far the rates behind a prediction varied while they were measured: it is no better than they are."""
+    return f" (of rates that varied by {estimate.spread_pct:.0f} %)" if estimate.spread_pct >= 0.5 else ""

@@ -1,7 +1,7 @@
-"""The flags that trade memory for time, in one table, and the one search over their values.
+"""The flags that trade memory for time, in one table.
 
 ``plan`` shows what one step of each would buy, ``--auto`` sets them, and where a run does not fit the smallest change
-of them that fits is looked for.
+of them that fits is looked for (:mod:`wsm.plan.search`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import Ceiling, PassTimes, pass_times
@@ -25,7 +24,7 @@ class Lever:
     """A flag, the modes in which it changes anything, and what can be done with it.
 
     ``step`` gives, from inputs and a value, the next value that buys time or memory; the same one where there is none.
-    Less memory is taken the smaller the value; ``most`` and ``least`` are those beyond which nothing changes. ``many``
+    Less memory is taken the smaller the number; ``most`` and ``least`` are those beyond which nothing changes. ``many``
     values are searched by halves, which finds one that fits where the next larger one does not.
     """
 
@@ -86,9 +85,8 @@ BATCH = Lever("batch_size", MODES, lambda inputs, now: 2 * now, least=lambda inp
 
 LEVERS = (RESIDENTS, DEPTH, CPU_LAYERS, DISTANCE, MODE, EMBEDDING, BATCH)
 """In the order in which their steps are shown, and the choice of ``--auto``."""
-FOR_GPU, FOR_CPU = (RESIDENTS, DEPTH, BATCH), (CPU_LAYERS,)
-"""What frees memory of each tier, in the order in which it is given up."""
-_OTHER_MODES = {"full": ("stream", "mixed"), "preload": ("stream", "mixed"), "stream": ("mixed",), "mixed": ()}
+GIVEN_UP = (EMBEDDING, RESIDENTS, DEPTH, CPU_LAYERS, BATCH)
+"""What frees memory, in the order in which it is told."""
 
 
 class Step(NamedTuple):
@@ -121,9 +119,7 @@ def more_bytes(before: Plan, after: Plan) -> dict[str, int]:
 def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
     """The flags that lead from one set of inputs to the other, as they are typed."""
     return [
-        lever.spelled(lever.value(after))
-        for lever in (MODE, *FOR_GPU, *FOR_CPU)
-        if lever.value(before) != lever.value(after)
+        lever.spelled(lever.value(after)) for lever in (MODE, *GIVEN_UP) if lever.value(before) != lever.value(after)
     ]
 
 
@@ -152,73 +148,6 @@ def largest(
         else:
             high = middle
     return found
-
-
-def smallest_change(inputs: PlanInputs, most_gpu_bytes: int | None = None) -> PlanInputs | None:
-    """The inputs that fit and give up least; None if nothing does.
-
-    Another mode alone is tried first, where the mode's own rule (everything on the GPU; all the rest in CPU memory)
-    may be what does not fit. Then flags, each as large as fits, and each only once those before it are used up: for the
-    GPU fewer resident layers, a smaller look-ahead, a smaller batch; for the CPU fewer layers of CPU memory. Besides
-    fitting the budget, at most ``most_gpu_bytes`` are planned.
-    """
-
-    def on_gpu(plan: Plan) -> bool:
-        return plan.fits_gpu and (most_gpu_bytes is None or plan.gpu_bytes <= most_gpu_bytes)
-
-    def good(plan: Plan) -> bool:
-        return plan.fits_cpu and on_gpu(plan)
-
-    candidates = [inputs, *(MODE.at(inputs, mode) for mode in _OTHER_MODES[inputs.settings.mode])]
-    alone = (candidate for candidate in candidates if good(make_plan(candidate)))
-    reduced = filter(None, (_reduced(original, on_gpu, good) for original in candidates))
-    return next(alone, None) or next(reduced, None)
-
-
-def _reduced(original: PlanInputs, on_gpu: Good, good: Good) -> PlanInputs | None:
-    """The flags turned down until all fits, then up again as far as they can be: the last one turned down first."""
-    mode, inputs = original.settings.mode, original
-    for_gpu, for_cpu = ([lever for lever in tier if mode in lever.modes] for tier in (FOR_GPU, FOR_CPU))
-    for_cpu += [BATCH] if original.hardware.has_gpu else for_gpu
-    for lever in for_gpu:
-        inputs = _turned_down(lever, inputs, original, lambda plan: plan.gpu_bytes, on_gpu)
-    for lever in for_cpu:
-        inputs = _turned_down(lever, inputs, original, lambda plan: plan.cpu_bytes, lambda plan: plan.fits_cpu)
-    if not good(make_plan(inputs)):
-        return None
-    for lever in reversed((*for_gpu, *for_cpu)):
-        values = range(lever.value(inputs), lever.value(original) + 1)
-        if (found := largest(lever, inputs, values, good, original)) is not None:
-            inputs = found.inputs
-    return inputs
-
-
-def _turned_down(
-    lever: Lever, inputs: PlanInputs, original: PlanInputs, size: Callable[[Plan], int], good: Good
-) -> PlanInputs:
-    """The flag at the largest value that is good, or else at the one that takes least."""
-    most = lever.value(inputs)
-    values = range(min(most, lever.least(inputs)), most + 1)
-    found = largest(lever, inputs, values, good, original)
-    if found is None:
-        tried = (values[-1], values[0]) if lever.many else reversed(values)
-        found = min((make_plan(lever.at(inputs, value, original)) for value in tried), key=size)
-    return found.inputs
-
-
-def least_memory(inputs: PlanInputs) -> Plan:
-    """The plan with every flag turned down, for budgets of just what it takes."""
-    inputs = MODE.at(inputs, "mixed")
-    for lever in (*FOR_GPU, *FOR_CPU):
-        inputs = lever.at(inputs, min(lever.value(inputs), lever.least(inputs)))
-    plan = make_plan(inputs)
-    while not plan.fits:  # a larger budget may make larger chunks: until both agree
-        gpu, cpu = max(plan.gpu_bytes, plan.gpu_budget_bytes or 0), max(plan.cpu_bytes, plan.cpu_budget_bytes)
-        budget = None if plan.gpu_budget_bytes is None else gpu / GIB
-        on_gpu = gpu if inputs.hardware.has_gpu else None
-        there = replace(inputs.hardware, gpu_available_bytes=on_gpu, cpu_available_bytes=cpu)
-        plan = make_plan(replace(_with(inputs, {"gpu_mem_gb": budget, "cpu_mem_gb": None}), hardware=there))
-    return plan
 
 
 LOOK_AHEAD_GROUPS, READ_AHEAD_LAYERS = 2, 2

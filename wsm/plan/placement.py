@@ -6,9 +6,11 @@ over the pass, which asks the SSD and the link for bytes at a steady rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from wsm.option import options_of
 from wsm.settings import Settings
 
 LOADING_SLOTS = 2
@@ -37,7 +39,10 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Residency and pools of a run. Slots are counted per kind; ``notes`` say what was clipped."""
+    """Residency and pools of a run. Slots are counted per kind.
+
+    ``clipped`` has the values in force of what was asked for beyond them, by setting; ``notes`` say so.
+    """
 
     mode: str
     residency: Residency
@@ -45,6 +50,7 @@ class Placement:
     cpu_slots: int
     read_ahead_layers: int
     staged_layers: int
+    clipped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,42 +84,54 @@ def place(n_layers: int, settings: Settings) -> Placement:
     `fifo` one window of C slots; neither needs the SSD where C >= L - G. GPU slots follow from the look-ahead in
     groups, capped by ``WSM_GPU_MAX_GROUPS`` and by what streams at all.
     """
-    notes: list[str] = []
+    clips: list[_Clip] = []
     mode = settings.mode
     if mode in ("full", "preload"):
         everything = tuple(range(n_layers))
         return Placement(mode, Residency(everything, (), ()), 0, 0, 0, n_layers)
-    gpu = spread(range(n_layers), _clip("--gpu-cached-layers", settings.gpu_cached_layers, n_layers, notes))
+    gpu = spread(range(n_layers), _clip("gpu_cached_layers", settings, n_layers, clips))
     rest = sorted({*range(n_layers)} - {*gpu})
-    cpu, slots, ahead = _cpu_tier(mode, rest, settings, notes)
+    cpu, slots, ahead = _cpu_tier(mode, rest, settings, clips)
     residency = Residency(gpu, cpu, tuple(sorted({*rest} - {*cpu})))
     depth = max(settings.group_prefetch_depth, settings.aggressive_gpu_prefetch)
     gpu_slots = min(depth // 2 + 1, settings.gpu_max_groups // 2, len(rest))
-    staged = _staged(n_layers, residency, gpu_slots, settings, ahead, notes)
-    return Placement(mode, residency, gpu_slots, slots, ahead, staged, tuple(notes))
+    staged = _staged(n_layers, residency, gpu_slots, settings, ahead, clips)
+    in_force = {clip.setting: clip.value for clip in clips}
+    asked_for = settings.warmup_layers != options_of(Settings)["warmup_layers"].default  # no default model has so many
+    notes = tuple(clip.note for clip in clips if asked_for or clip.setting != "warmup_layers")
+    return Placement(mode, residency, gpu_slots, slots, ahead, staged, in_force, notes)
 
 
-def _clip(name: str, value: int, limit: int, notes: list[str], what: str = "") -> int:
-    if value > limit:
-        notes.append(f"{name} {value} clipped to {limit}{what}")
-    return min(value, limit)
+class _Clip(NamedTuple):
+    """A setting that was cut to ``value``."""
+
+    setting: str
+    value: int
+    note: str
 
 
-def _cpu_tier(mode: str, rest: list[int], settings: Settings, notes: list[str]) -> tuple[tuple[int, ...], int, int]:
+def _clip(name: str, settings: Settings, limit: int, clips: list[_Clip], what: str = "") -> int:
+    asked: int = getattr(settings, name)
+    if asked > limit:
+        clips.append(_Clip(name, limit, f"--{name.replace('_', '-')} {asked} clipped to {limit}{what}"))
+    return min(asked, limit)
+
+
+def _cpu_tier(mode: str, rest: list[int], settings: Settings, clips: list[_Clip]) -> tuple[tuple[int, ...], int, int]:
     """CPU residents, CPU slots per kind, and layers read ahead."""
     if mode == "stream" or not rest:
         return tuple(rest), 0, 0
-    cached = _clip("--cpu-cache-layers", settings.cpu_cache_layers, len(rest), notes)
+    cached = _clip("cpu_cache_layers", settings, len(rest), clips)
     if settings.cpu_evict == "belady" and cached >= len(rest):
         return tuple(rest), 0, 0
-    ahead = _clip("--prefetch-distance", settings.prefetch_distance, cached, notes, ", the layers of CPU memory")
+    ahead = _clip("prefetch_distance", settings, cached, clips, ", the layers of CPU memory")
     if settings.cpu_evict == "fifo":
         return (), cached, ahead
     return spread(rest, cached - ahead), ahead, ahead
 
 
 def _staged(
-    n_layers: int, residency: Residency, gpu_slots: int, settings: Settings, ahead: int, notes: list[str]
+    n_layers: int, residency: Residency, gpu_slots: int, settings: Settings, ahead: int, clips: list[_Clip]
 ) -> int:
     """How many first layers can be on the GPU before the first pass: at most ``warmup_layers``, bound by the slots."""
     # The read-ahead bounds them too, where a CPU slot is held until the compute enters its layer.
@@ -125,4 +143,4 @@ def _staged(
         if slots < 0 or reads < 0:
             break
         staged += 1
-    return _clip("--warmup-layers", wanted, staged, notes, ", what residents and slots hold")
+    return _clip("warmup_layers", settings, staged, clips, ", what residents and slots hold")

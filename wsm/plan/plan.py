@@ -44,6 +44,19 @@ class Plan:
         return -(-self.shape.batch // self.wave_rows)
 
     @property
+    def way(self) -> tuple[str, ...]:
+        """The tiers that weights pass through in every pass, from below; where nothing moves, the GPU alone."""
+        moved = {"SSD": "ssd_read", "CPU": "weight_h2d"}
+        return *(tier for tier, way in moved.items() if self.bytes_per_pass[way]), "GPU"
+
+    @property
+    def same_as(self) -> str | None:
+        """The mode that this run equals, where ``mixed`` is asked for and no layer is left for the SSD."""
+        if self.placement.mode != "mixed" or "SSD" in self.way:
+            return None
+        return "stream" if "CPU" in self.way else "preload"
+
+    @property
     def gpu_bytes(self) -> int:
         return total(self.gpu_lines)
 
@@ -90,6 +103,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
     kv = place_kv(inputs.kv_layout(portions.stretch_rows), gpu_room, cpu_budget - shared - total(on_cpu), costs)
     if inputs.kv_device is not None and not kv.disk:
         notes.append("--kv-device is not used: there is room for all KV above it")
+    moved = _bytes_per_pass(inputs, placement)
     half_way = inputs.shape.prefill_tokens // inputs.shape.batch + inputs.shape.new_tokens // 2
     kv_bytes = kv_bytes_per_pass(kv, half_way, inputs.topk_blk)
     return Plan(
@@ -102,7 +116,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
         cpu_lines=tuple(sorted(on_cpu + kv_cpu_lines(kv), key=lambda line: line.kind)),
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
-        bytes_per_pass={**_bytes_per_pass(inputs, placement), "kv_h2d": kv_bytes},
+        bytes_per_pass={**moved, "kv_h2d": kv_bytes},
         notes=(*placement.notes, *notes),
     )
 

@@ -14,15 +14,31 @@ from wsm.plan.plan import Plan
 Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute"]
 
 
+STEADY_PCT = 25.0
+"""A ceiling whose samples spread wider was disturbed: it gives an interval and no figure, and is not kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The best rate seen of one resource: ``value`` in ``unit`` (MBps = 10^6 B/s, or TFLOPs), and the median."""
+    """The best rate seen of one resource: ``value`` in ``unit`` (MBps = 10^6 B/s, or TFLOPs), and the median.
+
+    ``spread_pct`` is (highest - lowest sample) / median.
+    """
 
     value: float
     median: float
     unit: str
     spread_pct: float
     how: str
+
+    @property
+    def steady(self) -> bool:
+        return self.spread_pct <= STEADY_PCT
+
+    @property
+    def lowest(self) -> float:
+        """The slowest sample, but for what rounding has left of it."""
+        return max(self.value - self.spread_pct / 100 * self.median, 1e-3 * self.median)
 
 
 class Work(NamedTuple):
@@ -130,45 +146,91 @@ def predicted_floor(plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Floo
     return floors
 
 
-def predicted_pass_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
-    """Milliseconds of a steady pass of each phase, ``prefill`` and ``decode``: how long it will take, not must.
+class Estimate(NamedTuple):
+    """How long a pass takes by the medians of the rates behind it, and by their best and slowest samples, in ms."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+
+    @property
+    def spread_pct(self) -> float:
+        """That of the rates behind it, in percent: of one rate alone its own."""
+        return 100 * (self.ms / self.low_ms - self.ms / self.high_ms) if self.low_ms else 0.0
+
+    @property
+    def steady(self) -> bool:
+        """Whether it is a figure; else the interval alone is told."""
+        return self.spread_pct <= STEADY_PCT
+
+    def shown(self, per: float = 1) -> str:
+        """In words, of one of ``per`` rows."""
+        if self.steady:
+            return f"{self.ms / per:.2f} ms"
+        return f"{self.low_ms / per:.2f} to {self.high_ms / per:.2f} ms"
+
+
+_ONE_SLOT = 1.07
+"""With one slot a kind a group is copied once the last one is computed: 1.06 and 1.08 were measured (docs/LOG.md)."""
+
+
+def predicted_pass_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, Estimate | None]:
+    """A steady pass of each phase, ``prefill`` and ``decode``: how long it will take, not must."""
+    return {phase: predict(work, ceilings, plan.placement.gpu_slots) for phase, work in pass_work(plan).items()}
+
+
+def predict(work: Work, ceilings: Mapping[str, Ceiling], gpu_slots: int) -> Estimate | None:
+    """A streamed pass that moves and computes so much, whatever its weights' format.
 
     From the medians of the probe, where the floor takes the best samples. The tiers work side by side, so the slowest
     one decides; while the SSD is read, the link has only its rate beside it. None where no weights are streamed, or
     where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
     """
-    return {phase: _pass_ms(work, ceilings) for phase, work in pass_work(plan).items()}
-
-
-def _pass_ms(work: Work, ceilings: Mapping[str, Ceiling]) -> float | None:
     if not work.h2d_bytes or "h2d" not in ceilings or (work.ssd_bytes and "ssd" not in ceilings):
         return None
-    parts = parts_ms(work, {name: ceiling.median for name, ceiling in ceilings.items()})
-    ssd_ms = parts.get("ssd") or 0.0
-    streaming_ms = max(ssd_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, ceilings))
-    on_gpu_ms = max(parts.get("hbm") or 0.0, parts.get("compute") or 0.0)
-    return None if on_gpu_ms > streaming_ms else streaming_ms
+    medians = {name: ceiling.median for name, ceiling in ceilings.items()}
+    if _on_gpu_ms(work, medians) > _streaming_ms(work, medians):
+        return None
+    best = {name: ceiling.value for name, ceiling in ceilings.items()}
+    slowest = {name: ceiling.lowest for name, ceiling in ceilings.items()}
+    factor = _ONE_SLOT if gpu_slots == 1 else 1.0
+    return Estimate(*(factor * least_ms(work, rates) for rates in (medians, best, slowest)))
 
 
-def _link_s(nbytes: float, ssd_s: float, ceilings: Mapping[str, Ceiling]) -> float:
+def least_ms(work: Work, rates: Mapping[str, float]) -> float:
+    """The longest of what each resource takes at these rates; one whose rate is not known takes nothing."""
+    return max(_streaming_ms(work, rates), _on_gpu_ms(work, rates))
+
+
+def _on_gpu_ms(work: Work, rates: Mapping[str, float]) -> float:
+    parts = parts_ms(work, rates)
+    return max(parts.get("hbm") or 0.0, parts.get("compute") or 0.0)
+
+
+def _streaming_ms(work: Work, rates: Mapping[str, float]) -> float:
+    ssd_ms = parts_ms(work, rates).get("ssd") or 0.0
+    return max(ssd_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, rates) if "h2d" in rates else 0.0)
+
+
+def _link_s(nbytes: float, ssd_s: float, rates: Mapping[str, float]) -> float:
     """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards."""
-    alone = ceilings["h2d"].median * 1e6
+    alone = rates["h2d"] * 1e6
     # A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
-    beside = min(alone, ceilings["h2d_with_ssd"].median * 1e6) if "h2d_with_ssd" in ceilings else alone
+    beside = min(alone, rates.get("h2d_with_ssd", rates["h2d"]) * 1e6)
     moved = beside * ssd_s
     return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone
 
 
 class PassTimes(NamedTuple):
-    """A decode pass of two plans, in ms; ``at_least`` if both are floors and no predictions."""
+    """A decode pass of two plans; ``at_least`` if both are floors and no predictions."""
 
-    before_ms: float
-    after_ms: float
+    before: Estimate
+    after: Estimate
     at_least: bool
 
     @property
     def change_ms(self) -> float:
-        return self.after_ms - self.before_ms
+        return self.after.ms - self.before.ms
 
 
 def pass_times(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> PassTimes | None:
@@ -180,8 +242,34 @@ def pass_times(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> Pa
     for moved, rate in (("ssd_read", "ssd"), ("weight_h2d", "h2d")):
         if rate not in ceilings and (before.bytes_per_pass[moved] or after.bytes_per_pass[moved]):
             return None
-    best = {name: ceiling.value for name, ceiling in ceilings.items()}
-    floors = [predicted_floor(plan, best).get("decode") for plan in (before, after)]
-    if floors[0] is None or floors[1] is None:
-        return None
-    return PassTimes(floors[0].ms, floors[1].ms, at_least=True)
+    old, new = (floor_estimate(plan, ceilings)["decode"] for plan in (before, after))
+    return None if old is None or new is None else PassTimes(old, new, at_least=True)
+
+
+def floor_estimate(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, Estimate | None]:
+    """The floor of each phase by the best samples, and how far it would rise by the slowest; None where not known."""
+    found: dict[str, Estimate | None] = dict.fromkeys(("prefill", "decode"))
+    best, slowest = (
+        predicted_floor(plan, {name: getattr(ceiling, rate) for name, ceiling in ceilings.items()})
+        for rate in ("value", "lowest")
+    )
+    for phase, floor in best.items():
+        found[phase] = Estimate(floor.ms, floor.ms, slowest[phase].ms)
+    return found
+
+
+_TYPICAL = {"ssd": 5e3, "h2d": 25e3, "d2h": 25e3, "hbm": 1e6, "matmul": 100.0}
+"""Of a card on PCIe 4 and a good drive: they only order plans while the machine's own rates are not known."""
+
+
+def row_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> float:
+    """What a row of the run takes at least: to choose between plans, of other batches too, by known or typical rates.
+
+    A pass is shared by the rows of a wave in the prefill, and by all rows in the decode.
+    """
+    rates = _TYPICAL | {name: ceiling.median for name, ceiling in ceilings.items()}
+    factor = _ONE_SLOT if plan.placement.gpu_slots == 1 else 1.0
+    rows = {"prefill": min(plan.wave_rows, plan.shape.batch), "decode": plan.shape.batch}
+    count = {"prefill": 1, "decode": _passes(plan)["decode"]}
+    work = pass_work(plan)
+    return factor * sum(count[phase] * least_ms(work[phase], rates) / rows[phase] for phase in rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
+from wsm.disk.atomic import locked
 from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.model import WHOLE, Shard, TensorSource
@@ -51,10 +52,16 @@ def cached_store(
     """
     path = store_path(checkpoint, dtype, cache_dir, shard.size)
     manifest = path.with_suffix(".json")
-    with _locked(path.with_suffix(".lock")):
+    label = f"--cache-dir {cache_dir}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableInput(f"{label} cannot be used: {error.strerror}") from error
+    with locked(path.with_suffix(".lock"), label):  # two runs that start together pack once
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
         path.unlink(missing_ok=True)
+        _remove_unfinished(cache_dir)
         size = plan_store(checkpoint.config, dtype, 1, shard.size).target_bytes
         free = free_bytes(cache_dir)
         say(f"packing the model once into {path}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free")
@@ -78,14 +85,10 @@ def _sound(checkpoint: TensorSource, manifest: Path, path: Path, rank: int) -> S
     return description
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two runs that start together pack once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise UnusableInput(f"--cache-dir {path.parent} cannot be used: {error.strerror}") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _remove_unfinished(cache_dir: Path) -> None:
+    """Remove packed files whose packing was killed: with a lock of ours, no manifest, and nobody at work on them."""
+    for path in cache_dir.glob("*.wsm"):
+        with suppress(OSError), path.with_suffix(".lock").open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.with_suffix(".json").exists():
+                path.unlink()

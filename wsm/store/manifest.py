@@ -14,7 +14,7 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
-from wsm.disk.atomic import read_json
+from wsm.disk.files import read_json
 from wsm.errors import UnusableInput
 from wsm.layout.groups import BLOCK, KINDS, GroupId
 from wsm.layout.model import ReadShape, Shard, SourceFile, TensorSource

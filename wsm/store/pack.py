@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from wsm.disk.atomic import sync_directory, write_atomically
+from wsm import stop
+from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
 from wsm.disk.direct import aligned_block
-from wsm.disk.io_threads import transfer_fully
+from wsm.disk.io_threads import IOThreads, transfer_fully
 from wsm.disk.targets import check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import GroupId, GroupLayout, views
@@ -63,6 +64,7 @@ def pack(
     plan = plan_store(checkpoint.config, request.dtype, len(request.targets), request.tp)
     sources = checkpoint.sources()
     _check_places(checkpoint, request)
+    remove_left_behind(request.manifest.resolve())
     lost = check_targets(request.targets, plan.target_bytes, force=request.force)
     if request.manifest.exists():
         lost.append(f"the manifest {request.manifest}")
@@ -149,32 +151,36 @@ def _write_groups(
     # Mapped, so aligned as O_DIRECT asks, and only as much of it in memory as the groups that pass through it need.
     buffers = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in range(2)]
     checksums: dict[GroupId | None, list[str]] = {group: [] for group in plan.layouts}
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(len(files)) as out:
+    with IOThreads(READERS, "wsm-pack-in") as readers, IOThreads(len(files), "wsm-pack-out") as out:
 
-        def make(number: int) -> Future[memoryview]:
+        def make(number: int) -> tuple[memoryview, Future[None]]:
             group, rank = images[number]
-            return ahead.submit(_make_image, shares[rank], group, plan.layouts[group], buffers[number % 2], readers)
+            return _make_image(shares[rank], group, plan.layouts[group], buffers[number % 2], readers)
 
         coming = make(0)
         for number, (group, rank) in enumerate(images):
-            image = coming.result()
+            image, made = coming
+            stop.result(made)
+            written = out.submit(partial(_write_extent, files, image, to) for to in plan.extents(group, rank))
             if number + 1 < len(images):
                 coming = make(number + 1)
             checksums[group].append(xxhash.xxh3_128_hexdigest(image))
-            list(out.map(partial(_write_extent, files, image), plan.extents(group, rank)))  # raises what one raised
+            stop.result(written)
             progress(len(image))
     return checksums
 
 
 def _make_image(
-    checkpoint: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor, readers: Executor
-) -> memoryview:
-    """A group's image in ``buffer``; the gaps between the tensors are zero, so the same weights give the same bytes."""
+    checkpoint: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor, readers: IOThreads
+) -> tuple[memoryview, Future[None]]:
+    """A group's image in ``buffer``, there once the future ends.
+
+    The gaps between the tensors are zero, so the same weights give the same bytes.
+    """
     image = buffer[: layout.nbytes].zero_()
-    tensors = views(image, layout)
-    names = [checkpoint.config.full_name(group, name) for name in tensors]
-    list(readers.map(checkpoint.read_into, names, tensors.values()))
-    return memoryview(image.numpy().data)
+    name_of, tensors = checkpoint.config.full_name, views(image, layout)
+    made = readers.submit(partial(checkpoint.read_into, name_of(group, name), out) for name, out in tensors.items())
+    return memoryview(image.numpy().data), made
 
 
 def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:

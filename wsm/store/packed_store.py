@@ -6,21 +6,23 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain, cycle, pairwise, zip_longest
-from typing import Literal
 
 import torch
 import xxhash
 from torch import Tensor
 
+from wsm import stop
 from wsm.disk.blockdev import target_size
+from wsm.disk.checks import Checks
 from wsm.disk.direct import open_for_reading
 from wsm.disk.io_threads import IOThreads, Transfer, transfer_fully
 from wsm.errors import StoreError
 from wsm.layout.groups import BLOCK, GroupId, GroupLayout, Kind, round_up
+from wsm.settings import VerifyWhen
 from wsm.store.description import StoreDescription, StoredGroup
 from wsm.store.layout import AGAIN, Extent
 from wsm.store.source import ChunkRead, GroupRead
@@ -48,8 +50,8 @@ class PackedStore:
 
     A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Groups are
     read in the order asked, the next one's chunks beginning while the last of this one's are under way; checksums are
-    made by threads of their own, meanwhile, the first time that a group is read or (``verify``) always. A test's fake
-    drive reads by ``pread``.
+    made by threads of their own, meanwhile, where ``checks`` ask for it. After every read the superblocks are looked at
+    again: packing takes them away before it changes a group. A test's fake drive reads by ``pread``.
 
     Raises UnusableInput if a target cannot be opened, StoreError if it has not the manifest's store or not all of it.
     """
@@ -59,12 +61,12 @@ class PackedStore:
         description: StoreDescription,
         *,
         staging_bytes: int,
-        verify: Literal["first", "always"] = "first",
+        verify: VerifyWhen = "auto",
         pread: Transfer = os.preadv,
     ) -> None:
         self.description = description
         self.warnings: list[str] = []
-        self._verify, self._pread = verify, pread
+        self.checks, self._pread = Checks(verify), pread
         self._verified: set[GroupId | None] = set()
         wanted = max(SMALLEST_CHUNK, staging_bytes // 16)
         self.chunk_bytes = min(LARGEST_CHUNK, wanted - wanted % CHUNK_UNIT)
@@ -75,8 +77,8 @@ class PackedStore:
             on_failure.callback(self._close_files)
             self._open()
             self._check_identity()
-            self._checks = IOThreads(CHECKSUM_THREADS, "wsm-checksum")
-            on_failure.callback(self._checks.close, StoreError(_CLOSED))
+            self._checkers = IOThreads(CHECKSUM_THREADS, "wsm-checksum")
+            on_failure.callback(self._checkers.close, StoreError(_CLOSED))
             self._reads = IOThreads(self.threads, "wsm-io")
             on_failure.pop_all()
 
@@ -94,8 +96,7 @@ class PackedStore:
     def _check_identity(self) -> None:
         """That these are the manifest's targets, whole; once, before anything is read."""
         targets = self.description.targets
-        for number, expected in enumerate(self.description.superblocks):
-            expected.check(self._read_few(number, 0, BLOCK), targets[number])
+        self._check_superblocks(range(len(self.description.superblocks)))
         sizes = [target_size(file) for file in self._files]
         for stored in self.description.groups.values():
             for extent in stored.extents:
@@ -105,6 +106,11 @@ class PackedStore:
                         f"{stored.name} at byte {extent.offset + extent.needed}: it was cut short, or is another "
                         f"device; {AGAIN}"
                     )
+
+    def _check_superblocks(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            expected = self.description.superblocks[number]
+            expected.check(self._read_few(number, 0, BLOCK), self.description.targets[number])
 
     def _read_few(self, target: int, offset: int, nbytes: int) -> bytes:
         """A few bytes from anywhere, through an aligned buffer of their own; fewer where the target ends."""
@@ -147,15 +153,21 @@ class PackedStore:
             raise ValueError(f"{stored.name} needs {nbytes} bytes, {BLOCK}-aligned, not {buffer.nbytes}")
         image, came = memoryview(buffer.numpy().data)[:nbytes], list[ChunkRead]()
         chunks = _chunks(stored.extents, self.chunk_bytes)
-        arrived = self._reads.submit(partial(self._read, stored, image, *chunk, came) for chunk in chunks)
-        if stored.checksum is None or (self._verify == "first" and group in self._verified):
+        self.checks.read_begins()
+        try:
+            arrived = self._reads.submit(partial(self._read, stored, image, *chunk, came) for chunk in chunks)
+        except BaseException:
+            self.checks.read_ends(0)
+            raise
+        arrived.add_done_callback(lambda _: self.checks.read_ends(sum(chunk.nbytes for chunk in came)))
+        if not self.description.superblocks and stored.checksum is None:
             return GroupRead(arrived, arrived, came)
-        return GroupRead(arrived, self._checks.submit([partial(self._check, stored, image)], after=arrived), came)
+        return GroupRead(arrived, self._checkers.submit([partial(self._check, stored, image)], after=arrived), came)
 
     def close(self) -> None:
         """Join every thread; reads that were not done end with a StoreError. A second call does nothing."""
         self._reads.close(StoreError(_CLOSED))  # first, since they ask for checks
-        self._checks.close(StoreError(_CLOSED))
+        self._checkers.close(StoreError(_CLOSED))
         self._close_files()
 
     def _close_files(self) -> None:
@@ -179,7 +191,12 @@ class PackedStore:
         return StoreError(f"{target} at byte {offset}, in {stored.name}: {what}; check the drive, or {AGAIN}")
 
     def _check(self, stored: StoredGroup, image: memoryview) -> None:
-        if xxhash.xxh3_128_hexdigest(image) != stored.checksum:
+        """To be asked once the image is there: what a superblock says then was true while it was read."""
+        if self.description.superblocks:
+            self._check_superblocks(sorted({extent.target for extent in stored.extents}))
+        if stored.checksum is None or not self.checks.needed(stored.group in self._verified):
+            return
+        if self.checks.timed(len(image), lambda: xxhash.xxh3_128_hexdigest(image)) != stored.checksum:
             where = ", ".join(f"{self.description.targets[e.target]} at byte {e.offset}" for e in stored.extents)
             raise StoreError(
                 f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"
@@ -201,7 +218,7 @@ def verify(store: PackedStore, *, progress: Callable[[int], None] = lambda nbyte
     bad = []
     for stored, (read, _next) in zip(groups, pairwise(chain(reads, [Future[None]()])), strict=True):
         try:
-            read.result()
+            stop.result(read)
         except StoreError as error:
             bad.append(str(error))
         progress(stored.layout.nbytes)

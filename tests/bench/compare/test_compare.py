@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.compare.compare import Comparison, compare, regressions
+from bench.compare.compare import Comparison, are_equal, compare, outputs_of, regressions
 from bench.compare.sides import Side, read_sides
 from bench.compare.text import as_csv, as_markdown, as_text, letters
+from bench.compare.verdict import FEWEST
 from bench.result.sweep_folder import Failure
 from bench.result.types import METRICS
 from bench_infer import command_line as main
@@ -197,6 +200,60 @@ def test_a_difference_that_is_not_shown_is_no_regression(side: Callable[..., Sid
     assert list(regressions(noisy, 3)) == []
 
 
+@pytest.mark.parametrize(
+    ("base", "samples", "threshold", "told"),
+    [
+        ([80, 100, 120, 90, 110], [90, 115, 130, 100, 118], "3", True),  # no difference shown: it may be slower
+        (BASE, [102, 103, 108, 109, 104], "8", True),  # slower, by less than the threshold, or by more
+        (BASE, BASE[::-1], "3", False),
+        (BASE, SLOWER, "12", False),
+        (BASE, SLOWER, "3", False),  # that is a regression, which is said itself
+    ],
+)
+def test_a_threshold_that_the_interval_does_not_decide_is_told(
+    measured: Mapping[str, Any],
+    tmp_path: Path,
+    base: list[float],
+    samples: list[float],
+    threshold: str,
+    told: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [str(stored(tmp_path / f"{n}.json", varied(measured, s))) for n, s in (("a", base), ("b", samples))]
+    code = main(["compare", *paths, "--threshold", threshold])
+    assert ("is undecided for b" in capsys.readouterr().err) == told
+    assert code == (1 if (samples, threshold) == (SLOWER, "3") else 0)
+
+
+# -- copies
+
+
+def test_five_copies_of_a_result_are_one_sample_and_get_no_verdict(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    for place in range(5):
+        stored(tmp_path / "base" / f"r{place}.json", varied(measured, [BASE[place]]))
+        stored(tmp_path / "copies" / f"r{place}.json", varied(measured, [50.0]))
+    comparison = compare(read_sides([tmp_path / "base", tmp_path / "copies"]))
+    [against] = comparison.against
+    assert against.verdict == "no verdict"
+    assert against.why.startswith("n is 5 and 1,")
+    text = as_text(comparison)
+    assert "  B: 4 of its results are copies of another one: each process counts once" in text.splitlines()
+
+
+def test_a_line_twice_in_a_file_of_lines_counts_once(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    lines = [json.dumps(varied(measured, [n])) + "\n" for n in BASE]
+    (tmp_path / "all.jsonl").write_text("".join(lines + lines[:2]))
+    [side] = read_sides([tmp_path / "all.jsonl"])
+    assert (side.samples("e2e_ms"), side.copies) == (BASE, 2)
+
+
+def test_a_process_on_both_sides_is_told(measured: Mapping[str, Any], tmp_path: Path) -> None:
+    one = stored(tmp_path / "a.json", varied(measured, BASE))
+    two = stored(tmp_path / "b.json", varied(measured, BASE))
+    text = as_text(compare(read_sides([one, two])))
+    assert "  B: 1 of its results are those of a: a process on both sides compares nothing" in text.splitlines()
+
+
 @pytest.mark.parametrize("output", ["text", "md", "csv"])
 def test_the_verb_prints_each_form(two_files: tuple[str, str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *two_files, "-o", output]) == 0
@@ -238,3 +295,45 @@ def test_below_five_samples_no_interval_is_printed(side: Callable[..., Side]) ->
     [row] = list(csv.DictReader(io.StringIO(as_csv(few))))[1:]
     assert (row["ratio_low99"], row["ratio_high99"]) == ("", "")
     assert float(row["ratio"]) > 1
+
+
+# -- outputs
+
+
+def test_whether_the_outputs_are_equal_is_said_in_every_form_for_people(side: Callable[..., Side]) -> None:
+    other = side("b", BASE, output__sha256="b" * 64)
+    for form in (as_text, as_markdown):
+        same = form(compare([side("a", BASE), side("b", SLOWER), side("c", BASE[:1])]))
+        assert "equal: all 3 sides generated the same tokens" in same
+        digest = side("a", BASE).results[0].output.sha256[:12]
+        assert f"not equal: A, C {digest}; B bbbbbbbbbbbb" in form(compare([side("a", BASE), other, side("c", BASE)]))
+
+
+def test_unequal_outputs_are_exit_1_only_where_equal_ones_are_asked_for(
+    measured: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json", "c.json")]
+    for path, digest in zip(paths, "aab", strict=True):
+        Path(path).write_text(json.dumps(varied(measured, BASE, output__sha256=64 * digest)))
+    assert main(["compare", *paths]) == 0
+    assert main(["compare", "--equal-outputs", *paths[:2]]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["compare", "--equal-outputs", *paths]) == 1
+    assert capsys.readouterr().err == ("bench_infer.py: the outputs are not equal: A, B aaaaaaaaaaaa; C bbbbbbbbbbbb\n")
+
+
+def test_a_side_without_a_result_has_no_equal_output(side: Callable[..., Side], tmp_path: Path) -> None:
+    failed = Side("b", (), tmp_path, (Failure(3, "it does not fit"),))
+    assert not are_equal(outputs_of(compare([side("a", BASE), failed])))
+    assert not are_equal(outputs_of(compare([failed, failed])))
+    assert "not equal: A " in as_text(compare([side("a", BASE), failed]))
+    assert "B no result" in as_text(compare([side("a", BASE), failed]))
+
+
+def test_make_bench_runs_as_many_rounds_as_a_verdict_needs_and_fails_where_outputs_differ() -> None:
+    makefile = (Path(__file__).resolve().parents[3] / "Makefile").read_text(encoding="utf-8")
+    [rounds] = re.findall(r"^ROUNDS := (\d+)$", makefile, re.MULTILINE)
+    assert int(rounds) >= FEWEST
+    recipe = makefile.partition("\nbench:")[2].partition("\ntest:")[0]
+    assert "--repeats $(ROUNDS) " in recipe
+    assert "bench_infer.py compare --equal-outputs " in recipe

@@ -107,7 +107,7 @@ def test_a_sweep_s_lines_of_an_earlier_program_are_a_side_for_each_point(
     result = dict(measured)
     failed = line(2, None, exit_code=3, reason="it does not fit")
     lines = tmp_path / "results.jsonl"
-    lines.write_text("\n".join([line(1, result), failed, line(1, result)]) + "\n")
+    lines.write_text("\n".join([line(1, result), failed, line(1, varied(result, [7.0]))]) + "\n")
     first, second = read_sides([lines])
     assert (first.name, len(first.results), first.failures) == ("mode=mixed seed=1", 2, ())
     assert (second.name, second.results, str(second.failures[0])) == (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import __version__
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
 from bench.options.verb_flags import (
@@ -17,11 +19,14 @@ from bench.options.verb_flags import (
     PackOptions,
     PromptsOptions,
     ReportOptions,
+    SweepOptions,
     VerifyOptions,
 )
 from bench_infer import command_line as main
+from llama.config import PRESETS
 from llama.options import BuildOptions
 from wsm.errors import UnusableInput
+from wsm.option import options_of as flags_of
 from wsm.settings import Settings
 
 GUIDE = """
@@ -270,7 +275,8 @@ def test_run_is_the_default_verb(argv: list[str]) -> None:
 def test_plan_takes_the_flags_of_a_run() -> None:
     verb, options = parse(["plan", *shlex.split(GUIDE)])
     assert verb == "plan"
-    assert options == options_of(*shlex.split(GUIDE))
+    of_run = options_of(*shlex.split(GUIDE))
+    assert [getattr(options, field.name) for field in dataclasses.fields(of_run)] == list(dataclasses.astuple(of_run))
 
 
 def test_plan_checks_contradictions_too() -> None:
@@ -350,3 +356,108 @@ def test_another_seed_is_of_the_same_synthetic_weights() -> None:
     ]
     assert built[0] == built[1]
     assert "--seed" in refusal("pack", "--to", "t", "--manifest", "m", "--seed", "1")
+
+
+# -- what was meant
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gpu-cache-layers", "4"], "--gpu-cache-layers is no flag of run; did you mean --gpu-cached-layers?"),
+        (["--batch_size=4"], "--batch_size is no flag of run; did you mean --batch-size?"),
+        (["--Mode", "full"], "--Mode is no flag of run; did you mean --mode?"),
+        (["plam"], "there is no verb plam; did you mean plan?"),
+        (["pack", "--too", "x"], "--too is no flag of pack; did you mean --to?"),
+        (["--mode", "Mixed"], "--mode: must be mixed, stream, preload or full, not Mixed; did you mean mixed?"),
+        (["compare", "a", "-o", "cvs"], "not cvs; did you mean csv?"),
+        (["sweep", "--prefetch-distence", "4,6"], "no flag of sweep; did you mean --prefetch-distance?"),
+        (["sweep", "--out-json", "a"], "--out-json is no flag of sweep, but of run and plan"),
+        (["-x"], "-x is no flag of run"),
+    ],
+)
+def test_what_was_most_likely_meant_is_said(argv: list[str], said: str) -> None:
+    assert said in refusal(*argv)
+
+
+def test_a_value_of_a_variable_and_of_the_programming_interface_is_guessed_too() -> None:
+    with pytest.raises(UnusableInput, match=r"not 'streem'; did you mean stream\?"):
+        Settings(mode="streem")
+    with pytest.raises(UnusableInput, match=r"WSM_CPU_EVICT=beladi .* did you mean belady\?"):
+        parse([], {"WSM_CPU_EVICT": "beladi"})
+
+
+@pytest.mark.parametrize("argv", [["--prompt", "--no flag, with spaces"], ["--prompt=--x"], ["--prompt", "-1"]])
+def test_a_prompt_that_looks_like_a_flag_is_none(argv: list[str]) -> None:
+    assert options_of(*argv).prompt == argv[-1].removeprefix("--prompt=")
+
+
+@pytest.mark.parametrize("argv", [["--nonsense"], ["plan", "--mode", "x"], ["pakc"], ["pack"]])
+def test_the_help_that_an_error_points_to_has_the_flags_of_its_verb(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = refusal(*argv).rpartition("(see bench_infer.py ")[2].rstrip(")").split()
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    verb = words[0] if len(words) > 1 else "run"
+    assert [d.spelled for d in flags_of(VERBS[verb][0]).values() if not d.by_variable and d.spelled not in shown] == []
+
+
+# -- short forms, and what is only answered
+
+
+def test_short_forms_are_those_of_llama_bench() -> None:
+    options = options_of("-p", "512", "-n", "128", "-b", "4", "-r", "5")
+    assert (options.prompt_len, options.max_new_tokens, options.batch_size, options.repeats) == (512, 128, 4, 5)
+    _, swept = parse(["sweep", "-p", "512,1024", "-r", "3"])
+    assert isinstance(swept, SweepOptions)
+    assert (swept.sweep.axes, swept.repeats) == ({"--prompt-len": ("512", "1024")}, 3)
+
+
+def test_the_version_is_told_with_torchs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(
+        f"bench_infer.py {__version__}, torch {metadata.version('torch')}, Python "
+    )
+
+
+def test_the_models_are_listed_with_the_sizes_that_their_checkpoints_have(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--list-models"])
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines())}
+    assert rows.keys() - {"model"} == set(PRESETS)
+    assert rows["Llama-3.1-70B"] == ["80", "70.55", "141.11", "1.711"]  # 70 553 706 496 parameters
+    assert rows["Llama-3.2-1B"] == ["16", "1.24", "2.47", "0.122"]  # its head is its embedding
+
+
+# -- stop tokens
+
+
+@pytest.mark.parametrize(
+    ("argv", "goes_on"),
+    [
+        ([], True),
+        (["--prompt", "a"], True),
+        (["--synthetic", "Llama-3.2-1B", "--prompt", "a"], True),
+        (["--checkpoints", "d", "--prompt-len", "8"], True),
+        (["--checkpoints", "d", "--prompt", "a"], False),
+        (["--checkpoints", "d"], False),
+        (["--checkpoints", "d", "--ignore-eos"], True),
+        (["--no-ignore-eos"], False),
+        (["--prompt-len", "8", "--no-ignore-eos"], False),
+    ],
+)
+def test_random_prompts_and_weights_go_on_to_the_full_length(argv: list[str], goes_on: bool) -> None:
+    options = options_of(*argv)
+    assert options.goes_on is goes_on
+    assert options.to_json()["ignore_eos"] is goes_on
+
+
+def test_a_sweep_turns_a_switch_of_two_sides_off_in_words() -> None:
+    _, options = parse(["sweep", "--ignore-eos", "on,off"])
+    assert isinstance(options, SweepOptions)
+    assert [list(point.argv) for point in options.sweep.points] == [["--ignore-eos"], ["--no-ignore-eos"]]

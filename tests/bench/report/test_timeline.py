@@ -14,9 +14,11 @@ from bench.compare.sides import Side, read_sides
 from bench.report.charts import MOVED, STALLED_KV, Bar, Bars
 from bench.report.timeline import read_trace, timelines_of
 from bench.run.trace import chrome_trace
+from tests.records import records_of
 from tests.results import stored, typed, varied
 from wsm.engine.device import Device
-from wsm.engine.telemetry import KV_TIERS, Telemetry, Transfer
+from wsm.engine.records import KV_TIERS, Records, Transfer
+from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 
@@ -39,14 +41,14 @@ def test_a_trace_beside_the_result_gives_the_run_and_one_pass(measured_files: tu
 
 def test_bars_side_by_side_are_one_lane_and_each_way_of_kv_is_its_own(tmp_path: Path) -> None:
     telemetry, device = Telemetry(Device()), Device()
-    telemetry.reads = [Transfer(GroupId(n, "attn"), None, 10, n, n + 1.5) for n in range(3)]
+    reads = Records(reads=[Transfer(GroupId(n, "attn"), None, 10, n, n + 1.5) for n in range(3)])
     for at, tier in enumerate(KV_TIERS):
         telemetry.kv_disk(tier, 3, 1, 100, at, at + 2.0)
     asked, granted = device.record(device.stream()), device.record(device.stream())
     asked.time_s, granted.time_s = 1.0, 2.0
     telemetry.kv_waited(asked, granted)
     path = tmp_path / "t.json"
-    path.write_text(chrome_trace(telemetry, {"decode": (0.0, 6.0)}))
+    path.write_text(chrome_trace(reads + records_of(telemetry), {"decode": (0.0, 6.0)}))
     lanes = {lane.label: lane.spans for lane in read_trace(path).lanes}
     assert [span[2] for span in lanes["SSD reads"]] == ["SSD"] * 3
     for at, tier in enumerate(KV_TIERS):
@@ -102,7 +104,7 @@ def test_without_a_trace_the_timeline_says_that_it_is_of_sums(measured: Mapping[
 def test_a_damaged_trace_is_one_sentence(tmp_path: Path, content: str) -> None:
     path = tmp_path / "t.trace.json"
     path.write_text(content)
-    with pytest.raises(UnusableInput, match="no timeline of --trace"):
+    with pytest.raises(UnusableInput, match=r"no timeline of --trace|is damaged"):
         read_trace(path)
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import math
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from bench.cli.docs import result_schema
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase
 from bench.result.results import checked, dump, plain, read_result, significant
-from bench.result.summary import ConsoleReporter, row, summary
+from bench.result.summary import row, summary
 from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION, LinkRates, Tpot
 from bench.result.types_machine import BytesPerPass, LoadRate
 from bench.result.types_phases import Idle
@@ -35,17 +37,19 @@ from bench.run.measure import (
     repeats_of,
     tpot_of,
 )
-from bench.run.warnings import drive_warnings, plan_warnings, prediction_warnings
+from bench.run.warnings import beaten_floors, drive_warnings, plan_warnings, prediction_warnings
 from bench_infer import command_line as main
 from llama.generation import Generation
 from tests.plans import inputs_for
 from tests.results import stored, typed, varied
-from wsm.engine.telemetry import PhaseStats, Transfer
+from wsm.disk.checks import CheckCost
+from wsm.engine.records import Transfer
+from wsm.engine.stretch import PhaseStats, ReadRate
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of
 from wsm.plan.plan import make_plan
-from wsm.plan.time import Ceiling, decode_work, predicted_floor, prefill_work
+from wsm.plan.time import Ceiling, Estimate, decode_work, predicted_floor, prefill_work
 from wsm.settings import ECHOED_ONLY, PRESETS, Settings
 
 GUIDE = json.loads("""{
@@ -72,14 +76,13 @@ def a_round(prefill_s: float = 2.0, first_s: float = 0.5, decode_s: float = 4.0,
         prefill_done=after,
         tokens_at=tuple(after + first_s + pace * n for n in range(new)),
         done=after + decode_s,
-        steps=(0, 8, 8 * new),
-        passes=(0, 1, new),
+        stretches=(),
+        checked=CheckCost(),
         complete_at_start=True,
     )
 
 
 def stats_of(
-    name: str = "decode",
     *,
     used: Mapping[str, int] | None = None,
     moved: Mapping[str, int] | None = None,
@@ -92,7 +95,6 @@ def stats_of(
     nothing = dict.fromkeys(("ssd_read", "weight_h2d", "kv_h2d", "kv_d2h", "kv_read", "kv_write"), 0)
     unmeasured = dict.fromkeys(("ssd", "h2d", "compute", "kv_h2d", "kv_d2h", "kv_read", "kv_write"))
     return PhaseStats(
-        name=name,
         passes=passes,
         wall_ms=wall_ms,
         bytes={**nothing, **(used or {})},
@@ -112,17 +114,15 @@ def ceilings_of(**values: float) -> dict[str, Ceiling]:
 
 
 def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
-    def reads(*rates: float) -> list[Transfer]:
-        made, now = [], 0.0
-        for place, rate in enumerate(rates):
-            made.append(Transfer(GroupId(place, "ffn"), place, round(rate * 1e6), now, now + 1.0))
-            now += 1.0
-        return made
+    def passes(*rates: int, reads: int = 1) -> list[ReadRate]:
+        return [ReadRate(reads, rate * 10**6, 1.0) for rate in rates]
 
-    steady, slowing = reads(*[1000] * 12), reads(*[2000] * 6, *[1000] * 6)
-    assert drive_warnings(steady, (0.0, 12.0)) == []
-    assert "from 2000 to 1000 MB/s" in drive_warnings(slowing, (0.0, 12.0))[0]
-    assert drive_warnings(slowing, (0.0, 5.0)) == []
+    slowing = [2000] * 6 + [1000] * 6
+    assert drive_warnings(passes(*[1000] * 12)) == []
+    assert "from 2000 to 1000 MB/s" in drive_warnings(passes(*slowing))[0]
+    assert "from 2000 to 1000 MB/s" in drive_warnings(passes(2000, 1500, 1000, reads=3))[0]
+    for too_few in (passes(2000, 1500, 1000), passes(2000, 1000, reads=9), []):
+        assert drive_warnings(too_few) == []
 
 
 def test_the_load_rate_is_of_the_sweep_that_fills_the_residents_and_against_the_drive() -> None:
@@ -197,10 +197,16 @@ def test_one_round_has_no_deviation() -> None:
     assert repeats_of([a_round()]).statistics.ttft_ms.stdev is None
 
 
+def test_below_a_hundred_passes_p99_is_the_slowest() -> None:
+    passes = tpot_of([1.0, 2.0, 9.0])
+    assert passes is not None
+    assert (passes.p50, passes.p99) == (2.0, 9.0)
+
+
 def test_tpot_percentiles_are_passes_that_took_place() -> None:
     passes = tpot_of([float(n) for n in range(100, 0, -1)])
-    assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, max=100.0, n=100)
-    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, max=7.0, n=1)
+    assert passes == Tpot(mean=50.5, p50=50.0, p90=90.0, p99=99.0, max=100.0, n=100)
+    assert tpot_of([7.0]) == Tpot(mean=7.0, p50=7.0, p90=7.0, p99=7.0, max=7.0, n=1)
 
 
 def test_without_decode_passes_there_is_no_tpot() -> None:
@@ -352,11 +358,15 @@ def test_reads_that_nobody_planned_are_warned_of() -> None:
 # -- the text
 
 
+def figure(ms: float) -> Estimate:
+    return Estimate(ms, ms, ms)
+
+
 def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() -> None:
     def warned(prefill_ms: float, decode_ms: float | None) -> list[str]:
         phases = {
-            "prefill": phase_of(stats_of("prefill", passes=1, wall_ms=104), {}, prefill_ms),
-            "decode": phase_of(stats_of("decode", passes=2, wall_ms=212), {}, decode_ms),
+            "prefill": phase_of(stats_of(passes=1, wall_ms=104), {}, figure(prefill_ms)),
+            "decode": phase_of(stats_of(passes=2, wall_ms=212), {}, decode_ms and figure(decode_ms)),
         }
         return list(prediction_warnings(phases))
 
@@ -367,8 +377,37 @@ def test_a_phase_that_takes_over_5_percent_else_than_predicted_is_warned_of() ->
 
 
 def test_a_prediction_counts_what_moved_in_the_phase_not_what_was_staged_before_it() -> None:
-    stats = stats_of("prefill", passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
-    assert list(prediction_warnings({"prefill": phase_of(stats, {}, 100.0)})) == []
+    stats = stats_of(passes=1, wall_ms=60, used={"weight_h2d": 1000}, moved={"weight_h2d": 600})
+    assert list(prediction_warnings({"prefill": phase_of(stats, {}, figure(100.0))})) == []
+
+
+def test_a_prediction_from_a_disturbed_ceiling_is_an_interval_alone() -> None:
+    stats = stats_of(passes=2, wall_ms=212)
+    steady, disturbed = phase_of(stats, {}, Estimate(100, 95, 105)), phase_of(stats, {}, Estimate(100, 80, 130))
+    assert (steady.predicted_ms, steady.predicted_range_ms) == (200, [190, 210])
+    assert (disturbed.predicted_ms, disturbed.predicted_range_ms) == (None, [160, 260])
+    assert list(prediction_warnings({"decode": disturbed})) == []
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "told", "warned"), [(2000, 50.0, 0), (1000, 100.0, 0), (970, 100.0, 0), (500, None, 1)]
+)
+def test_a_run_is_never_said_to_be_faster_than_it_can_be(wall_ms: int, told: float | None, warned: int) -> None:
+    """1 GB at 1 000 MB/s: a floor of a second. In half of it, the ceiling was none; by 3 %, that is its own noise."""
+    part = phase_of(stats_of(hbm_bytes=10**9, wall_ms=wall_ms), ceilings_of(hbm=1000))
+    assert part.floor_ms == pytest.approx(1000)
+    assert part.roofline_pct == (told if told is None else pytest.approx(told))
+    lines = list(beaten_floors({"decode": part}))
+    assert len(lines) == warned
+    assert all(
+        "took 500 ms, less than its floor of 1000 ms: the ceiling of hbm was disturbed" in line for line in lines
+    )
+
+
+def test_the_summary_of_a_run_that_beat_its_floor_gives_no_share_of_it() -> None:
+    text = summary(typed(earlier(phases__decode__floor_ms=9e6, phases__decode__roofline_pct=203.0)))
+    assert "; the run beat it: a disturbed ceiling" in text
+    assert "203" not in text
 
 
 def test_numbers_keep_six_significant_digits() -> None:
@@ -434,6 +473,7 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 LATER = [
+    "decode_tok_s",
     "load",
     "kv",
     "conditions",
@@ -448,6 +488,7 @@ LATER = [
     "config.environment.CUDA_VISIBLE_DEVICES",
     "repeats.statistics.e2e_ms.median_ci95",
     "phases.decode.predicted_ms",
+    "phases.decode.predicted_range_ms",
     "phases.decode.stall_ms.kv",
     "phases.decode.busy_ms.kv_read",
     "phases.decode.busy_ms.kv_write",
@@ -471,6 +512,28 @@ def test_a_result_of_before_a_key_was_added_is_read(key: str) -> None:
         place = place[name]
     del place[last]
     assert typed(older).e2e_ms == earlier()["e2e_ms"]
+
+
+def test_tokens_a_second_leave_out_token_1_which_took_no_pass() -> None:
+    """32 tokens in 31 passes of 85.4619 ms: one token a pass, whatever the guide's figure counts, old files too."""
+    older = earlier()
+    del older["decode_tok_s"]
+    result = typed(older)
+    assert result.decode_tok_s == pytest.approx(1e3 / 85.4619, rel=1e-5)
+    assert result.whole("tpot_ms") == 85.4619
+    (tpot_ms,), (rate,) = result.rounds("tpot_ms"), result.rounds("decode_tok_s")
+    assert tpot_ms == pytest.approx(85.4619, rel=1e-3)
+    assert rate * tpot_ms == pytest.approx(1e3)
+
+
+def test_two_rows_make_two_tokens_a_pass() -> None:
+    result = typed(earlier(batch_size=2, decode_tokens_total=64, decode_tok_s=None))
+    assert result.decode_tok_s == pytest.approx(2e3 / 85.4619, rel=1e-5)
+
+
+@pytest.mark.parametrize("without", [{"tpot_ms": None, "decode_forward_passes": 0}, {"tpot_ms__mean": 5e-324}])
+def test_without_passes_that_took_time_there_is_no_rate(without: dict[str, Any]) -> None:
+    assert typed(earlier(decode_tok_s=None, **without)).decode_tok_s is None
 
 
 def test_keys_of_a_newer_program_are_passed_over() -> None:
@@ -686,11 +749,18 @@ def test_texts_are_kept_only_if_asked_for(runs: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_terminal_without_chinese_letters_ends_no_run(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_these_letters_ends_no_verb(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, measured_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / "详细-caf\udce9.json"
+    shutil.copy(measured_files[0], odd)
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
-    ConsoleReporter(quiet=False, verbose=False).say("详细 JSON \udce9")
-    assert b"JSON" in written.getvalue()
+    assert main(["compare", str(measured_files[0]), str(odd)]) == 0
+    assert main(["report", str(measured_files[0]), str(odd), "--out", f"{odd.with_suffix('.html')}"]) == 0
+    assert "caf\\udce9" in odd.with_suffix(".html").read_text(encoding="utf-8")
+    sys.stdout.flush()
+    assert b"caf\\udce9" in written.getvalue()
 
 
 @pytest.mark.parametrize("part", ["phases", "memory", "output", "gpu_mem_GB"])
@@ -701,7 +771,10 @@ def test_a_result_that_was_changed_by_hand_is_refused_in_a_sentence(runs: Mappin
 
 def test_the_summary_shows_the_guides_figures_and_the_floor(runs: Mapping[str, Any]) -> None:
     text = summary(typed(runs["mixed"]))
-    assert "=== Benchmark Summary ===" in text
+    head, first, second = text.splitlines()[1:4]
+    assert head == "=== Benchmark Summary ==="
+    assert first.strip() == f"tpot_ms: {runs['mixed']['tpot_ms']['mean']:.3f}"
+    assert second.strip() == f"decode_tok_s: {runs['mixed']['decode_tok_s']:.3f}"
     for name in METRICS:
         assert f"{name}: {runs['mixed'][name]:.3f}" in text
     assert "decode floor: " in text

@@ -1,25 +1,69 @@
-"""When Ctrl-C counts: after an import that it would break."""
+"""Signals are wishes that a command answers between two pieces of work; its end tells which signal it was."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 
-from bench.run.job import unbroken
+from bench.run import signals
+from wsm import stop
+from wsm.stop import Stopped
 
 
-def test_ctrl_c_counts_once_the_imports_have_ended() -> None:
-    ended: list[bool] = []
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in signals.ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
-    def imports() -> None:
-        signal.raise_signal(signal.SIGINT)
-        ended.append(True)
 
-    with pytest.raises(KeyboardInterrupt), unbroken():
-        imports()
-    assert ended
-    with unbroken():
-        pass
-    with pytest.raises(KeyboardInterrupt):  # as before
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", signals.ENDING)
+def test_a_signal_raises_where_somebody_looks_and_nowhere_else(number: int) -> None:
+    with signals.heard():
+        signal.raise_signal(number)
+        with stop.held():
+            stop.check()
+        with pytest.raises(Stopped) as stopped:
+            stop.check()
+        stop.check()  # answered once
+    assert signals.exit_code(stopped.value.number) == {1: 129, 2: 130, 15: 143}[number]
+
+
+def test_a_wish_that_nobody_answered_does_not_end_the_next_command() -> None:
+    with signals.heard():
+        signal.raise_signal(signal.SIGTERM)
+    stop.check()
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with signals.heard():
+        signal.raise_signal(signal.SIGHUP)
+        stop.check()
+
+
+def ended(code: str) -> tuple[int, str]:
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return got.returncode, got.stderr
+
+
+def test_while_modules_are_imported_a_signal_ends_the_process_at_once() -> None:
+    code, err = ended(
+        "import signal\nfrom bench.run import signals\nwith signals.heard(), signals.importing():\n"
+        "    signal.raise_signal(signal.SIGINT)\n    print('went on')"
+    )
+    assert (code, err) == (130, "bench_infer.py: interrupted; nothing was begun\n")
+
+
+def test_a_second_ctrl_c_after_a_while_ends_a_command_that_is_stuck() -> None:
+    code, err = ended(
+        "import signal\nfrom bench.run import signals\nsignals.PATIENCE_S = 0.05\nwith signals.heard():\n"
+        "    signal.raise_signal(signal.SIGINT)\n    signal.raise_signal(signal.SIGINT)\n"
+        "    import time; time.sleep(0.1)\n    print('stuck', flush=True)\n    signal.raise_signal(signal.SIGINT)\n"
+    )
+    assert (code, err) == (130, "bench_infer.py: ended at once, after the second signal\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +18,19 @@ from tokenizers.trainers import BpeTrainer
 
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
+from bench.run import prompt_files
+from bench.run.prompt_files import read_prompts
 from bench.run.prompts import (
     DEFAULT_FILE,
     fill_batch,
-    keep_last,
     make_prompts,
     prompt_file,
     random_prompts,
-    read_prompts,
     shape_of,
-    tokenize,
 )
 from bench_infer import command_line as main
 from llama.config import ModelConfig
-from llama.tokenizer import ByteTokenizer, HFTokenizer, Llama3Tokenizer, Tokenizer
+from llama.tokenizer import ByteTokenizer, HFTokenizer, Llama3Tokenizer, Tokenizer, encode_prompt, keep_last
 from tests.tiny import hf_tokenizer, llama3_tokenizer
 from wsm.errors import UnusableInput
 
@@ -127,6 +127,82 @@ def test_a_jsonl_line_without_a_prompt_is_named_by_its_number(tmp_path: Path, li
     assert "line 2" in refusal(written(tmp_path / "p.jsonl", f'"fine"\n{line}\n'))
 
 
+@pytest.mark.parametrize("name", ["p.json", "P.JSON", "p.txt", "p"])
+def test_a_json_array_is_read_under_any_name(tmp_path: Path, name: str) -> None:
+    entries = ["a", {"prompt": "b\nc"}, {"text": "d"}]
+    for indent in (None, 1):
+        path = written(tmp_path / name, json.dumps(entries, indent=indent) + "\n")
+        assert read_prompts(path) == ["a", "b\nc", "d"]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.ndjson", "p.NDJson", "p.txt", "p"])
+def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
+    lines = ['{"prompt": "a"}', "", '{"text": "b"}']
+    assert read_prompts(written(tmp_path / name, "\n".join(lines))) == ["a", "b"]
+    assert "line 2" in refusal(written(tmp_path / name, '{"prompt": "a"}\nplain\n'))
+
+
+def test_of_a_sharegpt_conversation_the_user_s_first_turn_is_taken(tmp_path: Path) -> None:
+    talks = [
+        [{"from": "human", "value": "one"}, {"from": "gpt", "value": "1"}, {"from": "human", "value": "two"}],
+        [{"from": "gpt", "value": "hello"}, {"from": "user", "value": "three"}],
+        [{"from": "gpt", "value": "nobody asked"}],
+        [],
+    ]
+    text = json.dumps([{"id": str(number), "conversations": talk} for number, talk in enumerate(talks)])
+    for name in ("ShareGPT_V3.json", "share.txt"):
+        assert read_prompts(written(tmp_path / name, text)) == ["one", "three"]
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", "[x] a box", "{curly", '{"a": 1}', "[]", "{}"])
+def test_a_plain_line_that_only_looks_like_json_is_a_prompt(tmp_path: Path, text: str) -> None:
+    assert read_prompts(written(tmp_path / "p.txt", f"{text}\nplain\n")) == [text, "plain"]
+
+
+@pytest.mark.parametrize("text", ["one\ntwo\n", "{}", "3", '{"messages": []}', '[{"prompt": 3}]', '{"a": 1}\n{"a": 2}'])
+def test_a_json_file_without_prompts_is_refused(tmp_path: Path, text: str) -> None:
+    refusal(written(tmp_path / "p.json", text))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("p.jsonl", '"a"\n{"prompt": ""}\n', "line 2"),
+        ("p.json", '["a", "b", " "]', "entry 3"),
+        ("p.txt", "===== PROMPT 0 =====\na\n===== PROMPT 1 =====\n\n", "line 3"),
+    ],
+)
+def test_an_empty_prompt_among_others_is_an_error_that_says_where(
+    tmp_path: Path, name: str, text: str, where: str
+) -> None:
+    found = refusal(written(tmp_path / name, text))
+    assert f"{where} holds no prompt: it is empty" in found
+
+
+def test_an_empty_prompt_on_the_command_line_is_an_error() -> None:
+    for text in ("", " \n"):
+        with pytest.raises(UnusableInput, match="--prompt is empty"):
+            parse(["--prompt", text])
+
+
+def test_a_shell_s_pipe_is_read_and_a_file_beyond_the_limit_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive, send = os.pipe()
+    os.write(send, b"one\ntwo\n")
+    os.close(send)
+    assert read_prompts(Path(f"/dev/fd/{receive}")) == ["one", "two"]
+    os.close(receive)
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 10)
+    assert "larger than" in refusal(written(tmp_path / "p.txt", "x" * 11))
+
+
+def test_a_pipe_without_a_writer_and_a_device_end_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "no prompt" in refusal(tmp_path / "fifo")
+    assert "device" in refusal(Path("/dev/zero"))
+
+
 def test_a_missing_file_is_an_error_that_names_the_mend(tmp_path: Path) -> None:
     assert "bench_infer.py prompts --out" in refusal(tmp_path / "none.txt")
 
@@ -173,28 +249,30 @@ def test_what_is_written_as_blocks_is_read_back(tmp_path: Path, texts: list[str]
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_long_prompt_keeps_its_tail_with_bos_in_front_and_counted_in(
+def test_a_long_prompt_keeps_its_tail_and_the_special_tokens_in_front_counted_in(
     tmp_path: Path, maker: Callable[[Path], Tokenizer]
 ) -> None:
     tokenizer = maker(tmp_path)
     text = "the ocean of stars is wider than the page, " * 5
-    ids = tokenizer.encode(text, bos=False)
-    row = keep_last(tokenize([text], tokenizer)[0], 10)
+    ids = tokenizer.encode(text)
+    row = keep_last(tokenizer, encode_prompt(tokenizer, text), 10)
     assert len(row) == 10
-    assert row == [tokenizer.bos_id, *ids[-9:]]
+    assert row == [*tokenizer.prefix, *ids[len(tokenizer.prefix) - 10 :]]
 
 
 def test_the_guides_prompt_of_2048_tokens_becomes_one_of_2016() -> None:
     """max_seq_len 2048 - max_new_tokens 32."""
-    row = keep_last(tokenize(["x" * 2048], ByteTokenizer(config_of(300)))[0], 2048 - 32)
+    tokenizer = ByteTokenizer(config_of(300))
+    row = keep_last(tokenizer, encode_prompt(tokenizer, "x" * 2048), 2048 - 32)
     assert len(row) == 2016
 
 
 @given(st.text(string.ascii_letters, max_size=40), st.integers(1, 50))
 def test_a_row_is_never_longer_than_allowed_and_always_begins_with_bos(text: str, most: int) -> None:
-    row = keep_last(tokenize([text], ByteTokenizer(config_of(300)))[0], most)
+    tokenizer = ByteTokenizer(config_of(300))
+    row = keep_last(tokenizer, encode_prompt(tokenizer, text), most)
     assert len(row) == min(most, 1 + len(text))
-    assert row[0] == ByteTokenizer.bos_id
+    assert row[:1] == [256]
     assert bytes(row[1:]).decode() == text[len(text) - len(row) + 1 :]
 
 
@@ -269,8 +347,9 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
     tokenizer = maker(tmp_path)
     texts = list(make_prompts(tokenizer, 5, tokens, seed=3))
     read = read_prompts(written(tmp_path / "p.txt", prompt_file(texts, tokens)))
-    assert [len(tokenizer.encode(text, bos=False)) for text in read] == [tokens] * 5
-    assert [len(row) for row in tokenize(read, tokenizer)] == [tokens + 1] * 5
+    assert [len(tokenizer.encode(text)) for text in read] == [tokens] * 5
+    whole = tokens + len(tokenizer.prefix)
+    assert [len(encode_prompt(tokenizer, text)) for text in read] == [whole] * 5
 
 
 @given(tokens=st.integers(1, 80), seed=st.integers(0, 2**32))
@@ -278,7 +357,7 @@ def test_a_made_prompt_has_exactly_its_tokens_when_read_back_from_the_file(
 def test_any_number_of_bytes_can_be_met_with_any_seed(tokens: int, seed: int) -> None:
     tokenizer = ByteTokenizer(config_of(300))
     [text] = make_prompts(tokenizer, 1, tokens, seed)
-    assert len(tokenizer.encode(text, bos=False)) == tokens
+    assert len(tokenizer.encode(text)) == tokens
     assert text == text.strip()
 
 
@@ -294,9 +373,9 @@ def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
     class Counting(HFTokenizer):
         encodings = 0
 
-        def encode(self, text: str, *, bos: bool) -> list[int]:
+        def encode(self, text: str) -> list[int]:
             Counting.encodings += 1
-            return super().encode(text, bos=bos)
+            return super().encode(text)
 
     trained(tmp_path)
     list(make_prompts(Counting(tmp_path, config_of(900)), 8, 2048, seed=0))

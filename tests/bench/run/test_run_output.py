@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.result.summary import summary
+from bench.options.verb_flags import LISTED
+from bench.result.summary import row, summary
 from bench.run import measure
 from bench.run.ceilings import recall_for, recall_near, remember
+from bench.run.warnings import early_ends
 from bench_infer import command_line as main
 from llama.inputs import Inputs, open_inputs
 from llama.options import BuildOptions
+from llama.tokenizer import ByteTokenizer
 from tests.results import typed, varied
 from tests.tiny import hf_directory, hf_model
 from wsm.plan.time import Ceiling
@@ -66,6 +69,29 @@ def test_standard_lengths_need_no_tokenizer_and_become_a_row(
     assert float(row["e2e_stdev_ms"]) > 0
 
 
+def test_a_row_has_the_settings_that_a_sweep_may_vary_commit_and_time(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    flags = ["--prefetch-distance=2", "--mode", "mixed"]
+    _, out, _ = run(*flags, "-o", "csv")
+    [row] = csv.DictReader(io.StringIO(out))
+    assert {each.name for each in LISTED.values()} <= row.keys()
+    assert (row["prefetch_distance"], row["gpu_cached_layers"], row["ignore_eos"]) == ("2", "4", "True")
+    made = json.loads((tmp_path / "r.json").read_text())["provenance"]
+    assert row["time"] == made["utc"]
+    assert row["commit"].rstrip("+") == (made["git_commit"] or "")[:12]
+    _, out, _ = run(*flags, "-o", "md")
+    head = [cell.strip() for cell in out.splitlines()[0].strip("|").split("|")]
+    assert head[:2] == ["model", "prefetch_distance"]
+    assert "gpu_cached_layers" not in head  # only what was given
+    assert head[-2:] == ["commit", "time"]
+
+
+def test_a_bar_in_a_cell_of_a_table_is_escaped(measured: Mapping[str, Any]) -> None:
+    line = row(typed(varied(measured, config__resolved__prompt="a|b\nc")), "md", ["prompt"]).splitlines()[2]
+    assert "a\\|b c" in line
+
+
 @pytest.mark.parametrize("output", ["csv", "md"])
 def test_a_row_has_no_room_for_warnings_so_they_go_to_stderr(
     run: Callable[..., tuple[int, str, str]], output: str
@@ -99,6 +125,41 @@ def test_the_summary_says_what_its_figures_are_the_middle_of(measured: Mapping[s
     }
     text = summary(typed(varied(measured, repeats__n=5, repeats__statistics__e2e_ms=spread)))
     assert "median 101.000 ms of 5 rounds, sample stdev 2.500, 95 % interval of the median 99.000 to 104.000" in text
+
+
+def test_the_summary_says_what_ran(measured: Mapping[str, Any]) -> None:
+    assert "of: builtin-v1 in mode mixed, 1 row, 8 prompt tokens, 6 new tokens" in summary(typed(dict(measured)))
+    short = varied(measured, decode_tokens_total=18, max_new_tokens=32)
+    assert "8 prompt tokens, 18 of 32 new tokens" in summary(typed(short))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([32], None),
+        ([18], "1 of 1 row ended at a stop token, after 18 of 32 tokens"),
+        ([32, 5, 20, 32], "2 of 4 rows ended at a stop token, after 5 to 20 of 32 tokens"),
+    ],
+)
+def test_rows_that_ended_early_are_a_warning(tokens: list[int], said: str | None) -> None:
+    lines = list(early_ends(tokens, 32))
+    assert lines == [] if said is None else lines[0].startswith(said)
+
+
+def test_a_run_that_ends_at_a_stop_token_says_so_and_goes_on_where_it_is_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built-in model's weights are random: any id of its vocabulary may come, so all of them are made to stop."""
+    monkeypatch.setattr(ByteTokenizer, "stop_ids", frozenset(range(320)))
+    flags = ["--device", "cpu", "--mode", "full", "--no-probe", "--cache-dir", str(tmp_path), "-n", "4"]
+    flags += ["--prompt", "abc", "--out-json", str(tmp_path / "r.json")]
+    counts = []
+    for more in ([], ["--no-ignore-eos"], ["--ignore-eos"]):
+        assert main([*flags, *more]) == 0
+        out = capsys.readouterr().out
+        counts.append(json.loads((tmp_path / "r.json").read_text())["decode_tokens_total"])
+        assert ("[WARNING] 1 of 1 row ended at a stop token, after 1 of 4 tokens" in out) is (counts[-1] == 1)
+    assert counts == [4, 1, 4]
 
 
 # -- --auto
@@ -143,6 +204,34 @@ def test_plan_shows_what_a_flag_would_buy_in_bytes_and_once_rates_are_known_in_t
     assert "what each flag would buy: a decode pass " in known
     [line] = [line for line in known.splitlines() if "--gpu-cached-layers 2" in line]
     assert float(line.split()[2]) < 0
+
+
+def test_a_plan_as_json_says_what_the_text_says(run: Callable[..., tuple[int, str, str]]) -> None:
+    flags = ["--gpu-cached-layers", "1", "--cpu-cache-layers", "2", "--prefetch-distance", "1", "--prompt-len", "3000"]
+    code, out, err = run("plan", *flags, "-o", "json")
+    assert code == 0
+    assert "cut to their last 2044 tokens" in err
+    plan = json.loads(out)
+    assert {tier: len(layers) for tier, layers in plan["residency"].items()} == {"gpu": 1, "cpu": 1, "ssd": 4}
+    assert plan["fits"] is True
+    assert sum(plan["gpu_memory"]["lines"].values()) == plan["gpu_memory"]["bytes"]
+    assert plan["bytes_per_pass"]["ssd_read"] == 4 * plan["layer_bytes"]
+    _, text, _ = run("plan", *flags)
+    for lever in plan["levers"]:
+        assert lever["flag"] in text
+
+
+def test_a_plan_as_json_that_does_not_fit_is_exit_3_all_the_same(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("plan", "-o", "json", "--gpu-mem-gb", "0.0001")
+    assert code == 3
+    assert json.loads(out)["fits"] is False
+    assert "does not fit" in err
+
+
+def test_a_plan_has_no_row(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("plan", "-o", "csv")
+    assert (code, out) == (2, "")
+    assert "json" in err
 
 
 def opened(tmp_path: Path, model: Path, **settings: Any) -> tuple[BuildOptions, Inputs]:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from bench.run.trace import LANES, chrome_trace
+from tests.records import records_of
 from wsm.engine.device import Device
-from wsm.engine.telemetry import Telemetry, Transfer
+from wsm.engine.records import Records, Transfer
+from wsm.engine.telemetry import Telemetry
 from wsm.layout.groups import GroupId
 
 
@@ -27,17 +29,17 @@ def bars_by_lane(trace: str) -> dict[str, dict[int, list[dict[str, Any]]]]:
 
 
 def test_reads_that_overlap_lie_side_by_side() -> None:
-    telemetry = Telemetry(Device())
     spans = [(0.0, 3.0), (1.0, 4.0), (2.0, 3.5), (3.0, 5.0), (4.0, 6.0)]
-    telemetry.reads = [Transfer(GroupId(n, "attn"), 2 * n, 10, *span) for n, span in enumerate(spans)]
-    tracks = bars_by_lane(chrome_trace(telemetry, {"decode": (0.0, 6.0)}))["SSD reads"]
+    records = Records(reads=[Transfer(GroupId(n, "attn"), 2 * n, 10, *span) for n, span in enumerate(spans)])
+    tracks = bars_by_lane(chrome_trace(records, {"decode": (0.0, 6.0)}))["SSD reads"]
     assert sorted(len(bars) for bars in tracks.values()) == [1, 2, 2]
 
 
 def test_bars_outside_the_phases_are_left_out_and_time_starts_with_them() -> None:
-    telemetry = Telemetry(Device())
-    telemetry.reads = [Transfer(GroupId(0, "attn"), n, 10, at, at + 0.5) for n, at in enumerate((1.0, 7.0, 20.0))]
-    (bars,) = bars_by_lane(chrome_trace(telemetry, {"prefill": (5.0, 8.0), "decode": (8.0, 9.0)}))["SSD reads"].values()
+    records = Records(
+        reads=[Transfer(GroupId(0, "attn"), n, 10, at, at + 0.5) for n, at in enumerate((1.0, 7.0, 20.0))]
+    )
+    (bars,) = bars_by_lane(chrome_trace(records, {"prefill": (5.0, 8.0), "decode": (8.0, 9.0)}))["SSD reads"].values()
     args = {"kind": "ssd_read", "group": "L0.attn", "step": 1, "bytes": 10}
     assert [(bar["ts"], bar["dur"], bar["args"]) for bar in bars] == [(2e6, 0.5e6, args)]
 
@@ -49,7 +51,7 @@ def test_kv_that_moves_and_waits_for_it_have_their_bars() -> None:
     asked, granted = device.record(device.stream()), device.record(device.stream())
     asked.time_s, granted.time_s = 1.0, 2.0
     telemetry.kv_waited(asked, granted)
-    lanes = bars_by_lane(chrome_trace(telemetry, {"decode": (0.0, 4.0)}))
+    lanes = bars_by_lane(chrome_trace(records_of(telemetry), {"decode": (0.0, 4.0)}))
     assert sorted(bar["name"] for bars in lanes["KV"].values() for bar in bars) == ["L3.kv_read", "L4.kv_write"]
     assert [bar["name"] for bars in lanes["compute waits"].values() for bar in bars] == ["wait KV"]
 

@@ -19,6 +19,7 @@ from bench.result.sweep_folder import Failure, Point, outcomes_in, read_points
 from bench.result.types import Result
 from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
+from wsm.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -268,7 +269,8 @@ def test_a_sweep_under_other_variables_is_another_sweep(
     assert main([*argv, "1"]) == 0  # the preset of this process, not the user's
     monkeypatch.setenv("WSM_CPU_EVICT", "fifo")
     assert main([*argv, "2"], ("WSM_CPU_EVICT",)) == 2
-    assert "its environment: {}, not {'WSM_CPU_EVICT': 'fifo'}" in capsys.readouterr().err
+    assert "(its variables: none; asked for: WSM_CPU_EVICT=fifo)" in capsys.readouterr().err
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert main([*argv, "2"]) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -295,7 +297,7 @@ def test_a_retry_that_is_broken_off_leaves_an_outcome_of_each_process(
 
     def run_point(folder: Path, point: Point, *rest: Any) -> Result | Failure:
         if point.number == 3:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         return real(folder, point, *rest)
 
     monkeypatch.setattr(sweep_module, "run_point", run_point)
@@ -312,3 +314,10 @@ def test_a_file_that_does_not_exist_is_refused_before_the_folder_is_made(
     assert sweep(tmp_path / "s", *argv) == 2
     assert f"{flag} {tmp_path / 'none'} does not exist" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_another_list_is_told_as_one_types_it(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sweep", "--out-dir", str(tmp_path / "s")]
+    assert main([*argv, "--seed", "1,2"]) == 0
+    assert main([*argv, "--seed", "1,3"]) == 2
+    assert "(its lists: --seed 1,2; asked for: --seed 1,3)" in capsys.readouterr().err

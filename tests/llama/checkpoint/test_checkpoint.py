@@ -23,12 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from llama.batch import prefill_batch
 from llama.checkpoint import Checkpoint, builtin_checkpoint, open_checkpoint, synthetic_checkpoint
 from llama.checkpoint.base import all_tensors
 from llama.checkpoint.builtin import BUILTIN
-from llama.checkpoint.hf import hf_name, to_halves, to_interleaved
+from llama.checkpoint.hf import INDEX, hf_name, to_halves, to_interleaved
 from llama.checkpoint.synthetic import BLOCK_VALUES, SyntheticCheckpoint
 from llama.config import PRESETS
 from llama.kv.cache import KVCache
@@ -39,6 +40,7 @@ from tests.tiny import hf_directory, hf_model, meta_directory, tensors_of
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId, pass_order
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = 304  # divisible by 8 shards
 FLOAT = torch.float32
 ROOT = Path(__file__).parents[3]
@@ -153,6 +155,101 @@ def test_tied_models_have_no_head(tmp_path: Path) -> None:
         assert "output.weight" not in tensors_of(checkpoint)
 
 
+def head_of(directory: Path) -> tuple[Tensor, Tensor]:
+    """Embedding and head as transformers loads them."""
+    model = LlamaForCausalLM.from_pretrained(directory)
+    return model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+
+
+HEADS: dict[str, tuple[Callable[[dict[str, Tensor]], object], bool]] = {
+    "another": (lambda t: t.update({HEAD: t[EMBEDDING].flip(0).contiguous()}), False),
+    "another in its last row": (lambda t: t.update({HEAD: torch.cat([t[EMBEDDING][:-1], torch.ones(1, 64)])}), False),
+    "the same": (lambda t: t.update({HEAD: t[EMBEDDING].clone()}), True),
+    "rounded": (lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()}), False),
+    "alone": (lambda t: t.update({HEAD: t.pop(EMBEDDING)}), True),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_stored_in_a_tied_model_counts_as_in_transformers(head: str, tmp_path: Path) -> None:
+    change, tied = HEADS[head]
+    directory = hf_directory(tmp_path / "tied", hf_model(tie_word_embeddings=True))
+    change_tensors(directory, change)
+    checkpoint, (embedding, theirs) = open_checkpoint(directory), head_of(directory)
+    assert checkpoint.config.tied_embeddings == tied
+    tensors = tensors_of(checkpoint)
+    assert torch.equal(tensors["tok_embeddings.weight"], embedding)
+    assert torch.equal(tensors["tok_embeddings.weight" if tied else "output.weight"], theirs)
+    if tied:
+        assert checkpoint.warnings == ()
+    else:
+        [said] = checkpoint.warnings
+        assert "sets tie_word_embeddings, but lm_head.weight is stored and differs" in said
+
+
+def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "tied", hf_model(tie_word_embeddings=True))
+    change_tensors(directory, lambda tensors: tensors.update({HEAD: torch.ones(10, 64)}))
+    assert "lm_head.weight has shape [10, 64], but config.json asks for [300, 64]" in refusal(directory)
+
+
+def test_rope_that_is_described_twice_is_warned_of(hf: Path, tmp_path: Path) -> None:
+    directory = copy(hf, tmp_path)
+    change_json(directory / "config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.config.rope_scaling is not None
+    assert "both rope_scaling and rope_parameters" in checkpoint.warnings[0]
+
+
+def sharded(directory: Path, value: float) -> Path:
+    """An older save beside the model: an index and shards whose final norm is ``value``."""
+    old = hf_directory(directory.parent / "old", hf_model(vocab_size=VOCABULARY), max_shard_size="100KB")
+    for path in [*old.glob("model-*.safetensors"), old / INDEX]:
+        shutil.copy(path, directory / path.name)
+    for path in directory.glob("model-*.safetensors"):
+        if "model.norm.weight" in (tensors := load_file(path)):
+            path.unlink()
+            save_file({**tensors, "model.norm.weight": torch.full((64,), value)}, path, metadata={"format": "pt"})
+    return directory
+
+
+def final_norm(directory: Path) -> float:
+    return float(tensors_of(open_checkpoint(directory))["norm.weight"][0])
+
+
+def transformers_norm(directory: Path) -> float:
+    return float(LlamaForCausalLM.from_pretrained(directory).model.norm.weight.detach()[0])
+
+
+def test_the_single_file_beats_an_older_index_as_in_transformers(hf: Path, tmp_path: Path) -> None:
+    directory = sharded(copy(hf, tmp_path), 7.0)
+    assert final_norm(directory) == transformers_norm(directory) == 1.0
+    change_json(directory / "config.json", transformers_weights=INDEX)
+    assert final_norm(directory) == transformers_norm(directory) == 7.0
+    for path in directory.glob("model-*.safetensors"):
+        path.unlink()
+    assert "names model-00001-of" in refusal(directory)
+    change_json(directory / "config.json", drop=("transformers_weights",))
+    assert final_norm(directory) == transformers_norm(directory) == 1.0
+
+
+@pytest.mark.parametrize("named", ["../model.safetensors", 3, "gone.safetensors"])
+def test_a_weights_file_that_config_json_names_lies_in_the_directory(named: Any, hf: Path, tmp_path: Path) -> None:
+    directory = copy(hf, tmp_path)
+    change_json(directory / "config.json", transformers_weights=named)
+    assert "transformers_weights must name a file in it" in (said := refusal(directory)) or "lacks gone" in said
+
+
+def test_parameters_and_gradients_of_a_pth_file_are_its_numbers(meta: Path, tmp_path: Path) -> None:
+    directory = copy(meta, tmp_path)
+    for path in directory.glob("*.pth"):
+        change_shard(path, lambda shard: shard.update({name: torch.nn.Parameter(t) for name, t in shard.items()}))
+    with torch.enable_grad():
+        tensors = tensors_of(open_checkpoint(directory))
+    assert_same(tensors, tensors_of(open_checkpoint(meta)))
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
 def test_rope_freqs_of_old_meta_checkpoints_are_ignored(meta: Path, tmp_path: Path) -> None:
     directory = copy(meta, tmp_path)
     change_shard(directory / "consolidated.00.pth", lambda shard: shard.update({"rope.freqs": torch.zeros(12)}))
@@ -261,6 +358,31 @@ def cut(path: Path, share: float = 0.6) -> None:
 
 Change = Callable[[Path], object]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
+W1 = "layers.0.feed_forward.w1.weight"
+
+
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    """Another kind of thing in place of a file."""
+    path.unlink()
+    make(path)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def index_alone(directory: Path, text: str) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / INDEX).write_text(text)
+
+
+def only_gguf(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model.Q4_K_M.gguf")
+
 
 HF_DAMAGE: dict[str, tuple[Change, str]] = {
     "truncated": (lambda d: cut(d / "model.safetensors"), "model.safetensors is damaged or cut short"),
@@ -292,6 +414,40 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
         "q_proj.bias belongs to no plain LLaMA",
     ),
     "LoRA": (lambda d: (d / "adapter_config.json").write_text("{}"), "LoRA adapter; merge it"),
+    "GPTQ of old": (lambda d: (d / "quantize_config.json").write_text("{}"), "a model quantised with GPTQ"),
+    "AWQ of old": (lambda d: (d / "quant_config.json").write_text("{}"), "a model quantised with AWQ"),
+    "quantised without a word": (
+        lambda d: change_tensors(d, lambda t: t.update({Q0.replace("weight", "qweight"): torch.zeros(2)})),
+        "q_proj.qweight belongs to a quantised model (GPTQ or AWQ)",
+    ),
+    "quantised": (
+        lambda d: change_json(d / "config.json", quantization_config={"quant_method": "awq", "bits": 4}),
+        "a quantised model (awq, 4 bits)",
+    ),
+    "GGUF": (only_gguf, "model.Q4_K_M.gguf is a GGUF file, made for llama.cpp"),
+    "GGUF alone": (
+        lambda d: (only_gguf(d), (d / "config.json").unlink()),
+        "model.Q4_K_M.gguf is a GGUF file, made for llama.cpp",
+    ),
+    "endless layers": (
+        lambda d: change_json(d / "config.json", num_hidden_layers=10**30),
+        "num_hidden_layers must be at most",
+    ),
+    "a number beyond floats": (
+        lambda d: (d / "config.json").write_text('{"rope_theta": 1e999}'),
+        "config.json is damaged (no JSON: ",
+    ),
+    "deep nesting": (lambda d: (d / "config.json").write_text("[" * 99999), "config.json is damaged (no JSON"),
+    "config is a pipe": (lambda d: instead(d / "config.json", pipe), "it is a pipe, not a file"),
+    "config is endless": (lambda d: instead(d / "config.json", zeros), "it is a device, not a file"),
+    "config is a directory": (lambda d: instead(d / "config.json", Path.mkdir), "it is a directory, not a file"),
+    "weights are a pipe": (lambda d: instead(d / "model.safetensors", pipe), "it is a pipe, not a file"),
+    "weights are a directory": (lambda d: instead(d / "model.safetensors", Path.mkdir), "it is a directory, not a"),
+    "weights are endless": (lambda d: instead(d / "model.safetensors", zeros), "it is a device, not a file"),
+    "index is a pipe": (
+        lambda d: ((d / "model.safetensors").unlink(), os.mkfifo(d / INDEX)),
+        "it is a pipe, not a file",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "neither params.json (Meta) nor config.json"),
     "broken config": (lambda d: (d / "config.json").write_text("{"), "config.json is damaged"),
     "config of another kind": (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object"),
@@ -300,13 +456,11 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
         "Qwen2ForCausalLM does not run here",
     ),
     "index of nothing": (
-        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        lambda d: index_alone(d, '{"weight_map": {}}'),
         "has no weight_map",
     ),
     "index with a missing shard": (
-        lambda d: (d / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'
-        ),
+        lambda d: index_alone(d, '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
         "names model-00002-of-00002.safetensors, which is not there",
     ),
 }
@@ -369,6 +523,30 @@ META_DAMAGE: dict[str, tuple[Change, str]] = {
         ),
         "LoRA adapters have to be merged",
     ),
+    "sparse": (
+        lambda d: change_shard(d / "consolidated.01.pth", lambda s: s.update({W1: s[W1].to_sparse()})),
+        f"{W1} is a sparse tensor",
+    ),
+    "sparse by rows": (
+        lambda d: change_shard(d / "consolidated.01.pth", lambda s: s.update({W1: s[W1].to_sparse_csr()})),
+        f"{W1} is a sparse tensor",
+    ),
+    "no numbers": (
+        lambda d: change_shard(d / "consolidated.01.pth", lambda s: s.update({W1: s[W1].to("meta")})),
+        f"{W1} is on the meta device, a shape without numbers",
+    ),
+    "quantised by torch": (
+        lambda d: change_shard(
+            d / "consolidated.01.pth",
+            lambda s: s.update({W1: torch.quantize_per_tensor(s[W1].float(), 0.1, 0, torch.qint8)}),
+        ),
+        f"{W1} is of dtype qint8",
+    ),
+    "endless layers": (lambda d: change_json(d / "params.json", n_layers=10**30), "n_layers must be at most"),
+    "params are a pipe": (lambda d: instead(d / "params.json", pipe), "it is a pipe, not a file"),
+    "a shard is a pipe": (lambda d: instead(d / "consolidated.01.pth", pipe), "it is a pipe, not a file"),
+    "a shard is a directory": (lambda d: instead(d / "consolidated.01.pth", Path.mkdir), "it is a directory"),
+    "a shard is endless": (lambda d: instead(d / "consolidated.00.pth", zeros), "it is a device, not a file"),
     "a list": (lambda d: torch.save([1], d / "consolidated.00.pth"), "holds no dictionary of tensors"),
     "objects": (lambda d: torch.save({"a": Path("x")}, d / "consolidated.00.pth"), "other things than tensors"),
     "old torch format": (
@@ -417,7 +595,11 @@ def test_flipped_bytes_give_a_model_or_a_sentence(
 
 def test_places_that_hold_no_model_are_refused(hf: Path, tmp_path: Path) -> None:
     assert "no such directory" in refusal(tmp_path / "nowhere")
-    assert "this is a file" in refusal(hf / "config.json")
+    assert "this is no directory" in refusal(hf / "config.json")
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    assert "model.gguf is a GGUF file, made for llama.cpp" in refusal(gguf)
+    gguf.unlink()
     assert "neither params.json" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "LoRA adapter alone" in refusal(tmp_path)
@@ -498,10 +680,14 @@ def test_other_options_than_layers_are_refused(option: str) -> None:
         synthetic("Llama-3.1-8B" + option)
 
 
-def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnusableInput) as caught:
+def test_an_unknown_preset_is_refused_with_where_the_known_ones_are() -> None:
+    with pytest.raises(UnusableInput, match=r"'Llama-9-1T' is no known model.*--list-models"):
         synthetic("Llama-9-1T")
-    assert all(name in str(caught.value) for name in PRESETS)
+
+
+def test_more_synthetic_layers_than_memory_could_describe_are_refused() -> None:
+    with pytest.raises(UnusableInput, match="n_layers must be at most 10000"):
+        synthetic("Llama-3.1-8B:layers=999999")
 
 
 # The built-in model

@@ -14,9 +14,11 @@ import torch
 
 from llama.inputs import read_manifest
 from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_tiny, write_v1
-from wsm.disk import blockdev
-from wsm.disk.blockdev import check_writable, loop_device_over, signatures, unusable_target, why_busy
+from wsm.disk import blockdev, safety
+from wsm.disk.blockdev import signatures, unusable_target
+from wsm.disk.safety import check_writable, why_busy, why_file_busy
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
+from wsm.kv.target import KVTarget
 from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
 from wsm.store.packed_store import PackedStore, verify
@@ -27,14 +29,23 @@ SBIN = f"{os.defpath}:/usr/sbin:/sbin"
 
 # -- who uses a device: a made-up /proc and /sys
 
-DISK, P1, P4, OTHER, MAPPED = "259:0", "259:1", "259:4", "8:0", "253:0"
-DEVICES = {"/dev/nvme0n1": DISK, "/dev/nvme0n1p1": P1, "/dev/nvme0n1p4": P4, "/dev/sda": OTHER, "/dev/dm-0": MAPPED}
+DISK, P1, P4, OTHER, MAPPED, LOOP, LOOP_P1 = "259:0", "259:1", "259:4", "8:0", "253:0", "7:0", "259:7"
+DEVICES = {
+    "/dev/nvme0n1": DISK,
+    "/dev/nvme0n1p1": P1,
+    "/dev/nvme0n1p4": P4,
+    "/dev/sda": OTHER,
+    "/dev/dm-0": MAPPED,
+    "/dev/loop0": LOOP,
+    "/dev/loop0p1": LOOP_P1,
+}
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An NVMe disk with partitions 1 and 4, another disk, a device-mapper volume; nothing in use."""
     real = {DISK: "nvme0n1", P1: "nvme0n1/nvme0n1p1", P4: "nvme0n1/nvme0n1p4", OTHER: "sda", MAPPED: "dm-0"}
+    real |= {LOOP: "loop0", LOOP_P1: "loop0/loop0p1"}
     (tmp_path / "sys/dev/block").mkdir(parents=True)
     for number, place in real.items():
         node = tmp_path / "sys/devices" / place
@@ -46,8 +57,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_text("20 1 0:19 / /proc rw,relatime shared:4 - proc proc rw\n")
     (tmp_path / "proc/swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n")
-    monkeypatch.setattr(blockdev, "is_block_device", lambda path: path in DEVICES)
-    monkeypatch.setattr(blockdev, "device_number", lambda path: DEVICES[path])
+    monkeypatch.setattr(safety, "is_block_device", lambda path: path in DEVICES)
+    monkeypatch.setattr(safety, "device_number", lambda path: DEVICES[path])
     return tmp_path
 
 
@@ -168,15 +179,86 @@ def test_no_permission_names_the_group_that_has_it(monkeypatch: pytest.MonkeyPat
     assert "change its mode" in str(unusable_target(str(tmp_path), denied))
 
 
-def test_the_file_behind_a_loop_device_is_known(tmp_path: Path) -> None:
-    disk, other = tmp_path / "disk.img", tmp_path / "other.img"
-    for number, backing in ((0, f"{tmp_path}/gone.img (deleted)"), (7, str(disk))):
-        (tmp_path / f"sys/block/loop{number}/loop").mkdir(parents=True)
-        (tmp_path / f"sys/block/loop{number}/loop/backing_file").write_text(backing + "\n")
+def attach(root: Path, loop: str, backing: str) -> None:
+    (root / f"sys/block/{loop}/loop").mkdir(parents=True)
+    (root / f"sys/block/{loop}/loop/backing_file").write_text(backing + "\n")
+
+
+def test_the_file_behind_a_loop_device_is_in_use(root: Path) -> None:
+    disk, other = root / "disk.img", root / "other.img"
     for file in (disk, other):
         file.touch()
-    assert loop_device_over(disk, root=tmp_path) == "loop7"
-    assert loop_device_over(other, root=tmp_path) is None
+    attach(root, "loop0", f"{root}/gone.img (deleted)")
+    attach(root, "loop7", str(disk))
+    link = root / "same.img"
+    link.hardlink_to(disk)
+    for name in (disk, link):
+        assert why_file_busy(str(name), root=root) == (
+            "it is the contents of loop7; `losetup -d /dev/loop7` detaches that"
+        )
+    assert why_file_busy(str(other), root=root) is None
+
+
+def test_a_swap_file_is_in_use(root: Path) -> None:
+    (root / "swap file").touch()
+    with (root / "proc/swaps").open("a") as file:
+        file.write(f"{root}/swap\\040file file 8388604 0 -2\n")
+    assert why_file_busy(str(root / "swap file"), root=root) == f"{root}/swap file is in use as swap"
+
+
+def test_a_second_loop_device_over_one_file_is_in_use(root: Path) -> None:
+    (root / "disk.img").touch()
+    attach(root, "loop0", str(root / "disk.img"))
+    assert why_busy("/dev/loop0", root=root) is None
+    assert why_busy("/dev/loop0p1", root=root) is None
+    attach(root, "loop1", f"{root}/./disk.img")
+    for target in ("/dev/loop0", "/dev/loop0p1"):
+        found = f"loop0 is over {root}/disk.img, and it is the contents of loop1 too"
+        assert str(why_busy(target, root=root)).startswith(found)
+
+
+def test_a_loop_device_over_a_block_device_is_in_use_as_that_is(root: Path) -> None:
+    attach(root, "loop0", "/dev/nvme0n1p4")
+    assert why_busy("/dev/loop0", root=root) is None
+    assert why_busy("/dev/nvme0n1p4", root=root) == "loop0 is a loop device over nvme0n1p4"
+    assert why_busy("/dev/nvme0n1", root=root) == "loop0 is a loop device over nvme0n1p4"
+    assert why_busy("/dev/nvme0n1p1", root=root) is None
+    mount(root, DISK, "/data", "/dev/root")
+    assert why_busy("/dev/loop0", root=root) == "loop0 is over /dev/nvme0n1p4, and nvme0n1 is mounted on /data"
+
+
+def test_a_mapped_volume_is_in_use_where_what_it_lies_on_is_mounted(root: Path) -> None:
+    hold(root, P4, "dm-0")
+    slaves = (root / "sys/dev/block" / MAPPED).resolve() / "slaves"
+    slaves.mkdir()
+    (slaves / "nvme0n1p4").symlink_to((root / "sys/dev/block" / P4).resolve())
+    assert why_busy("/dev/dm-0", root=root) is None  # that holds its partition itself
+    mount(root, P4, "/data", "/dev/root")
+    assert why_busy("/dev/dm-0", root=root) == "dm-0 lies on nvme0n1p4, and nvme0n1p4 is mounted on /data"
+
+
+# -- /dev: no place for files
+
+
+@pytest.mark.parametrize("target", ["/dev/nvme9n1p9", "/dev/disk/by-id/none/x"])
+def test_a_block_device_that_is_not_there_makes_no_file_in_dev(target: str, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    for name in (target, str(link)):
+        with pytest.raises(UnusableInput, match=f"--to {name} is no block device"):
+            pack_tiny(tmp_path, targets=[name])
+        assert not os.path.exists(target)
+
+
+def test_filesystems_of_their_own_below_dev_hold_files(tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if not (shm.is_mount() and os.access(shm, os.W_OK)):
+        pytest.skip("no /dev/shm here")
+    target = shm / f"wsm-{os.getpid()}.wsm"
+    try:
+        PackedStore(read_manifest(pack_tiny(tmp_path, targets=[str(target)])), staging_bytes=MIB).close()
+    finally:
+        target.unlink(missing_ok=True)
 
 
 # -- real devices
@@ -278,10 +360,7 @@ def test_a_partition_table_is_seen(tmp_path: Path, device: str) -> None:
 
 @pytest.mark.root
 def test_a_mounted_device_is_refused_even_with_force(tmp_path: Path, device: str) -> None:
-    mkfs = shutil.which("mkfs.ext4", path=SBIN)
-    if mkfs is None:
-        pytest.skip("mkfs.ext4 is not installed")
-    subprocess.run([mkfs, "-q", device], check=True)
+    make_filesystem(device)
     where = tmp_path / "mounted"
     where.mkdir()
     mounted = subprocess.run(["mount", device, str(where)], capture_output=True, text=True, check=False)
@@ -311,9 +390,56 @@ def test_a_device_that_another_program_has_exclusively_is_refused(tmp_path: Path
 def test_the_file_behind_an_attached_loop_device_is_not_packed_over(tmp_path: Path, device: str) -> None:
     before = bytes_of(device)
     name = device.rpartition("/")[2]
-    with pytest.raises(UnusableInput, match=f"contents of {name}.*nothing was written.*losetup -d {device}"):
+    with pytest.raises(UnusableInput, match=f"contents of {name}; `losetup -d {device}`.*nothing was written"):
         pack_tiny(tmp_path, targets=[str(tmp_path / "disk.img")])
     assert bytes_of(device) == before
+
+
+@pytest.mark.root
+def test_a_second_loop_device_over_a_mounted_image_is_refused_even_with_force(tmp_path: Path, device: str) -> None:
+    image, where = tmp_path / "disk.img", tmp_path / "mounted"
+    make_filesystem(device)
+    where.mkdir()
+    mounted = subprocess.run(["mount", device, str(where)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mount fails here: {mounted.stderr.strip()}")
+    try:
+        (where / "file").write_text("mine")
+        second = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
+        other = second.stdout.strip()
+        before = bytes_of(other)
+        try:
+            for target in (other, str(image)):
+                with pytest.raises(UnusableInput, match=f"{target} is in use .*nothing was written"):
+                    pack_tiny(tmp_path, targets=[target], force=True)
+            with pytest.raises(UnusableInput, match=f"--kv-device {other} is in use"):
+                KVTarget(other, MIB, [])
+            assert bytes_of(other) == before
+        finally:
+            subprocess.run(["losetup", "--detach", other], check=True)
+        assert (where / "file").read_text() == "mine"
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+def make_filesystem(target: str) -> None:
+    mkfs = shutil.which("mkfs.ext4", path=SBIN)
+    if mkfs is None:
+        pytest.skip("mkfs.ext4 is not installed")
+    subprocess.run([mkfs, "-q", "-F", target], check=True)
+
+
+def test_a_file_that_holds_a_filesystem_needs_force(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(16 * MIB)
+    make_filesystem(str(image))
+    before = image.read_bytes()
+    with pytest.raises(UnusableInput, match=f"{image} bears a signature of type ext4.*--force overwrites it"):
+        pack_tiny(tmp_path, targets=[str(image)])
+    assert image.read_bytes() == before
+    pack_tiny(tmp_path, targets=[str(image)], force=True)
+    pack_tiny(tmp_path, targets=[str(image)])  # a packed store is no filesystem
 
 
 @pytest.mark.root

@@ -23,6 +23,7 @@ from torch import Tensor
 from bench.run.trace import chrome_trace
 from tests.async_device import AsyncDevice
 from tests.bench.run.test_trace import bars_by_lane
+from tests.records import EVER, records_of, stats_over
 from wsm.engine.device import CpuEvent, Device, Event, Link
 from wsm.engine.schedule import RESIDENTS_IN_FLIGHT
 from wsm.engine.slots import CopyJob, ReadJob, Slot
@@ -185,7 +186,7 @@ def test_late_copies_and_computations_never_meet_another_group(
                 device.later(partial(compute, weights, group))
         device.synchronize()
         manager.stop()
-        manager.telemetry.phase("decode", (0.0, 1e12), range(2 * n_layers), range(1))
+        stats_over(manager.telemetry, range(2 * n_layers), range(1))
     device.end()
     assert not wrong
 
@@ -207,10 +208,7 @@ def test_ssd_layers_a_pass_are_what_section_9_says(evict: str, cached: int, dist
         expected = layers - on_gpu - (cached - distance if evict == "belady" else 0)
         if cached >= layers - on_gpu:
             expected = 0
-        stats = [
-            manager.telemetry.phase("decode", (0.0, 1e12), range(p * 18, (p + 1) * 18), range(p, p + 1))
-            for p in range(1, passes)
-        ]
+        stats = [stats_over(manager.telemetry, range(p * 18, (p + 1) * 18), range(p, p + 1)) for p in range(1, passes)]
     assert [phase.bytes["ssd_read"] for phase in stats] == [expected * sum(SLOT.values())] * (passes - 1)
     assert [phase.bytes["weight_h2d"] for phase in stats] == [(layers - on_gpu) * sum(SLOT.values())] * (passes - 1)
 
@@ -328,7 +326,7 @@ def test_finished_groups_stay_until_their_slot_is_needed() -> None:
         settings = replace(Settings(), mode="stream", gpu_cached_layers=2, group_prefetch_depth=4, evict_finished=evict)
         with running(plan_for(4, settings), settings, FakeSource()) as manager:
             run_passes(manager, 3)
-            phase = manager.telemetry.phase("decode", (0.0, 1e12), range(16, 24), range(2, 3))
+            phase = stats_over(manager.telemetry, range(16, 24), range(2, 3))
         assert phase.bytes["weight_h2d"] == expected * sum(SLOT.values())
 
 
@@ -445,9 +443,10 @@ def test_a_copy_s_record_is_broken_where_the_link_ran_dry(dry: bool, monkeypatch
         manager.tiers.wait_loaded()
         run_passes(manager, 2)
         manager.stop()
+        monkeypatch.undo()
         copies = manager.telemetry.copies()
         assert manager.telemetry.copies() == copies
-        trace = chrome_trace(manager.telemetry, {"decode": (0.0, 1e12)})
+        trace = chrome_trace(records_of(manager.telemetry), {"decode": EVER})
     of_two_passes = [copy for copy in copies if copy.step is not None and copy.step < 16]
     assert sum(copy.nbytes for copy in of_two_passes) == 2 * 3 * sum(SLOT.values())
     pieces = 2 * 3 * sum(SLOT.values()) // 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.run import ceilings
-from bench.run.ceilings import recall_for, remember
+from bench.run.ceilings import recall_for, recall_near, remember
 from llama.inputs import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
@@ -41,6 +42,7 @@ def test_every_ceiling_has_its_best_sample_its_median_and_its_spread() -> None:
     assert 0 < found["ssd"].value < 1.05 * SLOT["attn"] / 0.002 / 1e6
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_a_slow_drive_makes_no_longer_probe() -> None:
     """Reads that take most of the time there is are not queued behind each other."""
     source, memory = FakeSource(delay_s=0.2), buffers()
@@ -52,6 +54,13 @@ def test_a_slow_drive_makes_no_longer_probe() -> None:
     assert found["ssd"].value == pytest.approx(SLOT["attn"] / 0.2 / 1e6, rel=0.3)
 
 
+@pytest.fixture
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else this machine does, no sample is taken again."""
+    monkeypatch.setattr("wsm.engine.probe.STEADY_PCT", float("inf"))
+
+
+@pytest.mark.usefixtures("undisturbed")
 def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
     """Both ways alone go from piece to piece; both at once keep to a half each."""
     host, slot = torch.zeros(400 << 20, dtype=torch.uint8), torch.zeros(64 << 20, dtype=torch.uint8)
@@ -71,6 +80,7 @@ def test_the_link_is_measured_over_more_memory_than_a_cpu_caches() -> None:
     assert {place for place in up if place[0] == 32} == {(32, 200 + 32 * n) for n in range(5)}
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_a_slow_link_makes_smaller_samples() -> None:
     class Slow(Device):
         copies = 0
@@ -83,6 +93,82 @@ def test_a_slow_link_makes_smaller_samples() -> None:
     found = probe_link(device, memory, memory.clone())
     assert device.copies <= 4 + 4 * 5 * int(ON_CPU.copy_s / 0.02)
     assert found["h2d"].value == pytest.approx((1 << 20) / 0.02 / 1e6, rel=0.3)
+
+
+class Clocked(Device):
+    """Whose copies take what is said, by a clock of its own."""
+
+    def __init__(self, *seconds: float) -> None:
+        super().__init__()
+        self.now, self.took, self.copies = 0.0, list(seconds), 0
+
+    def copy(self, destination: Tensor, source: Tensor, stream: Any) -> None:
+        self.copies += 1
+        self.now += self.took.pop(0) if len(self.took) > 1 else self.took[0]
+
+    def record(self, stream: Any) -> Any:
+        return SimpleNamespace(at=self.now, synchronize=lambda: None)
+
+    def seconds(self, event: Any) -> float:
+        return float(event.at)
+
+
+def test_a_link_that_other_work_disturbs_is_measured_again_in_longer_samples() -> None:
+    """A copy of 1 MiB takes 50 ms, but one of the first five samples twice as long."""
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    warm_up = [0.05] * 4
+    found = probe_link(Clocked(*warm_up, 0.05, 0.05, 0.1, 0.05), memory, memory.clone())["h2d"]
+    assert found.steady
+    assert found.spread_pct == pytest.approx(0, abs=1e-6)
+    assert found.value == pytest.approx((1 << 20) / 0.05 / 1e6)
+    assert found.how.startswith("4 MiB in pieces of 1 MiB, 5 samples")
+    assert "measured twice, since the first samples varied by 50 %" in found.how
+
+
+def test_of_two_disturbed_measurements_the_steadier_one_counts_and_says_how_much_it_varied() -> None:
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    first, second = [0.05, 0.05, 0.4, 0.05, 0.05], [0.05] * 4 * 4 + [0.1] * 4
+    found = probe_link(Clocked(*[0.05] * 4, *first, *second, 0.05), memory, memory.clone())["h2d"]
+    assert not found.steady
+    assert found.spread_pct == pytest.approx(50)
+    assert found.lowest == pytest.approx(found.value / 2)
+
+
+def test_several_ranks_measure_again_together() -> None:
+    """A rank whose own samples were steady does, too, where another's were not: else one would wait for ever."""
+    memory, steps, answers = torch.zeros(1 << 20, dtype=torch.uint8), list[int](), list[bool]()
+
+    def anyone(mine: bool) -> bool:
+        answers.append(mine)
+        return len(answers) == 1
+
+    probe_link(Clocked(0.05), memory, memory.clone(), lambda: steps.append(1), anyone)
+    assert answers == [False] * 4
+    assert len(steps) == 4 * 5
+
+
+def test_a_ceiling_that_varied_by_more_than_a_quarter_is_not_kept(tmp_path: Path) -> None:
+    options = BuildOptions(synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu")
+    inputs = open_inputs(options)
+    steady = {name: Ceiling(10.0, 9.0, "MBps", 25.0, "read") for name in ("ssd", "h2d")}
+    remember(options, inputs, steady)
+    remember(options, inputs, {"ssd": Ceiling(99.0, 50.0, "MBps", 26.0, "disturbed"), "hbm": steady["ssd"]})
+    for recall in (recall_for, recall_near):
+        kept = recall(options, inputs)
+        assert set(kept) == {"ssd", "h2d", "hbm"}
+        assert kept["ssd"].value == 10.0  # the steady one of before
+
+
+def test_a_disturbed_ceiling_that_an_earlier_program_kept_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = BuildOptions(synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu")
+    inputs = open_inputs(options)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("wsm.plan.time.STEADY_PCT", 1e9)
+        remember(options, inputs, {"ssd": Ceiling(99.0, 50.0, "MBps", 94.0, "disturbed")})
+        assert recall_for(options, inputs)
+    assert recall_for(options, inputs) == {}
 
 
 def test_a_drive_that_fails_while_it_is_probed_ends_the_probe_with_its_error() -> None:

@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.inputs import read_manifest
-from tests.stores import aligned, assert_equals, checkpoint, loop_device, pack_tiny
-from wsm.disk import blockdev, targets
+from tests.stores import aligned, assert_equals, checkpoint, flip, loop_device, pack_tiny
+from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.kv import target as kv_target
 from wsm.kv.disk import KVDevice
 from wsm.kv.target import MAGIC, kv_superblock, run_of
 from wsm.layout.groups import BLOCK
+from wsm.settings import VerifyWhen
 from wsm.store.packed_store import PackedStore
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -73,6 +74,13 @@ def faulty(path: str, what: str, answer: Answer) -> tuple[KVDevice, Callable[...
     return device, device.write
 
 
+def filled(path: str, nbytes: int, **more: Any) -> KVDevice:
+    """A device that all was written on: only that may be read."""
+    device = KVDevice(path, nbytes, weights=[], **more)
+    assert outcome(device.write, 0, aligned(nbytes).zero_()) is None
+    return device
+
+
 def random_bytes(nbytes: int, seed: int = 0) -> Tensor:
     out = aligned(nbytes)
     out.copy_(torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
@@ -109,9 +117,8 @@ def test_what_was_written_is_read(data: st.DataObject, tmp_path_factory: pytest.
     pread, pwrite = (
         FakeDrive(real, lambda n, offset, nbytes: min(nbytes, whole[n % 3])) for real in (os.preadv, os.pwritev)
     )
-    device = KVDevice(
-        str(tmp_path_factory.mktemp("kv") / "kv"), blocks * BLOCK, weights=[], threads=3, pread=pread, pwrite=pwrite
-    )
+    path = str(tmp_path_factory.mktemp("kv") / "kv")
+    device = filled(path, blocks * BLOCK, threads=3, pread=pread, pwrite=pwrite)
     expected = torch.zeros(blocks * BLOCK, dtype=torch.uint8)
     for seed in range(4):
         begin = data.draw(st.integers(0, blocks - 1))
@@ -148,14 +155,14 @@ def test_all_threads_work_on_one_large_request(path: str) -> None:
         together.wait(10)
         return nbytes
 
-    device = KVDevice(path, 4 * MIB, weights=[], pread=FakeDrive(os.preadv, answer))
+    device = filled(path, 4 * MIB, pread=FakeDrive(os.preadv, answer))
     assert outcome(device.read, 0, aligned(4 * MIB)) is None
     device.close()
 
 
 def test_requests_are_begun_in_the_order_asked(path: str) -> None:
     drive = FakeDrive(os.preadv)
-    device = KVDevice(path, MIB, weights=[], threads=1, pread=drive)
+    device = filled(path, MIB, threads=1, pread=drive)
     offsets = [512 * KIB, 0, 768 * KIB, 4 * KIB]
     finished = list[int]()
 
@@ -306,6 +313,54 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
     assert len(drive.calls) == 2, "the other three chunks are not worth reading any more"
 
 
+# -- checksums
+
+
+@pytest.mark.parametrize("at", [BLOCK, BLOCK + 3 * 64 * KIB + 77])
+def test_a_flipped_byte_is_noticed_and_the_unit_is_named(path: str, at: int) -> None:
+    unit = 64 * KIB
+    device = KVDevice(path, MIB, weights=[], unit=unit)
+    assert outcome(device.write, 0, random_bytes(MIB)) is None
+    flip(Path(path), at)
+    failure = outcome(device.read, 0, aligned(MIB))
+    assert isinstance(failure, KVDeviceError)
+    assert f"{path} at byte {at - (at - BLOCK) % unit}, in offloaded KV: what was read is not what" in str(failure)
+    assert outcome(device.read, 512 * KIB, aligned(512 * KIB)) is None, "what is sound there can be read"
+    device.close()
+
+
+@pytest.mark.parametrize("verify", ["auto", "always", "first"])
+def test_a_byte_that_flips_after_a_first_right_read_is_noticed_unless_only_first_reads_are_checked(
+    path: str, verify: VerifyWhen
+) -> None:
+    device, found = KVDevice(path, MIB, weights=[], verify=verify), aligned(MIB)
+    assert outcome(device.write, 0, random_bytes(MIB)) is None
+    assert outcome(device.read, 0, found) is None
+    flip(Path(path), BLOCK + 5)
+    assert isinstance(outcome(device.read, 0, found), KVDeviceError) is (verify != "first")
+    assert outcome(device.write, 0, random_bytes(MIB, 1)) is None
+    flip(Path(path), BLOCK + 5)
+    assert isinstance(outcome(device.read, 0, found), KVDeviceError), "what is written anew is checked anew"
+    device.close()
+
+
+def test_a_write_that_the_drive_lost_is_noticed(path: str) -> None:
+    """It says that all was written, and keeps what was there before."""
+    lost = FakeDrive(lambda file, buffers, offset: 0)
+    device = filled(path, MIB, pwrite=lost)
+    assert outcome(device.write, 0, random_bytes(MIB)) is None
+    assert isinstance(outcome(device.read, 0, aligned(MIB)), KVDeviceError)
+    device.close()
+
+
+def test_what_this_run_has_not_written_is_never_taken_for_kv(path: str) -> None:
+    device = KVDevice(path, MIB, weights=[])
+    assert outcome(device.write, 0, random_bytes(512 * KIB)) is None
+    assert outcome(device.read, 0, aligned(512 * KIB)) is None
+    assert isinstance(outcome(device.read, 0, aligned(MIB)), KVDeviceError)
+    device.close()
+
+
 # -- closing
 
 
@@ -317,7 +372,7 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
         assert release.wait(10)
         return nbytes
 
-    device = KVDevice(path, MIB, weights=[], threads=1, pread=FakeDrive(os.preadv, slow))
+    device = filled(path, MIB, threads=1, pread=FakeDrive(os.preadv, slow))
     answers: list[BaseException | None] = []
     for number in range(3):  # the first is one chunk and under way, the others wait
         read = device.read([(0, aligned(BLOCK if number == 0 else MIB))])
@@ -363,6 +418,12 @@ def test_what_a_killed_run_left_behind_is_taken_again(path: str) -> None:
     assert run_of(Path(path).read_bytes()[:BLOCK]) not in (None, bytes(16))
     device.close()
     assert os.path.getsize(path) == 0
+
+
+def test_a_file_that_a_killed_run_had_made_goes_with_the_next_one(path: str) -> None:
+    Path(path).write_bytes(kv_superblock(bytes(16), made=True) + b"old" * 5000)
+    KVDevice(path, MIB, weights=[]).close()
+    assert not os.path.exists(path)
 
 
 @pytest.mark.parametrize("content", [kv_superblock(bytes(16)), b"letters" * 1000])
@@ -473,8 +534,8 @@ def test_devices_are_refused_in_order_weights_use_signature(tmp_path: Path, monk
     monkeypatch.setattr(kv_target, "is_block_device", lambda name: True)
     monkeypatch.setattr(kv_target, "related_devices", lambda name: related)
     monkeypatch.setattr(kv_target, "device_number", lambda name: "8:1")
-    monkeypatch.setattr(blockdev, "why_busy", lambda name, root: busy[0] if busy else None)
-    monkeypatch.setattr(blockdev, "signatures", lambda name, mend: borne)
+    monkeypatch.setattr(safety, "why_file_busy", lambda name, root: busy[0] if busy else None)
+    monkeypatch.setattr(safety, "signatures", lambda name, mend: borne)
     monkeypatch.setattr(targets, "logical_block", lambda file: 8192)
     monkeypatch.setattr(kv_target, "open_target", lambda name: pytest.fail("opened for writing"))
     before = disk.read_bytes()
@@ -485,7 +546,7 @@ def test_devices_are_refused_in_order_weights_use_signature(tmp_path: Path, monk
     refused(path, "bears a packed store of weights", weights=[str(tmp_path / "sdz1")])
     assert disk.read_bytes() == before
     disk.write_bytes(bytes(8 * BLOCK))
-    refused(path, r"is in use \(sdz is mounted on /data\): nothing was written; choose a free device")
+    refused(path, r"is in use \(sdz is mounted on /data\): nothing was written; name a free device")
     busy.clear()
     refused(path, r"bears a signature of type ext4: nothing was written; .*`wipefs -a .*sdz` clears it, or name a file")
     borne.clear()

@@ -224,7 +224,7 @@ def test_a_decode_pass_brings_what_the_rows_hold_and_writes_one_token_a_row(mode
     with cache(model, 2, EVERYWHERE) as (kv, tiers):
         generate(model, kv, PROMPTS, options(new=3))
         tiers.stop()
-        moved = tiers.telemetry.kv_transfers()
+        moved = tiers.telemetry.kv()
         layout = tiers.layout
         token = layout.n_kv_heads * layout.token_bytes
         assert sum(t.nbytes for t in moved if t.tier == "kv_d2h" and t.pass_no == 0) == 3 * sum(
@@ -252,8 +252,8 @@ def test_rows_that_have_ended_stop_costing_traffic(model: Transformer, on_device
             tokens = generate(model, kv, PROMPTS, options(stop=stop)).tokens
             assert all(row == full[: len(row)] for row, full in zip(tokens, on_device, strict=True))
             tiers.stop()
-            last = max(t.pass_no for t in tiers.telemetry.kv_transfers())
-            return sum(t.nbytes for t in tiers.telemetry.kv_transfers() if t.tier == "kv_h2d" and t.pass_no == last)
+            last = max(t.pass_no for t in tiers.telemetry.kv())
+            return sum(t.nbytes for t in tiers.telemetry.kv() if t.tier == "kv_h2d" and t.pass_no == last)
 
     free, ended = traffic(frozenset({-1})), traffic(stops)
     assert ended < free / 4
@@ -275,7 +275,7 @@ def test_kv_on_a_disk_gives_the_tokens_of_kv_on_the_device(
         assert generate(model, kv, prompts, options()).tokens == expected
         assert generate(model, kv, PROMPTS, options(wave=stretch_rows)).tokens == on_device
         tiers.stop()
-        moved = tiers.telemetry.kv_transfers()
+        moved = tiers.telemetry.kv()
         assert {t.tier for t in moved} == {"kv_h2d", "kv_d2h", "kv_read", "kv_write"}
     assert not (tmp_path / "kv").exists()
 
@@ -410,7 +410,7 @@ def test_8_blocks_are_exact_at_2048_tokens_and_a_quarter_of_the_traffic_at_8192(
                 found = generate(wide, kv, prompt, options(4, 2048)).tokens
                 assert tiers.fraction_fetched == pytest.approx(share if topk else 1.0)
                 tiers.stop()
-                moves = [t for t in tiers.telemetry.kv_transfers() if t.tier == "kv_h2d" and t.pass_no == 2]
+                moves = [t for t in tiers.telemetry.kv() if t.tier == "kv_h2d" and t.pass_no == 2]
                 whole[topk] = (found, sum(t.nbytes for t in moves))
         assert whole[8][1] == pytest.approx(share * whole[0][1], rel=0.01)
         if share == 1.0:
@@ -535,14 +535,14 @@ def test_a_write_back_lets_the_weights_go_first_where_many_are_wanted(
     with cache(model, 5, EVERYWHERE, settings=settings, wanted=lambda: behind) as (kv, tiers):
         assert generate(model, kv, PROMPTS, options()).tokens == on_device
         tiers.stop()
-        writes = sum(t.tier == "kv_d2h" for t in tiers.telemetry.kv_transfers())
+        writes = sum(t.tier == "kv_d2h" for t in tiers.telemetry.kv())
         # What is left to write when it stops is written without a pause.
         assert 0 < tiers.pauses <= writes if pauses else tiers.pauses == 0
 
 
 def test_closing_gives_the_memory_back_and_joins_the_threads(model: Transformer) -> None:
     with cache(model, 2, EVERYWHERE) as (_, tiers):
-        threads = list(tiers._threads)
+        threads = list(tiers.schedule.threads)
         assert tiers.page_locked_bytes > 0
     assert not any(thread.is_alive() for thread in threads)
     tiers.schedule.begin([0], [0] * 5, [1] * 5, 0)

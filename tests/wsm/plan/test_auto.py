@@ -26,7 +26,8 @@ def decode_ms(plan: Plan, ssd_MBps: float, h2d_MBps: float) -> float:
     """The predicted pass; where nothing streams, nothing is predicted, and nothing is faster."""
     rates = {"ssd": ssd_MBps, "h2d": h2d_MBps}
     ceilings = {name: Ceiling(rate, rate, "MBps", 0.0, "") for name, rate in rates.items()}
-    return predicted_pass_ms(plan, ceilings)["decode"] or 0.0
+    estimate = predicted_pass_ms(plan, ceilings)["decode"]
+    return 0.0 if estimate is None else estimate.ms
 
 
 def with_settings(inputs: PlanInputs, **changes: int) -> PlanInputs:

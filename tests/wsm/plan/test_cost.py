@@ -6,7 +6,7 @@ import pytest
 
 from tests.plans import H70B, ROOMY, TINY, inputs_for
 from wsm.errors import DoesNotFit
-from wsm.plan.advice import check_fits, cost_of, ran_out, what_each_flag_buys
+from wsm.plan.advice import check_fits, cost_of, describe, ran_out, what_each_flag_buys
 from wsm.plan.inputs import RunShape
 from wsm.plan.levers import steps
 from wsm.plan.plan import Plan, make_plan
@@ -70,7 +70,7 @@ def test_a_run_that_does_not_fit_tells_the_cost_on_the_line_after_the_advice() -
         with pytest.raises(DoesNotFit) as raised:
             check_fits(plan, ceilings)
         first, second, *budget = str(raised.value).splitlines()
-        assert first.endswith("it fits with --gpu-cached-layers 3")
+        assert first.endswith("it fits with --embedding cpu")
         assert second.startswith(said)
         assert budget[0].startswith("GPU memory")
 
@@ -80,7 +80,7 @@ def test_a_device_that_runs_out_all_the_same_is_advised_to_take_less_than_it_too
     assert plan.fits
     first, cost, *budget = str(ran_out(plan, "CUDA out of memory", RATES)).splitlines()
     assert "CUDA out of memory" in first
-    assert "it fits with --gpu-cached-layers 3" in first
+    assert "it fits with --embedding cpu" in first
     assert "instead of 10267.85 ms" in cost
     assert any(line.strip().startswith("weights resident, 4 layers") for line in budget)
 
@@ -89,8 +89,8 @@ def test_a_device_that_runs_out_is_advised_what_frees_memory_within_the_same_bud
     plan = plan_of(mode="stream", gpu_mem_gb=17.0)
     assert not plan.kv.below
     first = str(ran_out(plan, "CUDA out of memory", {})).splitlines()[0]
-    assert first.endswith("it fits with --gpu-cached-layers 3")
-    after = plan_of(mode="stream", gpu_mem_gb=17.0, gpu_cached_layers=3)
+    assert first.endswith("it fits with --embedding cpu")
+    after = plan_of(mode="stream", gpu_mem_gb=17.0, embedding="cpu")
     assert after.gpu_bytes <= 0.95 * plan.gpu_bytes
 
 
@@ -154,3 +154,42 @@ def test_a_step_that_changes_nothing_is_left_out() -> None:
     """One layer of CPU memory is the pool alone: a shorter read-ahead than the clipped one is the same plan."""
     plan = make_plan(inputs_for(TINY, Settings(cpu_cache_layers=1, prefetch_distance=2)))
     assert not [step for step in steps(plan, RATES) if step.flag.startswith("--prefetch-distance")]
+
+
+# -- how sure it is
+
+
+def varied(spread_pct: float) -> dict[str, Ceiling]:
+    """The drive's rate with this spread around its median."""
+    best = 7000.0 * (1 + spread_pct / 200)
+    return {**RATES, "ssd": Ceiling(best, 7000.0, "", spread_pct, "")}
+
+
+def test_the_spread_of_its_rates_stands_beside_every_prediction() -> None:
+    before, after = plan_of(), plan_of(gpu_cached_layers=2)
+    for said in (
+        describe(before, varied(8.0)),
+        cost_of(before, after, varied(8.0)),
+        what_each_flag_buys(before, varied(8.0)),
+    ):
+        assert "(of rates that varied by 8 %)" in said
+        assert "10267.85 ms" in said
+
+
+def test_of_a_rate_that_varied_by_more_than_a_quarter_an_interval_is_predicted() -> None:
+    """A median of 10 267.85 ms at -20 and +20 % of the rate."""
+    said = describe(plan_of(), varied(40.0))
+    assert "decode: predicted 8556.54 to 12834.82 ms a pass, 0.07791 to 0.1169 tokens a second" in said
+    assert "decode: at least 8556.54 to 12834.82 ms a pass" in said
+    assert "of rates that varied by 40 %" in said
+    assert "10267.85" not in said
+    cost = cost_of(plan_of(), plan_of(gpu_cached_layers=2), varied(40.0))
+    assert "instead of 8556.54 to 12834.82 ms (+4.8 %)" in cost
+
+
+def test_one_slot_a_kind_is_predicted_to_be_slower() -> None:
+    one = plan_of(mode="stream", group_prefetch_depth=1, aggressive_gpu_prefetch=0)
+    times = pass_times(plan_of(mode="stream"), one, RATES)
+    assert one.placement.gpu_slots == 1
+    assert times is not None
+    assert times.after.ms == pytest.approx(1.07 * times.before.ms)

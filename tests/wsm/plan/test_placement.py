@@ -86,3 +86,11 @@ def test_what_is_clipped_is_said() -> None:
     )
     notes = place(8, Settings(gpu_cached_layers=1, cpu_cache_layers=3, warmup_layers=1)).notes
     assert notes == ("--prefetch-distance 6 clipped to 3, the layers of CPU memory",)
+
+
+def test_warm_up_layers_that_nobody_asked_for_are_clipped_without_a_word() -> None:
+    assert place(80, Settings()).staged_layers == 3
+    assert place(80, Settings()).notes == ()
+    assert place(80, Settings(warmup_layers=5)).notes == (
+        "--warmup-layers 5 clipped to 3, what residents and slots hold",
+    )

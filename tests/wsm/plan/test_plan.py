@@ -167,7 +167,7 @@ def test_the_plan_in_words_has_tiers_pools_budgets_and_the_floor() -> None:
         "CPU  34 layers",
         "SSD  42 layers",
         "3 GPU slots and 6 CPU slots a kind",
-        "note: --warmup-layers 4 clipped to 3",
+        "3 staged before the first pass",
         "allocator slack",
         "71875.0 MB from the SSD",
         "decode: at least 10267.85 ms a pass, bound by the SSD",
@@ -175,3 +175,4 @@ def test_the_plan_in_words_has_tiers_pools_budgets_and_the_floor() -> None:
     ):
         assert part in text
     assert "at least" not in describe(make_plan(inputs_for()))
+    assert "note:" not in text  # nothing was asked for that is not so

@@ -18,7 +18,8 @@ def rates(**values: float) -> dict[str, Ceiling]:
 
 
 def decode_ms(settings: Settings, **values: float) -> float | None:
-    return predicted_pass_ms(make_plan(inputs_for(H70B, settings)), rates(**values))["decode"]
+    estimate = predicted_pass_ms(make_plan(inputs_for(H70B, settings)), rates(**values))["decode"]
+    return None if estimate is None else estimate.ms
 
 
 STREAM = Settings(mode="stream", gpu_cached_layers=4)

@@ -22,6 +22,7 @@ from llama.inputs import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
 from wsm.errors import StoreError, UnusableInput
 from wsm.layout.groups import BLOCK, GroupId
+from wsm.settings import VerifyWhen
 from wsm.store.description import StoreDescription
 from wsm.store.packed_store import CHECKSUM_THREADS, SMALLEST_CHUNK, PackedStore, verify
 
@@ -344,13 +345,33 @@ def test_verify_names_every_bad_group(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("always", [False, True])
-def test_damage_after_the_first_read_is_found_with_verify_always(tmp_path: Path, always: bool) -> None:
+@pytest.mark.parametrize("verify", ["first", "always", "auto"])
+def test_damage_after_the_first_read_is_found_unless_only_that_is_checked(tmp_path: Path, verify: VerifyWhen) -> None:
+    """``auto`` checks every read until it knows that the checks are the slower part."""
     description = read_manifest(pack_tiny(tmp_path))
-    store = PackedStore(description, staging_bytes=MIB, verify="always" if always else "first")
+    store = PackedStore(description, staging_bytes=MIB, verify=verify)
     assert outcome(store, FFN1) is None
     flip(tmp_path / "store.wsm", description.groups[FFN1].extents[0].offset)
-    assert isinstance(outcome(store, FFN1), StoreError) is always
+    assert isinstance(outcome(store, FFN1), StoreError) is (verify != "first")
+    store.close()
+
+
+@pytest.mark.parametrize("verify", ["first", "always"])
+@pytest.mark.parametrize("begun_only", [True, False])
+def test_a_store_that_is_packed_anew_while_it_is_read_is_noticed_at_the_next_read(
+    tmp_path: Path, verify: VerifyWhen, begun_only: bool
+) -> None:
+    """By a program that heeds no lock, or over the network; packing takes the superblock away first."""
+    store = PackedStore(read_manifest(pack_tiny(tmp_path)), staging_bytes=MIB, verify=verify)
+    assert outcome(store, FFN1) is None
+    other = tmp_path / "other"
+    other.mkdir()
+    pack_tiny(other)  # the same weights, so the same bytes but for the superblock
+    anew = bytes(BLOCK) if begun_only else (other / "store.wsm").read_bytes()
+    with (tmp_path / "store.wsm").open("r+b") as file:
+        file.write(anew)
+    said = "bears no packed store" if begun_only else "is another store or was overwritten"
+    assert said in str(outcome(store, FFN1))
     store.close()
 
 

@@ -1,0 +1,133 @@
+"""`plan` for another machine: budgets and rates as they are given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench_infer import command_line as main
+from wsm.plan.machines import MACHINES
+
+Planned = Callable[..., tuple[int, dict[str, Any], str]]
+H70B = ["--synthetic", "Llama-3.1-70B", "--prompt-len", "512"]
+LAYER = 1_711_308_800
+GIB = 1 << 30
+
+
+@pytest.fixture
+def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Planned:
+    """The exit code, the plan as JSON, and what was said on stderr."""
+
+    def planned(*argv: object) -> tuple[int, dict[str, Any], str]:
+        words = ["plan", *H70B, "--cache-dir", tmp_path, "-o", "json", *argv]
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, json.loads(said.out or "{}"), said.err
+
+    return planned
+
+
+def test_budgets_are_taken_as_given_whatever_this_machine_has(planned: Planned) -> None:
+    code, plan, _ = planned("--gpu-mem-gb", 24, "--cpu-mem-gb", 2048, "--mode", "stream")
+    assert (code, plan["fits"]) == (0, True)
+    assert plan["gpu_memory"]["budget_bytes"] == 24 * GIB
+    assert plan["cpu_memory"]["budget_bytes"] == 2048 * GIB
+    assert "CUDA context and kernels" in plan["gpu_memory"]["lines"]
+    assert not [note for note in plan["notes"] if "mem-gb" in note]
+
+
+def test_a_budget_that_is_too_small_does_not_fit_there_either(planned: Planned) -> None:
+    code, plan, err = planned("--gpu-mem-gb", 24, "--cpu-mem-gb", 32)
+    assert (code, plan["fits"]) == (3, False)
+    assert "it fits with --cpu-cache-layers 20" in err
+
+
+def test_the_cpu_as_compute_device_is_planned_with_the_memory_given(planned: Planned) -> None:
+    code, plan, _ = planned("--device", "cpu", "--cpu-mem-gb", 2048)
+    assert (code, plan["cpu_memory"]["budget_bytes"]) == (0, 2048 * GIB)
+    assert "CUDA context and kernels" not in plan["gpu_memory"]["lines"]
+
+
+def test_a_named_machine_brings_its_memory_and_rates(planned: Planned) -> None:
+    code, plan, _ = planned("--machine", "rtx4090", "--cpu-mem-gb", 128, "--ssd-gbps", 7)
+    assert code == 0
+    assert plan["gpu_memory"]["budget_bytes"] == pytest.approx(0.98 * 24 * GIB, rel=1e-6)
+    rates = {name: ceiling["value"] for name, ceiling in plan["ceilings"].items()}
+    assert rates == {"h2d": 25_000, "hbm": 1_008_000, "matmul": 165.2, "ssd": 7_000}
+    assert "whitepaper" in plan["ceilings"]["hbm"]["how"]
+    assert "practical rate" in plan["ceilings"]["h2d"]["how"]
+    assert plan["floor"]["decode"]["bound_by"] == "ssd"
+    assert plan["predicted_pass_ms"]["decode"] == pytest.approx(42 * LAYER / 7e6, rel=1e-4)
+
+
+def test_what_is_given_beats_the_machines_figures(planned: Planned) -> None:
+    fits = ["--cpu-mem-gb", 256, "--mode", "stream"]
+    _, plan, _ = planned("--machine", "H100", *fits, "--link-gbps", 12.5, "--gpu-mem-gb", 24)
+    assert plan["ceilings"]["h2d"] == {
+        "value": 12_500,
+        "median": 12_500,
+        "unit": "MBps",
+        "spread_pct": 0,
+        "how": "as given",
+    }
+    assert plan["gpu_memory"]["budget_bytes"] == 24 * GIB
+    assert plan["predicted_pass_ms"]["decode"] == pytest.approx(76 * LAYER / 12.5e6, rel=1e-4)
+
+
+def test_a_rate_alone_is_enough_for_a_prediction(planned: Planned) -> None:
+    _, plan, _ = planned("--gpu-mem-gb", 24, "--cpu-mem-gb", 256, "--mode", "stream", "--link-gbps", 54)
+    assert plan["predicted_pass_ms"]["decode"] == pytest.approx(76 * LAYER / 54e6, rel=1e-4)
+    assert list(plan["ceilings"]) == ["h2d"]
+
+
+@pytest.mark.parametrize(("typed", "said"), [("rtx4080", "did you mean RTX 4090?"), ("abacus", "Known are RTX 3090,")])
+def test_a_machine_that_is_not_known_is_answered_with_those_that_are(planned: Planned, typed: str, said: str) -> None:
+    code, _, err = planned("--machine", typed)
+    assert code == 2
+    assert f"--machine {typed} is not known" in err
+    assert said in err
+
+
+@pytest.mark.parametrize("argv", [["--link-gbps", "0"], ["--ssd-gbps", "nan"], ["--matmul-tflops", "-1"]])
+def test_a_rate_that_is_none_is_refused(planned: Planned, argv: list[str]) -> None:
+    code, _, err = planned(*argv)
+    assert code == 2
+    assert "must be a number above 0" in err
+
+
+def test_a_run_takes_no_machine_and_the_kept_command_names_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--machine", "H100"]) == 2
+    capsys.readouterr()
+    argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--cpu-mem-gb", "200", "--mode", "stream", "--auto"]
+    assert main([*argv, "--machine", "H100", "--link-gbps=40"]) == 0
+    [kept] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[INFO] to keep this choice")]
+    assert "--machine" not in kept
+    assert "--link-gbps" not in kept
+    assert "--gpu-cached-layers" in kept
+
+
+def test_where_the_drive_is_not_known_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--machine", "H100", "--cpu-mem-gb", "128"]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "[INFO] nothing is known of the drive, which this plan reads: give --ssd-gbps" in said
+    assert "decode: predicted" not in said
+
+
+def test_the_docs_have_the_table_as_it_is() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "TUNING.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 7}
+    for machine in MACHINES:
+        for figure in (
+            f"{machine.memory_gib:g} GiB",
+            f"{machine.hbm_gbps:g} GB/s",
+            f"{machine.matmul_tflops:g} TFLOPs",
+        ):
+            assert figure in rows[machine.name]
+        assert machine.source in rows[machine.name]

@@ -1,0 +1,19 @@
+"""The families of faults, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.faults.checkpoints import Checkpoints
+from tests.faults.prompts import Prompts
+from tests.faults.results import Results
+from tests.faults.runner import Family
+from tests.faults.stores import Stores
+
+FAMILIES: Mapping[str, Callable[[Path], Family]] = {
+    "stores": Stores,
+    "checkpoints": Checkpoints,
+    "results": Results,
+    "prompts": Prompts,
+}

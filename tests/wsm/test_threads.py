@@ -1,0 +1,110 @@
+"""Threads: a start without room and an end that does not come are sentences, and no wait outlives its thread."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from wsm import stop, threads
+from wsm.engine.device import Device
+from wsm.engine.threads import SharedState, Threaded
+from wsm.errors import DoesNotFit
+from wsm.stop import Stopped
+
+
+def test_a_thread_without_room_names_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(DoesNotFit, match=r"refused the thread wsm-io-3 .can't start new thread.: the limits here are "):
+        threads.start(threading.Thread(name="wsm-io-3"))
+
+
+def test_a_join_has_a_limit_and_names_who_did_not_end() -> None:
+    over = threading.Event()
+    held_up = threading.Thread(target=over.wait, name="wsm-io-3", daemon=True)
+    threads.start(held_up)
+    with pytest.raises(threads.ThreadsStuck, match=r"wsm-io-3 did not end within 0\.05 s"):
+        threads.join([held_up, threading.Thread(name="never started")], 0.05)
+    over.set()
+    threads.join([held_up])
+
+
+def test_a_wait_for_a_future_hears_a_wish() -> None:
+    stop.ask(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        stop.result(Future[None]())
+
+
+class Part(Threaded):
+    freed = False
+
+    def begin(self, work: object) -> None:
+        self._begin({"wsm-part": work})  # type: ignore[dict-item]
+
+    def wait(self) -> None:
+        self._state._wait(lambda: None)
+
+    def _free_memory(self) -> None:
+        self.freed = True
+
+
+def test_a_wait_whose_thread_is_gone_ends() -> None:
+    part = Part(SharedState("the part"), Device())
+    part.begin(lambda: None)
+    with pytest.raises(RuntimeError, match="the thread wsm-part of the part is gone"):
+        part.wait()
+    part.close()
+    assert part.freed
+
+
+def test_memory_that_a_stuck_thread_may_write_to_is_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(threads, "JOIN_S", 0.05)
+    part = Part(SharedState("the part"), Device())
+    part.begin(over.wait)
+    with pytest.raises(threads.ThreadsStuck):
+        part.close()
+    assert not part.freed
+    over.set()
+    part.close()
+    assert part.freed
+
+
+def test_ctrl_c_in_a_users_program_leaves_no_lock_taken() -> None:
+    """KeyboardInterrupt as Python raises it: at any instruction of the waiting thread, hundreds of times."""
+    state, over = SharedState("the part"), time.monotonic() + 1.0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    caught, main = 0, threading.main_thread().ident
+    try:
+        while time.monotonic() < over:
+            timer = threading.Thread(target=signal.pthread_kill, args=(main, signal.SIGINT))
+            try:
+                timer.start()
+                while True:
+                    with state._lock:
+                        state._wake()
+                    state._sleep(stop.SimpleQueue())
+            except KeyboardInterrupt:
+                caught += 1
+            timer.join()
+            taken = threading.Thread(target=state.close, daemon=True)
+            taken.start()
+            taken.join(5)
+            assert not taken.is_alive(), "the lock was left taken"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught > 50
+
+
+def test_nothing_waits_by_a_condition_on_the_main_thread() -> None:
+    """Its Python code can be broken off between taking the lock and giving it back; Link's is threads' alone."""
+    folder = Path(stop.__file__).parent
+    found = [path.name for path in folder.rglob("*.py") if "threading.Condition" in path.read_text()]
+    assert found == ["device.py"]

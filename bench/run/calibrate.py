@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from bench.options.verb_flags import PackOptions
 from bench.run.quality import read_text, windows_of
@@ -79,8 +80,8 @@ def _planned(build: BuildOptions, inputs: Inputs, windows: list[list[int]]) -> t
         rows = len(windows)
         while rows and room > taken:
             longest = len(windows[0])
-            settings = replace(build, **{budget: (room - taken) / GIB})
-            plan = plan_run(settings, inputs, RunShape(rows, longest, 1, rows * longest))
+            less: dict[str, Any] = {budget: (room - taken) / GIB}
+            plan = plan_run(replace(build, **less), inputs, RunShape(rows, longest, 1, rows * longest))
             if plan.fits and plan.wave_rows >= rows:
                 return feedback, plan
             rows //= 2

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ POSITIONS_AT_ONCE = 128
 def options_of_both(options: QualityOptions) -> tuple[BuildOptions, BuildOptions]:
     """Of the reference, which is the checkpoint as it is, and of the model that is measured."""
     model = BuildOptions(**{name: getattr(options, name) for name in options_of(BuildOptions)})
-    plain = {"weight_format": "auto", "manifest": None, "raw_device": None}
+    plain: dict[str, Any] = {"weight_format": "auto", "manifest": None, "raw_device": None}
     return dataclasses.replace(model, checkpoints=options.reference or model.checkpoints, **plain), model
 
 
@@ -52,7 +53,7 @@ def windows_of(tokenizer: Tokenizer, text: str, window: int, most: int | None, l
     found = [[*prefix, *ids[begin : begin + length]] for begin in range(0, len(ids) - length + 1, length)]
     if not found:
         raise UnusableInput(
-            f"{label} has {len(ids)} tokens, fewer than one window of {window}: take a longer text or a smaller --window"
+            f"{label} has {len(ids)} tokens, fewer than a window of {window}: take a longer text or a smaller --window"
         )
     return found[:most]
 
@@ -85,13 +86,13 @@ def compare_windows(
     return found
 
 
-def _half_budgets(options: QualityOptions, inputs: Inputs) -> dict[str, float]:
+def _half_budgets(options: QualityOptions, inputs: Inputs) -> dict[str, Any]:
     """Half of the memory for each of the two models, in GiB, without what the logits of both take."""
     hardware = measure_hardware(inputs.device)
     logits = 2 * options.batch_size * options.window * inputs.checkpoint.config.vocab_size * 4
     logits += 3 * POSITIONS_AT_ONCE * inputs.checkpoint.config.vocab_size * 4
     given = {"gpu_mem_gb": hardware.gpu_available_bytes, "cpu_mem_gb": hardware.cpu_available_bytes}
-    budgets = {}
+    budgets = dict[str, Any]()
     for name, free in given.items():
         asked = getattr(options, name)
         if free is None and asked is None:

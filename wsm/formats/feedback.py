@@ -6,6 +6,8 @@ can make up for which follows from the second moments of the matrix's inputs.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def _solver(moments: Tensor) -> Tensor:
     upper, failed_again = torch.linalg.cholesky_ex(inverse, upper=True)
     if int(failed) or int(failed_again):
         raise UnusableInput("the inputs of a matrix vary too little to tell its columns apart: take a longer text")
-    return upper
+    return cast(Tensor, upper)
 
 
 def _round_block_(grid: Grid, block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ pieces of work. A wish is answered once: what ends, closes and saves after it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+
+from wsm import threads
 
 T = TypeVar("T")
 
@@ -71,11 +74,30 @@ def pause(bell: SimpleQueue[None]) -> None:
         bell.get(timeout=LOOK_S)
 
 
+def beside(work: Callable[[], T]) -> T:
+    """What ``work`` gives or raises, on a thread of its own, while this one hears a wish to stop.
+
+    A future's own lock is Python code, in which KeyboardInterrupt could leave it taken; so ``work`` waits for futures.
+    """
+    came = SimpleQueue[tuple[bool, Any]]()
+
+    def run() -> None:
+        try:
+            came.put((True, work()))
+        except BaseException as error:
+            came.put((False, error))
+
+    threads.start(threading.Thread(target=run, name="wsm-wait", daemon=True))
+    while True:
+        check()
+        with contextlib.suppress(Empty):
+            well, found = came.get(timeout=LOOK_S)
+            break
+    if not well:
+        raise found
+    return cast(T, found)
+
+
 def result(future: Future[T]) -> T:
     """As ``future.result()``, but a wish to stop is heard."""
-    bell = SimpleQueue[None]()
-    future.add_done_callback(lambda _: bell.put(None))
-    while not future.done():
-        check()
-        pause(bell)
-    return future.result()
+    return beside(future.result)

@@ -104,8 +104,11 @@ def _judged(code: int, said: str, out: Path, finished: int, number: int, took_s:
     if kept != finished:
         yield f"WRONG: {finished} rounds were finished, {kept} kept"
     yield "with rounds kept" if kept else "before the first round"
-    if [thread.name for thread in threading.enumerate() if thread.name.startswith("wsm-")]:
-        yield "WRONG: threads left"
+    for thread in threading.enumerate():
+        if thread.name.startswith("wsm-"):
+            thread.join(5)  # one that waited for another may be the last to see its end
+            if thread.is_alive():
+                yield f"WRONG: thread {thread.name} is left"
 
 
 @contextlib.contextmanager

@@ -82,8 +82,8 @@ class IOThreads:
         try:
             for number in range(threads):
                 worker = threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
+                self._workers.append(worker)  # first: an interrupted start may leave it running
                 life.start(worker)
-                self._workers.append(worker)
         except BaseException as error:
             self.close(error)
             raise

@@ -116,7 +116,7 @@ class WeightMemory:
         own = next((arena for arena in self._arenas if arena.nbytes >= layout.nbytes), None)
         arena = own or self._new_arena(layout.nbytes)
         image = arena.whole[: layout.nbytes]
-        stop.result(self._source.read(None, image).checked)
+        stop.beside(lambda: self._source.read(None, image).checked.result())
         kept = without(layout, self._kept_on_cpu) if self._kept_on_cpu else layout
         on_device = views(torch.empty(kept.nbytes, dtype=torch.uint8, device=device.torch_device), kept)
         stream = device.stream()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Stretch:
         self.window: Interval = (start, math.inf)
         self.steps, self.passes = range(step, sys.maxsize), range(pass_no, sys.maxsize)
         self.records = Records() if records else None
-        self.read_rates: list[ReadRate] = []  # of the reads inside, pass by pass
+        self._rates = array("d")  # three numbers a pass, in as little memory as that
         self.collectives = 0
         self.collectives_cover = Cover()
         self._seen = seen
@@ -145,7 +146,7 @@ class Stretch:
         inside = [t for t in new.reads if self.window[0] <= t.start and t.end <= self.window[1]]
         if inside:
             busy_s = length_s(merged((t.start, t.end) for t in inside))
-            self.read_rates.append(ReadRate(len(inside), sum(t.nbytes for t in inside), busy_s))
+            self._rates.extend((len(inside), sum(t.nbytes for t in inside), busy_s))
         if self.records is not None:
             self._keep(self.records, new)
 
@@ -178,6 +179,12 @@ class Stretch:
         kept.kv_waits += [span for span in new.kv_waits if overlap(*span)]
 
     # -- what it comes to
+
+    @property
+    def read_rates(self) -> list[ReadRate]:
+        """Of the reads inside, pass by pass."""
+        reads, nbytes, busy_s = self._rates[::3], self._rates[1::3], self._rates[2::3]
+        return [ReadRate(int(n), int(b), s) for n, b, s in zip(reads, nbytes, busy_s, strict=True)]
 
     def stats(self) -> PhaseStats:
         """To be asked when it is closed and all is folded in."""

@@ -72,7 +72,11 @@ def cached_store(
     with locked(path.with_suffix(".lock"), label):  # two runs that start together pack once
         if found := _sound(checkpoint, manifest, path, shard.rank):
             return found
-        path.unlink(missing_ok=True)
+        try:  # what is damaged goes, and is nobody else's
+            manifest.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UnusableInput(f"{label} cannot be used: {error.filename}: {error.strerror}") from error
         _remove_unfinished(cache_dir)
         plan = plan_store(checkpoint.config, dtype, 1, shard.size, weight_format)
         size = plan.target_bytes

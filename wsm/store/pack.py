@@ -19,7 +19,7 @@ from wsm import stop
 from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
 from wsm.disk.direct import aligned_block
 from wsm.disk.io_threads import IOThreads, transfer_fully
-from wsm.disk.targets import check_targets, opened
+from wsm.disk.targets import check_place, check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId
@@ -141,8 +141,7 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
     manifest = Path(os.path.realpath(request.manifest))
     if manifest.exists() and not manifest.is_file():
         raise UnusableInput(f"--manifest {request.manifest} is no file: name one to be written")
-    if not manifest.parent.is_dir():
-        raise UnusableInput(f"--manifest {request.manifest}: its directory does not exist")
+    check_place(str(manifest), f"--manifest {request.manifest}")
     if not os.access(manifest.parent, os.W_OK):
         raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
     if manifest.exists():

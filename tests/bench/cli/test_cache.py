@@ -132,3 +132,14 @@ def test_a_manifest_that_is_damaged_makes_it_a_leftover(cache: Path, capsys: pyt
         assert main(["cache", "list", "--cache-dir", str(cache)]) == 0
         [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(store_of(cache).stem)]
         assert "left over" in line
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"[" * 100_000])
+def test_a_damaged_manifest_in_the_cache_is_packed_anew(cache: Path, content: bytes) -> None:
+    import torch
+
+    store_of(cache).with_suffix(".json").write_bytes(content)
+    packed: list[str] = []
+    found = cached_store(checkpoint(), torch.bfloat16, cache, say=packed.append, progress=lambda total: lambda n: None)
+    assert len(packed) == 1
+    assert found.path == store_of(cache).with_suffix(".json")

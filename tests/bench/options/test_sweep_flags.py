@@ -56,9 +56,9 @@ def test_a_value_that_may_hold_commas_stays_whole(flag: str) -> None:
 
 
 def test_switches_take_on_and_off() -> None:
-    assert points_of("--ignore-eos=on,off") == [["--ignore-eos"], []]
-    assert points_of("--ignore-eos") == [["--ignore-eos"]]
-    assert "on, off" in refusal("--ignore-eos=maybe,off")
+    assert points_of("--no-probe=on,off") == [["--no-probe"], []]
+    assert points_of("--no-probe") == [["--no-probe"]]
+    assert "on, off" in refusal("--no-probe=maybe,off")
 
 
 @pytest.mark.parametrize(

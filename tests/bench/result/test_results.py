@@ -252,7 +252,7 @@ def test_a_run_that_moves_what_was_planned_has_the_plans_floor() -> None:
             shape = plan.inputs.config, rows, floor.passes, plan.inputs.dtype.itemsize
             work = prefill_work(*shape) if name == "prefill" else decode_work(*shape, plan.inputs.kv_token_bytes)
             moved = {tier: plan.bytes_per_pass[tier] * floor.passes for tier in ("ssd_read", "weight_h2d")}
-            stats = stats_of(name, moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+            stats = stats_of(moved=moved, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
             assert floor_of(stats, ceilings) == (pytest.approx(floor.ms * floor.passes), floor.bound_by)
 
 

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.inputs import read_manifest
+from llama.inputs import open_inputs, read_manifest
+from llama.options import BuildOptions
 from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_tiny, write_v1
 from wsm.disk import blockdev, safety
 from wsm.disk.blockdev import signatures, unusable_target
+from wsm.disk.direct import open_for_reading
 from wsm.disk.safety import check_writable, why_busy, why_file_busy
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.kv.target import KVTarget
 from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
+from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore, verify
 
 MIB = 1 << 20
@@ -250,6 +253,27 @@ def test_a_block_device_that_is_not_there_makes_no_file_in_dev(target: str, tmp_
         assert not os.path.exists(target)
 
 
+def test_neither_manifest_nor_cache_nor_store_nor_kv_lies_among_the_nodes_of_dev(tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match=r"--manifest /dev/m\.json is no block device"):
+        pack(
+            checkpoint(),
+            PackRequest((str(tmp_path / "s"),), Path("/dev/m.json"), torch.bfloat16),
+            confirm=lambda _: True,
+        )
+    with pytest.raises(UnusableInput, match="--cache-dir /dev/cache is no block device"):
+        open_inputs(BuildOptions(cache_dir=Path("/dev/cache"), device="cpu"))
+    with pytest.raises(UnusableInput, match="--kv-device /dev/nvme9n1p9 is no block device"):
+        KVTarget("/dev/nvme9n1p9", MIB, [])
+    if os.access("/dev", os.W_OK):
+        lost = Path(f"/dev/wsm-{os.getpid()}")
+        lost.write_bytes(bytes(4096))
+        try:
+            with pytest.raises(UnusableInput, match=f"{lost} is no block device"):
+                open_for_reading(str(lost))
+        finally:
+            lost.unlink()
+
+
 def test_filesystems_of_their_own_below_dev_hold_files(tmp_path: Path) -> None:
     shm = Path("/dev/shm")
     if not (shm.is_mount() and os.access(shm, os.W_OK)):
@@ -456,8 +480,6 @@ def test_too_small_a_device_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_the_question_names_the_device_and_what_it_bears(tmp_path: Path, device: str) -> None:
-    from wsm.store.pack import PackRequest, pack
-
     mkswap = shutil.which("mkswap", path=SBIN)
     if mkswap is None:
         pytest.skip("mkswap is not installed")

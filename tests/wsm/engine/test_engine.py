@@ -498,6 +498,7 @@ def test_a_copy_s_record_is_broken_where_another_s_piece_comes_between(monkeypat
         monkeypatch.setattr(link, "queued", crowded)
         source = tiers._cpu_homes[group]
         manager._queue_pieces(CopyJob(group, 0, source, Slot(torch.empty_like(source.buffer))), device.stream())
+        monkeypatch.undo()
         assert [copy.nbytes for copy in manager.telemetry.copies()] == [2 * 4096, SLOT["ffn"] - 2 * 4096]
 
 

@@ -68,10 +68,13 @@ def figures(stats: PhaseStats) -> dict[str, float | None]:
 
 
 def test_sums_that_grow_pass_by_pass_are_those_of_all_records_at_once() -> None:
-    (grown, _, _), (whole, _, _) = measured(4, folding=True), measured(4, folding=False)
+    (grown, stretches, _), (whole, _, _) = measured(4, folding=True), measured(4, folding=False)
     assert len(grown) == len(whole) == 8
     for mine, theirs in zip(grown, whole, strict=True):
         assert figures(mine) == pytest.approx(figures(theirs))
+    rates = stretches[1].read_rates
+    assert sum(rate.nbytes for rate in rates) <= (ROUND - 1) * GROUPS * 100
+    assert [rate.reads * 100 for rate in rates] == [rate.nbytes for rate in rates]
     decode = grown[1]
     assert decode.passes == ROUND - 1
     assert decode.bytes["ssd_read"] == (ROUND - 1) * GROUPS * 100

@@ -185,7 +185,7 @@ class LLaMA:
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
     ) -> WeightStreamingManager:
         with self.load_times.timed("open_store_s"):
-            source = open_source(self.inputs, self.plan, reporter)
+            source = open_source(self.inputs, self.plan, reporter, packed=self._packed)
         self.warnings += source.warnings
         try:
             with self.load_times.timed("allocate_s"), reporter.bar(None, "", "taking memory"):
@@ -216,36 +216,6 @@ class LLaMA:
             manager.tiers.wait_staged()
         return manager
 
-<<<<<<< HEAD
-    def _source(self, reporter: Reporter) -> GroupSource:
-        inputs, settings = self.inputs, self.settings
-        description = inputs.description
-        # Packing would write what no pass reads, or what is read once.
-        if description is None and ("SSD" not in self.plan.way or not self._packed):
-            return CheckpointSource(
-                inputs.share,
-                inputs.dtype,
-                threads=LOADING_THREADS,
-                weight_format=inputs.weight_format,
-                layouts=inputs.layouts,
-            )
-        if description is None:
-            description = cached(inputs, reporter)
-            inputs.read_from(description)
-        store = PackedStore(
-            description,
-            staging_bytes=settings.staging_mb * 10**6,
-            verify=settings.verify_weights,
-        )
-        try:
-            compare_heads(store, inputs.share)
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-=======
->>>>>>> h/streamfmt
     # -- use
 
     @property

@@ -46,9 +46,12 @@ def _cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
         )
 
 
-def open_source(inputs: Inputs, plan: Plan, reporter: Reporter) -> GroupSource:
-    """What the groups are read from; to be closed. Raises StoreError for a store that is not the checkpoint's."""
-    if inputs.description is None and "SSD" not in plan.way:  # packing would write what no pass reads
+def open_source(inputs: Inputs, plan: Plan, reporter: Reporter, *, packed: bool = True) -> GroupSource:
+    """What the groups are read from; to be closed. Raises StoreError for a store that is not the checkpoint's.
+
+    Without ``packed`` the checkpoint is read also where a pass reads the SSD: for a pass or two.
+    """
+    if inputs.description is None and ("SSD" not in plan.way or not packed):  # no pass reads what would be packed
         return CheckpointSource(
             inputs.share,
             inputs.dtype,

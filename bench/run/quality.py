@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bench.options.verb_flags import QualityOptions
 from bench.result.quality import WindowQuality
-from llama.inputs import Inputs, find_store, open_inputs, plan_run
+from llama.inputs import Inputs, open_inputs, plan_run
 from llama.llm import LLaMA
 from llama.loading import Reporter
 from llama.options import BuildOptions
+from llama.sources import find_store
 from llama.tokenizer import Tokenizer
 from wsm.disk.files import read_file
 from wsm.errors import DoesNotFit, UnusableInput

@@ -38,6 +38,7 @@ from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
+from wsm.plan.time import Ceiling
 from wsm.settings import Settings
 from wsm.store import manifest
 from wsm.store.cache import cached_store
@@ -81,17 +82,24 @@ class Inputs:
 
     @cached_property
     def layouts(self) -> Mapping[GroupId | None, GroupLayout]:
-        """All images of this rank; in a format whose sizes follow from the weights, before it is packed, the least."""
+        """All images of this rank; in a format whose sizes follow from the weights, before it is packed, the least.
+
+        Of several ranks all have to ask: an image is as large as the largest of any rank's, as it is in a store, so
+        that all make the same plan.
+        """
         if self.description is not None:
             return {group: stored.layout for group, stored in self.description.groups.items()}
         shapes = planned_layouts(self.share.config, self.dtype, self.weight_format, most=False)
         if self.weight_format is None or not self.synthetic:
             return shapes
         weight_format = self.weight_format
-        return {
+        own = {
             g: lay if g is None else coming_layout(self.share, g, self.dtype, weight_format)
             for g, lay in shapes.items()
         }
+        told = self.world.exchange(json.dumps([layout.nbytes for layout in own.values()]))
+        sizes = map(max, zip(*(json.loads(text) for text in told if text is not None), strict=True))
+        return {group: GroupLayout(size, own[group].tensors) for group, size in zip(own, sizes, strict=True)}
 
     def read_from(self, description: StoreDescription) -> None:
         """Read the weights from that store."""
@@ -231,16 +239,22 @@ def _in_format(path: Path) -> bool:
     return bool(manifest.load_json(path)["version"] == FORMATTED)
 
 
-def find_store(options: BuildOptions, inputs: Inputs, shape: RunShape, reporter: Reporter) -> None:
+def find_store(
+    options: BuildOptions,
+    inputs: Inputs,
+    shape: RunShape,
+    reporter: Reporter,
+    ceilings: Mapping[str, Ceiling] | None = None,
+) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
     Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs what would not fit in
-    memory, or on the drive; UnusableInput if it cannot pack.
+    memory (with what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
     """
     if inputs.description is None and inputs.weight_format is not None:
         plan = plan_run(options, inputs, shape)
         if not inputs.synthetic or "SSD" in plan.way:
-            check_fits(plan)
+            check_fits(plan, ceilings)
             inputs.read_from(cached(inputs, reporter))
 
 

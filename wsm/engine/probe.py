@@ -151,10 +151,9 @@ def probe_decoding(
             nbytes //= 2
     assert planes is not None  # of normal numbers there is no format that does not pay
     out = room[: weight.nbytes].view(dtype).view(rows, columns)
-    times = [_seconds(device, lambda: weight_format.decode_(planes, out)) for _ in range(SAMPLES + 3)][3:]
     how = f"{weight_format.name}, {weight.nbytes / 2**20:.3g} MiB of {dtype} by {decoder(device.torch_device)}"
-    rates = [weight.nbytes / s / 1e6 for s in times]
-    return {"weight_decode": _ceiling(rates, "MBps", f"{how}, {SAMPLES} samples")}
+    rate = _repeated(device, lambda: weight_format.decode_(planes, out), 3, weight.nbytes / 1e6, "MBps", how)
+    return {"weight_decode": rate}
 
 
 def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:

@@ -94,7 +94,8 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from bench.run.ranks import job_result
         from bench.run.record import Progress
         from llama import LLaMA
-        from llama.inputs import find_store, open_inputs, plan_run
+        from llama.inputs import open_inputs, plan_run
+        from llama.sources import find_store
         from wsm.plan.advice import check_fits
     stop.check()
 

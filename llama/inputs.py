@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,6 @@ from llama.checkpoint import (
 )
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
-from llama.loading import Reporter
 from llama.options import PLAIN_FORMATS, BuildOptions
 from llama.parallel.world import ALONE, World
 from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
@@ -33,15 +31,12 @@ from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
-from wsm.plan.advice import check_fits
 from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
-from wsm.plan.time import Ceiling
 from wsm.settings import Settings
 from wsm.store import manifest
-from wsm.store.cache import cached_store
 from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
@@ -237,39 +232,6 @@ def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
 def _in_format(path: Path) -> bool:
     """Whether a manifest's store is in a weight format."""
     return bool(manifest.load_json(path)["version"] == FORMATTED)
-
-
-def find_store(
-    options: BuildOptions,
-    inputs: Inputs,
-    shape: RunShape,
-    reporter: Reporter,
-    ceilings: Mapping[str, Ceiling] | None = None,
-) -> None:
-    """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
-
-    Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs what would not fit in
-    memory (with what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
-    """
-    if inputs.description is None and inputs.weight_format is not None:
-        plan = plan_run(options, inputs, shape)
-        if not inputs.synthetic or "SSD" in plan.way:
-            check_fits(plan, ceilings)
-            inputs.read_from(cached(inputs, reporter))
-
-
-def cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
-    """The packed file of these weights in the cache directory, packed if it is not there."""
-    with contextlib.ExitStack() as stack, inputs.world.first_here():
-        return cached_store(
-            inputs.checkpoint,
-            inputs.dtype,
-            inputs.cache_dir,
-            say=lambda line: reporter.say(f"[INFO] {line}"),
-            progress=lambda total: stack.enter_context(reporter.bar(total, "B", "packing")),
-            shard=inputs.world.shard,
-            weight_format=inputs.weight_format,
-        )
 
 
 def hardware_here(inputs: Inputs) -> Hardware:

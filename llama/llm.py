@@ -15,13 +15,14 @@ from llama.ambient import own_torch
 from llama.batch import prefill_batch
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import Inputs, cached, find_store, open_inputs, plan_run
+from llama.inputs import Inputs, open_inputs, plan_run
 from llama.kv.cache import KVCache
 from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
 from llama.products import Scratch
+from llama.sources import find_store, open_source
 from llama.tokenizer import Tokenizer, encode_prompt
 from llama.weights import ImageWeights, TensorWeights, WeightSource
 from wsm.engine.device import Device, Link, open_device
@@ -34,11 +35,6 @@ from wsm.plan.hardware import limit_device_memory
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
 from wsm.settings import Settings
-from wsm.store.match import compare_heads
-from wsm.store.packed_store import PackedStore
-from wsm.store.source import CheckpointSource, GroupSource
-
-LOADING_THREADS = 8
 
 
 class LLaMA:
@@ -175,19 +171,15 @@ class LLaMA:
         inputs = self.inputs
         if inputs.weight_format is None:
             return TensorWeights(inputs.share, inputs.device, inputs.dtype, on_loaded=progress)
-        return ImageWeights(
-            self._source(reporter),
-            self.config.n_layers,
-            inputs.device,
-            decoded=self.plan.decoding.at_load,
-            on_loaded=progress,
-        )
+        source, at_load = open_source(inputs, self.plan, reporter), self.plan.decoding.at_load
+        self.warnings += source.warnings
+        return ImageWeights(source, self.config.n_layers, inputs.device, decoded=at_load, on_loaded=progress)
 
     def _start_manager(
         self, reporter: Reporter, before_load: Callable[[LLaMA], None], progress: Callable[[Any], None]
     ) -> WeightStreamingManager:
         with self.load_times.timed("open_store_s"):
-            source = self._source(reporter)
+            source = open_source(self.inputs, self.plan, reporter)
         self.warnings += source.warnings
         try:
             with self.load_times.timed("allocate_s"), reporter.bar(None, "", "taking memory"):
@@ -217,32 +209,6 @@ class LLaMA:
         with self.load_times.timed("stage_s"):
             manager.tiers.wait_staged()
         return manager
-
-    def _source(self, reporter: Reporter) -> GroupSource:
-        inputs, settings = self.inputs, self.settings
-        description = inputs.description
-        if description is None and "SSD" not in self.plan.way:  # packing would write what no pass reads
-            return CheckpointSource(
-                inputs.share,
-                inputs.dtype,
-                threads=LOADING_THREADS,
-                weight_format=inputs.weight_format,
-                layouts=inputs.layouts,
-            )
-        if description is None:
-            description = cached(inputs, reporter)
-            inputs.read_from(description)
-        store = PackedStore(
-            description,
-            staging_bytes=settings.staging_mb * 10**6,
-            verify=settings.verify_weights,
-        )
-        try:
-            compare_heads(store, inputs.share)
-        except BaseException:
-            store.close()
-            raise
-        return store
 
     # -- use
 

@@ -25,8 +25,6 @@ from wsm import stop
 from wsm.disk.io_threads import IOThreads
 from wsm.engine.device import Device
 from wsm.engine.records import moved_bytes
-from wsm.formats.backend import decoder
-from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId
 from wsm.plan.time import STEADY_PCT, Ceiling
 from wsm.store.source import ChunkRead, GroupRead, GroupSource
@@ -44,16 +42,11 @@ class ProbeSizes(NamedTuple):
     copy_s: float  # of a sample over a slow link
     hbm_bytes: int
     matmul_n: int
-    decoded_bytes: int
     ssd_s: float  # of all reads of the SSD
 
 
-ON_CUDA = ProbeSizes(
-    copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, decoded_bytes=128 << 20, ssd_s=1.5
-)
-ON_CPU = ProbeSizes(
-    copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, decoded_bytes=2 << 20, ssd_s=0.25
-)
+ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
+ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
@@ -106,7 +99,7 @@ def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = N
     """
     sizes = sizes_for(device)
     data = _room(device, sizes.hbm_bytes, scratch).view(torch.float32).zero_()
-    hbm = _repeated(device, data.sum, 2, data.nbytes / 1e6, "MBps", f"sum of {data.nbytes >> 20} MiB")
+    hbm = repeated(device, data.sum, 2, data.nbytes / 1e6, "MBps", f"sum of {data.nbytes >> 20} MiB")
     n = sizes.matmul_n
     room = _room(device, 3 * n * n * dtype.itemsize, scratch)
     n = math.isqrt(room.nbytes // (3 * dtype.itemsize)) // 128 * 128
@@ -114,11 +107,11 @@ def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = N
     a.normal_()
     b.normal_()
     how = f"{n}^3 product of random {dtype} matrices"
-    matmul = _repeated(device, lambda: torch.mm(a, b.t(), out=out), 3, 2 * n**3 / 1e12, "TFLOPs", how)
+    matmul = repeated(device, lambda: torch.mm(a, b.t(), out=out), 3, 2 * n**3 / 1e12, "TFLOPs", how)
     return {"hbm": hbm, "matmul": matmul}
 
 
-def _repeated(device: Device, work: Callable[[], object], warm_ups: int, amount: float, unit: str, how: str) -> Ceiling:
+def repeated(device: Device, work: Callable[[], object], warm_ups: int, amount: float, unit: str, how: str) -> Ceiling:
     """The rate of ``work`` that does so much of ``unit``."""
     for _ in range(warm_ups):
         _seconds(device, work)
@@ -132,28 +125,6 @@ def _repeated(device: Device, work: Callable[[], object], warm_ups: int, amount:
         return _ceiling(rates, unit, f"{how}, {SAMPLES} samples" + (f" of {times}" if times > 1 else ""))
 
     return _steadied(measure)
-
-
-def probe_decoding(
-    device: Device, weight_format: WeightFormat, columns: int, dtype: torch.dtype, room: Tensor
-) -> dict[str, Ceiling]:
-    """``weight_decode``: decoding a random matrix of ``columns`` inputs into ``room`` (``uint8`` on the device)."""
-    nbytes = min(room.nbytes, sizes_for(device).decoded_bytes)
-    while True:
-        rows = max(1, nbytes // (columns * dtype.itemsize))
-        try:
-            weight = torch.empty(rows, columns, dtype=dtype, device=device.torch_device).normal_(std=0.02)
-            planes = weight_format.encode(weight)
-            break
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-            nbytes //= 2
-    assert planes is not None  # of normal numbers there is no format that does not pay
-    out = room[: weight.nbytes].view(dtype).view(rows, columns)
-    how = f"{weight_format.name}, {weight.nbytes / 2**20:.3g} MiB of {dtype} by {decoder(device.torch_device)}"
-    rate = _repeated(device, lambda: weight_format.decode_(planes, out), 3, weight.nbytes / 1e6, "MBps", how)
-    return {"weight_decode": rate}
 
 
 def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:

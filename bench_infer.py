@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from llama import LLaMA
 
 
+_PRINTING, _ASKING = (["plan"], ["compare"], ["cache"]), {"-h", "--help", "--version", "--list-models"}
+
+
 def main() -> int:
     """The script, and the command ``bench-infer``: the exit code."""
     signals.hear()
@@ -46,7 +49,7 @@ def main() -> int:
         code = int(ended.code or DONE)
     if (why := streams.lost()) is not None:
         print(f"bench_infer.py: {why}", file=sys.stderr)
-        only_printed = argv[:1] in (["plan"], ["compare"]) or not {"-h", "--help"}.isdisjoint(argv)
+        only_printed = argv[:1] in _PRINTING or not _ASKING.isdisjoint(argv)
         code = code or (FAILED if only_printed else DONE)  # other results are in files, or are the exit code itself
     return code
 
@@ -132,10 +135,10 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         with stop.held():  # a wish to stop comes too late to lose finished rounds
             result = job_result(options, llm, got)
             failed = outputs.write_outputs(options, llm, got, result) if job.speaks else None
-    if job.speaks:
-        outputs.print_result(reporter, options, result, got.stopped_by)
-    if failed is not None:
-        raise failed
+        if job.speaks:
+            outputs.print_result(reporter, options, result, got.stopped_by)
+        if (error := got.failure or failed) is not None:
+            raise error
     return DONE if got.stopped_by is None else signals.exit_code(got.stopped_by)
 
 
@@ -188,6 +191,11 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
             raise
         job.blame(wish)
         got.stopped_by = wish.number
+    except Exception as error:
+        if not got.rounds or llm.inputs.world.shard.size > 1:  # ranks end together, and one that failed has no say
+            raise
+        got.failure = error
+        got.warnings.append(f"round {len(got.rounds) + 1} failed, and only those before it are here: {error}")
 
 
 if __name__ == "__main__":

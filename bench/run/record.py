@@ -54,12 +54,13 @@ class Progress:
     ceilings: dict[str, Ceiling] = dataclasses.field(default_factory=dict)
     rounds: list[Round] = dataclasses.field(default_factory=list)
     stopped_by: int | None = None  # the signal's number
+    failure: Exception | None = None  # what ended a round after others were finished
     chosen: int = 0
     watch: Watch = dataclasses.field(default_factory=lambda: Watch(torch.device("cpu"), ()))
 
     @property
     def interrupted(self) -> bool:
-        return self.stopped_by is not None
+        return self.stopped_by is not None or self.failure is not None
 
 
 def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:

@@ -67,8 +67,8 @@ def test_the_observer_hears_each_wave_each_token_and_the_end_of_prefill(model: T
     marks: list[str] = []
     options = GenerationOptions(3, 0.0, 1.0, 0, frozenset(), True, 64, 2)
     generate(model, KVCache(model.config, 4, 100, CPU, torch.float32), PROMPTS, options, marks.append)
-    prefill = ["start", "pass", "pass", "prefill_done", "token"]
-    assert marks == [*prefill, "pass", "token", "pass", "token", "done"]
+    prefill = ["start", "pass", "queued", "pass", "queued", "prefill_done", "token"]
+    assert marks == [*prefill, *(["pass", "queued", "token"] * 2), "done"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -60,6 +60,32 @@ def test_a_store_that_changes_after_its_first_right_read_is_exit_4(
     assert not (tmp_path / "r.json").exists()
 
 
+def test_a_round_that_fails_loses_none_of_those_before_it(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, rounds = measure.run_round, 0
+
+    def then_change(*args: Any, **more: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 1 + 3:  # behind the warm-up
+            (manifest,) = (tmp_path / "cache").glob("builtin*.json")
+            for group in json.loads(manifest.read_text())["groups"]:
+                flip(manifest.with_suffix(".wsm"), group["offset"] + 1000)
+        return real(*args, **more)
+
+    monkeypatch.setattr(measure, "run_round", then_change)
+    out = tmp_path / "r.json"
+    code, _, err = run(
+        *BUILT_IN, "--cache-dir", tmp_path / "cache", "--out-json", out, "--repeats", 5, "--verify-weights", "always"
+    )
+    assert code == 4
+    assert "does not match its checksum" in sentence(err)
+    result = json.loads(out.read_text())
+    assert (result["interrupted"], result["repeats"]["n"]) == (True, 2)
+    assert any("round 3 failed" in warning for warning in result["warnings"])
+
+
 def test_a_store_that_is_packed_anew_under_a_run_is_exit_4_also_where_only_first_reads_are_checked(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

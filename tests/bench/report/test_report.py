@@ -86,7 +86,7 @@ def test_the_page_shows_every_side_every_setting_and_every_warning(swept: list[S
 HOSTILE = """</title></style></svg><script>alert(1)</script><img src=x onerror=alert(2)>"'&"""
 
 
-WORDS = {"mixed", "ssd", "h2d", "d2h", "hbm", "compute", "MBps", "TFLOPs"}
+WORDS = {"mixed", "ssd", "h2d", "d2h", "hbm", "compute", "MBps", "TFLOPs", "auto", "first", "always"}
 """What the shape of a result allows in its place and nothing else."""
 
 

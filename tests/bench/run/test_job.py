@@ -24,6 +24,7 @@ def as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", signals.ENDING)
 def test_a_signal_raises_where_somebody_looks_and_nowhere_else(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)  # not ignored, as under nohup
     with signals.heard():
         signal.raise_signal(number)
         with stop.held():

@@ -268,7 +268,7 @@ def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(
     first, cost, *budget = err.splitlines()
     assert code == 3
     assert "CUDA out of memory. Tried to allocate 2 GiB), though" in first
-    assert "it fits with --gpu-cached-layers" in first
+    assert "it fits with --group-prefetch-depth" in first
     assert "cost" in cost
     assert any("weights resident, 2 layers" in line for line in budget)
     assert not (tmp_path / "r.json").exists()

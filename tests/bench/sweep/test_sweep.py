@@ -46,7 +46,7 @@ if "--seed=9" in argv:
         open(os.path.join(here, "joined"), "w").close()
         sys.exit(130)
 result = json.load(open(os.path.join(here, "canned.json")))
-result["load"]["from_process_start_s"] = time.time() % 100  # no copy of another process's result
+result["load_s"]["from_process_start_s"] = time.time() % 100  # no copy of another process's result
 json.dump(result, open(out, "w"))
 """
 

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from bench.result.results import plain, significant
 from bench.result.types import METRICS, Result
+from bench.result.types_machine import Weights
 
 _SHAPE = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
@@ -51,6 +52,12 @@ def summary(result: Result) -> str:
             low, high = spread.median_ci95
             over += f", 95 % interval of the median {low:.3f} to {high:.3f}"
         lines.append(f"{'e2e_ms over rounds':>24}: {over}")
+    if isinstance(held := result.weights, Weights) and held.rest_bytes < held.decoded_bytes:
+        took = f", decoding {held.decode_ms:.3f} ms a decode pass" if held.decode_ms is not None else ""
+        lines.append(
+            f"{'weights':>24}: {held.weight_format}, {held.rest_bytes / 1e9:.3f} GB at rest of "
+            f"{held.decoded_bytes / 1e9:.3f} GB{took}"
+        )
     for name, phase in msgspec.structs.asdict(result.phases).items():
         if phase.floor_ms is None:
             lines.append(f"{name + ' floor':>24}: not known")

@@ -32,7 +32,7 @@ from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
 
-_JSON_BYTES, _ROUND_BYTES, _TOKEN_BYTES, _LAYER_BYTES = 1 << 20, 512, 32, 4096
+_JSON_BYTES, _ROUND_BYTES, _TOKEN_BYTES, _LAYER_BYTES, _DECODING_BYTES = 1 << 20, 512, 32, 4096, 1024
 """Room for a result, for a round and a token of text in it, and for a layer of a pass in a timeline; about thrice what
 was seen."""
 _MOST_BYTES = 2 << 30
@@ -143,7 +143,8 @@ def check_room(options: RunOptions, plan: Plan) -> None:
     room = {options.out_json: _JSON_BYTES + _ROUND_BYTES * options.repeats + _TOKEN_BYTES * texts}
     if options.trace is not None:
         passes = options.max_new_tokens + -(-options.batch_size // plan.wave_rows)
-        room[options.trace] = _JSON_BYTES + _LAYER_BYTES * passes * plan.placement.residency.n_layers
+        layer_bytes = _LAYER_BYTES + _DECODING_BYTES * plan.chunks * (plan.decoding.scratch_bytes > 0)
+        room[options.trace] = _JSON_BYTES + layer_bytes * passes * plan.placement.residency.n_layers
     with contextlib.ExitStack() as taken:
         for path, nbytes in room.items():
             nbytes = min(nbytes, _MOST_BYTES)

@@ -162,11 +162,12 @@ def tune_product() -> None:
     """The best tunings of the packed product, with the milliseconds of each matrix."""
     for name, rows in (("int4", 1), ("int4", 8), ("int8", 1)):
         form, times = Integer.named(name), []
+        assert form is not None
         prepare(form)
         for values in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4), (264, 528, 1056), (2, 4)):
             tuning = kernels.ProductTuning(*values)
             if 8 <= tuning.rows // tuning.warps <= 32:
-                with mock.patch.object(kernels, "PRODUCT", tuning):
+                with mock.patch.dict(kernels.PRODUCT, {form.bits: tuning}):
                     each = layer_ms(form, rows)
                 times.append((sum(each), tuple(tuning), " ".join(f"{ms:.4f}" for ms in each)))
         print(

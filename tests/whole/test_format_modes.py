@@ -158,6 +158,7 @@ def test_the_result_says_format_bytes_and_decoding(run: Run, home: Path, tmp_pat
     code, said, _ = run(*flags, "--weight-format", "int4", "--out-json", out, "--trace", trace)
     assert code == 0
     assert "weights in int4, decoded by torch" in said
+    assert "weights: int4, 0.000 GB at rest of 0.001 GB, decoding" in said
     result = json.loads(out.read_text())
     weights = result["weights"]
     assert (weights["weight_format"], weights["exact"]) == ("int4", False)

@@ -141,23 +141,24 @@ def _window(seen: Tensor) -> tuple[int, int]:
 
 
 def _fill_(planes: Mapping[str, Tensor], bits: Tensor, base: int) -> None:
-    """Fill the planes that are as long as the matrix or its escapes."""
-    counted = 0
-    counts = []
-    for begin in range(0, bits.numel(), BLOCK_WEIGHTS):
-        block = bits[begin : begin + BLOCK_WEIGHTS]
-        exponents = _exponents(block)
+    """Fill the planes that are as long as the matrix or its escapes; a piece is whole blocks."""
+    counted, counts = 0, list[Tensor]()
+    for piece in pieces(bits.numel(), bits.device):
+        part = bits[piece]
+        exponents = _exponents(part)
         codes = (exponents - base).clamp_(max=WINDOW)  # what is below the window wraps round to above it
-        planes["signs"][begin : begin + block.numel()] = ((block >> 8 & 0x80) | (block & 0x7F)).to(torch.uint8)
-        pairs = planes["codes"][begin // 2 : (begin + block.numel() + 1) // 2]
+        planes["signs"][piece] = ((part >> 8 & 0x80) | (part & 0x7F)).to(torch.uint8)
+        pairs = planes["codes"][piece.start // 2 : (piece.stop + 1) // 2]
         pairs.copy_(codes[::2])
-        pairs[: block.numel() // 2] |= codes[1::2] << 4
-        places = (codes == WINDOW).nonzero().flatten()
-        listed = slice(counted, counted := counted + places.numel())
-        planes["places"][listed] = places.to(torch.uint16)
-        planes["exponents"][listed] = exponents[places]
-        counts.append(counted)
-    planes["counts"].copy_(torch.tensor(counts, dtype=torch.int64))
+        pairs[: part.numel() // 2] |= codes[1::2] << 4
+        at = (codes == WINDOW).nonzero().flatten()
+        listed = slice(counted, counted + at.numel())
+        planes["places"][listed] = (at % BLOCK_WEIGHTS).to(torch.uint16)
+        planes["exponents"][listed] = exponents[at]
+        blocks = torch.arange(1, -(-part.numel() // BLOCK_WEIGHTS) + 1, device=bits.device)
+        counts.append(counted + torch.searchsorted(at, blocks * BLOCK_WEIGHTS))
+        counted = listed.stop
+    planes["counts"].copy_(torch.cat(counts))
 
 
 def _escaped(counts: Tensor, places: Tensor) -> Tensor:

@@ -43,7 +43,11 @@ class ProductTuning(NamedTuple):
 
 
 EXACT, INT4, BYTES = DecodeTuning(1024, 8), DecodeTuning(4096, 8), DecodeTuning(8192, 8)
-PRODUCT = ProductTuning(rows=64, warps=4, stages=3, programs=528, steps=4)
+PRODUCT = {
+    4: ProductTuning(rows=32, warps=2, stages=4, programs=264, steps=4),
+    8: ProductTuning(rows=64, warps=8, stages=3, programs=528, steps=4),
+}
+"""By bits of a code."""
 
 
 @triton.jit
@@ -272,7 +276,7 @@ def multiply_(
     One at a time on a device: they share the counters of arrivals.
     """
     rows, row_bytes = values.shape
-    (n, cols), step, tuning = x.shape, group or 128, PRODUCT
+    (n, cols), step, tuning = x.shape, group or 128, PRODUCT[bits]
     programs, steps = triton.cdiv(rows, tuning.rows), triton.cdiv(cols, step)
     splits = 1
     while programs * splits < tuning.programs and steps >= 2 * splits * tuning.steps:

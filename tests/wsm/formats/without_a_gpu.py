@@ -56,7 +56,7 @@ def compile_for(capability: int) -> None:
         for e4m3 in (False, True):
             made("bytes_kernel", 4, pointers={"out": f"*{to}"}, E4M3=e4m3, PART=group, PARTS=32, TO=to, **constants)
         for bits in (4, 8) if to != tl.float32 else ():
-            tuning, whole = kernels.PRODUCT, bits == 4 and group == 128
+            tuning, whole = kernels.PRODUCT[bits], bits == 4 and group == 128
             tile = {"STEP": group, "N": kernels.MOST_ROWS, "ROWS": tuning.rows, "EVEN": whole, "SPLIT": whole}
             made("product_kernel", tuning.warps, tuning.stages, {"x": f"*{to}", "out": f"*{to}"},
                  BITS=bits, ASSEMBLED=True, **tile, **constants)  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -214,6 +214,7 @@ def test_a_layout_out_of_bounds_is_refused_by_its_field(
         read_manifest(damaged)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_no_random_damage_escapes_as_another_error(packed: Path, data: st.DataObject) -> None:
     content = json.loads(packed.read_text())

@@ -113,11 +113,10 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         inputs = open_inputs(options, job.world)
         prompts = batch_prompts(options, inputs, reporter.say)
         job.world.agree(facts_of(options, prompts))
-        shape = shape_of(prompts, options)
-    find_store(options, inputs, shape, reporter)
+        shape, ceilings = shape_of(prompts, options), recall_near(options, inputs)
+    find_store(options, inputs, shape, reporter, ceilings)
     with reporter.doing("planning"):
         plan = plan_run(options, inputs, shape)
-        ceilings = recall_near(options, inputs)
     outputs.say_plan(reporter, options, inputs, plan, argv)
     check_fits(plan, ceilings)
     if job.speaks:

@@ -77,17 +77,24 @@ class Inputs:
 
     @cached_property
     def layouts(self) -> Mapping[GroupId | None, GroupLayout]:
-        """All images of this rank; in a format whose sizes follow from the weights, before it is packed, the least."""
+        """All images of this rank; in a format whose sizes follow from the weights, before it is packed, the least.
+
+        Of several ranks all have to ask: an image is as large as the largest of any rank's, as it is in a store, so
+        that all make the same plan.
+        """
         if self.description is not None:
             return {group: stored.layout for group, stored in self.description.groups.items()}
         shapes = planned_layouts(self.share.config, self.dtype, self.weight_format, most=False)
         if self.weight_format is None or not self.synthetic:
             return shapes
         weight_format = self.weight_format
-        return {
+        own = {
             g: lay if g is None else coming_layout(self.share, g, self.dtype, weight_format)
             for g, lay in shapes.items()
         }
+        told = self.world.exchange(json.dumps([layout.nbytes for layout in own.values()]))
+        sizes = map(max, zip(*(json.loads(text) for text in told if text is not None), strict=True))
+        return {group: GroupLayout(size, own[group].tensors) for group, size in zip(own, sizes, strict=True)}
 
     def read_from(self, description: StoreDescription) -> None:
         """Read the weights from that store."""

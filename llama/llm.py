@@ -36,8 +36,6 @@ from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
 from wsm.settings import Settings
 
-LOADING_THREADS = 8
-
 
 class LLaMA:
     """A model, ready to generate; a context manager, since it holds threads and page-locked memory.

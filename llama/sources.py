@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 from llama.inputs import Inputs, plan_run
 from llama.loading import Reporter
@@ -10,6 +11,7 @@ from llama.options import BuildOptions
 from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
+from wsm.plan.time import Ceiling
 from wsm.store.cache import cached_store
 from wsm.store.description import StoreDescription
 from wsm.store.match import compare_heads
@@ -19,16 +21,22 @@ from wsm.store.source import CheckpointSource, GroupSource
 LOADING_THREADS = 8
 
 
-def find_store(options: BuildOptions, inputs: Inputs, shape: RunShape, reporter: Reporter) -> None:
+def find_store(
+    options: BuildOptions,
+    inputs: Inputs,
+    shape: RunShape,
+    reporter: Reporter,
+    ceilings: Mapping[str, Ceiling] | None = None,
+) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
     Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs what would not fit in
-    memory, or on the drive; UnusableInput if it cannot pack.
+    memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
     """
     if inputs.description is None and inputs.weight_format is not None:
         plan = plan_run(options, inputs, shape)
         if not inputs.synthetic or "SSD" in plan.way:
-            check_fits(plan)
+            check_fits(plan, ceilings)
             inputs.read_from(_cached(inputs, reporter))
 
 

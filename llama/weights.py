@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Protocol
 
 import torch
@@ -102,15 +102,14 @@ class ImageWeights:
         decoded: bool,
         on_loaded: Callable[[GroupId], None] = lambda group: None,
     ) -> None:
-        order = pass_order(n_layers)
-        largest = max(source.slot_bytes(kind) for kind in KINDS)
-        room = max(largest, source.layout(None).nbytes)
-        buffer = torch.frombuffer(mmap.mmap(-1, room), dtype=torch.uint8)
         self._groups: dict[GroupId, Mapping[str, Stored]] = {}
-        try:
+        with closing(source):
+            largest = max(source.slot_bytes(kind) for kind in KINDS)
+            room = max(largest, source.layout(None).nbytes)
+            buffer = torch.frombuffer(mmap.mmap(-1, room), dtype=torch.uint8)
             self.globals = views(self._read(source, None, buffer).to(device, copy=True), source.layout(None))
             staged = torch.empty(largest if decoded else 0, dtype=torch.uint8, device=device)
-            for group in order:
+            for group in pass_order(n_layers):
                 read, layout = self._read(source, group, buffer), source.layout(group)
                 if decoded:
                     plain = decoded_layout(layout)
@@ -121,8 +120,6 @@ class ImageWeights:
                     image = read.to(device, copy=True)
                 self._groups[group] = stored_views(image, layout)
                 on_loaded(group)
-        finally:
-            source.close()
 
     def _read(self, source: GroupSource, group: GroupId | None, buffer: Tensor) -> Tensor:
         stop.result(source.read(group, buffer).checked)

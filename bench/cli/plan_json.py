@@ -64,7 +64,8 @@ def plan_json(plan: Plan, ceilings: Mapping[str, Ceiling], formats: Sequence[For
                 "gpu_bytes": found.plan.gpu_bytes,
                 "cpu_bytes": found.plan.cpu_bytes,
                 "fits": found.plan.fits,
-                "pass_ms": found.decode_pass.ms if found.decode_pass is not None else None,
+                "pass_ms": found.pass_ms,
+                "pass_range_ms": found.decode_pass and found.decode_pass[1:],
                 "at_least": found.at_least,
                 "tokens_per_s": found.tokens_per_s,
             }

@@ -86,11 +86,12 @@ def _place(options: BuildOptions, inputs: Inputs) -> _Place:
     form = inputs.weight_format.name if inputs.weight_format is not None else None
     sizes = [options.staging_mb, options.mode, options.gpu_mem_gb, options.cpu_mem_gb]
     common = [hardware, str(inputs.dtype), store, *([form] if form is not None else [])]
+    processor = " ".join(map(str, gpu)) or "the CPU"
     machine = f"{cpu_model()}, {psutil.virtual_memory().total} bytes of memory"
     return _Place(
         folder / f"ceilings.{_digest(machine)}.json",
         machine,
-        f"{model['name']} {options.mode} on {' '.join(map(str, gpu)) or 'the CPU'} from {store}",
+        f"{model['name']} in {inputs.format_name} {options.mode} on {processor} from {store}",
         _digest([*common, sizes, model, *(shard if shard.size > 1 else ())]),
         _digest([*common, "near", {name: value for name, value in model.items() if name not in ("name", "n_layers")}]),
     )

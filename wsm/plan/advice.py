@@ -54,12 +54,10 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
 
 def _predicted(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[str]:
     """A decode pass as it is predicted, and tokens a second of all rows."""
-    estimate, rows = predicted_pass_ms(plan, ceilings)["decode"], 1e3 * plan.shape.batch
+    estimate = predicted_pass_ms(plan, ceilings)["decode"]
     if estimate is None:
         return []
-    rate = f"{rows / estimate.ms:.4g}"
-    if not estimate.steady:
-        rate = f"{rows / estimate.high_ms:.4g} to {rows / estimate.low_ms:.4g}"
+    rate = estimate.rate_shown(plan.shape.batch)
     return [f"decode: predicted {estimate.shown()} a pass, {rate} tokens a second{_of_rates(estimate)}"]
 
 

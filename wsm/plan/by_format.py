@@ -26,9 +26,13 @@ class FormatPlan(NamedTuple):
         return self.plan.inputs.layers_bytes(range(self.plan.inputs.config.n_layers))
 
     @property
+    def pass_ms(self) -> float | None:
+        """None also where the rates behind it vary too much for a figure."""
+        return self.decode_pass.ms if self.decode_pass is not None and self.decode_pass.steady else None
+
+    @property
     def tokens_per_s(self) -> float | None:
-        known = self.decode_pass.ms if self.decode_pass is not None else 0.0
-        return 1e3 * self.plan.shape.batch / known if known else None
+        return 1e3 * self.plan.shape.batch / self.pass_ms if self.pass_ms else None
 
 
 def by_format(plans: Mapping[str, Plan], ceilings: Mapping[str, Ceiling], measured: str) -> list[FormatPlan]:
@@ -55,9 +59,11 @@ def shown_by_format(formats: list[FormatPlan]) -> str:
 
 
 def _cells(found: FormatPlan) -> tuple[str, ...]:
-    plan, ms, tokens = found.plan, "-", found.tokens_per_s
+    plan, ms, tokens = found.plan, "-", "-"
     if found.decode_pass is not None:
-        ms = ("at least " if found.at_least else "") + found.decode_pass.shown().removesuffix(" ms")
+        least, most = ("at least ", "at most ") if found.at_least else ("", "")
+        ms = least + found.decode_pass.shown().removesuffix(" ms")
+        tokens = most + found.decode_pass.rate_shown(plan.shape.batch)
     return (
         found.name,
         f"{found.rest_bytes / 1e6:.1f}",
@@ -65,6 +71,6 @@ def _cells(found: FormatPlan) -> tuple[str, ...]:
         f"{plan.gpu_bytes / GIB:.3f}",
         f"{plan.cpu_bytes / GIB:.3f}",
         ms,
-        "-" if tokens is None else f"{tokens:.3g}",
+        tokens,
         "" if plan.fits else "does not fit",
     )

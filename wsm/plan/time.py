@@ -173,6 +173,11 @@ class Estimate(NamedTuple):
             return f"{self.ms / per:.2f} ms"
         return f"{self.low_ms / per:.2f} to {self.high_ms / per:.2f} ms"
 
+    def rate_shown(self, amount: float) -> str:
+        """In words, how many a second where a pass makes ``amount``."""
+        ends = (self.ms,) if self.steady else (self.high_ms, self.low_ms)
+        return " to ".join(f"{1e3 * amount / ms:.4g}" for ms in ends)
+
 
 _ONE_SLOT = 1.07
 """With one slot a kind a group is copied once the last one is computed: 1.06 and 1.08 were measured (docs/LOG.md)."""
@@ -207,6 +212,7 @@ def least_ms(work: Work, rates: Mapping[str, float]) -> float:
 
 
 def _on_gpu_ms(work: Work, rates: Mapping[str, float]) -> float:
+    """Decoding comes on top of what products take: it is before them, on the same stream."""
     parts = parts_ms(work, rates)
     return max(parts.get("hbm") or 0.0, parts.get("compute") or 0.0) + (parts.get("weight_decode") or 0.0)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.records import records_of
 from wsm.engine.device import CpuEvent, Device
-from wsm.engine.records import Interval, Records, Transfer
+from wsm.engine.records import Decoding, Interval, Records, Transfer
 from wsm.engine.stretch import Cover, PhaseStats, Stretch
 from wsm.engine.telemetry import Telemetry
 from wsm.layout.groups import GroupId
@@ -42,6 +42,7 @@ def pass_of(telemetry: Telemetry, number: int, rng: random.Random) -> None:
         telemetry.kv_moved("kv_h2d", place // 2, number, 40, Event(used - 0.3), Event(used - 0.1))
         telemetry.kv_waited(Event(used + 0.3), Event(used + 0.35))
         telemetry.took(Event(used + 0.5), Event(used + 0.6))
+        telemetry.decoded(group, 30, Event(used + 0.6), Event(used + 0.7))
 
 
 def measured(rounds: int, *, folding: bool, records: bool = False) -> tuple[list[PhaseStats], list[Stretch], Telemetry]:
@@ -79,6 +80,8 @@ def test_sums_that_grow_pass_by_pass_are_those_of_all_records_at_once() -> None:
     assert decode.passes == ROUND - 1
     assert decode.bytes["ssd_read"] == (ROUND - 1) * GROUPS * 100
     assert decode.bytes["kv_h2d"] == (ROUND - 1) * GROUPS * 40
+    assert decode.decoded_bytes == (ROUND - 1) * GROUPS * 30
+    assert decode.decoding_ms == pytest.approx((ROUND - 1) * GROUPS * 100)
     assert decode.stall_ms["kv"] == pytest.approx((ROUND - 1) * GROUPS * 50)
 
 
@@ -104,7 +107,7 @@ def test_records_and_events_that_live_do_not_grow_with_the_rounds() -> None:
         _, stretches, telemetry = measured(rounds, folding=True)
         del stretches[:]
         gc.collect()
-        kept = sum(type(each) in (Transfer, CpuEvent, Event) for each in gc.get_objects())
+        kept = sum(type(each) in (Transfer, Decoding, CpuEvent, Event) for each in gc.get_objects())
         return kept, len(telemetry._stretches)
 
     assert live(30) == live(3)
@@ -117,6 +120,7 @@ def test_a_stretch_with_records_keeps_those_that_a_trace_draws() -> None:
     assert {use.step for use in kept.uses} == set(range(6 * GROUPS, 10 * GROUPS))
     assert set(range(6 * GROUPS, 10 * GROUPS)) <= {read.step for read in kept.reads}
     assert max(read.start for read in kept.reads) < 10 * PASS_S
+    assert len(kept.decodings) == 4 * GROUPS
     assert not any(getattr(records_of(telemetry), kind.name) for kind in fields(Records))
 
 

@@ -143,6 +143,16 @@ def test_the_table_of_formats_counts_decoding_only_where_it_was_measured() -> No
     assert "at least" in rows[3]
 
 
+def test_rates_that_vary_give_the_table_of_formats_an_interval() -> None:
+    plans = {"int4": make_plan(inputs_in("int4", settings=Settings(mode="stream")))}
+    [found] = by_format(plans, {"h2d": Ceiling(60e3, 40e3, "MBps", 100.0, "")}, "int4")
+    assert found.decode_pass is not None
+    assert (found.pass_ms, found.tokens_per_s) == (None, None)
+    low, high = found.decode_pass[1:]
+    row = shown_by_format([found]).splitlines()[-1]
+    assert f"{low:.2f} to {high:.2f}  {1e3 / high:.4g} to {1e3 / low:.4g}" in row
+
+
 def test_a_decoded_image_is_the_plain_one() -> None:
     plain, encoded = (planned_layouts(H70B, BF16, form, most=False) for form in (None, registry.get("int4")))
     for group in (GroupId(0, "attn"), GroupId(3, "ffn")):

@@ -153,7 +153,8 @@ def test_a_formatted_manifest_is_of_version_3_and_says_what_docs_list(tmp_path: 
             for plane in tensor.get("planes", ()):
                 assert set(plane) == {"name", "dtype", "shape", "offset", "nbytes"}
                 assert plane["offset"] % 512 == 0
-    assert verify(PackedStore(read_manifest(tmp_path / "store.json"), staging_bytes=1 << 20)) == []
+    with contextlib.closing(PackedStore(read_manifest(tmp_path / "store.json"), staging_bytes=1 << 20)) as store:
+        assert verify(store) == []
 
 
 # -- layouts that cannot be

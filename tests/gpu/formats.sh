@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The runs behind docs/FORMATS.md's table of weight formats: bash tests/gpu/formats.sh OUTDIR [part ...]
+# Parts: int4_80 exact24 resident prefill drive all80 calibrate. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets
+# two results side by side. Stores go to ${DRIVE:-/tmp}; every step has a limit of its own.
+set -u
+out=${1:?the folder for the results}
+shift
+drive=${DRIVE:-/tmp}/wsm-formats
+python=${PYTHON:-python3}
+mkdir -p "$out" "$drive"
+
+step() {
+  local name=$1 limit=$2 began=$SECONDS
+  shift 2
+  timeout -s INT -k 10 "$limit" "$python" bench_infer.py "$@" --quiet --temperature 0 --cache-dir "$drive" \
+    --out-json "$out/$name.json" >"$out/$name.log" 2>&1
+  echo "$name: exit $?, $((SECONDS - began)) s"
+}
+
+int4_80() { # 80 layers of the 70B shape
+  local flags="--synthetic Llama-3.1-70B --weight-format int4 --mode stream --gpu-mem-gb 24 --auto --repeats 3"
+  step int4_80_b1 90 $flags --prompt-len 128 --max-new-tokens 12
+  step int4_80_b16 90 $flags --prompt-len 480 --max-new-tokens 32 --batch-size 16
+  step int4_80_b32 120 $flags --prompt-len 480 --max-new-tokens 32 --batch-size 32
+}
+
+exact24() { # as many residents in both formats
+  local flags="--synthetic Llama-3.1-70B:layers=24 --mode stream --gpu-mem-gb 24 --max-new-tokens 12 --repeats 3"
+  for format in auto exact; do
+    step ${format}24_b1 90 $flags --weight-format $format --prompt-len 2016
+    step ${format}24_b32 90 $flags --weight-format $format --prompt-len 128 --batch-size 32
+  done
+}
+
+resident() { # nothing streams: the 8B shape
+  local flags="--synthetic Llama-3.1-8B --mode full --prompt-len 128 --max-new-tokens 64 --repeats 3"
+  for rows in 1 8 32; do
+    for format in auto exact int8 int4; do
+      step ${format}_8b_b$rows 60 $flags --weight-format $format --batch-size $rows
+    done
+  done
+}
+
+prefill() { # a prefill that computes
+  local flags="--synthetic Llama-3.1-70B:layers=16 --mode stream --prompt-len 2016 --max-new-tokens 2 --batch-size 32"
+  for format in auto int4; do
+    step ${format}16_prefill 120 $flags --weight-format $format --gpu-cached-layers 0 --repeats 3
+  done
+}
+
+drive() { # mixed, from the drive
+  local flags="--synthetic Llama-3.1-70B:layers=8 --mode mixed --gpu-cached-layers 0 --cpu-cache-layers 4"
+  flags="$flags --prefetch-distance 2 --prompt-len 128 --max-new-tokens 6"
+  for format in auto exact int4; do
+    step ${format}8_drive 150 $flags --weight-format $format
+    rm -rf "$drive"/*.wsm
+  done
+}
+
+all80() { # a host with room for all of it
+  local flags="--synthetic Llama-3.1-70B --mode stream --gpu-mem-gb 24 --auto --prompt-len 128 --max-new-tokens 8"
+  step exact_80 200 $flags --weight-format exact
+}
+
+calibrate() { # the speed of quantising that looks at the inputs
+  local began=$SECONDS words=$out/words.txt
+  for number in $(seq 4000); do echo "the $number cat sat $((number * number)) times"; done >"$words"
+  "$python" bench_infer.py pack --synthetic Llama-3.1-70B:layers=8 --weight-format int4 --calibrate "$words" \
+    --to "$drive/c.wsm" --manifest "$drive/c.json" --yes --gpu-mem-gb 24 --cache-dir "$drive" >"$out/calibrate.log" 2>&1
+  echo "calibrate: exit $?, $((SECONDS - began)) s"
+  rm -f "$drive/c.wsm"
+}
+
+for part in "${@:-int4_80}"; do
+  $part
+done

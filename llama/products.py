@@ -62,8 +62,10 @@ class Products:
         self._telemetry = source.scratch.telemetry if timed else None
         self._decoded: dict[Sequence[str], Tensor] = {}
         self._taken = 0
-        encoded = sum(tensor.decoded_bytes for tensor in tensors.values() if isinstance(tensor, Encoded))
-        self._keeps = encoded <= source.scratch.room.nbytes - TENSOR_ALIGNMENT * len(tensors)
+        # Plain matrices too: they are copied beside encoded ones of the same product.
+        matrices = [tensor for tensor in tensors.values() if len(tensor.shape) == 2]
+        whole = sum(m.decoded_bytes if isinstance(m, Encoded) else m.nbytes for m in matrices)
+        self._keeps = whole <= source.scratch.room.nbytes - TENSOR_ALIGNMENT * len(tensors)
 
     def linear(self, x: Tensor, *names: str) -> Tensor:
         """``x [n, inputs]`` times the transposed matrices, side by side in one product: ``[n, sum of outputs]``."""

@@ -87,6 +87,23 @@ def test_a_product_with_encoded_matrices_is_that_with_the_decoded_ones(name: str
         assert torch.equal(h, expected)
 
 
+def test_plain_matrices_beside_encoded_ones_count_as_room_for_the_whole_group() -> None:
+    matrices = {name: torch.randn(64, 64).bfloat16() for name in ("wq", "wk", "wv", "wo")}
+    held: dict[str, Stored] = {
+        **matrices,
+        "wq": encoded(matrices["wq"], "exact"),
+        "wo": encoded(matrices["wo"], "exact"),
+    }
+    w = products(held, scratch=Scratch(3 * 64 * 64 * 2 + 4 * 512, torch.device("cpu")))  # not of all four
+    x, h = torch.randn(5, 64).bfloat16(), torch.zeros(5, 64).bfloat16()
+    qkv = torch.cat([matrices[name] for name in ("wq", "wk", "wv")])
+    for _ in range(2):
+        assert torch.equal(w.linear(x, "wq", "wk", "wv"), F.linear(x, qkv))
+        expected = h.clone().addmm_(x, matrices["wo"].t())
+        w.add_linear_(h, x, "wo")
+        assert torch.equal(h, expected)
+
+
 def test_with_room_for_the_whole_group_a_matrix_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     held: dict[str, Stored] = {"w1": encoded(torch.randn(32, 64).bfloat16(), "int4")}
     calls = []

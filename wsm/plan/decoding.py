@@ -43,8 +43,9 @@ def ways_to_decode(inputs: PlanInputs, chunks: int) -> Iterator[Decoding]:
 
 
 def _whole_bytes(layout: GroupLayout) -> int:
-    """Of all matrices of a group, each aligned."""
-    return layout.encoded_bytes + TENSOR_ALIGNMENT * (len(layout.tensors) + 1)
+    """Of all matrices of a group, each aligned; plain ones too, which may be beside encoded ones in a product."""
+    matrices = sum(tensor.decoded_bytes for tensor in layout.tensors if len(tensor.shape) == 2)
+    return matrices + TENSOR_ALIGNMENT * (len(layout.tensors) + 1)
 
 
 def _product_bytes(layout: GroupLayout, fused: tuple[str, ...]) -> int:

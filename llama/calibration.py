@@ -78,10 +78,13 @@ class Calibration:
 
     def saw(self, group: GroupId, names: Sequence[str], x: Tensor) -> None:
         """Add the inputs ``x [n, cols]`` of a product."""
-        wide = x.float()
-        sums = wide.t() @ wide if self._feedback else wide.square().sum(0)
-        before = self._sums.get(key := tuple(names))
-        self._sums[key] = sums if before is None else before.add_(sums)
+        wide, cols, key = x.float(), x.shape[1], tuple(names)
+        if key not in self._sums:
+            self._sums[key] = wide.new_zeros((cols, cols) if self._feedback else cols)
+        if self._feedback:
+            self._sums[key].addmm_(wide.t(), wide)
+        else:
+            self._sums[key] += wide.square().sum(0)
 
     def left(self, group: GroupId) -> None:
         """Hand over what came together, and wait until the next group is wanted."""

@@ -107,16 +107,19 @@ class LLaMA:
         before_load: Callable[[LLaMA], None] = lambda llm: None,
         measured: bool = True,
         packed: bool = True,
+        beside_bytes: int = 0,
     ) -> LLaMA:
         """Allocate what the plan says, load, and be ready; ``measured`` keeps a record of every transfer and wait.
 
         ``before_load`` is called when all memory is there and nothing is loaded yet (the benchmark's probe). Without
-        ``packed`` layers that are in no memory are read from the checkpoint itself: for a pass or two.
+        ``packed`` layers that are in no memory are read from the checkpoint itself: for a pass or two. The caller may
+        take ``beside_bytes`` of the device beyond the plan's budget.
         """
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(inputs.close)
             check_fits(plan)
-            limit_device_memory(inputs.device, plan.gpu_budget_bytes, plan.inputs.hardware.gpu_context_bytes)
+            budget = None if plan.gpu_budget_bytes is None else plan.gpu_budget_bytes + beside_bytes
+            limit_device_memory(inputs.device, budget, plan.inputs.hardware.gpu_context_bytes)
             llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
             on_failure.callback(llm.close)
             llm._packed = packed

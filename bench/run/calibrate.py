@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from llama.loading import Reporter
 from llama.options import BuildOptions
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.formats import registry
+from wsm.formats.format import GPU_PIECE
 from wsm.formats.integer import Integer
 from wsm.layout.groups import KINDS
 from wsm.plan.hardware import GIB, measure_hardware
@@ -41,7 +42,7 @@ def calibrated(options: PackOptions, reporter: Reporter) -> Iterator[Calibration
     inputs = open_inputs(build)
     text = read_text(options.calibrate, "--calibrate")
     windows = windows_of(inputs.tokenizer, text, options.window, options.windows, f"--calibrate {options.calibrate}")
-    feedback, plan = _planned(build, inputs, windows)
+    feedback, plan, taken = _planned(build, inputs, windows)
     windows = windows[: plan.shape.batch]
     tokens, how = sum(map(len, windows)), "error feedback" if feedback else "a weighted search"
     reporter.say(f"[INFO] quantising with {how}, by {tokens} tokens of {options.calibrate} in {len(windows)} windows")
@@ -52,7 +53,7 @@ def calibrated(options: PackOptions, reporter: Reporter) -> Iterator[Calibration
         "error_feedback": feedback,
     }
     with (
-        LLaMA.assemble(inputs, plan, reporter, measured=False, packed=False) as llm,
+        LLaMA.assemble(inputs, plan, reporter, measured=False, packed=False, beside_bytes=taken) as llm,
         Prefill(llm, windows, feedback=feedback) as prefill,
     ):
         yield Calibration(prefill.moments, told)
@@ -66,23 +67,35 @@ def _check(options: PackOptions) -> None:
         raise UnusableInput("--calibrate packs for one rank: leave out --tp")
 
 
-def _planned(build: BuildOptions, inputs: Inputs, windows: list[list[int]]) -> tuple[bool, Plan]:
-    """Whether there is memory for error feedback, and the plan of the most windows that fit in one prefill."""
+def _planned(build: BuildOptions, inputs: Inputs, windows: list[list[int]]) -> tuple[bool, Plan, int]:
+    """Whether there is memory for error feedback, the plan of the most windows that fit in one prefill, and the bytes
+    that quantising takes beside it."""
     config, hardware = inputs.checkpoint.config, measure_hardware(inputs.device)
     free = hardware.gpu_available_bytes if hardware.has_gpu else hardware.cpu_available_bytes
     asked = build.gpu_mem_gb if hardware.has_gpu else build.cpu_mem_gb
     room = min(free or 0, int(asked * GIB)) if asked is not None else free or 0
-    shapes = [spec.shape for kind in KINDS for spec in config.specs(kind) if len(spec.shape) == 2]
-    width = max(shape[1] for shape in shapes)
-    matrix = 10 * max(rows * columns for rows, columns in shapes)  # bf16, float32 and what a search takes beside them
+    matrices = {kind: [spec.shape for spec in config.specs(kind) if len(spec.shape) == 2] for kind in KINDS}
+    searched, solved = (max(map(bytes_of, matrices.values())) for bytes_of in (_search_bytes, _solver_bytes))
     budget = "gpu_mem_gb" if hardware.has_gpu else "cpu_mem_gb"
-    for feedback, taken in ((True, 3 * 4 * width * width + matrix), (False, matrix)):
+    for feedback, taken in ((True, solved + searched), (False, searched)):
         rows = len(windows)
         while rows and room > taken:
             longest = len(windows[0])
             less: dict[str, Any] = {budget: (room - taken) / GIB}
             plan = plan_run(replace(build, **less), inputs, RunShape(rows, longest, 1, rows * longest))
             if plan.fits and plan.wave_rows >= rows:
-                return feedback, plan
+                return feedback, plan, taken
             rows //= 2
     raise DoesNotFit("there is no memory for one window of the text beside the model: lower --window")
+
+
+def _search_bytes(matrices: Sequence[tuple[int, ...]]) -> int:
+    """What quantising the largest of a group's matrices takes: it in bf16 and float32, and a piece that is searched."""
+    weights = max(rows * columns for rows, columns in matrices)
+    return 10 * weights + 32 * min(weights, GPU_PIECE)
+
+
+def _solver_bytes(matrices: Sequence[tuple[int, ...]]) -> int:
+    """The moments of a group's inputs, and what turning the largest into error feedback takes beside them."""
+    squares = [4 * columns * columns for _, columns in matrices]
+    return sum(squares) + 2 * max(squares)

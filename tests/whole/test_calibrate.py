@@ -127,6 +127,17 @@ def test_a_calibrated_store_says_so_runs_alike_in_all_modes_and_errs_less(home: 
     )
 
 
+def test_what_quantising_takes_is_allowed_beside_the_plan(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[int] = []
+    monkeypatch.setattr("llama.llm.limit_device_memory", lambda device, nbytes, context: allowed.append(nbytes))
+    packed(home, tmp_path, "--calibrate", str(home.parent / "other.txt"), "--gpu-mem-gb", "1", *CPU)
+    config = json.loads((home / "config.json").read_text())
+    moments = 4 * config["intermediate_size"] ** 2
+    assert 2**30 + 3 * moments < allowed[0] < 2**30 + 3 * moments + 2**23
+
+
 def test_quality_is_that_of_plain_formulas(home: Path, tmp_path: Path) -> None:
     manifest = packed(home, tmp_path)
     found = quality_of(home, tmp_path, manifest)

@@ -52,20 +52,22 @@ def round_with_feedback(grid: Grid, weights: Tensor, moments: Tensor, group: int
 def _solver(moments: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped ``moments``: row j says how the columns after j make up
     for an error of column j."""
-    damped = moments.float().clone()
+    damped = moments.float().flip(0, 1)  # a copy, from the last input to the first
     diagonal = damped.diagonal()
     mean = diagonal.mean()
     if not bool(mean.isfinite()) or float(mean) <= 0:
         raise UnusableInput("the inputs of a matrix are not finite, or all zero: the text or the model cannot be used")
     diagonal.add_(_DAMPING * mean)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    lower, failed = torch.linalg.cholesky_ex(damped)
     del damped
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    upper, failed_again = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(failed) or int(failed_again):
+    if int(failed):
         raise UnusableInput("the inputs of a matrix vary too little to tell its columns apart: take a longer text")
-    return cast(Tensor, upper)
+    # Turned round it is the upper R of R R^T = moments, and U = 1 / R has U^T U = 1 / moments. Of the largest matrices
+    # there is room for three beside nothing else, so the inverse is made in the place of the identity.
+    factor = lower.flip(0, 1)
+    del lower
+    upper = torch.eye(len(factor), device=factor.device).mT
+    return cast(Tensor, torch.linalg.solve_triangular(factor, upper, upper=True, out=upper))
 
 
 def _round_block_(grid: Grid, block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:

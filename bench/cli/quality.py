@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from bench.options.verb_flags import QualityOptions
 from bench.result.console import ConsoleReporter
 from bench.result.quality import as_json, as_row, as_text, summed
+from bench.run.outputs import check_writable
 from bench.run.quality import compare_windows, options_of_both, read_text, windows_of
 from llama.inputs import open_inputs
 from wsm.disk.atomic import write_atomically
+from wsm.errors import UnusableInput
 
 
 def run_quality(options: QualityOptions, argv: Sequence[str]) -> int:
     """Print, and write where ``--out-json`` says."""
+    if options.out_json is not None:
+        given = options.text, options.manifest
+        check_writable({"--out-json": options.out_json}, given, options.checkpoints, options.reference)
     reporter = ConsoleReporter(quiet=options.output is not None, verbose=options.verbose, bars=not options.quiet)
     text = read_text(options.text, "--text")
     reference, model = options_of_both(options)
@@ -30,7 +35,10 @@ def run_quality(options: QualityOptions, argv: Sequence[str]) -> int:
     inputs.close()
     with reporter.bar(sum(len(window) - 1 for window in windows), "tok", "quality") as advance:
         found = summed(compare_windows(options, windows, reporter, advance), **facts)
-    if options.out_json is not None:
-        write_atomically(options.out_json, as_json(found) + "\n")
     print(as_row(found, options.output) if options.output else as_text(found))
+    if options.out_json is not None:
+        try:
+            write_atomically(options.out_json, as_json(found) + "\n")
+        except OSError as error:
+            raise UnusableInput(f"--out-json {options.out_json} cannot be written: {error.strerror}") from error
     return 0

@@ -115,23 +115,29 @@ def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result,
 
 def check_outputs(options: RunOptions) -> None:
     """Every file that will be written can be, and is none that is read or written for another purpose."""
-    outputs = [path for path in (options.out_json, options.trace) if path is not None]
-    read = [path for path in (options.manifest, options.prompts) if path is not None and path.exists()]
-    if options.checkpoints is not None and options.checkpoints.is_dir():
-        read += [path for path in options.checkpoints.iterdir() if path.is_file()]
-    for path in outputs:
+    outputs = {"--out-json": options.out_json} | ({"--trace": options.trace} if options.trace is not None else {})
+    check_writable(outputs, (options.manifest, options.prompts), options.checkpoints)
+    if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
+        raise UnusableInput(f"--out-json and --trace both name {options.out_json}: name two files")
+
+
+def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *checkpoints: Path | None) -> None:
+    """The files to write, by flag, can be, and are none of the ``given`` ones or of those in the ``checkpoints``."""
+    read = [path for path in given if path is not None and path.exists()]
+    for directory in checkpoints:
+        if directory is not None and directory.is_dir():
+            read += [path for path in directory.iterdir() if path.is_file()]
+    for flag, path in outputs.items():
         try:
             if path.exists() and not path.is_file():
                 raise OSError(errno.EINVAL, "it is no regular file")
             with tempfile.TemporaryFile(dir=path.absolute().parent):
                 pass
         except OSError as error:
-            said = f"{path} cannot be written ({error.strerror}); name another --out-json or --trace"
+            said = f"{path} cannot be written ({error.strerror}); name another {flag}"
             raise UnusableInput(said) from error
         if path.exists() and any(path.samefile(other) for other in read):
             raise UnusableInput(f"{path} is read by this run: name another file to write")
-    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
-        raise UnusableInput(f"--out-json and --trace both name {options.out_json}: name two files")
 
 
 def check_room(options: RunOptions, plan: Plan) -> None:

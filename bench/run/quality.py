@@ -69,13 +69,15 @@ def compare_windows(
         opened = [(build, open_inputs(build)) for build in options_of_both(options)]
         for _, inputs in opened:
             stack.callback(inputs.close)
-        budgets = _half_budgets(options, opened[0][1])
+        budgets, logits = _half_budgets(options, opened[0][1])
+        beside = int(budgets.get("gpu_mem_gb", 0) * GIB) + logits  # of the device: the other model's half, too
         models = []
         for build, inputs in opened:
             build = dataclasses.replace(build, **budgets)
             find_store(build, inputs, shape, reporter)
             plan = plan_run(build, inputs, shape)
-            models.append(stack.enter_context(LLaMA.assemble(inputs, plan, reporter, measured=False)))
+            llm = LLaMA.assemble(inputs, plan, reporter, measured=False, beside_bytes=beside)
+            models.append(stack.enter_context(llm))
         _check_alike(*models)
         for begin in range(0, len(windows), options.batch_size):
             some = windows[begin : begin + options.batch_size]
@@ -87,26 +89,27 @@ def compare_windows(
     return found
 
 
-def _half_budgets(options: QualityOptions, inputs: Inputs) -> dict[str, Any]:
-    """Half of the memory for each of the two models, in GiB, without what the logits of both take."""
+def _half_budgets(options: QualityOptions, inputs: Inputs) -> tuple[dict[str, Any], int]:
+    """Half of the memory for each of the two models, in GiB, without what the logits of both take; and those bytes."""
     hardware = measure_hardware(inputs.device)
     logits = 2 * options.batch_size * options.window * inputs.checkpoint.config.vocab_size * 4
     logits += 3 * POSITIONS_AT_ONCE * inputs.checkpoint.config.vocab_size * 4
-    given = {"gpu_mem_gb": hardware.gpu_available_bytes, "cpu_mem_gb": hardware.cpu_available_bytes}
+    available = {"gpu_mem_gb": hardware.gpu_available_bytes, "cpu_mem_gb": hardware.cpu_available_bytes}
     budgets = dict[str, Any]()
-    for name, free in given.items():
+    for name, free in available.items():
         asked = getattr(options, name)
-        if free is None and asked is None:
+        limits = [free] if free is not None else []
+        limits += [int(asked * GIB)] if asked is not None else []
+        if not limits:
             continue
-        here = name == ("gpu_mem_gb" if hardware.has_gpu else "cpu_mem_gb")
-        room = min(free or 0, int(asked * GIB)) if asked is not None else free or 0
+        here, room = name == ("gpu_mem_gb" if hardware.has_gpu else "cpu_mem_gb"), min(limits)
         budgets[name] = (room - logits * here) / 2 / GIB
         if budgets[name] <= 0:
             raise DoesNotFit(
                 f"the logits of {options.batch_size} windows take {logits / GIB:.2f} GiB, and there are "
                 f"{room / GIB:.2f}: lower --batch-size or --window"
             )
-    return budgets
+    return budgets, logits
 
 
 def _check_alike(reference: LLaMA, model: LLaMA) -> None:

@@ -138,6 +138,17 @@ def test_what_quantising_takes_is_allowed_beside_the_plan(
     assert 2**30 + 3 * moments < allowed[0] < 2**30 + 3 * moments + 2**23
 
 
+def test_both_models_of_quality_and_their_logits_are_allowed_what_was_asked(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[int] = []
+    monkeypatch.setattr("llama.llm.limit_device_memory", lambda device, nbytes, context: allowed.append(nbytes))
+    text = ["--text", str(home.parent / "text.txt"), "--window", str(WINDOW), "--windows", "1", "--mode", "full"]
+    assert main(["quality", "--checkpoints", str(home), *text, *CPU, "--gpu-mem-gb", "1"]) == 0
+    logits = 4 * 512 * (2 * WINDOW + 3 * 128)  # of the CPU's memory here
+    assert allowed == [pytest.approx(2**30 + logits, abs=2**20)] * 2
+
+
 def test_quality_is_that_of_plain_formulas(home: Path, tmp_path: Path) -> None:
     manifest = packed(home, tmp_path)
     found = quality_of(home, tmp_path, manifest)
@@ -174,6 +185,8 @@ def test_a_model_is_no_distance_from_itself(home: Path, tmp_path: Path, capsys: 
     ("words", "said"),
     [
         (["quality", "--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["quality", "--text", "{text}", "--out-json", "/nowhere/q.json"], "cannot be written (No such file"),
+        (["quality", "--text", "{text}", "--out-json", "{text}"], "is read by this run"),
         (["quality", "--text", "{text}", "--window", "100000"], "fewer than a window of 100000"),
         (
             ["pack", "--calibrate", "{text}", "--weight-format", "exact"],

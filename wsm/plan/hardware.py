@@ -123,11 +123,9 @@ def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
 
 
 def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
-    """Make torch fail beyond ``allowed_bytes`` and what it holds already: a large GPU stands in for a small one."""
+    """Make torch fail beyond ``allowed_bytes``: a large GPU stands in for a small one."""
     if device.type == "cuda" and allowed_bytes is not None:
         import torch
 
         _, total = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device)
-        fraction = (allowed_bytes - context_bytes + held) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, fraction)), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,8 @@ class Exact:
             raise StoreError(f"exact: an escape is at weight {int(at[-1])} of {weights}")
         if bool((planes["codes"][at // 2] >> (at % 2 * 4).byte() & WINDOW != WINDOW).any()):
             raise StoreError("exact: an escape is listed for a weight whose code is not the escape")
+        if (escaped := _count_escapes(planes["codes"])) != places.numel():
+            raise StoreError(f"exact: {escaped} codes are the escape, and {places.numel()} are listed")
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
         if (kernels := kernels_for(out)) is not None and out.numel() % 2 == 0 and out.data_ptr() % 4 == 0:
@@ -159,6 +162,12 @@ def _fill_(planes: Mapping[str, Tensor], bits: Tensor, base: int) -> None:
         counts.append(counted + torch.searchsorted(at, blocks * BLOCK_WEIGHTS))
         counted = listed.stop
     planes["counts"].copy_(torch.cat(counts))
+
+
+def _count_escapes(codes: Tensor) -> int:
+    """How many 4-bit codes are the escape."""
+    pairs = (codes[piece].numpy() for piece in pieces(codes.numel(), codes.device))  # it counts faster than torch
+    return sum(np.count_nonzero(pair >= WINDOW << 4) + np.count_nonzero(pair & WINDOW == WINDOW) for pair in pairs)
 
 
 def _escaped(counts: Tensor, places: Tensor) -> Tensor:

@@ -43,12 +43,14 @@ Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
 Aligned = Annotated[int, Meta(ge=0, multiple_of=TENSOR_ALIGNMENT)]
 Block = Annotated[int, Meta(ge=BLOCK, multiple_of=BLOCK)]
 Size = Annotated[int, Meta(ge=1)]
-Shape = tuple[Annotated[int, Meta(ge=0)], ...]
+Known = Annotated[str, Meta(max_length=32)]
+"""What a list has: long enough for its names, short enough to be shown."""
+Shape = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=2)]
 
 
 class _Plane(msgspec.Struct):
     name: Name
-    dtype: str
+    dtype: Known
     shape: Shape
     offset: Aligned
     nbytes: Annotated[int, Meta(ge=0)]
@@ -56,7 +58,7 @@ class _Plane(msgspec.Struct):
 
 class _Tensor(msgspec.Struct):
     name: Name
-    dtype: str
+    dtype: Known
     shape: Shape
     offset: Aligned
     nbytes: Size
@@ -84,8 +86,8 @@ class _Manifest(msgspec.Struct):
     store_id: Digest
     targets: Annotated[tuple[Name, ...], Meta(min_length=1)]
     block_size: int
-    dtype: str
-    weight_format: str
+    dtype: Known
+    weight_format: Known
     model: dict[str, Any]
     source: tuple[SourceFile, ...]
     globals: _Group
@@ -165,7 +167,8 @@ def describe_v3(
         where = f"{said}: {'globals' if group is None else f'group {group}'}"
         _check_entry(group, entry, manifest, where)
         specs = share.specs(group.kind if group else None)
-        layouts = [_layout(image, entry.nbytes, specs, dtype, weight_format, where) for image in entry.images]
+        in_format = weight_format if group is not None else None
+        layouts = [_layout(image, entry.nbytes, specs, dtype, in_format, where) for image in entry.images]
         extents = stripes(entry.nbytes, entry.offset + rank * entry.stride, count)
         named_rank = rank if manifest.tp > 1 else None
         groups[group] = StoredGroup(group, layouts[rank], extents, entry.images[rank].checksum, named_rank)
@@ -215,9 +218,17 @@ def _check_apart(entries: Sequence[_Group], tp: int, said: str) -> None:
 
 
 def _layout(
-    image: _Image, nbytes: int, specs: Sequence[TensorSpec], dtype: torch.dtype, weight_format: WeightFormat, where: str
+    image: _Image,
+    nbytes: int,
+    specs: Sequence[TensorSpec],
+    dtype: torch.dtype,
+    weight_format: WeightFormat | None,
+    where: str,
 ) -> GroupLayout:
-    """An image's layout, every tensor as the model has it, every part aligned, apart from the others and inside."""
+    """An image's layout, every tensor as the model has it, every part aligned, apart from the others and inside.
+
+    A ``weight_format`` of None: all are plain, as the globals are.
+    """
     found = [(tensor.name, tensor.shape) for tensor in image.tensors]
     if found != [(spec.name, spec.shape) for spec in specs]:
         raise UnusableInput(f"{where}: field tensors is {found!r:.80}, which the model's are not; {AGAIN}")
@@ -236,13 +247,13 @@ def _parts(tensors: Sequence[TensorLayout]) -> Iterator[TensorLayout | PlaneLayo
         yield from tensor.planes or (tensor,)
 
 
-def _tensor(tensor: _Tensor, dtype: torch.dtype, weight_format: WeightFormat, where: str) -> TensorLayout:
+def _tensor(tensor: _Tensor, dtype: torch.dtype, weight_format: WeightFormat | None, where: str) -> TensorLayout:
     if DTYPES.get(tensor.dtype) != dtype:
         raise UnusableInput(f"{where}: field dtype is {tensor.dtype!r:.20}, not {DTYPE_NAMES[dtype]}; {AGAIN}")
     if tensor.format is None:
         _check_size(tensor, dtype, where)
         return TensorLayout(tensor.name, dtype, tensor.shape, tensor.offset, tensor.nbytes)
-    if tensor.format != weight_format.name or len(tensor.shape) != 2 or not tensor.planes:
+    if weight_format is None or tensor.format != weight_format.name or len(tensor.shape) != 2 or not tensor.planes:
         raise UnusableInput(f"{where}: a {tensor.format!r:.20} of {len(tensor.planes)} planes cannot be here; {AGAIN}")
     planes = []
     for plane in tensor.planes:

@@ -116,6 +116,8 @@ def set_at(at: int, value: int) -> Callable[[Tensor], Tensor]:
         ("places", set_at(-1, BLOCK_WEIGHTS - 1), "is at weight"),
         ("places", lambda places: places - 1, "whose code is not the escape"),
         ("codes", lambda codes: codes * 0, "whose code is not the escape"),
+        ("codes", set_at(0, 15), "27 codes are the escape, and 26 are listed"),
+        ("codes", set_at(-1, 0xF0), "27 codes are the escape, and 26 are listed"),
         ("places", lambda places: places[:-1], "plane exponents"),
         ("exponents", lambda exponents: exponents[:-1], "plane exponents"),
         ("signs", lambda signs: signs[:-2], "plane signs"),

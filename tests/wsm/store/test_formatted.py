@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llama.names import Cut
 from tests.stores import CONFIG, aligned, tensor_of
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.formats import registry
-from wsm.layout.groups import BLOCK, Encoded, GroupId, planes_in, stored_views
+from wsm.layout.groups import BLOCK, Encoded, GroupId, InFormat, TensorSpec, image_layout, planes_in, stored_views
 from wsm.layout.model import Shard, SourceFile
 from wsm.store.layout import FORMATTED, Superblock, plan_store
 from wsm.store.manifest import manifest_digest
@@ -174,6 +175,22 @@ def _set(*path: Any, to: Any) -> Change:
     return change
 
 
+def encode_embedding(content: dict[str, Any]) -> None:
+    """All would be right with it, were it no global tensor."""
+    tensor = content["globals"]["images"][0]["tensors"][0]
+    rows, cols = tensor["shape"]
+    (layout,) = image_layout(
+        [TensorSpec("w", (rows, cols))],
+        torch.bfloat16,
+        {"w": InFormat("int4", registry.get("int4").least_planes((rows, cols), torch.bfloat16))},
+    ).tensors
+    tensor |= {"format": "int4", "offset": layout.offset, "nbytes": layout.nbytes}
+    tensor["planes"] = [
+        {**asdict(plane), "dtype": str(plane.dtype).removeprefix("torch."), "shape": list(plane.shape)}
+        for plane in layout.planes
+    ]
+
+
 W1 = ("groups", 3, "images", 0, "tensors", 1)
 DAMAGE: list[tuple[Change, str]] = [
     (_set("weight_format", to="int5"), "field weight_format: the weight format int5 is not known"),
@@ -199,6 +216,9 @@ DAMAGE: list[tuple[Change, str]] = [
     (_set(*W1, "planes", 0, "dtype", to="complex64"), "w1: plane values: field dtype"),
     (_set(*W1, "planes", 0, "name", to="codes"), "w1: its planes are not those of int4"),
     (_set(*W1, "planes", 1, "shape", to=[96, 0]), "w1: plane scales: field nbytes"),
+    (_set(*W1, "planes", 1, "shape", to=[1 << 62] * 2000), r"planes\[1\].shape: Expected `array` of length <= 2"),
+    (_set("weight_format", to="int4" * 1000), "field weight_format: Expected `str` of length <= 32"),
+    (lambda content: encode_embedding(content), "globals: tok_embeddings: a 'int4' of 3 planes cannot be here"),
 ]
 
 
@@ -269,6 +289,7 @@ def _reverse(planes: dict[str, Tensor]) -> None:
 BAD_PLANES = [
     ("exact", _fill("base", 250), "the window begins at exponent 250"),
     ("exact", _reverse, "out of order"),
+    ("exact", _fill("codes", 255), "codes are the escape, and"),
     ("exact", _fill("counts", 1), "do not rise"),
     ("exact", _fill("places", 65535, -1), "beyond|is at weight"),
     ("fp8", _fill("scales", float("nan"), 3), "NaN"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from queue import SimpleQueue
+from collections.abc import Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.llm import LLaMA
+from wsm import stop, threads
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 
@@ -33,15 +35,20 @@ class Calibration:
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._ready = SimpleQueue[tuple[GroupId, dict[str, Tensor]] | BaseException]()
         self._go_on = SimpleQueue[bool]()
+        self._over = False
         self._thread = Thread(target=self._prefill, name="wsm-calibrate", daemon=True)
 
-    def moments(self, group: GroupId) -> Mapping[str, Tensor]:
+    def moments(self, group: GroupId) -> dict[str, Tensor]:
         """Of every matrix of ``group``, by short name, on the compute device; to be asked for in pass order.
 
-        Raises what the prefill raised.
+        For the main thread: a wish to stop is heard. Raises what the prefill raised.
         """
         self._go_on.put(True)
-        came = self._ready.get()
+        while True:
+            stop.check()
+            with suppress(Empty):
+                came = self._ready.get(timeout=stop.LOOK_S)
+                break
         if isinstance(came, BaseException):
             raise came
         found, moments = came
@@ -50,14 +57,15 @@ class Calibration:
         return moments
 
     def __enter__(self) -> Calibration:
-        self._thread.start()
+        threads.start(self._thread)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over = True
         self._go_on.put(False)
-        self._thread.join()
+        threads.join([self._thread])
 
     # -- on the prefill's thread
 
@@ -78,6 +86,8 @@ class Calibration:
 
     def saw(self, group: GroupId, names: Sequence[str], x: Tensor) -> None:
         """Add the inputs ``x [n, cols]`` of a product."""
+        if self._over:
+            raise _Ended
         wide, cols, key = x.float(), x.shape[1], tuple(names)
         if key not in self._sums:
             self._sums[key] = wide.new_zeros((cols, cols) if self._feedback else cols)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench_infer import command_line as main
 from llama import LLaMA
 from llama.calibration import Calibration
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
+from wsm import stop
 from wsm.errors import UnusableInput
 from wsm.layout.groups import pass_order
 
@@ -90,6 +92,22 @@ def test_moments_are_asked_for_in_pass_order_and_an_early_end_leaves_no_thread(h
         ):
             calibration.moments(first)
         assert len(llm.generate([[1, 2, 3]], max_new_tokens=2, temperature=0).tokens[0]) == 2
+
+
+def test_a_wish_to_stop_ends_a_prefill_that_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLaMA.build(home, "full", {}, device="cpu", max_seq_len=24, max_batch_size=1) as llm:
+        first, *_ = pass_order(llm.config.n_layers)
+        calibration = Calibration(llm, [[1, 2, 3]], feedback=True)
+
+        def endless(*_: object, **__: object) -> None:
+            while True:
+                calibration.saw(first, ("wq",), torch.ones(1, 4))
+
+        monkeypatch.setattr(llm, "generate", endless)
+        stop.ask(2)
+        with pytest.raises(stop.Stopped), calibration:
+            calibration.moments(first)
+    assert "wsm-calibrate" not in {thread.name for thread in threading.enumerate()}
 
 
 def packed(home: Path, folder: Path, *more: str) -> Path:

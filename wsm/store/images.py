@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,8 +26,9 @@ from wsm.store.layout import StorePlan
 
 Encodings = dict[str, Mapping[str, Tensor]]
 """Planes by a matrix's short name; without those that stay plain."""
-Moments = Callable[[GroupId], Mapping[str, Tensor]]
-"""Of the inputs of a group's matrices, by short name: the importance of :meth:`WeightFormat.encode`; in pass order."""
+Moments = Callable[[GroupId], dict[str, Tensor]]
+"""Of the inputs of a group's matrices, by short name: the importance of :meth:`WeightFormat.encode`; in pass order,
+and waited for by the main thread."""
 
 
 def make_images(
@@ -41,8 +41,8 @@ def make_images(
 ) -> Future[list[GroupLayout]]:
     """Every rank's image of a group in a buffer of its own, all padded to the largest; in the end, their layouts.
 
-    A tensor is a thread's piece of work; with ``moments``, which take much memory, a whole group is. The gaps between
-    tensors are zero, so the same weights give the same bytes.
+    A tensor is a thread's piece of work; with ``moments``, which take much memory, one is encoded after the other. The
+    gaps between tensors are zero, so the same weights give the same bytes.
     """
     if group is None or plan.weight_format is None:
         layout = plan.layouts[group]
@@ -60,13 +60,13 @@ def make_images(
         for spec in filter(is_encoded, share.config.specs(group.kind))
     ]
     make = partial(_make_encoded, shares, group, plan, encodings, buffers)
-    return _then(readers.submit(encode if moments is None else [partial(_one_by_one, encode, moments, group)]), make)
-
-
-def _one_by_one(encode: Sequence[partial[None]], moments: Moments, group: GroupId) -> None:
-    found = moments(group)
+    if moments is None:
+        return _then(readers.submit(encode), make)
+    found, done = moments(group), None
     for each in encode:
-        each(found)
+        done = readers.submit([partial(each, found)], after=done)
+    assert done is not None
+    return _then(done, make)
 
 
 def _then(done: Future[None], result: Callable[[], list[GroupLayout]]) -> Future[list[GroupLayout]]:
@@ -91,10 +91,12 @@ def _encode(
     weight_format: WeightFormat,
     spec: TensorSpec,
     encodings: Encodings,
-    moments: Mapping[str, Tensor] = MappingProxyType({}),
+    moments: dict[str, Tensor] | None = None,
 ) -> None:
+    """The matrix's own ``moments`` are taken out: the thread that was here last would hold them."""
     name = source.config.full_name(group, spec.name)
-    planes = source.encode(name, spec.shape, dtype, weight_format, moments.get(spec.name))
+    importance = moments.pop(spec.name, None) if moments is not None else None
+    planes = source.encode(name, spec.shape, dtype, weight_format, importance)
     if planes is not None:
         encodings[spec.name] = {plane: values.cpu() for plane, values in planes.items()}
 

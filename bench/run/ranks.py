@@ -15,6 +15,7 @@ from bench.run.measure import Round, link_rates, median_round
 from bench.run.record import Progress, gpu_peak, result_of
 from llama.llm import LLaMA
 from llama.parallel.watch import RankFailed
+from wsm.threads import ThreadsStuck
 
 INTERRUPTED_LIMIT_S = 5.0
 """How long the other ranks' reports are waited for after Ctrl-C."""
@@ -28,7 +29,13 @@ def job_result(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     world = llm.inputs.world
     if got.interrupted:
         world.abandon()
-    llm.stop()
+    try:
+        llm.stop()
+    except ThreadsStuck as stuck:  # a drive or device answers no more: the run fails, and keeps what was finished
+        if world.shard.size > 1 and not got.interrupted:
+            raise
+        got.failure = got.failure or stuck
+        got.warnings.append(str(stuck))
     mine = median_round(got.rounds)
     theirs = _exchange(llm, str(mine), got)[0]
     got.chosen = min(int(theirs), len(got.rounds) - 1) if theirs is not None else mine

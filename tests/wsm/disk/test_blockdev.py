@@ -209,6 +209,12 @@ def test_a_swap_file_is_in_use(root: Path) -> None:
     assert why_file_busy(str(root / "swap file"), root=root) == f"{root}/swap file is in use as swap"
 
 
+def test_where_the_kernel_tells_no_swap_nothing_is_swap(root: Path) -> None:
+    (root / "proc/swaps").unlink()
+    (root / "a file").touch()
+    assert why_file_busy(str(root / "a file"), root=root) is None
+
+
 def test_a_second_loop_device_over_one_file_is_in_use(root: Path) -> None:
     (root / "disk.img").touch()
     attach(root, "loop0", str(root / "disk.img"))

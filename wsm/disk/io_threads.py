@@ -132,6 +132,11 @@ class IOThreads:
             self._dealt.put(None)
         life.join(self._workers)
 
+    def check(self) -> None:
+        """For a piece that takes long, between its parts: raises what :meth:`close` was called with."""
+        if self._closed is not None:
+            raise self._closed
+
     def __enter__(self) -> IOThreads:
         return self
 

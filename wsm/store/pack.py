@@ -160,7 +160,7 @@ def _write_groups(
         for number, (group, rank) in enumerate(images):
             image, made = coming
             stop.result(made)
-            written = out.submit(partial(_write_extent, files, image, to) for to in plan.extents(group, rank))
+            written = out.submit(partial(_write_extent, files, image, to, out) for to in plan.extents(group, rank))
             if number + 1 < len(images):
                 coming = make(number + 1)
             checksums[group].append(xxhash.xxh3_128_hexdigest(image))
@@ -182,8 +182,15 @@ def _make_image(
     return memoryview(image.numpy().data), made
 
 
-def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:
-    _write(files[extent.target], image[extent.slot_offset : extent.slot_offset + extent.nbytes], extent.offset)
+def _write_extent(files: Sequence[int], image: memoryview, extent: Extent, out: IOThreads) -> None:
+    """It may be gigabytes: no more of it is begun once ``out`` is closed, as the target will be."""
+
+    def write_some(file: int, data: Sequence[memoryview], offset: int) -> int:
+        out.check()
+        return os.pwritev(file, data, offset)
+
+    part = image[extent.slot_offset : extent.slot_offset + extent.nbytes]
+    transfer_fully(write_some, files[extent.target], part, extent.offset, _write_error)
 
 
 def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:

@@ -28,6 +28,7 @@ from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
 from wsm.store.layout import Extent, StorePlan, Superblock, plan_store
 from wsm.store.manifest import load_json, manifest_digest, new_manifest
+from wsm.threads import ThreadsStuck
 
 READERS = 4
 
@@ -75,6 +76,8 @@ def pack(
         _remove(request.manifest)
         try:
             _write_store(checkpoint, sources, request, plan, files, progress)
+        except ThreadsStuck:  # no superblock is there yet; to write to a drive that answers no more would never end
+            raise
         except BaseException:
             # It may come after the superblock, even after the manifest: take both back.
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -216,6 +217,25 @@ def test_a_stop_ends_a_long_write_at_its_next_system_call(tmp_path: Path, monkey
         pack_tiny(tmp_path)
     assert os.listdir(tmp_path) == []
     assert len(calls) < 12
+
+
+def test_a_drive_that_answers_no_more_is_not_written_to_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, answers, on_main = os.pwritev, threading.Event(), list[bool]()
+
+    def held_up(file: int, data: Any, offset: int) -> int:
+        on_main.append(threading.current_thread() is threading.main_thread())
+        if not on_main[-1]:
+            stop.ask(signal.SIGTERM)
+            answers.wait()
+        return real(file, data, offset)
+
+    monkeypatch.setattr(os, "pwritev", held_up)
+    monkeypatch.setattr(threads, "JOIN_S", 0.3)
+    with pytest.raises(threads.ThreadsStuck, match="wsm-pack-out-0 did not end"):
+        pack_tiny(tmp_path)
+    answers.set()
+    assert on_main == [True, False], "the old superblock, and the first group"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_manifest_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,20 @@ def test_memory_that_a_stuck_thread_may_write_to_is_not_freed(monkeypatch: pytes
     assert part.freed
 
 
+def test_a_close_that_ctrl_c_breaks_off_frees_nothing_under_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    part = Part(SharedState("the part"), Device())
+    part.begin(over.wait)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(threads, "join", lambda threads: signal.default_int_handler(signal.SIGINT, None))
+        with pytest.raises(KeyboardInterrupt):
+            part.close()
+    assert not part.freed
+    over.set()
+    part.close()
+    assert part.freed
+
+
 def test_ctrl_c_in_a_users_program_leaves_no_lock_taken() -> None:
     """KeyboardInterrupt as Python raises it: at any instruction of the waiting thread, hundreds of times."""
     state, over = SharedState("the part"), time.monotonic() + 1.0

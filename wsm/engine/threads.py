@@ -144,7 +144,8 @@ class Threaded(ABC):
         except threads.ThreadsStuck:
             raise
         except BaseException:
-            self._free_memory()
+            if not self._state.threads:  # else broken off while they were waited for: another close goes on
+                self._free_memory()
             raise
         self._free_memory()
 

@@ -47,10 +47,10 @@ def main() -> int:
         code = command_line(argv, user_set)
     except SystemExit as ended:  # --help
         code = int(ended.code or DONE)
-    if (why := streams.lost()) is not None:
+    if (why := streams.lost()) is not None and code == DONE:
         print(f"bench_infer.py: {why}", file=sys.stderr)
-        only_printed = argv[:1] in _PRINTING or not _ASKING.isdisjoint(argv)
-        code = code or (FAILED if only_printed else DONE)  # other results are in files, or are the exit code itself
+        if argv[:1] in _PRINTING or not _ASKING.isdisjoint(argv):  # other results are in files, or the code itself
+            code = FAILED
     return code
 
 

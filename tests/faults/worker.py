@@ -47,6 +47,7 @@ def main() -> None:
 
 def _with_streams(argv: Sequence[str], streams: Sequence[str]) -> tuple[int, str, str]:
     """Exit code and what was printed on the streams that are open."""
+    import bench.run.ranks  # noqa: F401 - torch, once for all copies
     from bench_infer import main as script
 
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:

@@ -50,7 +50,8 @@ ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
-    median = statistics.median(rates)
+    # On a machine that stood still a sample may be 0: it shows in the spread, but no rate to plan with is 0.
+    median = statistics.median(rate for rate in rates if rate > 0)
     return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
 
 
@@ -239,6 +240,7 @@ def _ssd_and_link(
     hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
     def keep_link_busy() -> None:
+        copies_s.append(_copies(device, slots, hosts, 8))  # at least one, however late this thread runs
         while not over.is_set():
             copies_s.append(_copies(device, slots, hosts, 8))
 
@@ -299,4 +301,5 @@ def _window_rates(chunks: Sequence[ChunkRead]) -> list[float]:
     first, last = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
     width = (last - first) / (SAMPLES + 2)
     edges = [first + window * width for window in range(1, SAMPLES + 2)]
-    return [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]
+    rates = [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]
+    return rates if any(rates) else [sum(chunk.nbytes for chunk in chunks) / (last - first) / 1e6]

@@ -291,7 +291,7 @@ class LLaMA:
     def stop(self) -> None:
         """Fetch nothing more: after this the telemetry is complete, and nothing can be generated.
 
-        Raises ThreadsStuck where a thread does not end; what was recorded until then is folded in all the same.
+        What goes wrong here is raised, and the telemetry is still as complete as it can be.
         """
         try:
             for part in (self.manager, self.kv_tiers):

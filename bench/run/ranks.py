@@ -15,7 +15,6 @@ from bench.run.measure import Round, link_rates, median_round
 from bench.run.record import Progress, gpu_peak, result_of
 from llama.llm import LLaMA
 from llama.parallel.watch import RankFailed
-from wsm.threads import ThreadsStuck
 
 INTERRUPTED_LIMIT_S = 5.0
 """How long the other ranks' reports are waited for after Ctrl-C."""
@@ -31,11 +30,11 @@ def job_result(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         world.abandon()
     try:
         llm.stop()
-    except ThreadsStuck as stuck:  # a drive or device answers no more: the run fails, and keeps what was finished
+    except Exception as error:  # a drive that hangs, say: the finished rounds are as good as they were
         if world.shard.size > 1 and not got.interrupted:
             raise
-        got.failure = got.failure or stuck
-        got.warnings.append(str(stuck))
+        got.failure = got.failure or error
+        got.warnings.append(f"the end of the run failed: {error}")
     mine = median_round(got.rounds)
     theirs = _exchange(llm, str(mine), got)[0]
     got.chosen = min(int(theirs), len(got.rounds) - 1) if theirs is not None else mine

@@ -142,6 +142,17 @@ def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
     assert "line 2" in refusal(written(tmp_path / name, '{"prompt": "a"}\nplain\n'))
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_that_is_cut_short_or_holds_no_prompts_is_never_taken_as_lines(
+    tmp_path: Path, indent: int | None
+) -> None:
+    entry = {"id": "a", "conversations": [{"from": "human", "value": "hello"}]}
+    whole = json.dumps([entry, entry], indent=indent)
+    assert "is damaged" in refusal(written(tmp_path / "share.txt", whole[:-20]))
+    other = json.dumps([{"instruction": "a", "output": "b"}], indent=indent)
+    assert "entry 1 holds no prompt" in refusal(written(tmp_path / "alpaca", other))
+
+
 def test_of_a_sharegpt_conversation_the_user_s_first_turn_is_taken(tmp_path: Path) -> None:
     talks = [
         [{"from": "human", "value": "one"}, {"from": "gpt", "value": "1"}, {"from": "human", "value": "two"}],

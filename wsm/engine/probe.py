@@ -50,7 +50,8 @@ ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
-    median = statistics.median(rates)
+    # Nothing moved in most of the samples: their mean keeps the ceiling finite, and the spread says what it is worth.
+    median = statistics.median(rates) or statistics.fmean(rates)
     return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
 
 
@@ -239,6 +240,7 @@ def _ssd_and_link(
     hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
     def keep_link_busy() -> None:
+        copies_s.append(_copies(device, slots, hosts, 8))  # one at least, however late this thread starts
         while not over.is_set():
             copies_s.append(_copies(device, slots, hosts, 8))
 
@@ -295,8 +297,12 @@ def _read_for(
 
 
 def _window_rates(chunks: Sequence[ChunkRead]) -> list[float]:
-    """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two."""
+    """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two.
+
+    Where all was read in those two, with a standstill between them, they count too.
+    """
     first, last = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
     width = (last - first) / (SAMPLES + 2)
-    edges = [first + window * width for window in range(1, SAMPLES + 2)]
-    return [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]
+    edges = [first + window * width for window in range(SAMPLES + 3)]
+    rates = [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]
+    return rates[1:-1] if any(rates[1:-1]) else rates

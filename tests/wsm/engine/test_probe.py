@@ -18,10 +18,11 @@ from llama.inputs import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
 from wsm.engine.device import Device
-from wsm.engine.probe import ON_CPU, probe_compute, probe_link, probe_ssd
+from wsm.engine.probe import ON_CPU, _ceiling, _window_rates, probe_compute, probe_link, probe_ssd
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
-from wsm.plan.time import Ceiling
+from wsm.plan.time import STEADY_PCT, Ceiling
+from wsm.store.source import ChunkRead
 
 GROUPS = [GroupId(layer, "attn") for layer in range(4)]
 
@@ -190,3 +191,14 @@ def test_ceilings_are_remembered_for_this_hardware_alone(tmp_path: Path, monkeyp
             machine.setattr(ceilings, name, other)
             assert recall_for(options, inputs) == {}
     assert recall_for(replace(options, staging_mb=32), inputs) == {}
+
+
+@pytest.mark.parametrize("starts", [(0.0, 6.9), (0.0, 1.2, 6.9)])
+def test_a_drive_that_stood_still_for_most_of_the_probe_has_a_ceiling_that_nobody_trusts(
+    starts: tuple[float, ...],
+) -> None:
+    rates = _window_rates([ChunkRead(10**6, start, start + 0.1) for start in starts])
+    ceiling = _ceiling(rates, "MBps", "")
+    assert ceiling.value > 0
+    assert ceiling.median > 0
+    assert ceiling.spread_pct > STEADY_PCT

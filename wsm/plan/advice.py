@@ -140,7 +140,8 @@ def _cells(step: Step) -> list[str]:
 def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None, *, told: bool = False) -> None:
     """Raises DoesNotFit unless the plan fits: what is short, the cheapest change of flags that fits, both budgets.
 
-    ``told``: the budgets were printed before, and are left out. What the change costs is predicted from this machine's rates, as far as they are known.
+    What the change costs is predicted from this machine's rates, as far as they are known. ``told``: the budgets are
+    printed beside this, and so left out.
     """
     if not plan.fits:
         tiers = (("GPU", plan.gpu_bytes, plan.gpu_budget_bytes), ("CPU", plan.cpu_bytes, plan.cpu_budget_bytes))

@@ -50,8 +50,8 @@ ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul
 
 
 def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
-    # Nothing moved in most of the samples: their mean keeps the ceiling finite, and the spread says what it is worth.
-    median = statistics.median(rates) or statistics.fmean(rates)
+    # On a machine that stood still a sample may be 0: it shows in the spread, but no rate to plan with is 0.
+    median = statistics.median(rate for rate in rates if rate > 0)
     return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
 
 
@@ -240,7 +240,7 @@ def _ssd_and_link(
     hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
 
     def keep_link_busy() -> None:
-        copies_s.append(_copies(device, slots, hosts, 8))  # one at least, however late this thread starts
+        copies_s.append(_copies(device, slots, hosts, 8))  # at least one, however late this thread runs
         while not over.is_set():
             copies_s.append(_copies(device, slots, hosts, 8))
 
@@ -297,12 +297,9 @@ def _read_for(
 
 
 def _window_rates(chunks: Sequence[ChunkRead]) -> list[float]:
-    """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two.
-
-    Where all was read in those two, with a standstill between them, they count too.
-    """
+    """MB/s in equal windows from the first chunk's start to the last one's end, without the outermost two."""
     first, last = min(chunk.start for chunk in chunks), max(chunk.end for chunk in chunks)
     width = (last - first) / (SAMPLES + 2)
-    edges = [first + window * width for window in range(SAMPLES + 3)]
+    edges = [first + window * width for window in range(1, SAMPLES + 2)]
     rates = [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]
-    return rates[1:-1] if any(rates[1:-1]) else rates
+    return rates if any(rates) else [sum(chunk.nbytes for chunk in chunks) / (last - first) / 1e6]

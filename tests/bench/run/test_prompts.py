@@ -238,7 +238,7 @@ LINES = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_character
 
 
 @given(st.lists(LINES.filter(str.strip), min_size=1))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_as_blocks_is_read_back(tmp_path: Path, texts: list[str]) -> None:
     headed = any(text.strip().startswith("=====") for text in texts)
     path = written(tmp_path / "p.txt", prompt_file(texts, 1))
@@ -267,6 +267,7 @@ def test_the_guides_prompt_of_2048_tokens_becomes_one_of_2016() -> None:
     assert len(row) == 2016
 
 
+@settings(deadline=None)
 @given(st.text(string.ascii_letters, max_size=40), st.integers(1, 50))
 def test_a_row_is_never_longer_than_allowed_and_always_begins_with_bos(text: str, most: int) -> None:
     tokenizer = ByteTokenizer(config_of(300))
@@ -293,6 +294,7 @@ def test_a_batch_is_planned_before_its_rows_are_made(
     assert "--batch-size" in capsys.readouterr().err
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 40))
 def test_the_planned_shape_is_that_of_the_filled_batch(lengths: list[int], batch: int) -> None:
     _, options = parse(["--batch-size", str(batch)])

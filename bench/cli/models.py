@@ -56,7 +56,7 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     ceilings = _rates(options, inputs, machine, plan)
     if options.output:
         print(json.dumps(significant(plan_json(plan, ceilings))))
-        check_fits(plan, ceilings)
+        check_fits(plan, ceilings, told=True)
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
         print(f"[INFO] {line}")
@@ -65,7 +65,7 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in (*inputs.warnings, *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
-    check_fits(plan, ceilings)
+    check_fits(plan, ceilings, told=True)
     return 0
 
 

@@ -128,6 +128,8 @@ def check_outputs(options: RunOptions) -> None:
     if options.checkpoints is not None and options.checkpoints.is_dir():
         read += [path for path in options.checkpoints.iterdir() if path.is_file()]
     for path in outputs:
+        if not path.absolute().parent.is_dir():
+            raise UnusableInput(f"{path} cannot be written: its directory does not exist; make it first")
         try:
             if path.exists() and not path.is_file():
                 raise OSError(errno.EINVAL, "it is no regular file")

@@ -400,6 +400,12 @@ def test_more_prompts_of_a_seed_begin_with_the_same_ones() -> None:
     assert list(make_prompts(tokenizer, 4, 50, 0))[:2] == list(make_prompts(tokenizer, 2, 50, 0))
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_made_prompts_are_json_in_a_file_of_that_name(tmp_path: Path, name: str) -> None:
+    assert main(["prompts", "--out", str(tmp_path / name), "--count", "3", "--tokens", "40"]) == 0
+    assert [len(prompt.encode()) for prompt in read_prompts(tmp_path / name)] == [40] * 3
+
+
 def test_the_verb_prompts_writes_a_file_that_a_run_can_read(tmp_path: Path) -> None:
     out = tmp_path / "p.txt"
     argv = ["prompts", "--out", str(out), "--count", "3", "--tokens", "40", "--cache-dir", str(tmp_path / "cache")]

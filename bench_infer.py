@@ -47,10 +47,10 @@ def main() -> int:
         code = command_line(argv, user_set)
     except SystemExit as ended:  # --help
         code = int(ended.code or DONE)
-    if (why := streams.lost()) is not None:
+    if (why := streams.lost()) is not None and code == DONE:
         print(f"bench_infer.py: {why}", file=sys.stderr)
-        only_printed = argv[:1] in _PRINTING or not _ASKING.isdisjoint(argv)
-        code = code or (FAILED if only_printed else DONE)  # other results are in files, or are the exit code itself
+        if argv[:1] in _PRINTING or not _ASKING.isdisjoint(argv):  # other results are in files, or the code itself
+            code = FAILED
     return code
 
 
@@ -134,10 +134,12 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         _measure(options, llm, got, reporter, job)
         with stop.held():  # a wish to stop comes too late to lose finished rounds
             result = job_result(options, llm, got)
-            failed = outputs.write_outputs(options, llm, got, result) if job.speaks else None
+            written = outputs.write_outputs(options, llm, got, result) if job.speaks else outputs.Written(None, None)
         if job.speaks:
-            outputs.print_result(reporter, options, result, got.stopped_by)
-        if (error := got.failure or failed) is not None:
+            outputs.print_result(reporter, options, result, written.result, got.stopped_by)
+        if got.failure is not None and written.failure is not None:
+            print(f"bench_infer.py: {written.failure}", file=sys.stderr)
+        if (error := got.failure or written.failure) is not None:
             raise error
     return DONE if got.stopped_by is None else signals.exit_code(got.stopped_by)
 

@@ -276,12 +276,17 @@ class LLaMA:
         return logits.view(len(tokens), lengths.pop(), -1)
 
     def stop(self) -> None:
-        """Fetch nothing more: after this the telemetry is complete, and nothing can be generated."""
-        for part in (self.manager, self.kv_tiers):
-            if part is not None:
-                part.stop()
-        self.device.synchronize()
-        self.telemetry.fold()
+        """Fetch nothing more: after this the telemetry is complete, and nothing can be generated.
+
+        What goes wrong here is raised, and the telemetry is still as complete as it can be.
+        """
+        try:
+            for part in (self.manager, self.kv_tiers):
+                if part is not None:
+                    part.stop()
+            self.device.synchronize()
+        finally:
+            self.telemetry.fold()
 
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import resource
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from wsm.errors import DoesNotFit
 
 JOIN_S = 30.0
 """For threads that were told to end: far more than a read or a copy takes that is under way."""
+_LOOK_S = 0.002
 _ROOM = 48 << 20
 """Address space that a new thread may need at once: a stack of 8 MiB, and for its first objects."""
 _LIMITS = (
@@ -23,6 +25,26 @@ _LIMITS = (
 
 class ThreadsStuck(RuntimeError):
     """Threads did not end in time. They may still use their memory and files, which nobody may free."""
+
+
+class Thread(threading.Thread):
+    """One that tells by itself when its work is over.
+
+    KeyboardInterrupt in Python's own ``join`` or ``is_alive`` takes a living thread for one that has ended (bpo-45274).
+    """
+
+    _over = False
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self._over = True
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started, and is over or gone."""
+        return self._over or (self.ident is not None and self.ident not in sys._current_frames())
 
 
 def limits() -> str:
@@ -47,14 +69,17 @@ def start(thread: threading.Thread) -> None:
         ) from error
 
 
-def join(threads: Sequence[threading.Thread], limit_s: float | None = None) -> None:
+def join(threads: Sequence[Thread], limit_s: float | None = None) -> None:
     """Wait until all that were started have ended; raises ThreadsStuck, naming them, after ``JOIN_S`` (or a limit)."""
     limit_s = JOIN_S if limit_s is None else limit_s
     until = time.monotonic() + limit_s
     started = [thread for thread in threads if thread.ident is not None]
     for thread in started:
-        thread.join(max(0.0, until - time.monotonic()))
-    if left := [thread.name for thread in started if thread.is_alive()]:
+        while not thread.has_ended and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+        if thread.has_ended:
+            thread.join(max(0.0, until - time.monotonic()))  # its last lines
+    if left := [thread.name for thread in started if not thread.has_ended]:
         raise ThreadsStuck(
             f"{', '.join(left)} did not end within {limit_s:g} s, held up by a drive or a device: see dmesg; "
             "their memory stays taken until this process ends"

@@ -124,7 +124,7 @@ def entries_of(folder: Path) -> list[Entry]:
 
 def run_cache(options: CacheOptions) -> int:
     """List, or clear after a question; what runs use stays."""
-    folder, names = options.cache_dir, options.words[1:]
+    folder, names = options.cache_dir.expanduser(), options.words[1:]
     entries = entries_of(folder)
     for name in names:
         if not any(fnmatchcase(entry.name, name) for entry in entries):

@@ -59,7 +59,7 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     formats = by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name)
     if options.output:
         print(json.dumps(significant(plan_json(plan, ceilings, formats))))
-        check_fits(plan, ceilings)
+        check_fits(plan, ceilings, told=True)
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
         print(f"[INFO] {line}")
@@ -69,7 +69,7 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in (*inputs.warnings, *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
-    check_fits(plan, ceilings)
+    check_fits(plan, ceilings, told=True)
     return 0
 
 

@@ -113,7 +113,7 @@ def _run_prompts(options: PromptsOptions) -> int:
             stop.check()
             texts.append(text)
             advance(1)
-    write_atomically(options.out, prompt_file(texts, options.tokens))
+    write_atomically(options.out, prompt_file(texts, options.tokens, options.out.suffix))
     print(f"[INFO] {options.count} prompts of {options.tokens} tokens in {options.out}")
     return 0
 

@@ -42,7 +42,7 @@ class Watch:
         self._gpu = Gpu(device) if device.type == "cuda" else None
         self._throttle_masks: list[int] = []
         self._over = threading.Event()
-        self._sampler = threading.Thread(target=self._look_at_clocks, name="clocks", daemon=True)
+        self._sampler = threads.Thread(target=self._look_at_clocks, name="clocks", daemon=True)
 
     def __enter__(self) -> Watch:
         if self._gpu is not None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -93,8 +94,17 @@ def explained(options: RunOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
         raise StoreError(f"{error} (a packed file in the cache: the next run packs it anew by itself)") from error
 
 
-def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result, stopped_by: int | None) -> None:
-    """A row or the summary, and where the JSON is; ``stopped_by`` is the signal that ended the run, if one did."""
+class Written(NamedTuple):
+    """Where the result is, None if nowhere, and a sentence on each file that could not be written."""
+
+    result: Path | None
+    failure: UnusableInput | None
+
+
+def print_result(
+    reporter: ConsoleReporter, options: RunOptions, result: Result, place: Path | None, stopped_by: int | None
+) -> None:
+    """A row or the summary, and at which ``place`` the JSON is; ``stopped_by`` is the signal that ended the run."""
     if options.output is not None:
         print(row(result, options.output, swept_flags(result.config.argv if options.output == "md" else None)))
         for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
@@ -103,10 +113,11 @@ def print_result(reporter: ConsoleReporter, options: RunOptions, result: Result,
         for number, text in enumerate(result.output.texts or ()):
             reporter.say(f"[TEXT {number:04d}] {text}")
         reporter.say(summary(result))
-        reporter.say(f"\n[INFO] the result, with all details, is in {options.out_json}")
-        reporter.say(f"详细 JSON 已保存到: {options.out_json}")
+        if place is not None:
+            reporter.say(f"\n[INFO] the result, with all details, is in {place}")
+            reporter.say(f"详细 JSON 已保存到: {place}")
     if stopped_by is not None:
-        done = f"{result.repeats.n} of {options.repeats} repeats are in {options.out_json}"
+        done = f"{result.repeats.n} of {options.repeats} repeats are {'lost' if place is None else f'in {place}'}"
         print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
 
 
@@ -128,6 +139,8 @@ def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *c
         if directory is not None and directory.is_dir():
             read += [path for path in directory.iterdir() if path.is_file()]
     for flag, path in outputs.items():
+        if not path.absolute().parent.is_dir():
+            raise UnusableInput(f"{path} cannot be written: its directory does not exist; make it first")
         try:
             if path.exists() and not path.is_file():
                 raise OSError(errno.EINVAL, "it is no regular file")
@@ -165,31 +178,32 @@ def check_room(options: RunOptions, plan: Plan) -> None:
                     ) from error
 
 
-def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> Exception | None:
-    """The result, and the timeline if one is asked for, each whatever became of the other; the error of the first lost.
+def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> Written:
+    """Write the result, and the timeline if one is asked for, each whatever became of the other.
 
     A result that has no room where it should be goes to the directory of temporary files: a run may have taken hours.
     """
-    failures = list[Exception]()
-    text = dump(result)
-    try:
-        write_atomically(options.out_json, text)
-    except OSError as error:
-        failures.append(_kept_elsewhere(options.out_json, text, error))
+    place, failures = _write_result(options.out_json, dump(result))
     if options.trace is not None:
         try:
             chosen = got.rounds[got.chosen]
             prefill, decode = (stretch.records or Records() for stretch in chosen.stretches)
             write_atomically(options.trace, chrome_trace(prefill + decode, chosen.windows) + "\n")
         except OSError as error:
-            failures.append(UnusableInput(f"--trace {options.trace}: {error.strerror}; {options.out_json} is written"))
-    return failures[0] if failures else None
+            failures.append(f"--trace {options.trace}: {error.strerror}")
+    if place == options.out_json and failures:
+        failures.append(f"{place} is written")
+    return Written(place, UnusableInput("; ".join(failures)) if failures else None)
 
 
-def _kept_elsewhere(path: Path, text: str, error: OSError) -> UnusableInput:
-    place = Path(tempfile.gettempdir()) / f"{path.stem}-{os.getpid()}.json"
-    try:
-        write_atomically(place, text)
-    except OSError:
-        return UnusableInput(f"--out-json {path}: {error.strerror}; the result is lost")
-    return UnusableInput(f"--out-json {path}: {error.strerror}; the result is in {place}")
+def _write_result(path: Path, text: str) -> tuple[Path | None, list[str]]:
+    """Where it is now, and what there is to say of it."""
+    elsewhere = Path(tempfile.gettempdir()) / f"{path.stem}-{os.getpid()}.json"
+    failures = list[str]()
+    for place in (path, elsewhere):
+        try:
+            write_atomically(place, text)
+            return place, [*failures, f"the result is in {place}"] if failures else []
+        except OSError as error:
+            failures = failures or [f"--out-json {path}: {error.strerror}"]
+    return None, [*failures, "the result is lost"]

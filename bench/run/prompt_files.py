@@ -14,6 +14,7 @@ from wsm.errors import UnusableInput
 MOST_BYTES = 1 << 30
 """Of a prompt file; the largest in common use, of ShareGPT, has 0.7 GB."""
 _HEADER = re.compile(r"^=====\s*PROMPT\b.*=====\s*$")
+_ARRAY = re.compile(rb'(?:\xef\xbb\xbf)?\s*\[\s*\{\s*"')
 _KEYS = ("prompt", "text", "conversations")
 _EXPECTED = 'a string, {"prompt": "…"}, {"text": "…"} or a conversation of ShareGPT is expected'
 _ASKING = ("human", "user")
@@ -22,10 +23,11 @@ _ASKING = ("human", "user")
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file, which the shell's ``<(command)`` may be too.
 
-    ``.json`` is one document: an array of entries or one entry. ``.jsonl`` and ``.ndjson`` hold an entry a line, and
-    any other file that is seen to be JSON is read as such. Else there are blocks under ``===== PROMPT … =====``
-    headers, or one prompt a line. Of a conversation the first turn of the user is taken; one without is passed over.
-    Raises UnusableInput if it is missing, no file, larger than 1 GiB, not UTF-8, or if an entry is empty or no prompt.
+    ``.json`` is one document, an array of entries or one entry; so is a file that begins as an array of objects.
+    ``.jsonl`` and ``.ndjson`` hold an entry a line, and any other file that is seen to be JSON is read as such. Else
+    there are blocks under ``===== PROMPT … =====`` headers, or one prompt a line. Of a conversation the first turn of
+    the user is taken; one without is passed over. Raises UnusableInput if the file is missing, no file, larger than
+    1 GiB, not UTF-8, or if an entry is empty or no prompt.
     """
     label = f"--prompts {path}"
     if not os.path.lexists(path):
@@ -52,7 +54,7 @@ def _json_entries(suffix: str, content: bytes, lines: Sequence[str], label: str)
     """Where each entry is, and what it holds; None if the file is no JSON by its name, nor by what is in it."""
     if suffix in (".jsonl", ".ndjson"):
         return _by_line(lines, label)
-    if suffix == ".json":
+    if suffix == ".json" or _ARRAY.match(content):
         return _of_document(content, label)
     first = next((line for line in lines if line.strip()), "")
     if not first.lstrip().startswith(("{", "[")):

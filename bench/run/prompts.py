@@ -117,6 +117,10 @@ def _exact_text(
     raise UnusableInput(f"no text of exactly {tokens} tokens was found with this tokenizer; try another --tokens")
 
 
-def prompt_file(texts: Sequence[str], tokens: int) -> str:
-    """The text of a prompt file: one headed block a prompt."""
+def prompt_file(texts: Sequence[str], tokens: int, kind: str = "") -> str:
+    """The text of a prompt file whose name ends in ``kind``: JSON for ``.jsonl`` and ``.json``, else headed blocks."""
+    if kind == ".jsonl":
+        return "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts)
+    if kind == ".json":
+        return json.dumps([{"prompt": text} for text in texts], ensure_ascii=False, indent=1) + "\n"
     return "".join(f"===== PROMPT {n:04d} | tokens={tokens} =====\n{text}\n\n" for n, text in enumerate(texts))

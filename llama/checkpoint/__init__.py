@@ -29,7 +29,9 @@ __all__ = [
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The checkpoint there: Meta's if it has params.json and shards, else Hugging Face's; UnusableInput for none."""
     if not directory.exists():
-        raise UnusableInput(f"--checkpoints {directory}: no such directory")
+        raise UnusableInput(
+            f"--checkpoints {directory}: no such directory; nothing is downloaded here, name one on this machine"
+        )
     if not directory.is_dir():
         refuse_gguf(directory)
         raise UnusableInput(

@@ -10,10 +10,12 @@ from tests.faults.prompts import Prompts
 from tests.faults.results import Results
 from tests.faults.runner import Family
 from tests.faults.stores import Stores
+from tests.faults.streams import Streams
 
 FAMILIES: Mapping[str, Callable[[Path], Family]] = {
     "stores": Stores,
     "checkpoints": Checkpoints,
     "results": Results,
     "prompts": Prompts,
+    "streams": Streams,
 }

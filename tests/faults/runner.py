@@ -37,6 +37,9 @@ class Step:
     check: Callable[[Ran], str | None] = lambda ran: None
     sentences: bool = False
     """Whether there may be several of them, as ``verify`` has one a group."""
+    codes: Sequence[int] = DOCUMENTED
+    streams: Sequence[str] = ()
+    """What standard input, output and error are, where the command has a process of its own: "open", or how broken."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, argv: Sequence[str]) -> Ran:
+    def run(self, argv: Sequence[str], streams: Sequence[str] = ()) -> Ran:
         if self._process is None:
             command = [sys.executable, "-m", "tests.faults.worker"]
             self._process = subprocess.Popen(
@@ -70,7 +73,7 @@ class Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdin.write(json.dumps(list(argv)) + "\n")
+        process.stdin.write(json.dumps([list(argv), list(streams)]) + "\n")
         process.stdin.flush()
         if not select.select([process.stdout], [], [], LIMIT_S)[0]:
             self.close()
@@ -96,9 +99,10 @@ def judged(step: Step, ran: Ran) -> str | None:
         return "hang"
     if "Traceback" in ran.err + ran.out:
         return "traceback"
-    if ran.code not in DOCUMENTED:
+    if ran.code not in step.codes:
         return f"exit {ran.code}"
-    if ran.code != 0 and (not said or (len(said) != 1 and not step.sentences)):
+    hears = not step.streams or step.streams[2] == "open"
+    if ran.code != 0 and hears and (not said or (len(said) != 1 and not step.sentences)):
         return f"{len(said)} sentences"
     return step.check(ran)
 
@@ -112,7 +116,7 @@ class Report:
 
     def table(self) -> str:
         """A row a family, in Markdown."""
-        columns = [*(f"exit {code}" for code in DOCUMENTED), "findings"]
+        columns = [*(f"exit {code}" for code in sorted({*DOCUMENTED, 1})), "findings"]
         rows = [["faults in", "faults", *columns], ["---"] * (len(columns) + 2)]
         for name, counts in [*self.outcomes.items(), ("all", sum(self.outcomes.values(), Counter()))]:
             rows.append([name, str(sum(counts.values())), *(str(counts[column]) for column in columns)])
@@ -147,7 +151,7 @@ def run_campaign(families: Mapping[str, Family], faults: int, seed: int, place: 
 def _outcome(worker: Worker, fault: Fault, named: str, findings: list[str]) -> str:
     outcome = ""
     for step in fault.steps:
-        ran = worker.run(step.argv)
+        ran = worker.run(step.argv, step.streams)
         if wrong := judged(step, ran):
             findings.append(f"{named}\n  {wrong}: {' '.join(step.argv)}\n  {ran.err.strip()[-1500:]}")
             return "findings"

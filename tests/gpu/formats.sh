@@ -74,3 +74,20 @@ calibrate() { # the speed of quantising that looks at the inputs
 for part in "${@:-int4_80}"; do
   $part
 done
+"$python" - "$out" <<'PYTHON'
+"""A line for each result: what a pass took, against its floor, and memory against the plan."""
+import json, pathlib, sys
+
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
+    r = json.loads(path.read_text())
+    prefill, decode = r["phases"]["prefill"], r["phases"]["decode"]
+    memory, plan = r["memory"], r["plan"]
+    gpu = (memory["gpu_peak_reserved_bytes"] + memory["gpu_context_bytes"]) / 2**30
+    print(
+        f"{path.stem}: {r['output']['sha256'][:8]} prefill {prefill['wall_ms']} ms, {prefill['roofline_pct']} % of floor "
+        f"({prefill['bound_by']}); a pass {r['tpot_ms']['mean']} ms (p50 {r['tpot_ms']['p50']}), {decode['roofline_pct']} % "
+        f"({decode['bound_by']}), floor {decode['floor_ms']} of {decode['wall_ms']}; {r['decode_tok_s']} tok/s; GPU {gpu:.2f} "
+        f"of {plan['gpu_bytes'] / 2**30:.2f} GiB planned; page-locked {memory['cpu_page_locked_bytes'] / 1e9:.3f} GB, planned "
+        f"{plan['cpu_page_locked_bytes'] / 1e9:.3f}; ssd {decode['bytes'].get('ssd_read')} busy {decode['busy_ms'].get('ssd')}"
+    )
+PYTHON

@@ -16,6 +16,7 @@ from bench_infer import command_line as main
 from tests.stores import flip
 from tests.whole.test_cli import sentence
 from wsm.layout.groups import BLOCK
+from wsm.store.packed_store import PackedStore
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = ["--device", "cpu", "--no-probe", "--ignore-eos", "--temperature", 0]
@@ -84,6 +85,26 @@ def test_a_round_that_fails_loses_none_of_those_before_it(
     result = json.loads(out.read_text())
     assert (result["interrupted"], result["repeats"]["n"]) == (True, 2)
     assert any("round 3 failed" in warning for warning in result["warnings"])
+
+
+def test_what_hangs_at_the_end_loses_no_finished_round(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PackedStore.close
+
+    def hang(store: PackedStore) -> None:
+        real(store)
+        raise RuntimeError("wsm-io-0 did not end within 30 s")
+
+    monkeypatch.setattr(PackedStore, "close", hang)
+    out = tmp_path / "r.json"
+    code, said, err = run(*BUILT_IN, "--cache-dir", tmp_path / "cache", "--out-json", out, "--repeats", 2)
+    assert (code, sentence(err)) == (1, "bench_infer.py: wsm-io-0 did not end within 30 s\n")
+    assert f"is in {out}" in said
+    result = json.loads(out.read_text())
+    assert result["repeats"]["n"] == 2
+    assert result["phases"]["decode"]["bytes_moved"]["ssd_read"] > 0
+    assert "the end of the run failed: wsm-io-0 did not end within 30 s" in result["warnings"]
 
 
 def test_a_store_that_is_packed_anew_under_a_run_is_exit_4_also_where_only_first_reads_are_checked(

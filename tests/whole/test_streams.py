@@ -89,9 +89,25 @@ def test_a_result_without_room_is_kept_elsewhere_and_its_timeline_is_written(
     argv = ["--checkpoints", str(model), *RUN, "--out-json", str(out), "--trace", str(trace)]
     assert command_line([*argv, "--cache-dir", str(tmp_path)]) == 2
     [kept] = elsewhere.iterdir()
-    assert f"--out-json {out}: No space left on device; the result is in {kept}" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.err == f"bench_infer.py: --out-json {out}: No space left on device; the result is in {kept}\n"
+    assert f"all details, is in {kept}" in said.out
+    assert str(out) not in said.out
     assert json.loads(kept.read_text())["repeats"]["n"] == 1
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_where_nothing_can_be_written_nothing_is_said_to_be(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, "r.json", f"r-{os.getpid()}.json", "t.json")
+    out, trace = tmp_path / "r.json", tmp_path / "t.json"
+    argv = ["--checkpoints", str(model), *RUN, "--out-json", str(out), "--trace", str(trace)]
+    assert command_line([*argv, "--cache-dir", str(tmp_path)]) == 2
+    said, full = capsys.readouterr(), "No space left on device"
+    assert said.err == f"bench_infer.py: --out-json {out}: {full}; the result is lost; --trace {trace}: {full}\n"
+    assert "all details" not in said.out
+    assert "e2e_ms" in said.out
 
 
 def test_before_a_run_the_room_for_its_outputs_is_tried(

@@ -28,12 +28,31 @@ def test_a_thread_without_room_names_the_limits(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_join_has_a_limit_and_names_who_did_not_end() -> None:
     over = threading.Event()
-    held_up = threading.Thread(target=over.wait, name="wsm-io-3", daemon=True)
+    held_up = threads.Thread(target=over.wait, name="wsm-io-3", daemon=True)
     threads.start(held_up)
     with pytest.raises(threads.ThreadsStuck, match=r"wsm-io-3 did not end within 0\.05 s"):
-        threads.join([held_up, threading.Thread(name="never started")], 0.05)
+        threads.join([held_up, threads.Thread(name="never started")], 0.05)
     over.set()
     threads.join([held_up])
+
+
+def test_ctrl_c_in_a_users_join_takes_no_living_thread_for_ended() -> None:
+    over = threading.Event()
+    held_up = threads.Thread(target=over.wait, name="wsm-io-3", daemon=True)
+    threads.start(held_up)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            threads.join([held_up])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(threads.ThreadsStuck):
+        threads.join([held_up], 0.05)
+    over.set()
+    threads.join([held_up])
+    assert not held_up.is_alive()
 
 
 def test_a_wait_for_a_future_hears_a_wish() -> None:
@@ -71,6 +90,20 @@ def test_memory_that_a_stuck_thread_may_write_to_is_not_freed(monkeypatch: pytes
     part.begin(over.wait)
     with pytest.raises(threads.ThreadsStuck):
         part.close()
+    assert not part.freed
+    over.set()
+    part.close()
+    assert part.freed
+
+
+def test_a_close_that_ctrl_c_breaks_off_frees_nothing_under_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    part = Part(SharedState("the part"), Device())
+    part.begin(over.wait)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(threads, "join", lambda threads: signal.default_int_handler(signal.SIGINT, None))
+        with pytest.raises(KeyboardInterrupt):
+            part.close()
     assert not part.freed
     over.set()
     part.close()

@@ -66,7 +66,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+            os.replace(beside, path)  # while it is locked: once closed it would pass for left behind
         sync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):

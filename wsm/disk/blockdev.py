@@ -55,6 +55,10 @@ def unusable_target(target: str, error: OSError) -> UnusableInput:
         group = grp.getgrgid(status.st_gid).gr_name
     except KeyError:
         group = str(status.st_gid)
+    if status.st_gid == 0 or os.geteuid() == 0:  # nobody joins root's group for a drive, and root gains nothing by any
+        return UnusableInput(
+            f"no permission on {target}: it is for root outside a container; run with sudo there, or name another place"
+        )
     return UnusableInput(
         f"no permission on {target}: it belongs to group {group}; run `sudo usermod -aG {group} $USER` and log in again"
     )

@@ -78,10 +78,10 @@ class IOThreads:
         self._dealt = SimpleQueue[tuple[_Job, Piece] | None]()
         self._lock = threading.Lock()
         self._closed: BaseException | None = None
-        self._workers: list[threading.Thread] = []
+        self._workers: list[life.Thread] = []
         try:
             for number in range(threads):
-                worker = threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
+                worker = life.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
                 self._workers.append(worker)  # first: an interrupted start may leave it running
                 life.start(worker)
         except BaseException as error:
@@ -131,6 +131,11 @@ class IOThreads:
         for _ in self._workers:  # at every call: the one before may have been broken off
             self._dealt.put(None)
         life.join(self._workers)
+
+    def check(self) -> None:
+        """For a piece that takes long, between its parts: raises what :meth:`close` was called with."""
+        if self._closed is not None:
+            raise self._closed
 
     def __enter__(self) -> IOThreads:
         return self

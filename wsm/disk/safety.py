@@ -88,6 +88,8 @@ def _used(numbers: dict[str, str], root: Path) -> str | None:
 
 
 def _swaps(root: Path) -> Iterator[str]:
+    if not (root / "proc/swaps").exists():  # a kernel without swap
+        return
     for line in (root / "proc/swaps").read_text().splitlines()[1:]:
         yield _unescaped(line.split()[0])
 

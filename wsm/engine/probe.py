@@ -302,4 +302,6 @@ def _window_rates(chunks: Sequence[ChunkRead]) -> list[float]:
     width = (last - first) / (SAMPLES + 2)
     edges = [first + window * width for window in range(1, SAMPLES + 2)]
     rates = [moved_bytes(chunks, window) / width / 1e6 for window in itertools.pairwise(edges)]
-    return rates if any(rates) else [sum(chunk.nbytes for chunk in chunks) / (last - first) / 1e6]
+    if any(rates):
+        return rates
+    return [0.0, sum(chunk.nbytes for chunk in chunks) / (last - first) / 1e6]  # 0 too: it is no steady rate

@@ -29,7 +29,7 @@ class SharedState:
         self._lock = threading.RLock()
         self._bells: list[SimpleQueue[None]] = []
         self._name = name
-        self.threads: list[threading.Thread] = []
+        self.threads: list[threads.Thread] = []
         self._failure: BaseException | None = None
         self.closing = False
 
@@ -59,6 +59,7 @@ class SharedState:
                 claimed = claim()
                 if claimed is not None:
                     return claimed
+                self._raise_where_one_is_gone()
                 self._bells.append(bell)
             self._sleep(bell)
 
@@ -69,8 +70,10 @@ class SharedState:
             raise RuntimeError(f"a thread of {self._name} failed: {cause!r}") from cause
         if self.closing:
             raise RuntimeError(f"closed: {self._name}")
+
+    def _raise_where_one_is_gone(self) -> None:
         for thread in self.threads:
-            if thread.ident is not None and not thread.is_alive():
+            if thread.has_ended:
                 raise RuntimeError(f"the thread {thread.name} of {self._name} is gone: nothing more will come")
 
     def next(self, claim: Callable[[], T | None], *, to_the_end: bool = False) -> T | None:
@@ -113,7 +116,7 @@ class Threaded(ABC):
     def _begin(self, works: Mapping[str, Callable[[], None]]) -> None:
         """Start a thread of each name."""
         for name, work in works.items():
-            thread = threading.Thread(target=self._guard, args=(self.device.enter_thread, work), name=name, daemon=True)
+            thread = threads.Thread(target=self._guard, args=(self.device.enter_thread, work), name=name, daemon=True)
             self._state.threads.append(thread)  # first: an interrupted start may leave it running
             threads.start(thread)
 
@@ -141,7 +144,8 @@ class Threaded(ABC):
         except threads.ThreadsStuck:
             raise
         except BaseException:
-            self._free_memory()
+            if not self._state.threads:  # else broken off while they were waited for: another close goes on
+                self._free_memory()
             raise
         self._free_memory()
 

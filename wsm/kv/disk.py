@@ -10,6 +10,7 @@ from functools import partial
 from itertools import accumulate, product
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
@@ -240,8 +241,8 @@ class KVDevice:
     def _write(self, image: memoryview, offset: int) -> None:
         first, sums = offset // self._unit, self._checks.timed(len(image), partial(self._sums_of, image))
         self._sums[first : first + len(sums)] = 0  # until all of it is there
-        self._move(image, BLOCK + offset, writing=True)
         self._seen_right[first : first + len(sums)] = False
+        self._move(image, BLOCK + offset, writing=True)
         self._sums[first : first + len(sums)] = sums
 
     def _read(self, image: memoryview, offset: int) -> None:
@@ -260,10 +261,11 @@ class KVDevice:
             )
         self._seen_right[units] = True
 
-    def _sums_of(self, image: memoryview) -> list[int]:
-        """Of each unit; never 0."""
+    def _sums_of(self, image: memoryview) -> npt.NDArray[np.uint64]:
+        """Of each unit; never 0. As an array: a list would be compared as floats, of which 53 bits count."""
         parts = range(0, len(image), self._unit)
-        return [xxhash.xxh3_64_intdigest(image[start : start + self._unit]) or 1 for start in parts]
+        sums = (xxhash.xxh3_64_intdigest(image[start : start + self._unit]) or 1 for start in parts)
+        return np.fromiter(sums, np.uint64, len(parts))
 
     def _move(self, image: memoryview, offset: int, *, writing: bool) -> None:
         transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")

@@ -136,10 +136,11 @@ def _cells(step: Step) -> list[str]:
     return [step.flag, pass_ms, token_ms, *moved, *held, "" if step.after.fits else "does not fit"]
 
 
-def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> None:
+def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None, *, told: bool = False) -> None:
     """Raises DoesNotFit unless the plan fits: what is short, the cheapest change of flags that fits, both budgets.
 
-    What the change costs is predicted from this machine's rates, as far as they are known.
+    What the change costs is predicted from this machine's rates, as far as they are known. ``told``: the budgets are
+    printed beside this, and so left out.
     """
     if not plan.fits:
         tiers = (("GPU", plan.gpu_bytes, plan.gpu_budget_bytes), ("CPU", plan.cpu_bytes, plan.cpu_budget_bytes))
@@ -149,7 +150,8 @@ def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> Non
             if budget is not None and needed > budget
         ]
         sentence = f"the run does not fit: {', and '.join(short)}"
-        raise DoesNotFit(_explained(sentence, plan, smallest_change(plan.inputs, ceilings), ceilings or {}))
+        fitting = smallest_change(plan.inputs, ceilings)
+        raise DoesNotFit(_explained(sentence, plan, fitting, ceilings or {}, told=told))
 
 
 def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotFit:
@@ -168,11 +170,13 @@ def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotF
     return DoesNotFit(_explained(sentence, plan, fitting, ceilings))
 
 
-def _explained(sentence: str, plan: Plan, fitting: PlanInputs | None, ceilings: Mapping[str, Ceiling]) -> str:
+def _explained(
+    sentence: str, plan: Plan, fitting: PlanInputs | None, ceilings: Mapping[str, Ceiling], *, told: bool = False
+) -> str:
     lines = [f"{sentence}; {_advice(plan.inputs, fitting)}"]
     if fitting is not None:
         lines.append(cost_of(plan, make_plan(fitting), ceilings))
-    return "\n".join([*lines, budget_text(plan)])
+    return "\n".join(lines if told else [*lines, budget_text(plan)])
 
 
 def _gib(nbytes: int) -> str:

@@ -39,6 +39,7 @@ from wsm.store.layout import (
     stripes,
 )
 from wsm.store.manifest import load_json, manifest_digest, new_manifest
+from wsm.threads import ThreadsStuck
 
 READERS = 4
 
@@ -98,6 +99,8 @@ def pack(
         _remove(request.manifest)
         try:
             _write_store(checkpoint, sources, request, plan, files, progress)
+        except ThreadsStuck:  # no superblock is there yet; to write to a drive that answers no more would never end
+            raise
         except BaseException:
             # It may come after the superblock, even after the manifest: take both back.
             with contextlib.suppress(OSError):
@@ -194,7 +197,7 @@ def _write_groups(
             for rank, buffer in enumerate(buffers[number % 2]):
                 image = memoryview(buffer[:nbytes].numpy().data)
                 extents = stripes(nbytes, offset + rank * stride_of(nbytes, plan.targets), plan.targets)
-                moved = out.submit(partial(_write_extent, files, image, extent) for extent in extents)
+                moved = out.submit(partial(_write_extent, files, image, extent, out) for extent in extents)
                 checksums.append(xxhash.xxh3_128_hexdigest(image))
                 stop.result(moved)
                 progress(plan.layouts[group].nbytes)
@@ -203,8 +206,15 @@ def _write_groups(
     return written
 
 
-def _write_extent(files: Sequence[int], image: memoryview, extent: Extent) -> None:
-    _write(files[extent.target], image[extent.slot_offset : extent.slot_offset + extent.nbytes], extent.offset)
+def _write_extent(files: Sequence[int], image: memoryview, extent: Extent, out: IOThreads) -> None:
+    """It may be gigabytes: no more of it is begun once ``out`` is closed, as the target will be."""
+
+    def write_some(file: int, data: Sequence[memoryview], offset: int) -> int:
+        out.check()
+        return os.pwritev(file, data, offset)
+
+    part = image[extent.slot_offset : extent.slot_offset + extent.nbytes]
+    transfer_fully(write_some, files[extent.target], part, extent.offset, _write_error)
 
 
 def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:

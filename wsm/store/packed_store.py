@@ -119,6 +119,8 @@ class PackedStore:
         buffer = mmap.mmap(-1, round_up(offset + nbytes, CHUNK_UNIT) - low)
         try:
             got = os.preadv(self._files[target], [buffer], low)
+            if self._files[target] in self._buffered:  # of a network's file the cache may keep what was there before
+                os.posix_fadvise(self._files[target], low, len(buffer), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise StoreError(
                 f"{self.description.targets[target]} at byte {low}: read error: {error.strerror}; check the drive"

@@ -143,3 +143,13 @@ def test_a_damaged_manifest_in_the_cache_is_packed_anew(cache: Path, content: by
     found = cached_store(checkpoint(), torch.bfloat16, cache, say=packed.append, progress=lambda total: lambda n: None)
     assert len(packed) == 1
     assert found.path == store_of(cache).with_suffix(".json")
+
+
+def test_without_a_flag_it_lists_the_directory_that_runs_fill(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache.parent / ".cache").mkdir()
+    cache.rename(cache.parent / ".cache" / "wsm-bench")
+    monkeypatch.setenv("HOME", str(cache.parent))
+    assert main(["cache", "list"]) == 0
+    assert "builtin-v1" in capsys.readouterr().out

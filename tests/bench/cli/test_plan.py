@@ -120,6 +120,14 @@ def test_where_the_drive_is_not_known_it_is_asked_for(tmp_path: Path, capsys: py
     assert "decode: predicted" not in said
 
 
+def test_a_plan_that_does_not_fit_shows_its_budgets_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--machine", "RTX 4090", "--cpu-mem-gb", "32"]
+    assert main(argv) == 3
+    said = capsys.readouterr()
+    assert "the budget is 32.00 GiB; it fits with --cpu-cache-layers" in said.err
+    assert (said.out.count("  budget "), said.err.count("  budget ")) == (2, 0)
+
+
 def test_the_docs_have_the_table_as_it_is() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "TUNING.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 7}

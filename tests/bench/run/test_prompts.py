@@ -142,6 +142,17 @@ def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
     assert "line 2" in refusal(written(tmp_path / name, '{"prompt": "a"}\nplain\n'))
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_that_is_cut_short_or_holds_no_prompts_is_never_taken_as_lines(
+    tmp_path: Path, indent: int | None
+) -> None:
+    entry = {"id": "a", "conversations": [{"from": "human", "value": "hello"}]}
+    whole = json.dumps([entry, entry], indent=indent)
+    assert "is damaged" in refusal(written(tmp_path / "share.txt", whole[:-20]))
+    other = json.dumps([{"instruction": "a", "output": "b"}], indent=indent)
+    assert "entry 1 holds no prompt" in refusal(written(tmp_path / "alpaca", other))
+
+
 def test_of_a_sharegpt_conversation_the_user_s_first_turn_is_taken(tmp_path: Path) -> None:
     talks = [
         [{"from": "human", "value": "one"}, {"from": "gpt", "value": "1"}, {"from": "human", "value": "two"}],
@@ -387,6 +398,12 @@ def test_a_long_prompt_is_made_with_few_encodings(tmp_path: Path) -> None:
 def test_more_prompts_of_a_seed_begin_with_the_same_ones() -> None:
     tokenizer = ByteTokenizer(config_of(300))
     assert list(make_prompts(tokenizer, 4, 50, 0))[:2] == list(make_prompts(tokenizer, 2, 50, 0))
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_made_prompts_are_json_in_a_file_of_that_name(tmp_path: Path, name: str) -> None:
+    assert main(["prompts", "--out", str(tmp_path / name), "--count", "3", "--tokens", "40"]) == 0
+    assert [len(prompt.encode()) for prompt in read_prompts(tmp_path / name)] == [40] * 3
 
 
 def test_the_verb_prompts_writes_a_file_that_a_run_can_read(tmp_path: Path) -> None:

@@ -272,3 +272,10 @@ def test_a_device_that_runs_out_in_the_run_is_exit_3_with_budget_and_advice(
     assert "cost" in cost
     assert any("weights resident, 2 layers" in line for line in budget)
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_result_in_a_directory_that_is_not_there_is_refused_with_the_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out-json", str(tmp_path / "new" / "r.json")]) == 2
+    assert "its directory does not exist; make it first" in capsys.readouterr().err

@@ -75,3 +75,18 @@ def test_a_temporary_file_that_is_removed_before_it_is_locked_is_made_again(
     write_atomically(tmp_path / "m.json", "whole")
     assert (tmp_path / "m.json").read_text() == "whole"
     assert len(removed) == 1
+
+
+def test_another_writer_takes_no_temporary_file_away_that_is_whole_and_not_renamed_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was closed before its rename has no lock any more: it would pass for left behind."""
+    path, real = tmp_path / "m.json", os.replace
+
+    def raced(source: Path, target: Path) -> None:
+        atomic.remove_left_behind(path)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", raced)
+    write_atomically(path, "whole")
+    assert path.read_text() == "whole"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,7 +178,13 @@ def test_use_is_refused_before_a_signature_is_looked_for(root: Path, monkeypatch
 def test_no_permission_names_the_group_that_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(blockdev, "is_block_device", lambda path: True)
     denied = OSError(errno.EACCES, "Permission denied")
-    assert "belongs to group root; run `sudo usermod -aG root $USER`" in str(unusable_target("/dev/null", denied))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    owner = SimpleNamespace(st_gid=os.getgid() or 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda path: owner)
+        assert "run `sudo usermod -aG " in str(unusable_target("/dev/sda", denied))
+        owner.st_gid = 0
+        assert "usermod" not in str(unusable_target("/dev/sda", denied))
     monkeypatch.setattr(blockdev, "is_block_device", lambda path: False)
     assert "change its mode" in str(unusable_target(str(tmp_path), denied))
 
@@ -207,6 +214,12 @@ def test_a_swap_file_is_in_use(root: Path) -> None:
     with (root / "proc/swaps").open("a") as file:
         file.write(f"{root}/swap\\040file file 8388604 0 -2\n")
     assert why_file_busy(str(root / "swap file"), root=root) == f"{root}/swap file is in use as swap"
+
+
+def test_where_the_kernel_tells_no_swap_nothing_is_swap(root: Path) -> None:
+    (root / "proc/swaps").unlink()
+    (root / "a file").touch()
+    assert why_file_busy(str(root / "a file"), root=root) is None
 
 
 def test_a_second_loop_device_over_one_file_is_in_use(root: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_machine_that_stood_still_between_two_reads_gives_no_rate_of_0(pause_s
     rates = _window_rates(chunks)
     ceiling = _ceiling(rates, "MBps", "read")
     assert ceiling.value >= ceiling.median > 0
+    assert ceiling.spread_pct >= 100 * pause_s
     some = _ceiling([0.0, 0.0, 0.0, 100.0, 50.0], "MBps", "read")
     assert (some.value, some.median) == (100.0, 75.0)
     assert some.spread_pct > 100

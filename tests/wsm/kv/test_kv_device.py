@@ -316,6 +316,29 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
 # -- checksums
 
 
+def test_all_64_bits_of_a_checksum_are_compared(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's integers of both sides of 2**63 would become floats, which tell only 53 bits apart."""
+    sums = iter([5, 2**64 - 1, 5, 2**64 - 3])
+    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda image: next(sums))
+    device = KVDevice(path, 2 * BLOCK, weights=[])
+    device._n_threads = 1
+    assert outcome(device.write, 0, aligned(2 * BLOCK).zero_()) is None
+    assert isinstance(outcome(device.read, 0, aligned(2 * BLOCK)), KVDeviceError)
+    device.close()
+
+
+def test_a_unit_that_was_right_and_could_not_be_written_again_is_not_read(path: str) -> None:
+    def answer(number: int, offset: int, nbytes: int) -> int:
+        return failing(errno.EIO)(number, offset, nbytes) if number else nbytes
+
+    device = KVDevice(path, BLOCK, weights=[], verify="first", pwrite=FakeDrive(os.pwritev, answer))
+    assert outcome(device.write, 0, random_bytes(BLOCK)) is None
+    assert outcome(device.read, 0, aligned(BLOCK)) is None
+    assert isinstance(outcome(device.write, 0, random_bytes(BLOCK, 1)), KVDeviceError)
+    assert isinstance(outcome(device.read, 0, aligned(BLOCK)), KVDeviceError)
+    device.close()
+
+
 @pytest.mark.parametrize("at", [BLOCK, BLOCK + 3 * 64 * KIB + 77])
 def test_a_flipped_byte_is_noticed_and_the_unit_is_named(path: str, at: int) -> None:
     unit = 64 * KIB

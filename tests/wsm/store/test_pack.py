@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +25,12 @@ import wsm.store.pack
 from llama.checkpoint.base import all_tensors
 from llama.inputs import read_manifest
 from tests.stores import CONFIG, CountingCheckpoint, aligned, assert_equals, checkpoint, flip, pack_tiny
+from wsm import stop, threads
 from wsm.disk.atomic import write_atomically
 from wsm.disk.targets import opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.layout.groups import BLOCK
+from wsm.stop import Stopped
 from wsm.store.layout import plan_store
 from wsm.store.pack import PackRequest, pack
 from wsm.store.packed_store import PackedStore
@@ -194,6 +198,44 @@ def test_an_interrupt_once_the_manifest_is_in_place_takes_it_back(
     with pytest.raises(KeyboardInterrupt):
         pack_tiny(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_ends_a_long_write_at_its_next_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group may be gigabytes: nothing of it may be written any more when the target has been closed."""
+    real, calls = os.pwritev, list[int]()
+
+    def slow(file: int, data: Any, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == 3:
+            stop.ask(signal.SIGINT)
+        time.sleep(0.1 if 3 <= len(calls) < 12 else 0)
+        return real(file, [data[0][:BLOCK]], offset)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    monkeypatch.setattr(threads, "JOIN_S", 0.5)
+    with pytest.raises(Stopped):
+        pack_tiny(tmp_path)
+    assert os.listdir(tmp_path) == []
+    assert len(calls) < 12
+
+
+def test_a_drive_that_answers_no_more_is_not_written_to_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, answers, on_main = os.pwritev, threading.Event(), list[bool]()
+
+    def held_up(file: int, data: Any, offset: int) -> int:
+        on_main.append(threading.current_thread() is threading.main_thread())
+        if not on_main[-1]:
+            stop.ask(signal.SIGTERM)
+            answers.wait()
+        return real(file, data, offset)
+
+    monkeypatch.setattr(os, "pwritev", held_up)
+    monkeypatch.setattr(threads, "JOIN_S", 0.3)
+    with pytest.raises(threads.ThreadsStuck, match="wsm-pack-out-0 did not end"):
+        pack_tiny(tmp_path)
+    answers.set()
+    assert on_main == [True, False], "the old superblock, and the first group"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_manifest_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import Thread
 from types import TracebackType
 
 import torch
@@ -36,7 +35,7 @@ class Calibration:
         self._ready = SimpleQueue[tuple[GroupId, dict[str, Tensor]] | BaseException]()
         self._go_on = SimpleQueue[bool]()
         self._over = False
-        self._thread = Thread(target=self._prefill, name="wsm-calibrate", daemon=True)
+        self._thread = threads.Thread(target=self._prefill, name="wsm-calibrate", daemon=True)
 
     def moments(self, group: GroupId) -> dict[str, Tensor]:
         """Of every matrix of ``group``, by short name, on the compute device; to be asked for in pass order.

@@ -187,7 +187,8 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
                     llm.inputs.world.barrier()
                     stop.check()
                     got.rounds.append(run_round(llm, got.prompts, options, on_token=lambda: advance(1)))
-                forget_records(got.rounds, options.repeats)
+                if options.trace is not None:
+                    forget_records(got.rounds, options.repeats)
     except Stopped as wish:
         if not got.rounds:
             raise

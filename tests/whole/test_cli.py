@@ -389,6 +389,7 @@ def test_ctrl_c_in_a_pack_leaves_nothing(tmp_path: Path) -> None:
 
 def test_ctrl_c_in_a_run_saves_the_repeats_that_were_finished(home: Path, tmp_path: Path) -> None:
     argv = ["--checkpoints", f"{home}/hf", "--mode", "stream", "--prompt-len", "8", *SMALL, "--repeats", "100000"]
+    argv.append("--quiet")  # a busy machine takes so long that progress is told
     mark = tmp_path / "r.json"
     for after_s in (12.0, 40.0, 90.0):  # on a busy machine the first round ends late
         ended = interrupted([*argv, "--out-json", str(mark), "--cache-dir", str(tmp_path / "c")], after_s, lambda: True)

@@ -45,7 +45,7 @@ def soak(minutes: float, more: Sequence[str], folder: Path) -> tuple[int, list[t
                 looks.append((time.monotonic() - began, anonymous_MB(process.pid)))
             except psutil.Error:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # which no shell lets its background jobs ignore, as SIGINT
         try:
             code = process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         f"soak: {settled[-1][0] / 60:.1f} min, exit {code}; after the first minute {first:.1f} MB, at the end "
         f"{last:.1f} MB, most {most:.1f} MB ({most - first:+.1f} MB), slope {slope:+.1f} MB an hour"
     )
-    ended_as_asked = code == 130  # SIGINT: finished rounds are saved
+    ended_as_asked = code == 143  # finished rounds are saved
     return 0 if ended_as_asked and most - first <= MOST_GROWTH_MB else 1
 
 

@@ -264,7 +264,9 @@ def test_close_ends_every_thread_and_gives_back_every_page() -> None:
     settings = replace(Settings(), gpu_cached_layers=1, cpu_cache_layers=3, prefetch_distance=1)
     with running(plan_for(6, settings), settings, FakeSource(delay_s=0.001)) as manager:
         run_passes(manager, 1)
-    assert set(threading.enumerate()) == before
+        assert any(thread.name.startswith("wsm-") for thread in set(threading.enumerate()) - before)
+    # By name: an earlier test's watchdog may be ending meanwhile.
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("wsm-")]
     assert manager.memory.page_locked_bytes == 0
 
 

@@ -94,7 +94,6 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from bench.run import outputs
         from bench.run.ceilings import recall_near
         from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
-        from bench.run.ranks import job_result
         from bench.run.record import Progress
         from llama import LLaMA
         from llama.inputs import open_inputs, plan_run
@@ -132,15 +131,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         outputs.say_streaming(reporter, plan)
         _warm_up(options, llm, got, reporter)
         _measure(options, llm, got, reporter, job)
-        with stop.held():  # a wish to stop comes too late to lose finished rounds
-            result = job_result(options, llm, got)
-            written = outputs.write_outputs(options, llm, got, result) if job.speaks else outputs.Written(None, None)
-        if job.speaks:
-            outputs.print_result(reporter, options, result, written.result, got.stopped_by)
-        if got.failure is not None and written.failure is not None:
-            print(f"bench_infer.py: {written.failure}", file=sys.stderr)
-        if (error := got.failure or written.failure) is not None:
-            raise error
+        _write(options, llm, got, reporter, job)
     return DONE if got.stopped_by is None else signals.exit_code(got.stopped_by)
 
 
@@ -199,6 +190,22 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
             raise
         got.failure = error
         got.warnings.append(f"round {len(got.rounds) + 1} failed, and only those before it are here: {error}")
+
+
+def _write(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleReporter, job: Job) -> None:
+    """The result, with the rounds that were finished; then it raises what ended a round, or could not be written."""
+    from bench.run import outputs
+    from bench.run.ranks import job_result
+
+    with stop.held():  # a wish to stop comes too late to lose finished rounds
+        result = job_result(options, llm, got)
+        written = outputs.write_outputs(options, llm, got, result) if job.speaks else outputs.Written(None, None)
+    if job.speaks:
+        outputs.print_result(reporter, options, result, written.result, got.stopped_by)
+    if got.failure is not None and written.failure is not None:
+        print(f"bench_infer.py: {written.failure}", file=sys.stderr)
+    if (error := got.failure or written.failure) is not None:
+        raise error
 
 
 if __name__ == "__main__":

@@ -56,22 +56,23 @@ def plan_json(plan: Plan, ceilings: Mapping[str, Ceiling], formats: Sequence[For
             }
             for step in steps(plan, ceilings)
         ],
-        "weight_formats": [
-            {
-                "weight_format": found.name,
-                "rest_bytes": found.rest_bytes,
-                "bytes_per_pass": dict(found.plan.bytes_per_pass),
-                "gpu_bytes": found.plan.gpu_bytes,
-                "cpu_bytes": found.plan.cpu_bytes,
-                "fits": found.plan.fits,
-                "pass_ms": found.pass_ms,
-                "pass_range_ms": found.decode_pass and found.decode_pass[1:],
-                "at_least": found.at_least,
-                "tokens_per_s": found.tokens_per_s,
-            }
-            for found in formats
-        ],
+        "weight_formats": [_in_format(found) for found in formats],
         "notes": plan.notes,
+    }
+
+
+def _in_format(found: FormatPlan) -> dict[str, Any]:
+    return {
+        "weight_format": found.name,
+        "rest_bytes": found.rest_bytes,
+        "bytes_per_pass": dict(found.plan.bytes_per_pass),
+        "gpu_bytes": found.plan.gpu_bytes,
+        "cpu_bytes": found.plan.cpu_bytes,
+        "fits": found.plan.fits,
+        "pass_ms": found.pass_ms,
+        "pass_range_ms": found.decode_pass and found.decode_pass[1:],
+        "at_least": found.at_least,
+        "tokens_per_s": found.tokens_per_s,
     }
 
 

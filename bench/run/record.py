@@ -106,10 +106,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
-        output=Output(
-            sha256=hashlib.sha256(json.dumps(generation.tokens).encode()).hexdigest(),
-            texts=[llm.tokenizer.decode(row) for row in generation.tokens] if options.print_text else None,
-        ),
+        output=_output(options, llm, generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,
         warnings=[
@@ -119,6 +116,11 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
             *_warnings(llm, got, phases, missing),
         ],
     )
+
+
+def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
+    sha256 = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    return Output(sha256=sha256, texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None)
 
 
 def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequence[str]) -> Iterator[str]:

@@ -79,11 +79,7 @@ class SyntheticCheckpoint(Checkpoint):
     ) -> Mapping[str, Tensor] | None:
         if importance is not None:
             return super().encode(name, shape, dtype, weight_format, importance)
-        if (planned := self.planes(name, shape, dtype, weight_format)) is None:
-            return None
-        made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
-        self.encode_into(name, Encoded(weight_format.name, shape, dtype, made), weight_format)
-        return made
+        return _tiled(self, name, shape, dtype, weight_format)
 
     def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
         self.tile_into(name, self.start(name), out, weight_format)
@@ -124,6 +120,17 @@ class SyntheticCheckpoint(Checkpoint):
             return self._blocks[role, dtype]
 
 
+def _tiled(
+    source: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
+) -> Mapping[str, Tensor] | None:
+    """The planes that ``source`` tells of, filled by itself."""
+    if (planned := source.planes(name, shape, dtype, weight_format)) is None:
+        return None
+    made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
+    source.encode_into(name, Encoded(weight_format.name, shape, dtype, made), weight_format)
+    return made
+
+
 class SyntheticShare(RankCheckpoint):
     """A rank's share of synthetic weights; in a format whose planes are blocks of their own, the rank has its own."""
 
@@ -141,11 +148,7 @@ class SyntheticShare(RankCheckpoint):
     ) -> Mapping[str, Tensor] | None:
         if importance is not None or self._is_cut(name, weight_format):
             return super().encode(name, shape, dtype, weight_format, importance)
-        if (planned := self.planes(name, shape, dtype, weight_format)) is None:
-            return None
-        made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
-        self.encode_into(name, Encoded(weight_format.name, shape, dtype, made), weight_format)
-        return made
+        return _tiled(self, name, shape, dtype, weight_format)
 
     def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
         if self._is_cut(name, weight_format):

@@ -29,7 +29,7 @@ from wsm.layout.groups import (
     TensorSpec,
     pass_order,
 )
-from wsm.layout.model import ReadShape, Shard, SourceFile
+from wsm.layout.model import ModelShape, ReadShape, Shard, SourceFile
 from wsm.store.description import DTYPE_NAMES, DTYPES, Name, StoreDescription, StoredGroup, typed
 from wsm.store.layout import AGAIN, FORMATTED, Superblock, WrittenGroup, stride_of, stripes
 
@@ -159,20 +159,8 @@ def describe_v3(
         raise UnusableInput(f"{said}: field model: {error}") from error
     if len(manifest.groups) != len(KINDS) * config.n_layers:
         raise UnusableInput(f"{said}: field groups does not list the groups of {config.n_layers} layers")
-    share = config.share(manifest.tp)
     rank = min(rank, manifest.tp - 1)  # a store of another number of ranks is refused by whoever wants to run it
-    groups = {}
-    names = (None, *pass_order(config.n_layers))
-    for group, entry in zip(names, (manifest.globals, *manifest.groups), strict=True):
-        where = f"{said}: {'globals' if group is None else f'group {group}'}"
-        _check_entry(group, entry, manifest, where)
-        specs = share.specs(group.kind if group else None)
-        in_format = weight_format if group is not None else None
-        layouts = [_layout(image, entry.nbytes, specs, dtype, in_format, where) for image in entry.images]
-        extents = stripes(entry.nbytes, entry.offset + rank * entry.stride, count)
-        named_rank = rank if manifest.tp > 1 else None
-        groups[group] = StoredGroup(group, layouts[rank], extents, entry.images[rank].checksum, named_rank)
-    _check_apart([manifest.globals, *manifest.groups], manifest.tp, said)
+    groups = _groups(manifest, config, dtype, weight_format, rank, said)
     if targets is not None and len(targets) != count:
         raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {count}")
     digest = digest_of(content)
@@ -189,6 +177,25 @@ def describe_v3(
         content=digest_of(content, ("targets", "store_id", "created")),
         weight_format=weight_format.name,
     )
+
+
+def _groups(
+    manifest: _Manifest, config: ModelShape, dtype: torch.dtype, weight_format: WeightFormat, rank: int, said: str
+) -> dict[GroupId | None, StoredGroup]:
+    """What ``rank`` has of each group; every rank's images are checked."""
+    share, groups = config.share(manifest.tp), dict[GroupId | None, StoredGroup]()
+    names = (None, *pass_order(config.n_layers))
+    for group, entry in zip(names, (manifest.globals, *manifest.groups), strict=True):
+        where = f"{said}: {'globals' if group is None else f'group {group}'}"
+        _check_entry(group, entry, manifest, where)
+        specs = share.specs(group.kind if group else None)
+        in_format = weight_format if group is not None else None
+        layouts = [_layout(image, entry.nbytes, specs, dtype, in_format, where) for image in entry.images]
+        extents = stripes(entry.nbytes, entry.offset + rank * entry.stride, len(manifest.targets))
+        named_rank = rank if manifest.tp > 1 else None
+        groups[group] = StoredGroup(group, layouts[rank], extents, entry.images[rank].checksum, named_rank)
+    _check_apart([manifest.globals, *manifest.groups], manifest.tp, said)
+    return groups
 
 
 def _known(known: Mapping[str, Any], name: str, where: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsm.disk.files import parse_json, read_file
+from wsm.disk.files import parse_json, read_file, text_of
 from wsm.errors import UnusableInput
 
 MOST_BYTES = 1 << 30
@@ -33,11 +33,9 @@ def read_prompts(path: Path) -> list[str]:
     if not os.path.lexists(path):
         raise UnusableInput(f"{label}: no such file; bench_infer.py prompts --out {path} makes one")
     content = read_file(path, label, most_bytes=MOST_BYTES, pipes=True)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnusableInput(f"{label} is not UTF-8 text: {error}") from error
-    lines = text.split("\n")  # splitlines() would also cut at U+2028 and the like, which JSON strings may hold
+    lines = text_of(content, label).split(
+        "\n"
+    )  # splitlines() would also cut at U+2028 and the like, which JSON strings may hold
     entries = _json_entries(path.suffix.lower(), content, lines, label)
     if entries is not None:
         prompts = [prompt for where, entry in entries if (prompt := _prompt_of(entry, where)) is not None]

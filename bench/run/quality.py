@@ -20,7 +20,7 @@ from llama.loading import Reporter
 from llama.options import BuildOptions
 from llama.sources import find_store
 from llama.tokenizer import Tokenizer
-from wsm.disk.files import read_file
+from wsm.disk.files import read_file, text_of
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.option import options_of
 from wsm.plan.hardware import GIB, measure_hardware
@@ -42,10 +42,8 @@ def options_of_both(options: QualityOptions) -> tuple[BuildOptions, BuildOptions
 
 def read_text(path: Path, flag: str) -> str:
     """A UTF-8 file; UnusableInput where it is none."""
-    try:
-        return read_file(path, f"{flag} {path}", pipes=True).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnusableInput(f"{flag} {path} is not UTF-8 text: {error}") from error
+    label = f"{flag} {path}"
+    return text_of(read_file(path, label, pipes=True), label)
 
 
 def windows_of(tokenizer: Tokenizer, text: str, window: int, most: int | None, label: str) -> list[list[int]]:

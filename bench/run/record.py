@@ -109,12 +109,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         output=_output(options, llm, generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=[
-            *got.warnings,
-            *llm.warnings,
-            *warnings.early_ends(list(map(len, generation.tokens)), options.max_new_tokens),
-            *_warnings(llm, got, phases, missing),
-        ],
+        warnings=list(_warnings(options, llm, got, phases, missing)),
     )
 
 
@@ -123,9 +118,14 @@ def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) ->
     return Output(sha256=sha256, texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None)
 
 
-def _warnings(llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequence[str]) -> Iterator[str]:
-    """What makes the figures doubtful; ``missing`` is of the provenance."""
+def _warnings(
+    options: RunOptions, llm: LLaMA, got: Progress, phases: ByPhase[Phase], missing: Sequence[str]
+) -> Iterator[str]:
+    """What came up on the way, then what makes the figures doubtful; ``missing`` is of the provenance."""
     chosen, named = got.rounds[got.chosen], msgspec.structs.asdict(phases)
+    yield from got.warnings
+    yield from llm.warnings
+    yield from warnings.early_ends(list(map(len, chosen.generation.tokens)), options.max_new_tokens)
     yield from warnings.plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
     yield from warnings.beaten_floors(named)
     if llm.inputs.device.type == "cuda":

@@ -65,6 +65,14 @@ def read_file(path: Path, label: str = "", *, most_bytes: int = MOST_BYTES, pipe
     return content
 
 
+def text_of(content: bytes, label: str) -> str:
+    """UTF-8, with or without a byte order mark; raises UnusableInput, naming it ``label``, for anything else."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableInput(f"{label} is not UTF-8 text: {error}") from error
+
+
 def _read_most(file: int, label: str, most: int) -> bytes:
     """What comes before the end, ``most`` bytes at most; the file is open without waiting."""
     end, parts, got = time.monotonic() + PIPE_LIMIT_S, list[bytes](), 0

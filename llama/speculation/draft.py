@@ -1,58 +1,36 @@
-"""What every draft offers, and how long it takes."""
+"""What proposes tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from llama.speculation.nodes import Tree
-    from wsm.engine.telemetry import Telemetry
+from llama.nodes.tree import Tree
 
 
 class Draft(Protocol):
-    """Who guesses the next tokens of every row. From :meth:`prefill` on nothing is uploaded, and no host waits.
+    """Proposes a tree of tokens for each of B rows; ``depth`` is the most below the root, ``nodes`` are those of a row.
 
-    ``depth`` is how far behind its root a tree may reach, ``nodes`` how many nodes it has, the root included.
+    All tensors are on the device, of fixed shapes, and nothing is uploaded or read back after :meth:`prefill`.
     """
 
     depth: int
     nodes: int
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """A generation begins, from these prompts, one a row."""
+        """A generation begins: forget all, and take in the prompts, one a row."""
 
     def propose(self, roots: Tensor, starts: Tensor) -> Tree:
-        """A tree for each row behind its root: the row's last token, at position ``starts``; int64 ``[B]`` each."""
+        """Trees ``[B, nodes]`` behind the rows' last tokens, which stand at ``starts``: int64 ``[B]`` each."""
 
     def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
-        """What became of the trees that were proposed last, whose roots were at ``starts``.
+        """What the model made of the trees whose roots stood at ``starts``.
 
-        ``path`` int64 ``[B, depth + 1]``: the accepted nodes, the root first; ``counts`` int64 ``[B]`` are as many as
-        count, the root with them; ``tokens`` int64 ``[B, depth + 1]`` are the row's new tokens, ``counts`` of them, the
-        last of which is the next root.
+        Args:
+            path: int64 ``[B, depth + 1]``, the nodes that were followed, the root (0) first.
+            counts: int64 ``[B]``, how many of them count; 0 for a row that is at its end and stays where it is.
+            tokens: int64 ``[B, depth + 1]``, the model's own token behind each of these nodes: the new tokens. The
+                next root is the last that counts.
         """
-
-
-class TimedDraft:
-    """A draft whose time on the device goes into ``telemetry``."""
-
-    def __init__(self, draft: Draft, telemetry: Telemetry) -> None:
-        self.depth, self.nodes = draft.depth, draft.nodes
-        self.draft, self._telemetry = draft, telemetry
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.draft.prefill(prompts)
-
-    def propose(self, roots: Tensor, starts: Tensor) -> Tree:
-        start = self._telemetry.mark()
-        tree = self.draft.propose(roots, starts)
-        self._telemetry.drafted(start, self._telemetry.mark())
-        return tree
-
-    def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
-        start = self._telemetry.mark()
-        self.draft.accepted(starts, path, counts, tokens)
-        self._telemetry.drafted(start, self._telemetry.mark())

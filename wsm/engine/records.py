@@ -62,8 +62,8 @@ class KVTransfer:
 @dataclass(slots=True)
 class Records:
     """Records of every kind: ``reads`` are SSD -> CPU, ``copies`` CPU -> GPU, a group in as many parts as it was broken
-    into; ``starved`` is when the link waited for reads, ``kv_waits`` when the computation waited for KV, ``drafts`` when
-    it was with the draft.
+    into; ``starved`` is when the link waited for reads, ``kv_waits`` when the computation waited for KV, ``drafts``
+    when it was with the draft.
     """
 
     reads: list[Transfer] = field(default_factory=list)

@@ -30,7 +30,9 @@ class BuildOptions(Settings):
     checkpoints: Path | None = _model(
         None, PATH, "Meta or Hugging Face directory", metavar="DIR", shown="built-in model"
     )
-    synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
+    synthetic: str | None = _model(
+        None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N][:cycle]"
+    )
     dtype: str | None = _model(
         None, _DTYPE, "weights are converted when loaded or packed", metavar="TYPE", shown="as stored"
     )

@@ -13,8 +13,8 @@ from llama.nodes.tree import Tree, within_block
 LONGEST = 4
 """So many last tokens are looked for first, then fewer: longer agreement is better evidence."""
 _NO_TOKEN, _NO_TAIL = -1, -2
-ROW_BYTES = 8 * (2 + 4)
-"""A token's place in a row: the history, one more while it grows, and what is compared and ranked."""
+TOKEN_BYTES = 8 * (2 + 4)
+"""That a place in a row takes: the history, one more while it grows, and what is compared and ranked."""
 
 
 class NgramDraft:

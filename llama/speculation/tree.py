@@ -14,14 +14,6 @@ from torch import Tensor
 from llama.nodes.tree import Tree, within_block
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
-SPREAD = 2
-"""A tree grows so many times the nodes that are verified: the likeliest are not known before."""
-
-
-def width_for(depth: int, nodes: int) -> int:
-    """Nodes a level where the user does not say: a chain if ``nodes`` hold no more, else enough to choose from."""
-    return 1 if nodes <= depth + 1 else min(nodes - 1, SPREAD * -(-(nodes - 1) // depth))
-
 
 def best(values: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest of float32 ``[..., n]``, the largest first, of equal ones the first; int64.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.nodes.tree import Tree
-from llama.speculation.tree import best, children, grown_tree, likeliest, width_for
+from llama.speculation.tree import best, children, grown_tree, likeliest
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
 VOCAB = 7
@@ -110,10 +110,3 @@ def test_a_certain_token_is_behind_its_parent_and_a_broken_draft_still_gives_a_t
         assert places.tolist() == [[0, 1, 2]]
         assert tree.parents.tolist() == [[0, 0, 1]]
         assert 0 <= int(tree.tokens.min()) <= int(tree.tokens.max()) < VOCAB
-
-
-def test_more_nodes_than_a_chain_has_are_a_tree() -> None:
-    assert [width_for(8, nodes) for nodes in (2, 9)] == [1, 1]
-    for depth, nodes in ((8, 10), (8, 24), (8, 64), (4, 8), (1, 64)):
-        assert nodes <= 1 + depth * width_for(depth, nodes)
-        assert width_for(depth, nodes) < nodes

@@ -107,7 +107,11 @@ def run_round(
 def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None]) -> None:
     """One untimed round: the prefill and two decode passes."""
     short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True, trace=None)
-    run_round(llm, prompts, short, on_token)
+    warm = run_round(llm, prompts, short, on_token)
+    if llm.drafting is not None:
+        llm.device.synchronize()
+        llm.telemetry.fold()
+        llm.drafting.settle(llm.plan, warm.stretches[1].stats())
 
 
 def warm_up_tokens(options: RunOptions) -> int:

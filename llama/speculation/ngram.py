@@ -68,4 +68,6 @@ def continued(history: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor
     found = (length * room + places).argmax(1, keepdim=True)
     period = (last - found).clamp(min=1)
     following = found + 1 + torch.arange(count, device=history.device) % period
-    return history.gather(1, following.clamp(max=room - 1)), length.gather(1, found).squeeze(1) > 0
+    # Tokens of the vocabulary also where they are worth nothing: the model computes padding, too.
+    tokens = history.gather(1, following.clamp(max=room - 1)).clamp(min=0)
+    return tokens, length.gather(1, found).squeeze(1) > 0

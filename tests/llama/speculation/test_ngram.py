@@ -29,6 +29,7 @@ def proposals(draft: NgramDraft, rows: list[list[int]]) -> list[list[int]]:
     roots = torch.tensor([row[-1] for row in rows])
     tree = draft.propose(roots, torch.tensor([len(row) - 1 for row in rows]))
     assert tree.tokens.shape == (len(rows), draft.nodes)
+    assert int(tree.tokens.min()) >= 0, "padding is computed, too"
     chain = [max(0, node - 1) for node in range(draft.depth + 1)]
     assert tree.parents[:, : draft.depth + 1].tolist() == [chain] * len(rows)
     assert tree.tokens[:, 0].tolist() == roots.tolist()

@@ -268,7 +268,8 @@ def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
         inputs = _open(own, checkpoint, ALONE)
         own.check_together()
     except UnusableInput as error:
-        raise UnusableInput(f"--draft {name}: {str(error).removeprefix(f'--draft {name}: ')}") from error
+        said = str(error).removeprefix(f"--draft {name}: ").removeprefix(f"--checkpoints {path}: ")
+        raise UnusableInput(f"--draft {name}: {said}") from error
     check_vocabulary(name, checkpoint.config, target.checkpoint.config)
     tokenizers = [_tokenizer_of(each) for each in (inputs, target)]
     if tokenizers[0] is not None and tokenizers[1] is not None:

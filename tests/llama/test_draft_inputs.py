@@ -78,7 +78,7 @@ def test_a_draft_of_the_same_vocabulary_is_opened_in_a_format_of_its_own(
 @pytest.mark.parametrize(
     ("draft", "said"),
     [
-        ("large", "hf_model|large.* has a vocabulary of 320 tokens, .* one of 300"),
+        ("large", "has a vocabulary of 320 tokens, .* one of 300"),
         ("odd", "its tokenizer gives other ids"),
         ("nowhere", "no such directory"),
         ("synthetic:Llama-3.2-1B", "has a vocabulary of 128256 tokens"),

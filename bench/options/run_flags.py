@@ -25,6 +25,9 @@ class RunOptions(BuildOptions):
         shown="the file in prompts/",
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
+    chat: bool = _work(
+        False, SWITCH, "each prompt is a user's message in the checkpoint's own chat template (docs/SPECULATION.md)"
+    )
     prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed", flags=("-p",))
     batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it", flags=("-b",))
     max_new_tokens: int = _work(32, whole(1), "tokens to make per row", flags=("-n",))
@@ -61,6 +64,8 @@ class RunOptions(BuildOptions):
         sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
         if len(given := [flag for flag, value in sources.items() if value is not None]) > 1:
             raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
+        if self.chat and self.prompt_len is not None:
+            raise UnusableInput("--chat and --prompt-len exclude each other: random ids are no message")
         if self.prompt is not None and not self.prompt.strip():
             raise UnusableInput("--prompt is empty: give a text")
         if self.max_new_tokens >= self.max_seq_len:

@@ -90,7 +90,7 @@ class Config(Part, frozen=True, kw_only=True):
 
 
 class SpecialTokens(Part, frozen=True, kw_only=True):
-    """what the model's tokenizer puts around each text; nothing around the random ids of --prompt-len"""
+    """what the model's tokenizer puts around each text; nothing for the random ids of --prompt-len and with --chat"""
 
     before: Annotated[list[Annotated[Count, says("a token id")]], says("ids in front of a text, such as BOS")]
     after: Annotated[list[Annotated[Count, says("a token id")]], says("ids behind it")]

@@ -138,7 +138,7 @@ def _warnings(
 
 
 def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
-    if options.prompt_len is not None:
+    if options.prompt_len is not None or options.chat:
         return SpecialTokens(before=[], after=[])
     return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint import (
+    SYNTHETIC_DRAFT,
     Checkpoint,
     WeightlessCheckpoint,
     builtin_checkpoint,
     has_weights,
+    is_of_pair,
     open_checkpoint,
     synthetic_checkpoint,
+    synthetic_draft,
 )
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
 from llama.options import PLAIN_FORMATS, BuildOptions
 from llama.parallel.world import ALONE, World
+from llama.speculation.shape import NGRAM, Speculating
+from llama.speculation.vocabulary import check_tokenizers, check_vocabulary
 from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
 from wsm.disk.blockdev import is_block_device
 from wsm.disk.safety import refuse_in_dev
@@ -31,13 +36,10 @@ from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
-from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
-from wsm.plan.inputs import PlanInputs, RunShape
-from wsm.plan.levers import choose_settings
-from wsm.plan.plan import Plan, make_plan
+from wsm.plan.plan import Plan
 from wsm.settings import Settings
 from wsm.store import manifest
-from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
+from wsm.store.description import DTYPE_FORMATS, DTYPE_NAMES, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
 from wsm.store.match import Asked, check_suits
@@ -64,6 +66,7 @@ class Inputs:
     cache_dir: Path
     description: StoreDescription | None
     weight_format: WeightFormat | None = None
+    draft: Draft | None = None
 
     @property
     def format_name(self) -> str:
@@ -119,7 +122,12 @@ class Inputs:
     def warnings(self) -> list[str]:
         """What is doubtful in the files that were read."""
         read = [self.tokenizer] if "tokenizer" in vars(self) else []
-        return [*self.checkpoint.warnings, *(warning for tokenizer in read for warning in tokenizer.warnings)]
+        of_draft = self.draft.inputs.warnings if self.draft is not None and self.draft.inputs is not None else []
+        return [
+            *of_draft,
+            *self.checkpoint.warnings,
+            *(warning for tokenizer in read for warning in tokenizer.warnings),
+        ]
 
     def kv_disk(self, plan: Plan) -> tuple[str, Sequence[str]]:
         """``--kv-device`` (of several ranks each has a file of its own), and the weights' targets."""
@@ -133,6 +141,17 @@ class Inputs:
 
     def close(self) -> None:
         self.checkpoint.close()
+        if self.draft is not None and self.draft.inputs is not None:
+            self.draft.inputs.close()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Who proposes tokens, and how; ``options`` and ``inputs`` are its own, ``inputs`` None for `ngram`, no model."""
+
+    speculating: Speculating
+    options: BuildOptions
+    inputs: Inputs | None
 
 
 def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
@@ -169,7 +188,7 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
     if options.synthetic is not None:
         dtype = DTYPES.get(options.dtype or "auto") or torch.bfloat16
         # Weights are a model's and not a run's: `--seed` is of prompts and sampling alone.
-        return synthetic_checkpoint(options.synthetic, seed=0, dtype=dtype)
+        return synthetic_checkpoint(options.synthetic, seed=0, dtype=dtype, of_pair=is_of_pair(options.draft))
     return builtin_checkpoint(options.cache_dir.expanduser())
 
 
@@ -186,8 +205,16 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     """Open and check everything that the run reads; UnusableInput for what cannot be used."""
     options.check_together()
     refuse_in_dev(options.cache_dir.expanduser(), f"--cache-dir {options.cache_dir}")
+    inputs = _open(options, _choose_checkpoint(options), world)
+    inputs.draft = _open_draft(options, inputs)
+    if world.shard.size > 1:
+        world.agree(_facts(options, inputs))
+        world.connect(inputs.device)
+    return inputs
+
+
+def _open(options: BuildOptions, checkpoint: Checkpoint, world: World) -> Inputs:
     device = choose_device(options.device, world.local)
-    checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
     weight_format = registry.get(asked) if asked in registry.NAMES else None
@@ -206,11 +233,55 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     cache_dir = options.cache_dir.expanduser()
-    inputs = Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
-    if world.shard.size > 1:
-        world.agree(_facts(options, inputs))
-        world.connect(device)
-    return inputs
+    return Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
+
+
+def _open_draft(options: BuildOptions, target: Inputs) -> Draft | None:
+    """The draft that ``--draft`` names, of the target's vocabulary and on its device; else UnusableInput."""
+    speculating = options.speculating
+    if speculating is None:
+        return None
+    if target.world.shard.size > 1:
+        raise UnusableInput(f"--draft {options.draft} does not run on several ranks: leave it out, or run on one")
+    name = speculating.draft
+    if name == NGRAM:
+        return Draft(speculating, options, None)
+    path, is_file = Path(name).expanduser(), not name.startswith(SYNTHETIC_DRAFT)
+    is_store = is_file and path.suffix == ".json" and path.is_file()
+    stored_dtype = is_store or options.draft_weight_format in PLAIN_FORMATS
+    own = BuildOptions(
+        mode="preload",
+        checkpoints=path if is_file and not is_store else None,
+        manifest=path if is_store else None,
+        weight_format=options.draft_weight_format,
+        dtype=None if stored_dtype else DTYPE_NAMES[target.dtype],
+        cache_dir=options.cache_dir,
+        device=str(target.device),
+    )
+    try:
+        if is_store:
+            checkpoint: Checkpoint = WeightlessCheckpoint(path.parent, _stored_config(path))
+        elif is_file:
+            checkpoint = open_checkpoint(path)
+        else:
+            checkpoint = synthetic_draft(name.removeprefix(SYNTHETIC_DRAFT), dtype=target.dtype)
+        inputs = _open(own, checkpoint, ALONE)
+        own.check_together()
+    except UnusableInput as error:
+        raise UnusableInput(f"--draft {name}: {str(error).removeprefix(f'--draft {name}: ')}") from error
+    check_vocabulary(name, checkpoint.config, target.checkpoint.config)
+    tokenizers = [_tokenizer_of(each) for each in (inputs, target)]
+    if tokenizers[0] is not None and tokenizers[1] is not None:
+        check_tokenizers(name, tokenizers[0], tokenizers[1])
+    return Draft(speculating, own, inputs)
+
+
+def _tokenizer_of(inputs: Inputs) -> Tokenizer | None:
+    """The one that lies beside the weights, if there is one that can be used."""
+    try:
+        return None if inputs.synthetic else inputs.tokenizer
+    except UnusableInput:
+        return None
 
 
 def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
@@ -232,45 +303,3 @@ def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
 def _in_format(path: Path) -> bool:
     """Whether a manifest's store is in a weight format."""
     return bool(manifest.load_json(path)["version"] == FORMATTED)
-
-
-def hardware_here(inputs: Inputs) -> Hardware:
-    """The memory of this machine, a rank's share of the CPU's."""
-    world = inputs.world
-    return measure_hardware(inputs.device, world.local.size, GIB if world.shard.size == 1 else 2 * GIB)
-
-
-def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: Hardware | None = None) -> Plan:
-    """What will be where, and how much memory it takes, on this machine or on other ``hardware``; allocates nothing."""
-    world = inputs.world
-    hardware = hardware or hardware_here(inputs)
-    everywhere = world.exchange(json.dumps(asdict(hardware)))
-    planned = PlanInputs(
-        config=inputs.share.config,
-        dtype=inputs.dtype,
-        layouts=inputs.layouts,
-        settings=options,
-        shape=shape,
-        hardware=tightest(hardware, [Hardware(**json.loads(text)) for text in everywhere if text is not None]),
-        chunk_tokens=options.prefill_chunk_tokens,
-        micro_batch=options.micro_batch,
-        kv_record_bytes=inputs.kv_format.record_bytes,
-        topk_blk=options.topk_blk,
-        kv_device=options.kv_device,
-        ranks=world.shard.size,
-        ranks_here=world.local.size,
-    )
-    return make_plan(choose_settings(planned) if options.auto else planned)
-
-
-def plans_by_format(options: BuildOptions, inputs: Inputs, plan: Plan) -> dict[str, Plan]:
-    """The same run in every weight format, by name, ``plan`` among them; with ``--auto`` each with its own choice."""
-    plans = {}
-    for name in (DTYPE_FORMATS[inputs.dtype], *registry.NAMES):
-        weight_format = registry.get(name) if name in registry.NAMES else None
-        if weight_format is not None and weight_format.exact and inputs.dtype != torch.bfloat16:
-            continue
-        layouts = planned_layouts(inputs.share.config, inputs.dtype, weight_format, most=False)
-        other = replace(plan.inputs, layouts=layouts, settings=options)
-        plans[name] = make_plan(choose_settings(other) if options.auto else other)
-    return plans | {inputs.format_name: plan}

@@ -15,12 +15,13 @@ from llama.ambient import own_torch
 from llama.batch import prefill_batch
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import Inputs, open_inputs, plan_run
+from llama.inputs import Inputs, open_inputs
 from llama.kv.cache import KVCache
 from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
+from llama.plans import plan_run
 from llama.products import Scratch
 from llama.sources import find_store, open_source
 from llama.tokenizer import Tokenizer, encode_prompt

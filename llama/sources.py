@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
-from llama.inputs import Inputs, plan_run
+from llama.inputs import Inputs
 from llama.loading import Reporter
 from llama.options import BuildOptions
+from llama.plans import plan_run
 from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan

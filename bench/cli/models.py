@@ -24,9 +24,10 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import Inputs, hardware_here, open_inputs, plan_run, plans_by_format, read_manifest
+from llama.inputs import Inputs, open_inputs, read_manifest
 from llama.options import BuildOptions
 from llama.parallel.world import World
+from llama.plans import hardware_here, plan_run, plans_by_format
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe

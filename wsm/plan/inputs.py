@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, round_up, without
@@ -55,6 +55,15 @@ class PlanInputs:
     kv_device: str | None = None
     ranks: int = 1
     ranks_here: int = 1
+    draft: DraftInputs | None = None
+
+    @property
+    def draft_model(self) -> PlanInputs | None:
+        """What is beside this model as if it ran alone, for as many rows, each longer by the nodes of its tree."""
+        if self.draft is None or self.draft.model is None:
+            return None
+        shape = replace(self.shape, new_tokens=self.shape.new_tokens + self.draft.columns)
+        return replace(self.draft.model, shape=shape, hardware=self.hardware)
 
     def layers_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of the images of so many layers."""
@@ -118,3 +127,17 @@ class PlanInputs:
         return KVLayout(
             self.config.n_layers, self.shape.batch, stretch_rows, self.config.n_kv_heads, self.kv_tokens, record_bytes
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInputs:
+    """What proposes tokens beside a model, wholly on the device: a ``model``, or without one a table of tokens.
+
+    ``columns`` of KV a row are for its tree's nodes, ``nodes`` of a row are computed at once, and ``token_bytes`` are
+    taken for each token that a row may have. The model's own shape and hardware do not count.
+    """
+
+    model: PlanInputs | None = None
+    columns: int = 0
+    nodes: int = 1
+    token_bytes: int = 0

@@ -27,7 +27,7 @@ SORTED_BYTES = 56
 MemoryKind = IntEnum(
     "MemoryKind",
     "WEIGHTS POOLS GLOBALS LOADING_TENSOR LOADING SCRATCH KV KV_WINDOWS KV_BOUNDS KV_DISK "
-    "ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
+    "DRAFT ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
 )
 """What takes memory, in the order in which it is shown; LOADING_TENSOR alone of the CPU's is ordinary memory."""
 

@@ -25,6 +25,7 @@ from bench.result.types_machine import (
     Weights,
 )
 from bench.result.types_phases import Ceilings, Parallel, Phase
+from bench.result.types_speculation import Speculation
 
 SCHEMA_VERSION: Literal[1] = 1
 PrefillMs = Annotated[T, says("ms from the start to the last logits of the prompts")]
@@ -189,6 +190,7 @@ class Result(Part, frozen=True, kw_only=True):
     load: Later[LoadRate] = UNSET
     checks: Later[Checks | None] = UNSET
     kv: Later[KV] = UNSET
+    speculation: Later[Speculation | None] = UNSET
     config: Config
     provenance: Provenance
     conditions: Later[Conditions] = UNSET

@@ -24,6 +24,7 @@ from llama.parallel.world import ALONE, World
 from llama.plans import plan_run
 from llama.products import Scratch
 from llama.sources import find_store, open_source
+from llama.speculation.record import Speculation
 from llama.tokenizer import Tokenizer, encode_prompt
 from llama.weights import ImageWeights, TensorWeights, WeightSource
 from wsm.engine.device import Device, Link, open_device
@@ -53,6 +54,7 @@ class LLaMA:
         self.link = Link()
         self.graphs: DecodeGraphs | None = None
         self.load_times = LoadTimes()
+        self.speculation: Speculation | None = None
         self.warnings = inputs.warnings
         self.model: Transformer
         self.kv: KVCache

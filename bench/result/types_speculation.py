@@ -22,7 +22,9 @@ class Speculation(Part, frozen=True, kw_only=True):
     """what a draft proposed in the decode, and what became of it; null without --draft"""
 
     draft: Annotated[str, says("--draft")]
-    nodes: Annotated[FromOne, says("nodes of a row's tree, its last token included, of which the draft proposed")]
+    nodes: Annotated[
+        FromOne, says("nodes of a row's tree; its root is the row's last token, and the draft proposed the others")
+    ]
     depth: Annotated[FromOne, says("tokens that it proposed one behind the other")]
     width: Annotated[FromOne, says("nodes that a tree grew a level; 1 is a chain")]
     auto_depth: Annotated[bool, says("whether the depth was chosen after the warm-up")]

@@ -2,15 +2,19 @@
 
     python -m tests.speculation_table CHECKPOINT [--chat] [--new-tokens 64] [--depth 8] [flags of bench_infer.py]
 
-Drafts are `ngram`, the model's own `int4` copy, and the model itself, whose chain is all accepted but where a tree ends.
+Drafts are `ngram`, the model's own `int4` copy, and the model itself, all of whose chain is accepted.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import tempfile
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -33,7 +37,7 @@ PROMPTS = {
         "Copy this list.\nred, green, blue, red, green, blue, red, green, blue\nred, green, blue, red,",
         "1. apple pie\n2. apple pie\n3. apple pie\n4. apple pie\n5.",
         "Name: Anna, Town: Oslo\nName: Ben, Town: Oslo\nName: Carl, Town: Oslo\nName: Dora, Town: Oslo\nName:",
-        "Repeat after me: the quick brown fox jumps over the lazy dog. The quick brown fox jumps over the lazy dog. The",
+        "Repeat after me: the quick brown fox jumps over the dog. The quick brown fox jumps over the dog. The quick",
     ],
 }
 
@@ -53,47 +57,31 @@ def main() -> None:
     for name, draft in drafts.items():
         for form, shape in (("chain", chain), ("tree", tree)):
             if (name, form) != ("ngram", "tree"):
-                flags = [*shape, "--draft", *draft]
-                cells = [_measured(known.checkpoint, flags, known.new_tokens, others, kind) for kind in PROMPTS]
-                rows.append([name, f"{form}, {shape[-1]} nodes", *cells])
+                run = partial(_measured, known.checkpoint, known.new_tokens, others, shape, draft)
+                rows.append([name, f"{form}, {shape[-1]} nodes", *map(run, PROMPTS)])
     print(tabulate(rows, ["draft", "form", *PROMPTS], "github", disable_numparse=True))
 
 
-def _measured(checkpoint: Path, flags: list[str], new_tokens: int, others: list[str], kind: str) -> str:
-    """Tokens a pass, and whether the tokens are those without a draft at the same shape."""
-    rows, with_draft = flags[flags.index("--verify-rows") + 1], _result(checkpoint, flags, new_tokens, others, kind)
-    without = _result(checkpoint, ["--verify-rows", rows], new_tokens, others, kind)
-    equal = "" if with_draft["output"] == without["output"] else ", other tokens"
-    return f"{with_draft['speculation']['tokens_a_pass']:.2f}{equal}"
+def _measured(
+    checkpoint: Path, new_tokens: int, others: list[str], shape: list[str], draft: list[str], kind: str
+) -> str:
+    """Tokens a pass, and whether the tokens are those without a draft at the same number of rows."""
+    run = partial(_result, checkpoint, new_tokens, others, kind)
+    drafted, alone = run([*shape, "--draft", *draft]), run(shape[-2:])
+    equal = "" if drafted["output"]["sha256"] == alone["output"]["sha256"] else ", other tokens"
+    return f"{drafted['speculation']['tokens_a_pass']:.2f}{equal}"
 
 
-def _result(checkpoint: Path, flags: list[str], new_tokens: int, others: list[str], kind: str) -> dict[str, dict]:  # type: ignore[type-arg]
+def _result(checkpoint: Path, new_tokens: int, others: list[str], kind: str, flags: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         prompts, made = Path(folder) / "prompts.jsonl", Path(folder) / "made.json"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS[kind]), encoding="utf-8")
-        work = [
-            "--checkpoints",
-            checkpoint,
-            "--prompts",
-            prompts,
-            "--batch-size",
-            len(PROMPTS[kind]),
-            "--out-json",
-            made,
-        ]
-        given = [
-            *work,
-            "--max-new-tokens",
-            new_tokens,
-            "--mode",
-            "full",
-            "--temperature",
-            0,
-            "--no-probe",
-            "-o",
-            "json",
-        ]
-        code = command_line([*map(str, given), "--ignore-eos", "--warmup-rounds", "0", "--quiet", *flags, *others])
+        work = ["--checkpoints", checkpoint, "--prompts", prompts, "--batch-size", len(PROMPTS[kind])]
+        work += ["--max-new-tokens", new_tokens, "--temperature", 0, "--warmup-rounds", 0, "--out-json", made]
+        with redirect_stdout(io.StringIO()):
+            code = command_line(
+                [*map(str, work), "--mode=full", "--ignore-eos", "--no-probe", "--quiet", *flags, *others]
+            )
         if code:
             raise SystemExit(code)
         return dict(json.loads(made.read_text(encoding="utf-8")))

@@ -66,7 +66,7 @@ class Inputs:
     cache_dir: Path
     description: StoreDescription | None
     weight_format: WeightFormat | None = None
-    draft: Draft | None = None
+    draft: OpenedDraft | None = None
 
     @property
     def format_name(self) -> str:
@@ -146,7 +146,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Draft:
+class OpenedDraft:
     """Who proposes tokens, and how; ``options`` and ``inputs`` are its own, ``inputs`` None for `ngram`, no model."""
 
     speculating: Speculating
@@ -236,7 +236,7 @@ def _open(options: BuildOptions, checkpoint: Checkpoint, world: World) -> Inputs
     return Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
 
 
-def _open_draft(options: BuildOptions, target: Inputs) -> Draft | None:
+def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
     """The draft that ``--draft`` names, of the target's vocabulary and on its device; else UnusableInput."""
     speculating = options.speculating
     if speculating is None:
@@ -245,7 +245,7 @@ def _open_draft(options: BuildOptions, target: Inputs) -> Draft | None:
         raise UnusableInput(f"--draft {options.draft} does not run on several ranks: leave it out, or run on one")
     name = speculating.draft
     if name == NGRAM:
-        return Draft(speculating, options, None)
+        return OpenedDraft(speculating, options, None)
     path, is_file = Path(name).expanduser(), not name.startswith(SYNTHETIC_DRAFT)
     is_store = is_file and path.suffix == ".json" and path.is_file()
     stored_dtype = is_store or options.draft_weight_format in PLAIN_FORMATS
@@ -268,12 +268,13 @@ def _open_draft(options: BuildOptions, target: Inputs) -> Draft | None:
         inputs = _open(own, checkpoint, ALONE)
         own.check_together()
     except UnusableInput as error:
-        raise UnusableInput(f"--draft {name}: {str(error).removeprefix(f'--draft {name}: ')}") from error
+        said = str(error).removeprefix(f"--draft {name}: ").removeprefix(f"--checkpoints {path}: ")
+        raise UnusableInput(f"--draft {name}: {said}") from error
     check_vocabulary(name, checkpoint.config, target.checkpoint.config)
     tokenizers = [_tokenizer_of(each) for each in (inputs, target)]
     if tokenizers[0] is not None and tokenizers[1] is not None:
         check_tokenizers(name, tokenizers[0], tokenizers[1])
-    return Draft(speculating, own, inputs)
+    return OpenedDraft(speculating, own, inputs)
 
 
 def _tokenizer_of(inputs: Inputs) -> Tokenizer | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama.ambient import own_torch
 from llama.batch import prefill_batch
+from llama.drafting import Drafting, load_draft
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
 from llama.inputs import Inputs, open_inputs
@@ -24,7 +25,6 @@ from llama.parallel.world import ALONE, World
 from llama.plans import plan_run
 from llama.products import Scratch
 from llama.sources import find_store, open_source
-from llama.speculation.record import Speculation
 from llama.tokenizer import Tokenizer, encode_prompt
 from llama.weights import ImageWeights, TensorWeights, WeightSource
 from wsm.engine.device import Device, Link, open_device
@@ -54,11 +54,11 @@ class LLaMA:
         self.link = Link()
         self.graphs: DecodeGraphs | None = None
         self.load_times = LoadTimes()
-        self.speculation: Speculation | None = None
         self.warnings = inputs.warnings
         self.model: Transformer
         self.kv: KVCache
         self.scratch: Scratch
+        self.drafting: Drafting | None = None
         self._packed = True
 
     # -- construction
@@ -134,7 +134,11 @@ class LLaMA:
         inputs, plan = self.inputs, self.plan
         with self.load_times.timed("kv_s"):
             self.kv = self._make_kv()
-        self.scratch = Scratch(plan.decoding.scratch_bytes, inputs.device, self.telemetry)
+        self.scratch = Scratch(plan.scratch_bytes, inputs.device, self.telemetry)
+        if inputs.draft is not None:  # before page-locked memory is taken: it passes through ordinary memory
+            with self.load_times.timed("draft_s"):
+                self.drafting = load_draft(inputs.draft, plan, self.kv, self.scratch, self.telemetry, reporter)
+            self.warnings += self.drafting.warnings
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
             progress = lambda group: advance(group.kind == "ffn")  # noqa: E731 - the second group of a layer
@@ -302,7 +306,7 @@ class LLaMA:
 
     def _forget(self) -> None:
         """Let go of the memory on the device, also where somebody still holds this object."""
-        self.graphs = None
+        self.graphs = self.drafting = None
         for part in ("model", "kv", "scratch"):
             vars(self).pop(part, None)
 

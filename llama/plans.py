@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from llama.inputs import Draft, Inputs
+from llama.inputs import Inputs, OpenedDraft
 from llama.options import BuildOptions
 from llama.speculation.ngram import TOKEN_BYTES
 from wsm.formats import registry
@@ -55,7 +55,7 @@ def _planned(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: H
     )
 
 
-def _planned_draft(draft: Draft, hardware: Hardware) -> DraftInputs:
+def _planned_draft(draft: OpenedDraft, hardware: Hardware) -> DraftInputs:
     if draft.inputs is None:
         return DraftInputs(token_bytes=TOKEN_BYTES)
     shapes = draft.speculating.possible

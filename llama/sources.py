@@ -13,6 +13,7 @@ from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
+from wsm.settings import Settings
 from wsm.store.cache import cached_store
 from wsm.store.description import StoreDescription
 from wsm.store.match import compare_heads
@@ -31,14 +32,19 @@ def find_store(
 ) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
-    Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs what would not fit in
-    memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
+    So the draft's, too. Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs
+    what would not fit in memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
     """
-    if inputs.description is None and inputs.weight_format is not None:
-        plan = plan_run(options, inputs, shape)
-        if not inputs.synthetic or "SSD" in plan.way:
+    draft = inputs.draft.inputs if inputs.draft is not None else None
+    encoded = [each for each in (inputs, draft) if each is not None and each.weight_format is not None]
+    if all(each.description is not None for each in encoded):
+        return
+    plan = plan_run(options, inputs, shape)
+    for each in encoded:
+        streamed = each is inputs and "SSD" in plan.way
+        if each.description is None and (streamed or not each.synthetic):
             check_fits(plan, ceilings)
-            inputs.read_from(_cached(inputs, reporter))
+            each.read_from(_cached(each, reporter))
 
 
 def _cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
@@ -60,7 +66,14 @@ def open_source(inputs: Inputs, plan: Plan, reporter: Reporter, *, packed: bool 
 
     Without ``packed`` the checkpoint is read also where a pass reads the SSD: for a pass or two.
     """
-    if inputs.description is None and ("SSD" not in plan.way or not packed):  # no pass reads what would be packed
+    if inputs.description is None and "SSD" in plan.way and packed:
+        inputs.read_from(_cached(inputs, reporter))
+    return source_of(inputs, plan.inputs.settings)
+
+
+def source_of(inputs: Inputs, settings: Settings) -> GroupSource:
+    """The store that is read, or else the checkpoint; as :func:`open_source`."""
+    if inputs.description is None:
         return CheckpointSource(
             inputs.share,
             inputs.dtype,
@@ -68,10 +81,6 @@ def open_source(inputs: Inputs, plan: Plan, reporter: Reporter, *, packed: bool 
             weight_format=inputs.weight_format,
             layouts=inputs.layouts,
         )
-    if inputs.description is None:
-        inputs.read_from(_cached(inputs, reporter))
-    assert inputs.description is not None
-    settings = plan.inputs.settings
     store = PackedStore(inputs.description, staging_bytes=settings.staging_mb * 10**6, verify=settings.verify_weights)
     try:
         compare_heads(store, inputs.share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from bench.result.types_phases import Phase
@@ -11,6 +10,7 @@ from bench.run.measure import Round
 from llama.checkpoint.agreement import CycleDraft
 from llama.generation import Generation
 from llama.llm import LLaMA
+from llama.speculation.record import Counts
 
 FEWEST_TOKENS, MOST_OFF = 256, 0.03
 """So many new tokens show a pair's agreement, within so much."""
@@ -18,23 +18,23 @@ FEWEST_TOKENS, MOST_OFF = 256, 0.03
 
 def speculation_of(llm: LLaMA, timed: Round, prompts: Sequence[Sequence[int]], decode: Phase) -> Speculation | None:
     """Of a round, whose phase ``decode`` is; None where nobody drafts."""
-    if llm.speculation is None:
+    if llm.drafting is None:
         return None
-    generation, drafting = timed.generation, timed.stretches[1].stats()
-    counts = Counter(tokens for row in generation.accepted for tokens in row)
-    given, later = counts.total(), generation.decode_tokens - len(generation.tokens)
+    asked, generation, drafting = llm.drafting.speculation, timed.generation, timed.stretches[1].stats()
+    counts = Counts.of(generation.decode_passes, generation.accepted)
+    later = generation.decode_tokens - len(generation.tokens)
     ms, hidden_ms = drafting.drafting_ms, drafting.drafting_link_ms
     return Speculation(
-        draft=llm.speculation.draft,
-        nodes=llm.speculation.nodes,
-        depth=llm.speculation.depth,
-        width=llm.speculation.width,
-        auto_depth=llm.speculation.auto,
-        passes=generation.decode_passes,
-        tokens_a_pass=sum(tokens * times for tokens, times in counts.items()) / given if given else None,
-        row_passes=[counts[tokens] for tokens in range(1, max(counts, default=0) + 1)],
+        draft=asked.draft,
+        nodes=asked.nodes,
+        depth=asked.depth,
+        width=asked.width,
+        auto_depth=asked.auto,
+        passes=counts.passes,
+        tokens_a_pass=counts.tokens_a_pass,
+        row_passes=[counts.tokens[tokens] for tokens in range(1, max(counts.tokens, default=0) + 1)],
         weight_bytes_a_token=decode.bytes.weight_h2d / later if later else None,
-        drafting_ms=ms / generation.decode_passes if ms is not None and generation.decode_passes else None,
+        drafting_ms=ms / counts.passes if ms is not None and counts.passes else None,
         drafting_hidden_pct=min(100.0, max(0.0, 100 * hidden_ms / ms)) if ms and hidden_ms is not None else None,
         synthetic_agreement=_agreement_of(llm, generation, prompts),
     )
@@ -49,8 +49,8 @@ def _agreement_of(llm: LLaMA, generation: Generation, prompts: Sequence[Sequence
     return SyntheticAgreement(
         agree=draft.agreement.agree,
         second=draft.agreement.second,
-        realised_agree=told and told.agree,
-        realised_second=told and told.second,
+        realised_agree=told.agree if told is not None else None,
+        realised_second=told.second if told is not None else None,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llama.nodes.tree import Tree, within_block
+from llama.speculation.tree import padded
 
 LONGEST = 4
 """So many last tokens are looked for first, then fewer: longer agreement is better evidence."""
@@ -21,11 +22,11 @@ class NgramDraft:
     """A chain of ``depth`` tokens behind each row's last, copied from the row itself.
 
     A continuation that runs into the row's end goes on from its own beginning: text that repeats is a loop. Rows in
-    which the last token never stood before propose nothing.
+    which the last token never stood before propose nothing. A tree has ``nodes``, padding included.
     """
 
-    def __init__(self, depth: int, room: int, device: torch.device) -> None:
-        self.depth, self.nodes = depth, depth + 1
+    def __init__(self, depth: int, nodes: int, room: int, device: torch.device) -> None:
+        self.depth, self.nodes = depth, nodes
         self._room, self._device = room, device
         self._history = torch.empty(0, room + 1, dtype=torch.int64, device=device)
 
@@ -38,10 +39,10 @@ class NgramDraft:
     def propose(self, roots: Tensor, starts: Tensor) -> Tree:
         self._history.scatter_(1, starts.unsqueeze(1), roots.unsqueeze(1))
         tokens, found = continued(self._history[:, : self._room], starts, self.depth)
-        nodes = torch.arange(self.nodes, device=starts.device).expand(len(roots), -1)
+        nodes = torch.arange(self.depth + 1, device=starts.device).expand(len(roots), -1)
         real = found.unsqueeze(1) | (nodes == 0)
         tree = Tree(torch.cat((roots.unsqueeze(1), tokens), 1), (nodes - 1).clamp(min=0), nodes, real)
-        return within_block(tree, starts)
+        return padded(within_block(tree, starts), self.nodes)
 
     def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
         new = torch.arange(tokens.shape[1], device=starts.device)
@@ -67,4 +68,6 @@ def continued(history: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor
     found = (length * room + places).argmax(1, keepdim=True)
     period = (last - found).clamp(min=1)
     following = found + 1 + torch.arange(count, device=history.device) % period
-    return history.gather(1, following.clamp(max=room - 1)), length.gather(1, found).squeeze(1) > 0
+    # Tokens of the vocabulary also where they are worth nothing: the model computes padding, too.
+    tokens = history.gather(1, following.clamp(max=room - 1)).clamp(min=0)
+    return tokens, length.gather(1, found).squeeze(1) > 0

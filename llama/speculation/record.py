@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 
 @dataclass(slots=True)
@@ -18,10 +19,10 @@ class Counts:
     passes: int = 0
     tokens: Counter[int] = field(default_factory=Counter)
 
-    def passed(self, tokens: Iterable[int]) -> None:
-        """A decode pass is over that gave so many tokens, of each row that was going."""
-        self.passes += 1
-        self.tokens.update(tokens)
+    @classmethod
+    def of(cls, passes: int, accepted: Iterable[Iterable[int]]) -> Counts:
+        """``accepted`` has, of each row, how many tokens it took from each pass until its end."""
+        return cls(passes, Counter(chain.from_iterable(accepted)))
 
     @property
     def tokens_a_pass(self) -> float | None:

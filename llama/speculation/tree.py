@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.nodes.tree import Tree, within_block
@@ -67,3 +68,9 @@ def likeliest(grown: Tree, sums: Tensor, starts: Tensor, nodes: int) -> tuple[Tr
     parents = place.gather(1, grown.parents.gather(1, kept)).clamp(min=0)
     tree = Tree(grown.tokens.gather(1, kept), parents, grown.depths.gather(1, kept), grown.real.gather(1, kept))
     return within_block(tree, starts), kept
+
+
+def padded(tree: Tree, nodes: int) -> Tree:
+    """The tree with as many nodes; those that it lacks are not real."""
+    more = (0, nodes - tree.tokens.shape[1])
+    return Tree(*(F.pad(tensor, more) for tensor in tree))

@@ -28,7 +28,10 @@ def looked_up(tokens: list[int], count: int) -> list[int]:
 def proposals(draft: NgramDraft, rows: list[list[int]]) -> list[list[int]]:
     roots = torch.tensor([row[-1] for row in rows])
     tree = draft.propose(roots, torch.tensor([len(row) - 1 for row in rows]))
-    assert tree.parents.tolist() == [[max(0, node - 1) for node in range(draft.nodes)]] * len(rows)
+    assert tree.tokens.shape == (len(rows), draft.nodes)
+    assert int(tree.tokens.min()) >= 0, "padding is computed, too"
+    chain = [max(0, node - 1) for node in range(draft.depth + 1)]
+    assert tree.parents[:, : draft.depth + 1].tolist() == [chain] * len(rows)
     assert tree.tokens[:, 0].tolist() == roots.tolist()
     return [tokens[real][1:].tolist() for tokens, real in zip(tree.tokens, tree.real, strict=True)]
 
@@ -41,7 +44,7 @@ _row = st.lists(st.integers(0, 3), min_size=2, max_size=30)
 def test_the_continuation_of_the_latest_longest_match_is_proposed(
     rows: list[list[int]], depth: int, later: list[int]
 ) -> None:
-    draft = NgramDraft(depth, KV_BLOCK_TOKENS, CPU)
+    draft = NgramDraft(depth, depth + 3, KV_BLOCK_TOKENS, CPU)
     draft.prefill([row[:-1] for row in rows])
     assert proposals(draft, rows) == [looked_up(row, depth) for row in rows]
     # As many of `later` as the tree has room for are accepted in the first row, and nothing in the others.
@@ -55,7 +58,7 @@ def test_the_continuation_of_the_latest_longest_match_is_proposed(
 
 
 def test_a_chain_ends_with_the_block_and_a_full_row_is_no_error() -> None:
-    draft = NgramDraft(4, KV_BLOCK_TOKENS, CPU)
+    draft = NgramDraft(4, 5, KV_BLOCK_TOKENS, CPU)
     row = [1, 2] * (KV_BLOCK_TOKENS // 2)
     for length, most in ((KV_BLOCK_TOKENS - 2, 2), (KV_BLOCK_TOKENS, 0)):
         draft.prefill([row[: length - 1]])
@@ -65,7 +68,7 @@ def test_a_chain_ends_with_the_block_and_a_full_row_is_no_error() -> None:
 
 
 def test_after_the_prefill_no_host_waits() -> None:
-    draft = NgramDraft(4, KV_BLOCK_TOKENS, CPU)
+    draft = NgramDraft(4, 5, KV_BLOCK_TOKENS, CPU)
     draft.prefill([[1, 2, 1, 2]])
     roots, starts = torch.tensor([1]), torch.tensor([4])
     with profile(activities=[ProfilerActivity.CPU]) as seen:

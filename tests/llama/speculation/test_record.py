@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from llama.speculation.record import Counts
 
 
 def test_tokens_a_pass_is_of_the_rows_that_were_going() -> None:
-    counts = Counts()
-    assert counts.tokens_a_pass is None
-    counts.passed([3, 1])
-    counts.passed([5])
-    assert (counts.passes, counts.tokens_a_pass) == (2, 3.0)
+    assert Counts().tokens_a_pass is None
+    assert Counts.of(2, [[3, 5], [1]]) == Counts(2, Counter({3: 1, 5: 1, 1: 1}))
+    assert Counts.of(2, [[3, 5], [1]]).tokens_a_pass == 3.0

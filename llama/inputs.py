@@ -244,6 +244,8 @@ def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
     if target.world.shard.size > 1:
         raise UnusableInput(f"--draft {options.draft} does not run on several ranks: leave it out, or run on one")
     name = speculating.draft
+    if is_of_pair(name) and options.synthetic is None:
+        raise UnusableInput(f"--draft {name} agrees with the model of its pair alone: give --synthetic NAME with it")
     if name == NGRAM:
         return OpenedDraft(speculating, options, None)
     path, is_file = Path(name).expanduser(), not name.startswith(SYNTHETIC_DRAFT)

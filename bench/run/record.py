@@ -35,6 +35,7 @@ from bench.run import warnings
 from bench.run.conditions import Watch
 from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
+from bench.run.speculation import agreement_warnings, speculation_of
 from llama.llm import LLaMA
 from wsm.option import options_of
 from wsm.plan.decoding import decoded_layouts
@@ -68,6 +69,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     chosen = got.rounds[got.chosen]
     generation = chosen.generation
     phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
+    speculation = speculation_of(llm, chosen, got.prompts, phases.decode)
     memory, store = _memory(llm), llm.inputs.description
     drive = Path(store.targets[0]) if store is not None else None
     provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, drive)
@@ -103,13 +105,17 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
         checks=_checks(llm, chosen),
         kv=_kv(options, llm),
+        speculation=speculation,
         config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
         output=_output(options, llm, generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=list(_warnings(options, llm, got, phases, missing)),
+        warnings=[
+            *_warnings(options, llm, got, phases, missing),
+            *agreement_warnings(speculation, generation.decode_tokens),
+        ],
     )
 
 
@@ -138,7 +144,7 @@ def _warnings(
 
 
 def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
-    if options.prompt_len is not None:
+    if options.prompt_len is not None or options.chat:
         return SpecialTokens(before=[], after=[])
     return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +29,7 @@ _SHARE_OF_FFN = 0.36
 """Mean square of silu(a) * b, for a and b normal of variance 1."""
 _STRETCH = 64
 """Tokens of the circle of which a stretch has its share of wrong guesses: so every run of 256 tokens has it, too."""
-_ROWS = 1024
+_ROWS = 64
 _SEED = 20_000
 _LEAST, _MOST, _APART = 0.01, 0.95, 4
 
@@ -90,24 +90,24 @@ class CycleTarget(SyntheticCheckpoint):
         return _mapping(self.circle, self.circle.roll(-1))
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
-        if name == f"{EMBEDDING}.weight":
-            self._gather(torch.arange(cut.row, cut.row + cut.rows), self.embedding_scale, out, cut)
-        elif name == "output.weight":
+        if name == "output.weight":
             self._fill_head(out, cut)
         else:
             super().fill(name, out, cut)
+            if name == f"{EMBEDDING}.weight":
+                out.mul_(self.embedding_scale)
 
     def _fill_head(self, out: Tensor, cut: Cut) -> None:
-        self._gather(_mapping(self.next_tokens)[cut.row : cut.row + cut.rows], 1.0, out, cut)
+        for into, rows in self._rows(_mapping(self.next_tokens), out, cut):
+            into.copy_(rows)
 
-    def _gather(self, tokens: Tensor, scale: float, out: Tensor, cut: Cut, *, add: bool = False) -> None:
-        """Rows of the embedding's tiling into ``out [cut.rows, cut.columns]``: as fast as memory."""
-        block = self._block("matrix", out.dtype)
-        windows = block.as_strided((BLOCK_VALUES, cut.columns), (1, 1), cut.column)
-        starts = (self.start(f"{EMBEDDING}.weight") + tokens * self.config.dim) % BLOCK_VALUES
+    def _rows(self, tokens: Tensor, out: Tensor, cut: Cut) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of ``out [cut.rows, cut.columns]`` with the plain embedding's rows of these tokens, one for each row
+        of the whole head; a part is small enough for a core's cache."""
+        windows = self._block("matrix", out.dtype).as_strided((BLOCK_VALUES, cut.columns), (1, 1), cut.column)
+        starts = self.start(f"{EMBEDDING}.weight") + tokens[cut.row : cut.row + cut.rows] * self.config.dim
         for into, begin in zip(out.split(_ROWS), starts.split(_ROWS), strict=True):
-            rows = F.embedding(begin, windows)
-            into.add_(rows, alpha=scale) if add else torch.mul(rows, scale, out=into)
+            yield into, F.embedding(begin % BLOCK_VALUES, windows)
 
 
 class CycleDraft(CycleTarget):
@@ -151,9 +151,10 @@ class CycleDraft(CycleTarget):
         # A logit is the product of a row and a residual of length sqrt(dim); those of all other tokens are near 0.
         first = math.log(config.vocab_size * p1 / (1 - p1 - p2))
         second = first - math.log(p1 / p2)
-        for choice, logit in zip(self.choices, (first, second), strict=True):
-            tokens = _mapping(choice)[cut.row : cut.row + cut.rows]
-            self._gather(tokens, logit / math.sqrt(config.dim), out, cut, add=choice is not self.choices[0])
+        choices = (_mapping(choice) for choice in self.choices)
+        parts = zip(*(self._rows(tokens, out, cut) for tokens in choices), strict=True)
+        for (into, likely), (_, less) in parts:
+            torch.mul(likely, first / math.sqrt(config.dim), out=into).add_(less, alpha=second / math.sqrt(config.dim))
 
 
 def _mapping(tokens: Tensor, images: Tensor | None = None) -> Tensor:

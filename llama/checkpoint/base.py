@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,10 @@ class Checkpoint(ABC):
     has_weights = True
     warnings: tuple[str, ...] = ()
     """What the files say twice, and differently, and which of it counts."""
+    chat_template: str | None = None
+    """Of a file that brings its own, besides what lies in the directory."""
+    special_tokens: Mapping[str, str] = MappingProxyType({})
+    """The texts of ``bos_token`` and its like, from such a file."""
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, directory: Path | None = None, paths: Sequence[Path] = ()

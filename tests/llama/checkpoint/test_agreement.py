@@ -14,8 +14,10 @@ from llama.batch import prefill_batch
 from llama.checkpoint import SYNTHETIC_DRAFT, is_of_pair, synthetic_checkpoint, synthetic_draft
 from llama.checkpoint.agreement import Agreement, CycleDraft, CycleTarget
 from llama.config import PRESETS, ModelConfig
+from llama.inputs import open_inputs
 from llama.kv.cache import KVCache
 from llama.model import Transformer
+from llama.options import build_options
 from llama.weights import TensorWeights
 from tests.tiny import tensors_of
 from wsm.errors import UnusableInput
@@ -170,3 +172,14 @@ draft:agree=0.8,second=0.3 draft:agree=0.8,agree=0.8 draft:agree=0.8,third=0.1
 def test_a_pair_that_cannot_be_is_refused(spec: str, presets: None) -> None:
     with pytest.raises(UnusableInput, match=f"--draft synthetic:{spec}"):
         synthetic_draft(spec, dtype=torch.float32)
+
+
+def test_a_draft_of_a_pair_needs_its_target(presets: None, tmp_path: Path) -> None:
+    given: dict[str, object] = {"device": "cpu", "cache_dir": tmp_path, "draft": "synthetic:draft:agree=1"}
+    with pytest.raises(UnusableInput, match="give --synthetic NAME"):
+        open_inputs(build_options({}, **given))
+    opened = open_inputs(build_options({}, synthetic="tiny", **given))
+    assert isinstance(opened.checkpoint, CycleTarget)
+    assert opened.draft is not None
+    assert opened.draft.inputs is not None
+    assert isinstance(opened.draft.inputs.checkpoint, CycleDraft)

@@ -11,7 +11,7 @@ from torch import Tensor
 from llama.batch import TokenBatch, decode_batch, prefill_batch
 from llama.kv.cache import KVCache
 from llama.model import Transformer
-from llama.sampling import check_sampling, sample
+from llama.sampling import Sampling, check_sampling, sample
 from wsm import stop
 from wsm.errors import UnusableInput
 
@@ -33,6 +33,10 @@ class GenerationOptions:
     ignore_eos: bool
     chunk_tokens: int
     wave_rows: int
+
+    @property
+    def sampling(self) -> Sampling:
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,6 @@ def generate(
     """
     _check(model, kv, prompts, options)
     kv.reset()
-    generator = torch.Generator(model.device).manual_seed(options.seed)
     stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
     rows: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
@@ -76,7 +79,8 @@ def generate(
         last = longest + options.max_new_tokens - 1
         model.graphs.prepare(model.layers, len(prompts), longest + 1, last, options.chunk_tokens)
     observer("start")
-    logits, waves = _prefill(model, kv, prompts, options, observer)
+    logits, positions, waves = _prefill(model, kv, prompts, options, observer)
+    places = torch.arange(len(prompts), device=model.device)
     if model.device.type == "cuda":
         torch.cuda.current_stream(model.device).synchronize()
     observer("prefill_done")
@@ -85,7 +89,7 @@ def generate(
     while True:
         finite = torch.isfinite(logits).all()
         logits.masked_fill_(~finite, 0.0)  # a draw from anything else would be the device's own failure
-        picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
+        picked = sample(logits, places, positions, **options.sampling)
         for row, token in enumerate(_read_back(model, picked, finite)):
             if row in going:
                 rows[row].append(token)
@@ -99,6 +103,7 @@ def generate(
         observer("pass")
         batch = batch.followed_by(picked) if batch else decode_batch(picked, kv.lengths[: len(rows)], model.device)
         logits = model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last")
+        positions = positions + 1
         observer("queued")
         passes += 1
     observer("done")
@@ -145,13 +150,17 @@ def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], op
 
 def _prefill(
     model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions, observer: Observer
-) -> tuple[Tensor, int]:
-    """Last logits of every row, float32 ``[B, vocab]``; a wave of rows is one pass through all layers."""
-    logits = []
+) -> tuple[Tensor, Tensor, int]:
+    """Last logits of every row, float32 ``[B, vocab]``, the positions of the tokens to come, int64 ``[B]``, and waves.
+
+    A wave of rows is one pass through all layers.
+    """
+    logits, positions = [], []
     for first in range(0, len(prompts), options.wave_rows):
         rows = range(first, min(first + options.wave_rows, len(prompts)))
         observer("pass")
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))
+        positions.append(batch.positions[batch.last] + 1)
         observer("queued")
-    return torch.cat(logits), len(logits)
+    return torch.cat(logits), torch.cat(positions), len(logits)

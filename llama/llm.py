@@ -16,10 +16,11 @@ from llama.batch import prefill_batch
 from llama.drafting import Drafting, load_draft
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import Inputs, open_inputs
+from llama.inputs import Inputs
 from llama.kv.cache import KVCache
 from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
+from llama.opening import open_inputs
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
 from llama.plans import plan_run

@@ -56,7 +56,7 @@ def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
         return OpenedDraft(speculating, options, None)
     path, is_file = Path(name).expanduser(), not name.startswith(SYNTHETIC_DRAFT)
     is_store = is_file and path.suffix == ".json" and path.is_file()
-    stored_dtype = is_store or options.draft_weight_format in PLAIN_FORMATS
+    stored_dtype = is_store or options.draft_weight_format in (*PLAIN_FORMATS, "exact")
     own = BuildOptions(
         mode="preload",
         checkpoints=path if is_file and not is_store else None,

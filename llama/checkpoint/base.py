@@ -17,7 +17,8 @@ from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 from wsm.formats.format import Plane, WeightFormat
-from wsm.layout.groups import Encoded, pass_order
+from wsm.formats.mix import Mix
+from wsm.layout.groups import Encoded, is_encoded, pass_order
 from wsm.layout.model import Shard, SourceFile
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +63,36 @@ class Checkpoint(ABC):
         self.fill(name, row, Cut(0, 0, *row.shape))
         return row[0]
 
+    def native(self, name: str) -> str | None:
+        """The weight format in which the checkpoint has the matrix of that full name; None where it is plain.
+
+        What it names is taken plane by plane from :meth:`fill_planes`, and nothing is encoded.
+        """
+        return None
+
+    def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
+        """Fill ``planes``, those of the part ``cut`` of a matrix that is in its native format; thread-safe.
+
+        UnusableInput where a border of ``cut`` is inside a block or group.
+        """
+        raise NotImplementedError(name)
+
+    def block_columns(self, name: str) -> int:
+        """Columns of a matrix in its native format that cannot be parted: a rank's share has whole blocks."""
+        return 1
+
+    @cached_property
+    def formats(self) -> Mix | None:
+        """The formats that the checkpoint brings; None where every matrix is plain."""
+        config = self.config
+        names = (
+            config.full_name(group, spec.name)
+            for group in pass_order(config.n_layers)
+            for spec in filter(is_encoded, config.specs(group.kind))
+        )
+        found = {name: format_name for name in names if (format_name := self.native(name)) is not None}
+        return Mix(found) if found else None
+
     def encode(
         self,
         name: str,
@@ -74,6 +105,12 @@ class Checkpoint(ABC):
 
         ``importance``: see :meth:`WeightFormat.encode`; the matrix is encoded on its device.
         """
+        if self.native(name) == weight_format.name:
+            planned = weight_format.planes((shape[0], shape[1]), dtype)
+            assert planned is not None
+            made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
+            self.fill_planes(name, made, weight_format, Cut(0, 0, *shape))
+            return made
         weight = torch.empty(shape, dtype=dtype)
         self.read_into(name, weight)
         try:
@@ -83,6 +120,9 @@ class Checkpoint(ABC):
 
     def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
         """Fill ``out`` with the planes of a matrix, whose sizes are those of :meth:`planes`."""
+        if self.native(name) == weight_format.name:
+            self.fill_planes(name, out.planes, weight_format, Cut(0, 0, *out.shape))
+            return
         planes = self.encode(name, out.shape, out.dtype, weight_format)
         assert planes is not None
         for plane, into in out.planes.items():
@@ -103,8 +143,24 @@ class Checkpoint(ABC):
         """Fill ``out [cut.rows, cut.columns]`` from a tensor that is there; q and k are cut between heads."""
 
     def share(self, shard: Shard) -> Checkpoint:
-        """What a rank holds of it, under the same names; itself where there is only one rank."""
-        return self if shard.size == 1 else RankCheckpoint(self, shard)
+        """What a rank holds of it, under the same names; itself where there is only one rank.
+
+        UnusableInput, with the numbers of ranks that can be, if it cannot be cut for so many.
+        """
+        if shard.size == 1:
+            return self
+        share = RankCheckpoint(self, shard)
+        if not self._cuts_between_blocks(shard.size):
+            possible = [str(ranks) for ranks in self.config.rank_counts() if self._cuts_between_blocks(ranks)]
+            raise UnusableInput(
+                f"{self.config.name} cannot be cut for {shard.size} ranks: a cut would be inside the blocks of its "
+                f"formats; start it with torchrun --nproc-per-node {' or '.join(possible)}"
+            )
+        return share
+
+    def _cuts_between_blocks(self, ranks: int) -> bool:
+        cut = (name for name in (self.formats.by_tensor if self.formats else ()) if name.endswith(BY_COLUMNS))
+        return not any(self._shapes[name][1] % (ranks * self.block_columns(name)) for name in cut)
 
     def close(self) -> None:  # noqa: B027
         """Let go of the files, where there are any."""
@@ -127,12 +183,20 @@ class RankCheckpoint(Checkpoint):
         return self._whole.sources()
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
+        self._whole.fill(name, out, self._in_whole(name, cut))
+
+    def native(self, name: str) -> str | None:
+        return self._whole.native(name)
+
+    def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
+        self._whole.fill_planes(name, planes, weight_format, self._in_whole(name, cut))
+
+    def _in_whole(self, name: str, cut: Cut) -> Cut:
+        """Where in the whole matrix a part of the share's is."""
         rows, columns = self._shapes[name] if len(self._shapes[name]) == 2 else (0, 0)
         if name.endswith(BY_COLUMNS):
-            cut = cut._replace(column=cut.column + self._shard.rank * columns)
-        else:
-            cut = cut._replace(row=cut.row + self._shard.rank * rows)
-        self._whole.fill(name, out, cut)
+            return cut._replace(column=cut.column + self._shard.rank * columns)
+        return cut._replace(row=cut.row + self._shard.rank * rows)
 
     def close(self) -> None:
         self._whole.close()

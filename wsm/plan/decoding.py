@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from wsm.formats import registry
@@ -66,15 +67,16 @@ def decoding_extra_bytes(inputs: PlanInputs) -> int:
 
 def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int = 1) -> int:
     """Bytes that decoding makes in a pass of so many chunks, of so many rows (tokens) each."""
-    encoded = [layout for layout in _groups(inputs.layouts).values() if layout.encoded]
-    if decoding.at_load or not encoded:
+    if decoding.at_load:
         return 0
-    weight_format = registry.get(str(encoded[0].encoded[0].format))
-    if rows <= weight_format.packed_rows(inputs.dtype, inputs.hardware.has_gpu):
-        return 0  # products take the weights as they lie
-    return sum(
-        layout.encoded_bytes * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks) for layout in encoded
-    )
+    most = cache(lambda name: registry.get(name).packed_rows(inputs.dtype, inputs.hardware.has_gpu))
+    total = 0
+    for layout in _groups(inputs.layouts).values():
+        # Else products take the weights as they lie.
+        made = sum(tensor.decoded_bytes for tensor in layout.encoded if rows > most(str(tensor.format)))
+        if made:
+            total += made * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks)
+    return total
 
 
 def decoded_layouts(inputs: PlanInputs) -> dict[GroupId | None, GroupLayout]:

@@ -18,7 +18,7 @@ _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _ON_CONFIG = ("quantization_config", "compression_config")
 _MOST_REPEATS = 6
 _WHAT_RUNS = (
-    "AWQ (gemm) in 4 bits, GPTQ in 4 or 8, compressed-tensors in int4, int8 and fp8, and fp8 with a scale a tensor or a "
+    "AWQ (gemm) in 4 bits, GPTQ in 4 or 8, compressed-tensors in int4, int8 and fp8, and fp8 with a scale a tensor or "
     "row run here, and so does the same model in bfloat16 or float16"
 )
 
@@ -45,12 +45,16 @@ class Scheme:
     act_order: bool = False
 
 
+Schemes = tuple[tuple[tuple[str, ...], Scheme], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Quantisation:
     """What a directory's configuration says of all its matrices; which are quantised, their tensors show."""
 
-    file: str
-    schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
+    place: str
+    """The file that says so."""
+    schemes: Schemes
     """By target: a module's name, ``re:`` and a pattern, or the class Linear."""
     activations: bool = False
     """Whether the model was made for quantised activations or KV."""
@@ -69,7 +73,7 @@ class Quantisation:
         """What runs otherwise than the model was made for."""
         if not self.activations:
             return ()
-        return (f"{self.file} asks for quantised activations or KV, which stay as they are computed here",)
+        return (f"{self.place} asks for quantised activations or KV, which stay as they are computed here",)
 
 
 def read_quantisation(directory: Path, config: Mapping[str, Any]) -> tuple[Quantisation | None, tuple[str, ...]]:
@@ -80,10 +84,10 @@ def read_quantisation(directory: Path, config: Mapping[str, Any]) -> tuple[Quant
     fields, name = Fields(config, f"{directory.name}/config.json"), directory.name
     parts = [part for field in _ON_CONFIG if (part := fields.part(field)) is not None]
     beside = [(directory / file, method) for file, method in _BESIDE.items() if (directory / file).exists()]
-    found = [parse_quantisation(part, "") for part in parts[:1]]
+    found = [parse_quantisation(part, "config.json") for part in parts[:1]]
     for path, method in beside:
         try:
-            found.append(parse_quantisation(Fields(read_json(path), f"{name}/{path.name}"), method))
+            found.append(parse_quantisation(Fields(read_json(path), f"{name}/{path.name}"), path.name, method))
         except UnusableInput:
             if not found:
                 raise
@@ -93,18 +97,21 @@ def read_quantisation(directory: Path, config: Mapping[str, Any]) -> tuple[Quant
     return (found[0], found[0].warnings) if found else (None, ())
 
 
-def parse_quantisation(fields: Fields, method: str) -> Quantisation:
-    """One description; ``method`` is that of one that names none. UnusableInput for what does not run here."""
+def parse_quantisation(fields: Fields, place: str, method: str = "") -> Quantisation:
+    """One description, of the file ``place``; ``method`` is that of one that names none.
+
+    UnusableInput for what does not run here.
+    """
     named = fields.values.get("quant_method") or method
     reader = _METHODS.get(named) if isinstance(named, str) else None
     if reader is None:
         bits = fields.values.get("bits")
         raise _refused(fields, f"the method {named!r:.40}" + (f" ({bits!r:.20} bits)" if bits else ""))
-    return reader(fields)
+    return Quantisation(place, *reader(fields))
 
 
 def _disagree(counts: Quantisation, path: Path) -> str:
-    return f"{counts.file} and {path.name} say different things of how the weights are quantised: the first counts"
+    return f"{counts.place} and {path.name} say different things of how the weights are quantised: the first counts"
 
 
 def _refused(fields: Fields, what: str) -> UnusableInput:
@@ -140,17 +147,17 @@ def _spelled(fields: Fields, names: tuple[str, ...], known: Mapping[str, Any], d
     return known[next(iter(found.values())).lower()]
 
 
-def _awq(fields: Fields) -> Quantisation:
+def _awq(fields: Fields) -> tuple[Schemes, bool]:
     old = "w_bit" in fields.values
     _spelled(fields, ("version", "format", "checkpoint_format"), {"gemm": None}, "gemm")
     if fields.values.get("zero_point") is False:
         raise _refused(fields, "AWQ without zero_point")
     bits = _bits(fields, "w_bit" if old else "bits", (4,))
     scheme = Scheme(Layout.AWQ, bits, _group(fields, "q_group_size" if old else "group_size"), has_zeros=True)
-    return Quantisation(fields.file, ((("Linear",), scheme),))
+    return ((("Linear",), scheme),), False
 
 
-def _gptq(fields: Fields) -> Quantisation:
+def _gptq(fields: Fields) -> tuple[Schemes, bool]:
     for field in ("is_marlin_format", "lora"):
         if fields.values.get(field):
             raise _refused(fields, f"{field} {fields.values[field]!r:.40}")
@@ -164,18 +171,20 @@ def _gptq(fields: Fields) -> Quantisation:
     minus_one = _spelled(fields, ("checkpoint_format", "format"), {"gptq": True, "gptq_v2": False}, "gptq")
     symmetric = fields.values.get("sym") is None or fields.flag("sym")
     scheme = Scheme(Layout.GPTQ, bits, group, not symmetric, minus_one, fields.flag("desc_act"))
-    return Quantisation(fields.file, ((("Linear",), scheme),))
+    return ((("Linear",), scheme),), False
 
 
-def _fp8(fields: Fields) -> Quantisation:
+def _fp8(fields: Fields) -> tuple[Schemes, bool]:
     if fields.values.get("weight_block_size") is not None:
-        raise _refused(fields, f"fp8 with a scale a block (weight_block_size {fields.values['weight_block_size']!r:.20})")
+        raise _refused(
+            fields, f"fp8 with a scale a block (weight_block_size {fields.values['weight_block_size']!r:.20})"
+        )
     if fields.values.get("fmt") not in (None, "e4m3"):
         raise _refused(fields, f"fmt {fields.values['fmt']!r:.20}")
-    return Quantisation(fields.file, ((("Linear",), Scheme(Layout.FP8)),), activations=True)
+    return ((("Linear",), Scheme(Layout.FP8)),), True
 
 
-def _compressed(fields: Fields) -> Quantisation:
+def _compressed(fields: Fields) -> tuple[Schemes, bool]:
     for field in ("sparsity_config", "transform_config"):
         found = fields.part(field)
         if found is not None and (found.values.get("format") != "dense" or field == "transform_config"):
@@ -189,7 +198,7 @@ def _compressed(fields: Fields) -> Quantisation:
         if group is None:
             continue
         weights, targets = group.part("weights"), group.values.get("targets")
-        activations |= any(group.values.get(field) for field in ("input_activations", "output_activations"))
+        activations |= any(bool(group.values.get(field)) for field in ("input_activations", "output_activations"))
         if weights is None:
             continue
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -198,7 +207,7 @@ def _compressed(fields: Fields) -> Quantisation:
         schemes.append((_patterns(group.file, targets), _compressed_scheme(weights, written)))
     if not schemes:
         raise UnusableInput(f"{groups.file} quantises no weights: then the model needs no such description")
-    return Quantisation(fields.file, tuple(schemes), bool(activations))
+    return tuple(schemes), activations
 
 
 def _patterns(file: str, targets: list[str]) -> tuple[str, ...]:
@@ -235,7 +244,7 @@ def _compressed_scheme(weights: Fields, written: Any) -> Scheme:
     return Scheme(layout, bits, group, not symmetric, act_order=act_order)
 
 
-_METHODS: dict[str, Callable[[Fields], Quantisation]] = {
+_METHODS: dict[str, Callable[[Fields], tuple[Schemes, bool]]] = {
     "awq": _awq,
     "gptq": _gptq,
     "compressed-tensors": _compressed,

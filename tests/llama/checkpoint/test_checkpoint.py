@@ -29,7 +29,8 @@ from llama.batch import prefill_batch
 from llama.checkpoint import Checkpoint, builtin_checkpoint, open_checkpoint, synthetic_checkpoint
 from llama.checkpoint.base import all_tensors
 from llama.checkpoint.builtin import BUILTIN
-from llama.checkpoint.hf import INDEX, hf_name, to_halves, to_interleaved
+from llama.checkpoint.hf import hf_name, to_halves, to_interleaved
+from llama.checkpoint.hf_files import INDEX
 from llama.checkpoint.synthetic import BLOCK_VALUES, SyntheticCheckpoint
 from llama.config import PRESETS
 from llama.kv.cache import KVCache

@@ -158,16 +158,16 @@ METHODS: dict[str, Method] = {
 """Integer methods, each with what our families call the result."""
 
 
-def quantised_directory(directory: Path, method: Method, **changes: Any) -> LlamaForCausalLM:
+def quantised_directory(directory: Path, method: Method, *, head: bool = False, **changes: Any) -> LlamaForCausalLM:
     """A random model written in ``directory`` as ``method`` lays it out; transformers' model of the same weights.
 
-    One matrix stays plain, and embedding, norms and head.
+    One matrix stays plain, and embedding, norms and, unless told, ``head``.
     """
     model = hf_model(**changes)
     tensors = {name: tensor.to(method.scale) for name, tensor in model.state_dict().items()}
     for name, weight in [*model.named_parameters()]:
         module = name.removesuffix(".weight")
-        if "proj" in name and module != PLAIN:
+        if ("proj" in name and module != PLAIN) or (head and module == "lm_head"):
             rows, cols = weight.shape
             found = random_codes(rows, cols, method.bits, method.group, symmetric=method.symmetric, scale=method.scale)
             weight.data.copy_(found.value())

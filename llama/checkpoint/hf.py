@@ -108,7 +108,7 @@ class HFCheckpoint(Checkpoint):
 
     def _not_used(self, config: ModelConfig) -> set[str]:
         """Scales of quantised activations and KV, which a model may bring that was made for them."""
-        if self._quantisation is None or not self._quantisation.activations:
+        if self._quantisation is None:
             return set()
         modules = {self._stored_name(name).removesuffix(".weight") for name, _ in all_tensors(config)}
         modules |= {module.rsplit(".", 1)[0] for module in modules if "self_attn" in module}

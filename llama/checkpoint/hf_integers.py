@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.checkpoint.base import FLOATS
@@ -15,9 +16,9 @@ from llama.checkpoint.hf_scheme import Scheme
 from llama.names import Cut
 from wsm.errors import UnusableInput
 from wsm.formats.format import Shape
-from wsm.formats.integer import Integer, paired
+from wsm.formats.integer import Integer
 
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 """Codes that are unpacked at once: no second copy of a matrix, and long enough stretches of each row of a file."""
 _GROUPS = (128, 64, 32)
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -57,8 +58,8 @@ class _Integers(QuantisedMatrix):
         """Check all tensors; the names of the scales and of the zeros, None where the middle is meant."""
 
     @abstractmethod
-    def _unpack(self, rows: slice, cols: slice) -> Tensor:
-        """Codes ``[rows, cols]``, uint8."""
+    def _values_of(self, rows: slice, cols: slice) -> Tensor:
+        """Codes of a part whose columns begin and end with a byte, as the plane ``values`` has them."""
 
     @abstractmethod
     def _scales_of(self, rows: slice) -> Tensor:
@@ -76,8 +77,8 @@ class _Integers(QuantisedMatrix):
         rows, cols = slice(cut.row, cut.row + cut.rows), slice(cut.column, cut.column + cut.columns)
         step = max(8, _PIECE // cut.columns // 8 * 8)
         for begin in range(0, cut.rows, step):
-            codes = self._unpack(slice(cut.row + begin, min(cut.row + begin + step, rows.stop)), cols)
-            planes["values"][begin : begin + step] = codes if self.weight_format.bits == 8 else paired(codes)
+            piece = slice(cut.row + begin, min(cut.row + begin + step, rows.stop))
+            planes["values"][begin : begin + step] = self._values_of(piece, cols)
         planes["scales"].copy_(self._grouped(self._scales_of(rows), cols))
         if self._zeros is not None:
             planes["zeros"].copy_(self._grouped(self._zeros_of(rows), cols))
@@ -104,9 +105,15 @@ class Awq(_Integers):
         self._codes = self._expect("qweight", ("I32",), (cols, words))
         return self._expect("scales", FLOATS, (groups, rows)), self._expect("qzeros", ("I32",), (groups, words))
 
-    def _unpack(self, rows: slice, cols: slice) -> Tensor:
+    def _values_of(self, rows: slice, cols: slice) -> Tensor:
         words, inside = _words_of(rows, 4)
-        return _reordered(_unpacked(self._files.tensor(self._codes)[cols, words], 4))[:, inside].t()
+        found = self._files.tensor(self._codes)[cols, words].t()
+        octets = F.pad(found, (0, found.shape[1] % 2)).contiguous().view(torch.uint8).view(found.shape[0], -1, 2, 4)
+        values = octets.new_empty(found.shape[0], 8, octets.shape[1])
+        for output, place in enumerate(_AWQ_ORDER):
+            even, odd = octets[:, :, :, place // 2].unbind(-1)
+            values[:, output] = (even >> 4 | odd & 0xF0) if place % 2 else (even & 0xF | odd << 4)
+        return values.flatten(0, 1)[inside]
 
     def _scales_of(self, rows: slice) -> Tensor:
         return self._files.tensor(self._scales)[:, rows].t()
@@ -146,9 +153,9 @@ class Gptq(_Integers):
             )
         super()._fill(planes, cut)
 
-    def _unpack(self, rows: slice, cols: slice) -> Tensor:
-        words, inside = _words_of(cols, self._scheme.bits)
-        return _unpacked(self._files.tensor(self._codes)[words, rows].t(), self._scheme.bits)[:, inside]
+    def _values_of(self, rows: slice, cols: slice) -> Tensor:
+        words, inside = _octets_of(cols, self._scheme.bits)
+        return self._files.tensor(self._codes)[words, rows].t().contiguous().view(torch.uint8)[:, inside]
 
     def _scales_of(self, rows: slice) -> Tensor:
         return self._files.tensor(self._scales)[:, rows].t()
@@ -207,15 +214,15 @@ class _Rowwise(_Integers):
 class Packed(_Rowwise):
     codes = "weight_packed"
 
-    def _unpack(self, rows: slice, cols: slice) -> Tensor:
-        words, inside = _words_of(cols, self._scheme.bits)
-        return _unpacked(self._files.tensor(self._codes)[rows, words], self._scheme.bits)[:, inside]
+    def _values_of(self, rows: slice, cols: slice) -> Tensor:
+        words, inside = _octets_of(cols, self._scheme.bits)
+        return self._files.tensor(self._codes)[rows, words].contiguous().view(torch.uint8)[:, inside]
 
 
 class Int8(_Rowwise):
     codes = "weight"
 
-    def _unpack(self, rows: slice, cols: slice) -> Tensor:
+    def _values_of(self, rows: slice, cols: slice) -> Tensor:
         return self._files.tensor(self._codes)[rows, cols].view(torch.uint8) ^ 128
 
 
@@ -231,6 +238,12 @@ def _words_of(codes: slice, bits: int) -> tuple[slice, slice]:
     each = 32 // bits
     first = codes.start // each
     return slice(first, -(-codes.stop // each)), slice(codes.start - first * each, codes.stop - first * each)
+
+
+def _octets_of(codes: slice, bits: int) -> tuple[slice, slice]:
+    """As :func:`_words_of`, in bytes: neighbouring codes lie in a word as in our planes."""
+    words, inside = _words_of(codes, bits)
+    return words, slice(inside.start * bits // 8, -(-inside.stop * bits // 8))
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:

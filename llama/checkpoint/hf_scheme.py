@@ -120,6 +120,10 @@ def _refused(fields: Fields, what: str) -> UnusableInput:
 
 def _bits(fields: Fields, field: str, known: tuple[int, ...]) -> int:
     bits = fields.values.get(field)
+    if bits is None:
+        raise UnusableInput(
+            f"{fields.file}: field {field} is missing; take the file from the original checkpoint again"
+        )
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in known:
         raise _refused(fields, f"{field} {bits!r:.40}")
     return bits

@@ -98,7 +98,7 @@ class Integer:
         planes["scales"][rows] = scales
         if self.has_zero:
             planes["zeros"][rows] = zeros.to(torch.uint8)
-        planes["values"][rows] = codes if self.bits == 8 else paired(codes)
+        planes["values"][rows] = codes if self.bits == 8 else _paired(codes)
 
     def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:
         check_planes(self.name, self.planes(shape), planes)
@@ -145,12 +145,12 @@ class Integer:
         return -(-cols // self.group) if self.group else 1
 
 
-def paired(codes: Tensor) -> Tensor:
+def _paired(codes: Tensor) -> Tensor:
     """Two codes a byte, uint8 ``[rows, cols / 2 rounded up]``, the even column in the low bits."""
     even = F.pad(codes, (0, codes.shape[1] % 2))
     return even[:, ::2] | even[:, 1::2] << 4
 
 
 def _apart(pairs: Tensor) -> Tensor:
-    """uint8 ``[rows, 2 x bytes]``: what :func:`paired` put together."""
+    """uint8 ``[rows, 2 x bytes]``: what :func:`_paired` put together."""
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)

@@ -108,7 +108,7 @@ class Awq(_Integers):
     def _values_of(self, rows: slice, cols: slice) -> Tensor:
         words, inside = _words_of(rows, 4)
         found = self._files.tensor(self._codes)[cols, words].t()
-        octets = F.pad(found, (0, found.shape[1] % 2)).contiguous().view(torch.uint8).view(found.shape[0], -1, 2, 4)
+        octets = _octets(F.pad(found, (0, found.shape[1] % 2))).view(found.shape[0], -1, 2, 4)
         values = octets.new_empty(found.shape[0], 8, octets.shape[1])
         for output, place in enumerate(_AWQ_ORDER):
             even, odd = octets[:, :, :, place // 2].unbind(-1)
@@ -155,7 +155,7 @@ class Gptq(_Integers):
 
     def _values_of(self, rows: slice, cols: slice) -> Tensor:
         words, inside = _octets_of(cols, self._scheme.bits)
-        return self._files.tensor(self._codes)[words, rows].t().contiguous().view(torch.uint8)[:, inside]
+        return _octets(self._files.tensor(self._codes)[words, rows].t())[:, inside]
 
     def _scales_of(self, rows: slice) -> Tensor:
         return self._files.tensor(self._scales)[:, rows].t()
@@ -216,7 +216,7 @@ class Packed(_Rowwise):
 
     def _values_of(self, rows: slice, cols: slice) -> Tensor:
         words, inside = _octets_of(cols, self._scheme.bits)
-        return self._files.tensor(self._codes)[rows, words].contiguous().view(torch.uint8)[:, inside]
+        return _octets(self._files.tensor(self._codes)[rows, words])[:, inside]
 
 
 class Int8(_Rowwise):
@@ -240,6 +240,11 @@ def _words_of(codes: slice, bits: int) -> tuple[slice, slice]:
     return slice(first, -(-codes.stop // each)), slice(codes.start - first * each, codes.stop - first * each)
 
 
+def _octets(words: Tensor) -> Tensor:
+    """int32 ``[n, words]`` as bytes ``[n, 4 x words]``; of a single word a transposed view counts as contiguous."""
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def _octets_of(codes: slice, bits: int) -> tuple[slice, slice]:
     """As :func:`_words_of`, in bytes: neighbouring codes lie in a word as in our planes."""
     words, inside = _words_of(codes, bits)
@@ -248,7 +253,7 @@ def _octets_of(codes: slice, bits: int) -> tuple[slice, slice]:
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
     """int32 ``[n, words]`` as codes ``[n, words x 32 / bits]``, uint8, from the lowest bits up."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = _octets(words)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(1)
 
 

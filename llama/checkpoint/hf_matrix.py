@@ -107,7 +107,7 @@ class Fp8(QuantisedMatrix):
         self.weight_format = Float8(per_row=files.describe(self._scales).shape not in one)
 
     def _fill(self, planes: Mapping[str, Tensor], cut: Cut) -> None:
-        rows, codes = slice(cut.row, cut.row + cut.rows), self._files.tensor(self._codes)
-        planes["values"].copy_(codes[rows, cut.column : cut.column + cut.columns])
+        rows, codes = slice(cut.row, cut.row + cut.rows), self._files.tensor(self._codes).view(torch.uint8)
+        planes["values"].view(torch.uint8).copy_(codes[rows, cut.column : cut.column + cut.columns])
         scales = self._files.tensor(self._scales).float().view(-1)
         planes["scales"].copy_(scales[rows] if self.weight_format.per_row else scales)

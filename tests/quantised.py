@@ -151,6 +151,14 @@ METHODS: dict[str, Method] = {
     "packed, groups of 256": Method(
         compressed_config(_weights(4, 256), "pack-quantized"), "int4-sym", packed, 4, 256, symmetric=True, scale=BF16
     ),
+    "packed, groups beyond the rows": Method(
+        compressed_config(_weights(4, 2**31 - 128), "pack-quantized"),
+        "int4-sym",
+        packed,
+        group=2**31 - 128,
+        symmetric=True,
+        scale=BF16,
+    ),
     "int8": Method(
         compressed_config(_weights(8), "int-quantized"), "int8-row-float32", int8, 8, 0, True, torch.float32
     ),

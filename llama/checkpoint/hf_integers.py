@@ -38,7 +38,7 @@ class _Integers(QuantisedMatrix):
         scales, zeros = self._find()
         self._scales, self._zeros = scales, zeros
         stored = next((size for size in _GROUPS if group % size == 0), 0) if group else 0
-        self._repeat = group // stored if stored else 1
+        self._repeat = min(group, cols + stored) // stored if stored else 1
         dtype = files.describe(scales).dtype
         self.weight_format = Integer(scheme.bits, stored, dtype, zeros is not None)
 

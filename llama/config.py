@@ -117,16 +117,13 @@ class ModelConfig:
         counts = {field: getattr(self, field) for field in _SHARED}
         for field, count in counts.items():
             if count % ranks:
+                divisors = range(1, min(counts.values()) + 1)
+                possible = [str(n) for n in divisors if not any(count % n for count in counts.values())]
                 raise UnusableInput(
                     f"{self.name} cannot be cut for {ranks} ranks, its {_SHARED[field]} being {count}: start it with "
-                    f"torchrun --nproc-per-node {' or '.join(map(str, self.rank_counts()))}"
+                    f"torchrun --nproc-per-node {' or '.join(possible)}"
                 )
         return dataclasses.replace(self, **{field: count // ranks for field, count in counts.items()})
-
-    def rank_counts(self) -> list[int]:
-        """How many ranks can share the model evenly."""
-        counts = [getattr(self, field) for field in _SHARED]
-        return [n for n in range(1, min(counts) + 1) if not any(count % n for count in counts)]
 
     def to_json(self) -> dict[str, Any]:
         """All fields, for a manifest."""

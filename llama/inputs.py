@@ -106,7 +106,7 @@ class Inputs:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
-        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config, self.checkpoint.vocabulary)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

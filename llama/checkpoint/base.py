@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from llama.checkpoint.gguf_vocabulary import Vocabulary
 from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
@@ -40,6 +41,16 @@ class Checkpoint(ABC):
     ) -> None:
         self.config, self.dtype, self.directory = config, dtype, directory
         self._paths = paths
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokenizer in the weights' own files, if there is one; UnusableInput for one that is not read here."""
+        return None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a conversation in the weights' own files, if there is one."""
+        return None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama.checkpoint import base
 from llama.checkpoint.base import Checkpoint, Stored, all_tensors, stretch
 from llama.config import ModelConfig
-from llama.files import AGAIN, read_json, refuse_gguf, refuse_pointer
+from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import Cut
 from llama.rope import ambiguous_rope
 from wsm.errors import UnusableInput
@@ -162,7 +162,6 @@ def _weight_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
         raise UnusableInput(f"{directory} lacks {named}, which config.json names: the download is incomplete")
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        refuse_gguf(directory)
         if pickled := sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*")):
             raise UnusableInput(
                 f"{directory} holds {pickled[0].name} but no .safetensors file; convert it first: load it with "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wsm.errors import StoreError, UnusableInput
+from wsm.formats.backend import kernels_for
 from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
 
 _FINITE = 0x7C00
@@ -85,6 +86,11 @@ class BlockType:
                 raise StoreError(f"{self.name}: a scale in the plane blocks is NaN or infinity")
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
+        if kernels_for(out) is not None and out.data_ptr() % (2 * out.element_size()) == 0:
+            from wsm.formats.gguf_kernels import decode_blocks_  # it needs Triton
+
+            decode_blocks_(self.name, planes["blocks"], out)
+            return
         blocks, values = planes["blocks"].view(-1, self.nbytes), out.view(-1, self.weights)
         for piece in pieces(len(blocks), out.device, self.weights):
             values[piece] = self.decode(blocks[piece])

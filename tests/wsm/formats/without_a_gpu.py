@@ -17,7 +17,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from tests.wsm.formats.matrices import FORMATS, matrix
+from tests.wsm.formats.matrices import FORMATS, matrix, random_blocks
 from wsm.formats import exact, fp8, gguf_blocks, gguf_kernels, integer, kernels
 from wsm.formats.exact import Exact
 from wsm.formats.gguf_blocks import TYPES
@@ -99,11 +99,9 @@ def block_cases() -> list[tuple[str, tuple[int, int], torch.dtype]]:
 
 
 def decode_blocks(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """The bits of a matrix of seeded blocks."""
+    """The bits of a matrix of random blocks."""
     form, out = TYPES[name], torch.full(shape, 7.0, dtype=dtype)
-    (plane,) = form.planes(shape)
-    blocks = form.seeded(plane.nbytes // form.nbytes, 0.02, seed=1)
-    form.decode_({"blocks": blocks.view(plane.shape)}, out)
+    form.decode_({"blocks": random_blocks(form, shape)}, out)
     return out.view(torch.int32 if dtype == torch.float32 else torch.int16)
 
 

@@ -58,8 +58,8 @@ class PlaneBlocks:
     def _of(self, weight_format: WeightFormat) -> dict[str, Tensor]:
         with self._lock:
             if weight_format.name not in self._blocks and isinstance(weight_format, BlockType):
-                made = {"blocks": weight_format.seeded(_GGUF_BLOCKS, self._std, self._seed)}
-                self._blocks[weight_format.name] = made
+                blocks = weight_format.seeded(_GGUF_BLOCKS, self._std, self._seed)
+                self._blocks[weight_format.name] = {"blocks": blocks}
             elif weight_format.name not in self._blocks:
                 made = weight_format.encode(self._matrix)
                 assert made is not None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wsm.errors import StoreError, UnusableInput
+from wsm.formats.backend import kernels_for
 from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
 
 _FINITE = 0x7C00
@@ -85,6 +86,11 @@ class BlockType:
                 raise StoreError(f"{self.name}: a scale in the plane blocks is NaN or infinity")
 
     def decode_(self, planes: Mapping[str, Tensor], out: Tensor) -> None:
+        if kernels_for(out) is not None and out.data_ptr() % (2 * out.element_size()) == 0:
+            from wsm.formats.gguf_kernels import decode_blocks_  # it needs Triton
+
+            decode_blocks_(self.name, planes["blocks"], out)
+            return
         blocks, values = planes["blocks"].view(-1, self.nbytes), out.view(-1, self.weights)
         for piece in pieces(len(blocks), out.device, self.weights):
             values[piece] = self.decode(blocks[piece])
@@ -106,14 +112,14 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _nibbles(codes: Tensor, width: int) -> Tensor:
     """Codes of 4 bits: of each ``width`` bytes all low ones, then all high ones; uint8 ``[n, 2 x bytes]``."""
-    parts = codes.unflatten(1, (-1, width))
+    parts = codes.reshape(len(codes), -1, width)
     return torch.stack((parts & 15, parts >> 4), 2).flatten(1)
 
 
 def _fields(codes: Tensor, width: int, bits: int) -> Tensor:
     """As :func:`_nibbles`, of codes of 1 or 2 bits."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).unsqueeze(1)
-    return (codes.unflatten(1, (-1, 1, width)) >> shifts & ((1 << bits) - 1)).flatten(1)
+    return (codes.reshape(len(codes), -1, 1, width) >> shifts & ((1 << bits) - 1)).flatten(1)
 
 
 def _with_fifth(codes: Tensor, fifth: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def _grouped(blocks: Tensor, codes: Tensor) -> Tensor:
     low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((low & 63, (high & 15) | (low >> 2 & 0x30)), 1).float().mul_(_half(blocks, 0))
     mins = torch.cat((middle & 63, high >> 4 | (middle >> 2 & 0x30)), 1).float().mul_(_half(blocks, 2))
-    wide = codes.unflatten(1, (8, 32)).float()
+    wide = codes.reshape(-1, 8, 32).float()
     return wide.mul_(scales.unsqueeze(-1)).sub_(mins.unsqueeze(-1)).flatten(1)
 
 
@@ -164,7 +170,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
 def _q6_k(blocks: Tensor) -> Tensor:
     codes = _nibbles(blocks[:, :128], 64) | _fields(blocks[:, 128:192], 32, 2) << 4
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
-    return codes.unflatten(1, (16, 16)).float().sub_(32).mul_(scales.unsqueeze(-1)).flatten(1)
+    return codes.reshape(-1, 16, 16).float().sub_(32).mul_(scales.unsqueeze(-1)).flatten(1)
 
 
 TYPES = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import numpy as np
 import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -13,19 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.wsm.formats.matrices import matrix
+from tests.wsm.formats.matrices import block_shapes, matrix, random_blocks, scales_of
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import format as formats
 from wsm.formats.gguf_blocks import TYPES, BlockType
 from wsm.formats.registry import BLOCK_TYPES
-
-SHAPES = ((1, 256), (1, 1024), (70, 768), (3, 2304))
-"""Of each type; those of 32 weights also have :data:`ODD`."""
-ODD = ((1, 32), (33, 576), (5, 96))
-
-
-def shapes_of(form: BlockType) -> tuple[tuple[int, int], ...]:
-    return SHAPES if form.weights == 256 else (*SHAPES, *ODD)
 
 
 def blocks_of(form: BlockType, shape: tuple[int, int], seed: int, *, quantised: bool) -> Tensor:
@@ -34,16 +25,7 @@ def blocks_of(form: BlockType, shape: tuple[int, int], seed: int, *, quantised: 
         with contextlib.suppress(NotImplementedError):
             weight = matrix(shape, torch.float32, seed).numpy()
             return torch.from_numpy(quantize(weight, GGMLQuantizationType[form.name.upper()]))
-    rows, nbytes = form.planes(shape)[0].shape
-    made = np.random.default_rng(seed).integers(0, 256, (rows, nbytes // form.nbytes, form.nbytes), dtype=np.uint8)
-    for at in scales_of(form):
-        half = made[..., at : at + 2].copy().view(np.uint16)
-        made[..., at : at + 2] = np.where(half & 0x7C00 == 0x7C00, half & 0xFBFF, half).view(np.uint8)
-    return torch.from_numpy(made.reshape(rows, nbytes))
-
-
-def scales_of(form: BlockType) -> tuple[int, ...]:
-    return (form.scale_at,) if form.min_at is None else (form.scale_at, form.min_at)
+    return random_blocks(form, shape, seed)
 
 
 def by_the_package(form: BlockType, blocks: Tensor) -> Tensor:
@@ -70,7 +52,7 @@ def test_float32_is_bit_equal_to_the_package_and_16_bits_are_rounded_once(
     name: str, data: st.DataObject, seed: int, quantised: bool
 ) -> None:
     form = TYPES[name]
-    shape = data.draw(st.sampled_from(shapes_of(form)))
+    shape = data.draw(st.sampled_from(block_shapes(form)))
     blocks = blocks_of(form, shape, seed, quantised=quantised)
     expected = by_the_package(form, blocks)
     assert torch.equal(decoded(form, blocks, shape, torch.float32).view(torch.int32), expected.view(torch.int32))
@@ -82,7 +64,7 @@ def test_float32_is_bit_equal_to_the_package_and_16_bits_are_rounded_once(
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_pieces_make_no_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form = TYPES[name]
-    blocks = blocks_of(form, (70, 768), 5, quantised=False)
+    blocks = random_blocks(form, (70, 768), 5)
     whole = decoded(form, blocks, (70, 768), torch.float32)
     for piece in (1, 700, 5 * 256):
         monkeypatch.setattr(formats, "CPU_PIECE", piece)
@@ -94,7 +76,7 @@ def test_pieces_make_no_difference(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_scale_that_is_no_number_is_refused(name: str, half: int) -> None:
     form = TYPES[name]
     for at in scales_of(form):
-        blocks = blocks_of(form, (7, 512), 1, quantised=False)
+        blocks = random_blocks(form, (7, 512), 1)
         blocks[6, blocks.shape[1] - form.nbytes + at] = half & 0xFF
         blocks[6, blocks.shape[1] - form.nbytes + at + 1] = half >> 8
         with pytest.raises(StoreError, match=f"{name}: a scale in the plane blocks is NaN or infinity"):
@@ -104,7 +86,7 @@ def test_a_scale_that_is_no_number_is_refused(name: str, half: int) -> None:
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_planes_that_no_matrix_has_are_refused(name: str) -> None:
     form = TYPES[name]
-    blocks = blocks_of(form, (7, 512), 1, quantised=False)
+    blocks = random_blocks(form, (7, 512), 1)
     for planes in ({}, {"blocks": blocks[:-1]}, {"blocks": blocks[:, :-1]}, {"blocks": blocks.to(torch.int16)},
                    {"values": blocks}, {"blocks": blocks, "scales": blocks}):  # fmt: skip
         with pytest.raises(StoreError, match=name):

@@ -47,6 +47,10 @@ class ModelConfig:
             raise UnusableInput(f"{self.name}: {self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:
             raise UnusableInput(f"{self.name}: head_dim must be even for RoPE, not {self.head_dim}")
+        if self.rope_scaling is not None and len(self.rope_scaling.factors) not in (0, self.head_dim // 2):
+            raise UnusableInput(
+                f"{self.name}: {len(self.rope_scaling.factors)} factors of RoPE for {self.head_dim // 2} frequencies"
+            )
         for field in ("norm_eps", "rope_theta"):
             number(getattr(self, field), f"{self.name}: {field}")
 
@@ -117,20 +121,20 @@ class ModelConfig:
         counts = {field: getattr(self, field) for field in _SHARED}
         for field, count in counts.items():
             if count % ranks:
+                divisors = range(1, min(counts.values()) + 1)
+                possible = [str(n) for n in divisors if not any(count % n for count in counts.values())]
                 raise UnusableInput(
                     f"{self.name} cannot be cut for {ranks} ranks, its {_SHARED[field]} being {count}: start it with "
-                    f"torchrun --nproc-per-node {' or '.join(map(str, self.rank_counts()))}"
+                    f"torchrun --nproc-per-node {' or '.join(possible)}"
                 )
         return dataclasses.replace(self, **{field: count // ranks for field, count in counts.items()})
 
-    def rank_counts(self) -> list[int]:
-        """How many ranks can share the model evenly."""
-        counts = [getattr(self, field) for field in _SHARED]
-        return [n for n in range(1, min(counts) + 1) if not any(count % n for count in counts)]
-
     def to_json(self) -> dict[str, Any]:
-        """All fields, for a manifest."""
-        return dataclasses.asdict(self)
+        """All fields, for a manifest; ``factors`` of RoPE only where there are any, as older versions have it."""
+        fields = dataclasses.asdict(self)
+        if self.rope_scaling is not None and not self.rope_scaling.factors:
+            del fields["rope_scaling"]["factors"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
@@ -141,7 +145,11 @@ class ModelConfig:
             return cls(**fields)
         if not isinstance(scaling, Mapping):
             raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r}")
+        scaling = {"factors": (), **scaling}
         _same_fields(RopeScaling, scaling)
+        if not isinstance(scaling["factors"], list | tuple):
+            raise UnusableInput(f"a model description has factors of RoPE that are no list: {scaling['factors']!r:.60}")
+        scaling["factors"] = tuple(scaling["factors"])
         return cls(**{**fields, "rope_scaling": RopeScaling(**scaling)})
 
 

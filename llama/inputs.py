@@ -27,6 +27,7 @@ from wsm.disk.blockdev import is_block_device
 from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.formats import registry
+from wsm.formats.gguf_blocks import NOT_ENCODED
 from wsm.formats.mix import Formats, Mix, formats_named
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
@@ -37,6 +38,7 @@ from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 from wsm.store import manifest
+from wsm.store.cuts import check_cuts
 from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
@@ -104,7 +106,7 @@ class Inputs:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
-        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config, self.checkpoint.vocabulary)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -191,7 +193,7 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
     native = _native(checkpoint, options.weight_format)
-    weight_format = native or (registry.get(asked) if asked in registry.NAMES else None)
+    weight_format = native or (registry.get(asked) if asked in registry.ALL else None)
     wanted = DTYPES.get(PLAIN_FORMATS.get(options.weight_format, options.dtype or "auto"))
     if asked == "exact":
         wanted = torch.bfloat16
@@ -206,6 +208,8 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked, brought), flags)
         weight_format = native or _formats_of(description)
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
+    if weight_format is not None and description is None:
+        _check_format(checkpoint, weight_format, dtype, world)
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     cache_dir = options.cache_dir.expanduser()
     inputs = Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
@@ -236,6 +240,13 @@ def _formats_of(description: StoreDescription) -> Formats | None:
     full_name = description.config.full_name
     tensors = ((full_name(group, t.name), t) for group, s in description.groups.items() for t in s.layout.encoded)
     return Mix({name: tensor.format for name, tensor in tensors if tensor.format is not None})
+
+
+def _check_format(checkpoint: Checkpoint, weight_format: Formats, dtype: torch.dtype, world: World) -> None:
+    """UnusableInput for GGUF's blocks where weights would be put into them, or where ranks' shares do not fill them."""
+    if weight_format.name in registry.BLOCK_TYPES and checkpoint.directory is not None and checkpoint.formats is None:
+        raise UnusableInput(f"--weight-format {weight_format.name}: {NOT_ENCODED.format(weight_format.name)}")
+    check_cuts(checkpoint.config, dtype, world.shard.size, weight_format)
 
 
 def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from llama.checkpoint.gguf_vocabulary import Vocabulary
 from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
@@ -40,6 +41,16 @@ class Checkpoint(ABC):
     ) -> None:
         self.config, self.dtype, self.directory = config, dtype, directory
         self._paths = paths
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokenizer in the weights' own files, if there is one; UnusableInput for one that is not read here."""
+        return None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a conversation in the weights' own files, if there is one."""
+        return None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -73,13 +84,9 @@ class Checkpoint(ABC):
     def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
         """Fill ``planes``, those of the part ``cut`` of a matrix that is in its native format; thread-safe.
 
-        UnusableInput where a border of ``cut`` is inside a block or group.
+        No border of ``cut`` is inside a block or group.
         """
         raise NotImplementedError(name)
-
-    def block_columns(self, name: str) -> int:
-        """Columns of a matrix in its native format that cannot be parted: a rank's share has whole blocks."""
-        return 1
 
     @cached_property
     def formats(self) -> Mix | None:
@@ -143,24 +150,8 @@ class Checkpoint(ABC):
         """Fill ``out [cut.rows, cut.columns]`` from a tensor that is there; q and k are cut between heads."""
 
     def share(self, shard: Shard) -> Checkpoint:
-        """What a rank holds of it, under the same names; itself where there is only one rank.
-
-        UnusableInput, with the numbers of ranks that can be, if it cannot be cut for so many.
-        """
-        if shard.size == 1:
-            return self
-        share = RankCheckpoint(self, shard)
-        if not self._cuts_between_blocks(shard.size):
-            possible = [str(ranks) for ranks in self.config.rank_counts() if self._cuts_between_blocks(ranks)]
-            raise UnusableInput(
-                f"{self.config.name} cannot be cut for {shard.size} ranks: a cut would be inside the blocks of its "
-                f"formats; start it with torchrun --nproc-per-node {' or '.join(possible)}"
-            )
-        return share
-
-    def _cuts_between_blocks(self, ranks: int) -> bool:
-        cut = (name for name in (self.formats.by_tensor if self.formats else ()) if name.endswith(BY_COLUMNS))
-        return not any(self._shapes[name][1] % (ranks * self.block_columns(name)) for name in cut)
+        """What a rank holds of it, under the same names; itself where there is only one rank."""
+        return self if shard.size == 1 else RankCheckpoint(self, shard)
 
     def close(self) -> None:  # noqa: B027
         """Let go of the files, where there are any."""

@@ -164,9 +164,6 @@ class HFCheckpoint(Checkpoint):
                 found = to_interleaved(found.view(cut.rows, -1), cut.rows // self.config.head_dim)
             planes[plane].view(found.shape).copy_(found)
 
-    def block_columns(self, name: str) -> int:
-        return self._quantised[name].block_columns
-
     def close(self) -> None:
         self._files.close()
 

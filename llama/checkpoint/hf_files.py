@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.checkpoint.base import Stored
-from llama.files import AGAIN, read_json, refuse_gguf, refuse_pointer
+from llama.files import AGAIN, read_json, refuse_pointer
 from wsm.errors import UnusableInput
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -76,7 +76,6 @@ def _weight_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
         raise UnusableInput(f"{directory} lacks {named}, which config.json names: the download is incomplete")
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        refuse_gguf(directory)
         if pickled := sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*")):
             raise UnusableInput(
                 f"{directory} holds {pickled[0].name} but no .safetensors file; convert it first: load it with "

@@ -70,7 +70,7 @@ class _Integers(QuantisedMatrix):
         """``[rows, groups]``, uint8."""
 
     @property
-    def block_columns(self) -> int:
+    def _together(self) -> int:
         return self.weight_format.group or 8 // self.weight_format.bits
 
     def _fill(self, planes: Mapping[str, Tensor], cut: Cut) -> None:

@@ -35,18 +35,16 @@ class QuantisedMatrix(ABC):
         self.names: list[str] = []
 
     @property
-    def block_columns(self) -> int:
+    def _together(self) -> int:
         """Columns that cannot be parted."""
         return 1
 
     def fill(self, planes: Mapping[str, Tensor], cut: Cut) -> None:
-        """Put a part of the matrix into ``planes``; its columns must begin and end where blocks do.
+        """Put a part of the matrix into ``planes``; its columns must begin and end where groups do.
 
         UnusableInput for values that cannot be: NaN among them, or zeros beyond the codes.
         """
-        if cut.column % self.block_columns or (
-            cut.columns % self.block_columns and cut.column + cut.columns != self.shape[1]
-        ):
+        if cut.column % self._together or (cut.columns % self._together and cut.column + cut.columns != self.shape[1]):
             raise UnusableInput(f"{self._where}: it cannot be cut at input {cut.column}, inside of a group")
         self._fill(planes, cut)
         try:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wsm.formats import backend, kernels
+from wsm.formats import backend, gguf_kernels, kernels
+from wsm.formats.format import WeightFormat
+from wsm.formats.gguf_blocks import BlockType
 from wsm.formats.integer import Integer
-from wsm.formats.registry import NAMES, get
+from wsm.formats.registry import ALL, BLOCK_TYPES, get
 
 GPU = torch.device("cuda", 0)
 LARGE = {"w1": (28672, 8192), "w2": (8192, 28672), "wq": (8192, 8192)}
@@ -64,13 +66,22 @@ def rate(work: Callable[[], object], out: Tensor) -> float:
     return out.nbytes / milliseconds(work) / 1e6
 
 
+def planes_of(form: WeightFormat, weight: Tensor) -> Planes:
+    """Of ``weight``, or of GGUF's types seeded blocks."""
+    if isinstance(form, BlockType):
+        (plane,) = form.planes((weight.shape[0], weight.shape[1]))
+        return {plane.name: form.seeded(plane.nbytes // form.nbytes, 0.02, seed=0).view(plane.shape).to(GPU)}
+    planes = form.encode(weight)
+    assert planes is not None
+    return planes
+
+
 def decode() -> None:
     """GB/s of bfloat16, and those of all bytes that are read and written."""
     print("decode, GB/s of bfloat16: Triton (with what it reads), torch")
-    for (matrix, shape), name in itertools.product(LARGE.items(), NAMES):
+    for (matrix, shape), name in itertools.product(LARGE.items(), ALL):
         out, form = weights(shape), get(name)
-        planes = form.encode(out)
-        assert planes is not None
+        planes = planes_of(form, out)
         by_triton = rate(lambda: form.decode_(planes, out), out)  # noqa: B023 (called at once)
         moved = 1 + sum(plane.nbytes for plane in planes.values()) / out.nbytes
         with mock.patch.object(backend, "_loaded", return_value=(None, "torch")):
@@ -149,11 +160,11 @@ def encode() -> None:
 def tune_decoders() -> None:
     """Every tuning of each decoder, the best ones first."""
     out = weights(LARGE["w1"])
-    for name, kernel in (("exact", "EXACT"), ("int4", "INT4"), ("int8", "BYTES"), ("fp8", "BYTES")):
-        planes, rates = get(name).encode(out), []
-        assert planes is not None
+    tuned = {"exact": "EXACT", "int4": "INT4", "int8": "BYTES", "fp8": "BYTES"}
+    for name, kernel in (tuned | {name: "SMALL" if "_K" not in name else "LARGE" for name in BLOCK_TYPES}).items():
+        planes, rates = planes_of(get(name), out), []
         for tuning in itertools.starmap(kernels.DecodeTuning, itertools.product((512, 1024, 2048, 4096, 8192), (4, 8))):
-            with mock.patch.object(kernels, kernel, tuning):
+            with mock.patch.object(kernels if name in tuned else gguf_kernels, kernel, tuning):
                 rates.append((rate(lambda: get(name).decode_(planes, out), out), tuning))  # noqa: B023
         print(name, *(f"{gbps:.0f} {tuple(tuning)};" for gbps, tuning in sorted(rates, reverse=True)), flush=True)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.wsm.formats.matrices import FORMATS, SHAPES, matrix
+from tests.wsm.formats.matrices import FORMATS, SHAPES, block_shapes, matrix, random_blocks
 from wsm.formats import backend
 from wsm.formats.exact import Exact
 from wsm.formats.format import WeightFormat
+from wsm.formats.gguf_blocks import TYPES
 from wsm.formats.integer import Integer
 from wsm.formats.registry import get
 
@@ -55,6 +56,18 @@ def test_decoders_give_the_bits_of_the_reference(name: str, dtype: torch.dtype) 
         assert torch.equal(bits(decoded(form, on_gpu(planes), weight.cuda())), expected), shape
         with mock.patch.object(backend, "_loaded", return_value=(None, "torch")):
             assert torch.equal(bits(decoded(form, on_gpu(planes), weight.cuda())), expected), shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TYPES)
+def test_decoders_of_ggufs_types_give_the_bits_of_the_reference(name: str, dtype: torch.dtype) -> None:
+    form = TYPES[name]
+    for shape in (*block_shapes(form), LARGE):
+        planes, like = {"blocks": random_blocks(form, shape)}, torch.empty(shape, dtype=dtype)
+        expected = bits(decoded(form, planes, like))
+        assert torch.equal(bits(decoded(form, on_gpu(planes), like.cuda())), expected), shape
+        with mock.patch.object(backend, "_loaded", return_value=(None, "torch")):
+            assert torch.equal(bits(decoded(form, on_gpu(planes), like.cuda())), expected), shape
 
 
 def test_exact_brings_back_every_bfloat16() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from wsm.engine.device import Device
 from wsm.engine.probe import repeated
 from wsm.formats.backend import decoder
-from wsm.formats.format import WeightFormat
+from wsm.formats.format import Shape, WeightFormat
+from wsm.formats.gguf_blocks import BlockType
 from wsm.plan.time import Ceiling
 
 Part = tuple[WeightFormat, int, float]
@@ -43,12 +44,20 @@ def _sample(device: Device, part: Part, dtype: torch.dtype, nbytes: int) -> tupl
     while True:
         rows = max(1, int(nbytes * share) // (columns * dtype.itemsize))
         try:
-            planes = weight_format.encode(
-                torch.empty(rows, columns, dtype=dtype, device=device.torch_device).normal_(std=0.02)
-            )
-            assert planes is not None  # of normal numbers there is no format that does not pay
-            return rows, columns, planes
+            return rows, columns, _random_planes(weight_format, (rows, columns), dtype, device.torch_device)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
             nbytes //= 2
+
+
+def _random_planes(
+    weight_format: WeightFormat, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    if isinstance(weight_format, BlockType):
+        (plane,) = weight_format.planes(shape)
+        blocks = weight_format.seeded(plane.nbytes // weight_format.nbytes, 0.02, seed=0)
+        return {plane.name: blocks.view(plane.shape).to(device)}
+    planes = weight_format.encode(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02))
+    assert planes is not None  # of normal numbers there is no format that does not pay
+    return planes

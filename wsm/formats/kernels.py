@@ -23,6 +23,11 @@ _ESCAPE_BLOCK = 1 << 16
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def triton_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's word for a compute dtype."""
+    return _TYPES[dtype]
+
+
 class DecodeTuning(NamedTuple):
     """Bytes of codes that a program decodes, and its warps."""
 
@@ -96,6 +101,17 @@ def decode_exact_(planes: Mapping[str, Tensor], out: Tensor) -> None:
 
 
 @triton.jit
+def joined(low, high, TO: tl.constexpr):
+    """Two float32, rounded to TO, as one integer, ``low`` first."""
+    if TO == tl.float32:  # noqa: SIM300 (a type, which ruff takes for a constant)
+        first = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        return first | (high.to(tl.int32, bitcast=True).to(tl.int64) << 32)
+    else:  # noqa: RET505 (Triton compiles what follows an if, whatever it returns)
+        first = low.to(TO).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return first | (high.to(TO).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
 def int4_kernel(
     values, scales, zeros, out, row_bytes, groups,
     HAS_ZERO: tl.constexpr, PER_ROW: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TO: tl.constexpr,
@@ -110,15 +126,9 @@ def int4_kernel(
     scale = tl.load(scales + group, mask=known, other=0).to(tl.float32)[:, None]
     zero = tl.load(zeros + group, mask=known, other=0).to(tl.int32)[:, None] if HAS_ZERO else 8
     pair = tl.load(values + row * row_bytes + byte, mask=inside, other=0).to(tl.int32)
-    low = (((pair & 15) - zero).to(tl.float32) * scale).to(TO)
-    high = (((pair >> 4) - zero).to(tl.float32) * scale).to(TO)
-    if TO == tl.float32:  # noqa: SIM300 (a type, which ruff takes for a constant)
-        first = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        both = first | (high.to(tl.int32, bitcast=True).to(tl.int64) << 32)
-    else:
-        first = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        both = first | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    tl.store(out + row * row_bytes + byte, both, mask=inside)
+    low = ((pair & 15) - zero).to(tl.float32) * scale
+    high = ((pair >> 4) - zero).to(tl.float32) * scale
+    tl.store(out + row * row_bytes + byte, joined(low, high, TO), mask=inside)
 
 
 def decode_int4_(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, *, group: int) -> None:

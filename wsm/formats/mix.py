@@ -46,3 +46,13 @@ def format_of(formats: Formats | None, tensor: str) -> WeightFormat | None:
 def formats_named(name: str) -> dict[str, WeightFormat]:
     """The formats in a name, which may be a mix's; UnusableInput for one that is not known."""
     return {part: registry.get(part) for part in name.split(SEPARATOR)}
+
+
+def columns_together(weight_format: WeightFormat) -> int:
+    """How many weights of a row share a scale, and so cannot be parted; 1 where a whole row does, or none."""
+    from wsm.formats.gguf_blocks import BlockType
+    from wsm.formats.integer import Integer
+
+    if isinstance(weight_format, BlockType):
+        return weight_format.weights
+    return weight_format.group or 1 if isinstance(weight_format, Integer) else 1

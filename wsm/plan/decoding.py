@@ -35,12 +35,20 @@ def ways_to_decode(inputs: PlanInputs, chunks: int) -> Iterator[Decoding]:
     if not encoded:
         yield NOTHING_DECODED
         return
-    used = {tensor.format for layout in encoded for tensor in layout.encoded}
-    if inputs.settings.mode in ("full", "preload") and all(registry.get(str(name)).exact for name in used):
+    used = {str(tensor.format) for layout in encoded for tensor in layout.encoded}
+    if inputs.settings.mode in ("full", "preload") and all(_same_once_decoded(name, inputs) for name in used):
         yield Decoding(at_load=True)
     if chunks > MANY_CHUNKS:
         yield Decoding(max(map(_whole_bytes, encoded)))
     yield Decoding(max(_product_bytes(layout, inputs.config.fused) for layout in encoded) + TENSOR_ALIGNMENT)
+
+
+def _same_once_decoded(name: str, inputs: PlanInputs) -> bool:
+    """Whether a matrix that is decoded as it is loaded gives the products of other modes, bit for bit: those decode it
+    before each product, and have none straight from its planes."""
+    found = registry.get(name)
+    own_product = found.packed_rows(inputs.dtype, inputs.hardware.has_gpu)
+    return found.exact or (name in registry.BLOCK_TYPES and not own_product)
 
 
 def _whole_bytes(layout: GroupLayout) -> int:

@@ -12,7 +12,7 @@ import torch
 from wsm.disk.targets import sealed, unsealed
 from wsm.errors import StoreError
 from wsm.formats.format import Plane, Shape, WeightFormat
-from wsm.formats.mix import Formats, Mix, format_of
+from wsm.formats.mix import Formats, format_of
 from wsm.layout.groups import (
     BLOCK,
     GroupId,
@@ -24,10 +24,13 @@ from wsm.layout.groups import (
     round_up,
 )
 from wsm.layout.model import ModelShape
+from wsm.store.cuts import check_cuts
 
 VERSION, FORMATTED = 2, 3
 """Of a plain store, and of one in a weight format."""
 MAGIC = b"WSMSTORE"
+_MOST = "most"
+"""Of the one plane that a matrix of unknown size is planned with."""
 AGAIN = "re-pack with `bench_infer.py pack`"
 _SUPERBLOCK = struct.Struct("<8sIII16s16s")
 
@@ -125,8 +128,8 @@ class StorePlan:
     @property
     def is_bound(self) -> bool:
         """Whether sizes are only known not to be larger."""
-        formats = self.weight_format
-        return formats is not None and not isinstance(formats, Mix) and formats.planes((1, 1), self.dtype) is None
+        encoded = (tensor for layout in self.layouts.values() for tensor in layout.encoded)
+        return any(plane.name == _MOST for tensor in encoded for plane in tensor.planes)
 
     def extents(self, group: GroupId | None, rank: int) -> tuple[Extent, ...]:
         """Where the image of a rank's share of ``group`` is."""
@@ -146,6 +149,8 @@ def plan_store(
     config: ModelShape, dtype: torch.dtype, targets: int, tp: int = 1, weight_format: Formats | None = None
 ) -> StorePlan:
     """The layout of a new store; raises UnusableInput if the model cannot be cut for ``tp`` ranks."""
+    if weight_format is not None:
+        check_cuts(config, dtype, tp, weight_format)
     layouts = planned_layouts(config.share(tp), dtype, weight_format, most=True)
     offsets, offset = {}, BLOCK
     for group, layout in layouts.items():
@@ -186,5 +191,5 @@ def planned_layouts(
 
 def _planned_planes(weight_format: WeightFormat, shape: Shape, dtype: torch.dtype, *, most: bool) -> tuple[Plane, ...]:
     if most and weight_format.planes(shape, dtype) is None:
-        return (Plane("most", torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
+        return (Plane(_MOST, torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
     return weight_format.least_planes(shape, dtype)

@@ -25,6 +25,7 @@ from tests.tiny import hf_directory, hf_model, tensors_of
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.layout.model import Shard
+from wsm.store.cuts import check_cuts
 
 Q, W2 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -90,8 +91,10 @@ def test_ranks_get_the_parts_of_the_whole_matrices(name: str, tmp_path: Path) ->
 
 def test_a_cut_inside_of_a_group_is_refused_with_the_numbers_of_ranks_that_can_be(tmp_path: Path) -> None:
     written(tmp_path / "m", METHODS["awq"], num_hidden_layers=2)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.formats is not None
     with pytest.raises(UnusableInput, match=r"cannot be cut for 2 ranks.* --nproc-per-node 1$"):
-        open_checkpoint(tmp_path / "m").share(Shard(0, 2))
+        check_cuts(checkpoint.config, torch.float32, 2, checkpoint.formats)
 
 
 Opened = dict[str, tuple[Checkpoint, dict[str, Tensor]]]

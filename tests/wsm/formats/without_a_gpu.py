@@ -17,9 +17,10 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from tests.wsm.formats.matrices import FORMATS, matrix
-from wsm.formats import exact, fp8, integer, kernels
+from tests.wsm.formats.matrices import FORMATS, matrix, random_blocks
+from wsm.formats import exact, fp8, gguf_blocks, gguf_kernels, integer, kernels
 from wsm.formats.exact import Exact
+from wsm.formats.gguf_blocks import TYPES
 from wsm.formats.integer import Integer
 from wsm.formats.registry import get
 
@@ -28,6 +29,9 @@ POINTERS = {
     "escapes_kernel": {"signs": "*u8", "counts": "*i32", "places": "*i16", "exponents": "*u8", "out": "*i16"},
     "int4_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*i32"},
     "bytes_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*bf16"},
+    "small_blocks_kernel": {"blocks": "*i16"},
+    "grouped_blocks_kernel": {"blocks": "*i16"},
+    "q6_k_kernel": {"blocks": "*i16"},
     "product_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "parts": "*fp32", "arrivals": "*i32"},
 }
 
@@ -38,7 +42,7 @@ def compile_for(capability: int) -> None:
     from triton.compiler import ASTSource
 
     def made(name: str, warps: int, stages: int = 3, pointers: dict[str, str] | None = None, **constants: Any) -> None:
-        kernel = getattr(kernels, name)
+        kernel = getattr(kernels if hasattr(kernels, name) else gguf_kernels, name)
         types = POINTERS[name] | (pointers or {})
         signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
         source = ASTSource(
@@ -47,6 +51,14 @@ def compile_for(capability: int) -> None:
         options = {"num_warps": warps, "num_stages": stages}
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
+    for to in (tl.bfloat16, tl.float16, tl.float32):
+        pairs, tile = {"out": "*i64" if to == tl.float32 else "*i32"}, gguf_kernels.LARGE.tile // 32
+        for size, bits in ((9, 4), (10, 4), (11, 5), (12, 5), (17, 8)):
+            made("small_blocks_kernel", gguf_kernels.SMALL.warps, pointers=pairs,
+                 SIZE=size, BITS=bits, HAS_MIN=size in (10, 12), TILE=gguf_kernels.SMALL.tile // 16, TO=to)  # fmt: skip
+        for bits in (4, 5):
+            made("grouped_blocks_kernel", gguf_kernels.LARGE.warps, pointers=pairs, BITS=bits, TILE=tile, TO=to)
+        made("q6_k_kernel", gguf_kernels.LARGE.warps, pointers=pairs, TILE=tile, TO=to)
     made("exact_kernel", kernels.EXACT.warps, TILE=kernels.EXACT.tile)
     made("escapes_kernel", 1, WEIGHTS=1 << 16, TILE=32)
     for group, per_row, to in ((128, False, tl.bfloat16), (32, False, tl.float16), (128, True, tl.float32)):
@@ -68,10 +80,29 @@ def interpret() -> None:
         mock.patch.object(exact, "kernels_for", return_value=kernels),
         mock.patch.object(fp8, "kernels_for", return_value=kernels),
         mock.patch.object(integer, "kernels_for", return_value=kernels),
+        mock.patch.object(gguf_blocks, "kernels_for", return_value=kernels),
     ):
+        blocks_through_kernels = [decode_blocks(*case) for case in block_cases()]
         through_kernels = [decode(name, shape, dtype) for name, shape, dtype in cases()]
         multiply()
     assert all(torch.equal(one, decode(*case)) for one, case in zip(through_kernels, cases(), strict=True))
+
+    for case, found in zip(block_cases(), blocks_through_kernels, strict=True):
+        assert torch.equal(found, decode_blocks(*case)), case
+
+
+def block_cases() -> list[tuple[str, tuple[int, int], torch.dtype]]:
+    """One row, rows of several programs, and a last program that is nearly empty."""
+    cut = {name: ((3, 576), (1, 32), (5, 8192)) if form.weights == 32 else ((3, 768), (1, 256), (5, 8192))
+           for name, form in TYPES.items()}  # fmt: skip
+    return [(name, shape, to) for name in TYPES for shape in cut[name] for to in (torch.float16, torch.float32)]
+
+
+def decode_blocks(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The bits of a matrix of random blocks."""
+    form, out = TYPES[name], torch.full(shape, 7.0, dtype=dtype)
+    form.decode_({"blocks": random_blocks(form, shape)}, out)
+    return out.view(torch.int32 if dtype == torch.float32 else torch.int16)
 
 
 def cases() -> list[tuple[str, tuple[int, int], torch.dtype]]:

@@ -119,6 +119,7 @@ def _weights(bits: int, group: int | None = None, *, symmetric: bool = True) -> 
     return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": group}
 
 
+FLOAT8_ROWS = {"num_bits": 8, "type": "float", "strategy": "channel"}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 BF16 = torch.bfloat16
 METHODS: dict[str, Method] = {
@@ -184,6 +185,34 @@ def quantised_directory(directory: Path, method: Method, *, head: bool = False, 
         else:
             weight.data.copy_(tensors[name].float())
     write_directory(directory, model, tensors, method.config)
+    return model
+
+
+def mixed_directory(directory: Path) -> LlamaForCausalLM:
+    """Layer 0 and every k plain, the rest of attention in 8 bits a row, the feed-forward in 4 bits, ``w2`` in E4M3."""
+    model = hf_model()
+    tensors = {name: tensor.to(BF16) for name, tensor in model.state_dict().items()}
+    groups = {
+        "a": {"targets": ["re:.*self_attn.*"], "weights": _weights(8), "format": "pack-quantized"},
+        "b": {"targets": ["Linear"], "weights": _weights(4, 32), "format": "pack-quantized"},
+        "c": {"targets": ["re:.*down_proj$"], "weights": FLOAT8_ROWS, "format": "float-quantized"},
+    }
+    for name, weight in [*model.named_parameters()]:
+        module, (rows, cols) = name.removesuffix(".weight"), (weight.shape[0], weight.shape[-1])
+        if "proj" not in name or "layers.0." in name or "k_proj" in name:
+            weight.data.copy_(tensors[name].float())
+        elif "down_proj" in name:
+            codes, scales = (weight.data * 100).to(torch.float8_e4m3fn), torch.full((rows, 1), 0.01)
+            tensors |= {name: codes, f"{module}.weight_scale": scales}
+            weight.data.copy_(codes.float() * scales)
+        else:
+            bits, group = (8, 0) if "self_attn" in name else (4, 32)
+            found = random_codes(rows, cols, bits, group, symmetric=True, scale=BF16)
+            weight.data.copy_(found.value())
+            del tensors[name]
+            tensors |= {f"{module}.{part}": tensor for part, tensor in packed(found, bits).items()}
+    config = compressed_config({}, "mixed-precision") | {"config_groups": groups}
+    write_directory(directory, model, tensors, config)
     return model
 
 

@@ -96,11 +96,13 @@ class HFCheckpoint(Checkpoint):
 
     def _find_quantised(self, config: ModelConfig) -> dict[str, QuantisedMatrix]:
         """By full name, the matrices that the files hold in codes."""
-        found = {}
-        for name, shape in all_tensors(config) if self._quantisation is not None else ():
-            assert self._quantisation is not None
+        found = dict[str, QuantisedMatrix]()
+        if self._quantisation is None:
+            return found
+        there = {name.rpartition(".")[0] for name in self._files}
+        for name, shape in all_tensors(config):
             module = self._stored_name(name).removesuffix(".weight")
-            if len(shape) == 2 and (scheme := self._quantisation.scheme(module)) is not None:
+            if len(shape) == 2 and module in there and (scheme := self._quantisation.scheme(module)) is not None:
                 matrix = quantised_matrix(self._files, module, (shape[0], shape[1]), scheme)
                 if matrix is not None:
                     found[name] = matrix

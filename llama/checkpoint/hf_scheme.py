@@ -16,7 +16,7 @@ from wsm.errors import UnusableInput
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files of old releases, and the method of one that names none."""
 _ON_CONFIG = ("quantization_config", "compression_config")
-_MOST_REPEATS = 6
+_MOST_REPEATS = 4
 _WHAT_RUNS = (
     "AWQ (gemm) in 4 bits, GPTQ in 4 or 8, compressed-tensors in int4, int8 and fp8, and fp8 with a scale a tensor or "
     "row run here, and so does the same model in bfloat16 or float16"

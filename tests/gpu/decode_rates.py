@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wsm.formats import backend, gguf_kernels, kernels
+from wsm.formats import backend, gguf_kernels, kernels, product_kernels
 from wsm.formats.format import WeightFormat
 from wsm.formats.gguf_blocks import BlockType
 from wsm.formats.integer import Integer
@@ -137,7 +137,7 @@ def product() -> None:
     for rows in (1, 8, 16, 32):
         plain = layer_ms(None, rows)
         for form in (None, *forms):
-            times = plain if form is None else layer_ms(form, rows, decoded=rows > kernels.MOST_ROWS)
+            times = plain if form is None else layer_ms(form, rows, decoded=rows > product_kernels.MOST_ROWS)
             each = " ".join(f"{ms:.4f}" for ms in times)
             name = form.name if form is not None else "bfloat16"
             print(f"  B={rows:2} {name:8} {sum(times):.4f} ({sum(times) / sum(plain):.2f})  {each}", flush=True)
@@ -161,7 +161,7 @@ def tune_decoders() -> None:
     """Every tuning of each decoder, the best ones first."""
     out = weights(LARGE["w1"])
     tuned = {"exact": "EXACT", "int4": "INT4", "int8": "BYTES", "fp8": "BYTES"}
-    for name, kernel in (tuned | {name: "SMALL" if "_K" not in name else "LARGE" for name in BLOCK_TYPES}).items():
+    for name, kernel in (tuned | dict.fromkeys(BLOCK_TYPES, "BLOCKS")).items():
         planes, rates = planes_of(get(name), out), []
         for tuning in itertools.starmap(kernels.DecodeTuning, itertools.product((512, 1024, 2048, 4096, 8192), (4, 8))):
             with mock.patch.object(kernels if name in tuned else gguf_kernels, kernel, tuning):
@@ -176,9 +176,9 @@ def tune_product() -> None:
         assert form is not None
         prepare(form)
         for values in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4), (264, 528, 1056), (2, 4)):
-            tuning = kernels.ProductTuning(*values)
+            tuning = product_kernels.ProductTuning(*values)
             if 8 <= tuning.rows // tuning.warps <= 32:
-                with mock.patch.dict(kernels.PRODUCT, {form.bits: tuning}):
+                with mock.patch.dict(product_kernels.PRODUCT, {form.bits: tuning}):
                     each = layer_ms(form, rows)
                 times.append((sum(each), tuple(tuning), " ".join(f"{ms:.4f}" for ms in each)))
         print(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wsm.errors import StoreError, UnusableInput
-from wsm.formats.backend import kernels_for
+from wsm.formats.backend import kernels_for, packed_rows
 from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
 
 _FINITE = 0x7C00
@@ -96,10 +96,20 @@ class BlockType:
             values[piece] = self.decode(blocks[piece])
 
     def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
-        return 0
+        return packed_rows(dtype, cuda)
 
-    def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> None:
-        return None
+    def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
+        if kernels_for(x) is None:
+            return None
+        from wsm.formats.gguf_kernels import multiply_blocks_
+        from wsm.formats.product_kernels import can_multiply
+
+        if not can_multiply(x):
+            return None
+        if out is None:
+            out = x.new_empty(x.shape[0], shape[0])
+        multiply_blocks_(self.name, x, planes["blocks"], out)
+        return out
 
 
 NOT_ENCODED = "blocks of {} come from a GGUF file, no other weights are put into them; use --weight-format int4 or int8"

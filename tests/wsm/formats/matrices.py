@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wsm.formats.format import WeightFormat
 from wsm.formats.gguf_blocks import BlockType
 from wsm.formats.registry import NAMES
 
@@ -42,3 +43,14 @@ def matrix(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:
     values = torch.randn(shape, generator=generator) * 0.02
     outliers = torch.rand(shape, generator=generator) < 1e-3
     return torch.where(outliers, values * 30, values).to(dtype)
+
+
+def planes_of(form: WeightFormat, weight: Tensor) -> dict[str, Tensor]:
+    """Of ``weight``; of GGUF's types, which encode nothing, seeded blocks like it."""
+    if isinstance(form, BlockType):
+        (plane,) = form.planes((weight.shape[0], weight.shape[1]))
+        blocks = form.seeded(plane.nbytes // form.nbytes, 0.02, seed=1)
+        return {plane.name: blocks.view(plane.shape).to(weight.device)}
+    planes = form.encode(weight)
+    assert planes is not None
+    return planes

@@ -172,11 +172,7 @@ def joined_by_score(text: str, tokens: Sequence[str], scores: Sequence[float], t
     parts = list("\u2581" + text.replace(" ", "\u2581"))
     while True:
         best = max(
-            (
-                (scores[ids[a + b]], -at)
-                for at, (a, b) in enumerate(itertools.pairwise(parts))
-                if a + b in ids
-            ),
+            ((scores[ids[a + b]], -at) for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids),
             default=None,
         )
         if best is None:

@@ -235,7 +235,7 @@ def _formats_of(description: StoreDescription) -> Formats | None:
     if description.weight_format is None:
         return None
     found = formats_named(description.weight_format)
-    if len(found) == 1:
+    if len(found) == 1 and description.weight_format not in registry.BLOCK_TYPES:  # those are a checkpoint's own
         return found[description.weight_format]
     full_name = description.config.full_name
     tensors = ((full_name(group, t.name), t) for group, s in description.groups.items() for t in s.layout.encoded)

@@ -138,3 +138,31 @@ def cut_of(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
     if tensor.dim() == 1:
         return tensor
     return tensor.chunk(ranks, dim=1 if name.endswith(BY_COLUMNS) else 0)[rank]
+
+
+def byte_signs() -> list[str]:
+    """GPT-2's sign of each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    signs = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [signs[byte] for byte in range(256)]
+
+
+def bpe_fields(size: int, pre: str = "llama-bpe", merges: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    """A tokenizer of all bytes, what ``merges`` make, BOS, EOS (both control), and unused tokens up to ``size``."""
+    tokens = [*byte_signs(), *(merge.replace(" ", "") for merge in merges or ["\u0120 \u0120"])]
+    special = [len(tokens), len(tokens) + 1]
+    tokens += ["<|begin|>", "<|end|>"]
+    types = [1] * special[0] + [3, 3] + [5] * (size - len(tokens))
+    tokens += [f"<unused{number}>" for number in range(size - len(tokens))]
+    named = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": merges or ["\u0120 \u0120"],
+        "bos_token_id": special[0],
+        "eos_token_id": special[1],
+        **more,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in named.items()}

@@ -21,8 +21,8 @@ from wsm.errors import UnusableInput
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MOST_TENSORS, MOST_FIELDS, MOST_ITEMS, MOST_DIMENSIONS = 1 << 17, 1 << 16, 1 << 22, 4
-"""Of a file, and of a field's array. No LLaMA has a tenth of them."""
+MOST_TENSORS, MOST_FIELDS, MOST_ITEMS, MOST_DIMENSIONS = 1 << 17, 1 << 16, 1 << 21, 4
+"""Of a file; items are those of all its arrays. No LLaMA has half of them."""
 MOST_STRING = 16 << 20
 MOST_HEADER = 256 << 20
 DEFAULT_ALIGNMENT, LEAST_ALIGNMENT, MOST_ALIGNMENT = 32, 8, 1 << 20
@@ -148,7 +148,7 @@ class _Reader:
     """Goes through the header once. What it takes is in the file, so its work is bounded by counts that are checked."""
 
     def __init__(self, path: Path, data: memoryview) -> None:
-        self.place = 0
+        self.place, self._items = 0, 0
         self._path, self._data = path, data[:MOST_HEADER]
 
     def begin(self) -> tuple[int, int]:
@@ -179,7 +179,8 @@ class _Reader:
 
     def _array(self, name: str) -> list[Any]:
         kind = self._number("<I")
-        count = self._count("<Q", MOST_ITEMS, f"items of {name!r:.80}")
+        count = self._count("<Q", MOST_ITEMS - self._items, f"items of {name!r:.80}")
+        self._items += count
         if kind == _STRING:
             return [self._text() for _ in range(count)]
         if kind not in _SCALARS:

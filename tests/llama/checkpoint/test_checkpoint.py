@@ -428,11 +428,7 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
         lambda d: change_json(d / "config.json", quantization_config={"quant_method": "bitsandbytes", "bits": 4}),
         "the method 'bitsandbytes' (4 bits) does not run here; AWQ",
     ),
-    "GGUF": (only_gguf, "model.Q4_K_M.gguf is a GGUF file, made for llama.cpp"),
-    "GGUF alone": (
-        lambda d: (only_gguf(d), (d / "config.json").unlink()),
-        "model.Q4_K_M.gguf is a GGUF file, made for llama.cpp",
-    ),
+    "no GGUF file": (only_gguf, "model.Q4_K_M.gguf is damaged (it does not begin as a GGUF file does)"),
     "endless layers": (
         lambda d: change_json(d / "config.json", num_hidden_layers=10**30),
         "num_hidden_layers must be at most",
@@ -602,7 +598,7 @@ def test_places_that_hold_no_model_are_refused(hf: Path, tmp_path: Path) -> None
     assert "this is no directory" in refusal(hf / "config.json")
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
-    assert "model.gguf is a GGUF file, made for llama.cpp" in refusal(gguf)
+    assert "model.gguf is damaged (it ends within its header" in refusal(gguf)
     gguf.unlink()
     assert "neither params.json" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -29,7 +29,7 @@ _ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
 """Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
 _model, _paging = partial(option, group="model"), partial(option, group="paging")
 _speculation = partial(option, group="speculation")
-_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.NAMES)
+_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.ALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class BuildOptions(Settings):
     """Which model, from where, onto what, and how it is paged."""
 
     checkpoints: Path | None = _model(
-        None, PATH, "Meta or Hugging Face directory", metavar="DIR", shown="built-in model"
+        None, PATH, "Meta or Hugging Face directory, or a GGUF file", metavar="PATH", shown="built-in model"
     )
     synthetic: str | None = _model(
         None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N][:cycle]"

@@ -96,7 +96,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
         from bench.run.record import Progress
         from llama import LLaMA
-        from llama.inputs import open_inputs
+        from llama.opening import open_inputs
         from llama.plans import plan_run
         from llama.sources import find_store
         from wsm.plan.advice import check_fits

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import (
-    SYNTHETIC_DRAFT,
     Checkpoint,
     WeightlessCheckpoint,
     builtin_checkpoint,
@@ -19,33 +18,26 @@ from llama.checkpoint import (
     is_of_pair,
     open_checkpoint,
     synthetic_checkpoint,
-    synthetic_draft,
 )
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
 from llama.options import PLAIN_FORMATS, BuildOptions
-from llama.parallel.world import ALONE, World
-from llama.speculation.shape import NGRAM, Speculating
-from llama.speculation.vocabulary import check_tokenizers, check_vocabulary
+from llama.parallel.world import World
+from llama.speculation.shape import Speculating
 from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
 from wsm.disk.blockdev import is_block_device
-from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import WeightFormat
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
-from wsm.option import options_of
 from wsm.plan.plan import Plan
-from wsm.settings import Settings
 from wsm.store import manifest
-from wsm.store.description import DTYPE_FORMATS, DTYPE_NAMES, DTYPES, StoreDescription
+from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
 from wsm.store.match import Asked, check_suits
 
-_ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
-"""Flags that ranks have to agree on, besides those of ``Settings``."""
 read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json)
 """Of a packed LLaMA."""
 
@@ -179,11 +171,12 @@ def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
     return device
 
 
-def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
+def choose_checkpoint(options: BuildOptions) -> Checkpoint:
+    """The checkpoint that the options name."""
     if options.checkpoints is not None:
         directory = options.checkpoints.expanduser()
         if options.manifest is not None and directory.is_dir() and not has_weights(directory):
-            return WeightlessCheckpoint(directory, _stored_config(options.manifest))
+            return WeightlessCheckpoint(directory, stored_config(options.manifest))
         return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = DTYPES.get(options.dtype or "auto") or torch.bfloat16
@@ -192,7 +185,7 @@ def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
     return builtin_checkpoint(options.cache_dir.expanduser())
 
 
-def _stored_config(path: Path) -> ModelConfig | None:
+def stored_config(path: Path) -> ModelConfig | None:
     """The model that a manifest describes; None for version 1, which does not."""
     if manifest.load_json(path)["version"] == 1:
         return None
@@ -201,19 +194,8 @@ def _stored_config(path: Path) -> ModelConfig | None:
     return config
 
 
-def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
-    """Open and check everything that the run reads; UnusableInput for what cannot be used."""
-    options.check_together()
-    refuse_in_dev(options.cache_dir.expanduser(), f"--cache-dir {options.cache_dir}")
-    inputs = _open(options, _choose_checkpoint(options), world)
-    inputs.draft = _open_draft(options, inputs)
-    if world.shard.size > 1:
-        world.agree(_facts(options, inputs))
-        world.connect(inputs.device)
-    return inputs
-
-
-def _open(options: BuildOptions, checkpoint: Checkpoint, world: World) -> Inputs:
+def open_model(options: BuildOptions, checkpoint: Checkpoint, world: World) -> Inputs:
+    """One model, of ``checkpoint``, as the options have it; UnusableInput for what cannot be used."""
     device = choose_device(options.device, world.local)
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
@@ -234,73 +216,6 @@ def _open(options: BuildOptions, checkpoint: Checkpoint, world: World) -> Inputs
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     cache_dir = options.cache_dir.expanduser()
     return Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
-
-
-def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
-    """The draft that ``--draft`` names, of the target's vocabulary and on its device; else UnusableInput."""
-    speculating = options.speculating
-    if speculating is None:
-        return None
-    if target.world.shard.size > 1:
-        raise UnusableInput(f"--draft {options.draft} does not run on several ranks: leave it out, or run on one")
-    name = speculating.draft
-    if is_of_pair(name) and options.synthetic is None:
-        raise UnusableInput(f"--draft {name} agrees with the model of its pair alone: give --synthetic NAME with it")
-    if name == NGRAM:
-        return OpenedDraft(speculating, options, None)
-    path, is_file = Path(name).expanduser(), not name.startswith(SYNTHETIC_DRAFT)
-    is_store = is_file and path.suffix == ".json" and path.is_file()
-    stored_dtype = is_store or options.draft_weight_format in PLAIN_FORMATS
-    own = BuildOptions(
-        mode="preload",
-        checkpoints=path if is_file and not is_store else None,
-        manifest=path if is_store else None,
-        weight_format=options.draft_weight_format,
-        dtype=None if stored_dtype else DTYPE_NAMES[target.dtype],
-        cache_dir=options.cache_dir,
-        device=str(target.device),
-    )
-    try:
-        if is_store:
-            checkpoint: Checkpoint = WeightlessCheckpoint(path.parent, _stored_config(path))
-        elif is_file:
-            checkpoint = open_checkpoint(path)
-        else:
-            checkpoint = synthetic_draft(name.removeprefix(SYNTHETIC_DRAFT), dtype=target.dtype)
-        inputs = _open(own, checkpoint, ALONE)
-        own.check_together()
-    except UnusableInput as error:
-        said = str(error).removeprefix(f"--draft {name}: ").removeprefix(f"--checkpoints {path}: ")
-        raise UnusableInput(f"--draft {name}: {said}") from error
-    check_vocabulary(name, checkpoint.config, target.checkpoint.config)
-    tokenizers = [_tokenizer_of(each) for each in (inputs, target)]
-    if tokenizers[0] is not None and tokenizers[1] is not None:
-        check_tokenizers(name, tokenizers[0], tokenizers[1])
-    return OpenedDraft(speculating, own, inputs)
-
-
-def _tokenizer_of(inputs: Inputs) -> Tokenizer | None:
-    """The one that lies beside the weights, if there is one that can be used."""
-    try:
-        return None if inputs.synthetic else inputs.tokenizer
-    except UnusableInput:
-        return None
-
-
-def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
-    """What has to be the same on every rank, as the user spells it."""
-    description, known = inputs.description, options_of(BuildOptions)
-    sources = [f"{source.name} {source.digest}" for source in inputs.checkpoint.sources()]
-    return {
-        **{known[name].spelled: str(getattr(options, name)) for name in (*options_of(Settings), *_ALIKE)},
-        "model": str(inputs.checkpoint.config),
-        "checkpoint": ", ".join(sources),
-        "store": str(description.content) if description is not None else "none",
-        "dtype": str(inputs.dtype),
-        "weight format": inputs.weight_format.name if inputs.weight_format is not None else "plain",
-        "device": inputs.device.type,
-        "torch": torch.__version__,
-    }
 
 
 def _in_format(path: Path) -> bool:

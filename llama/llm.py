@@ -16,10 +16,11 @@ from llama.batch import prefill_batch
 from llama.drafting import Drafting, load_draft
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import Inputs, open_inputs
+from llama.inputs import Inputs
 from llama.kv.cache import KVCache
 from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
+from llama.opening import open_inputs
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
 from llama.plans import plan_run
@@ -260,8 +261,11 @@ class LLaMA:
         ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
         stop_ids = self.inputs.stop_ids if not ignore_eos else frozenset[int]()
         chunk, wave = self.plan.chunk_tokens, self.plan.wave_rows
-        options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave)
-        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None))
+        nodes, draft = self.plan.inputs.verify_rows, self.drafting.draft if self.drafting is not None else None
+        options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave, nodes)
+        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
+        if self.drafting is not None:
+            self.drafting.took(found)
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
         kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]

@@ -51,6 +51,7 @@ def _planned(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: H
         kv_device=options.kv_device,
         ranks=world.shard.size,
         ranks_here=world.local.size,
+        verify_rows=options.nodes,
         draft=_planned_draft(inputs.draft, hardware) if inputs.draft is not None else None,
     )
 

@@ -24,7 +24,8 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import Inputs, open_inputs, read_manifest
+from llama.inputs import Inputs, read_manifest
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from llama.plans import hardware_here, plan_run, plans_by_format

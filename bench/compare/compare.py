@@ -147,6 +147,7 @@ def _unlike(base: Result, side: Result) -> Iterator[str]:
             "prompt tokens": result.prompt_lens,
             "new tokens": result.decode_tokens_total,
             "compute device": device_of(result),
+            "sampler": result.sampler,
         }
         for result in (base, side)
     ]

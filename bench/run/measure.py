@@ -79,7 +79,7 @@ def run_round(
     def observe(mark: str) -> None:
         nonlocal told
         now = time.perf_counter()
-        step = llm.manager.tiers.next_step if llm.manager is not None else 0
+        step = _next_step(llm)
         if mark == "token":
             tokens_at.append(now)
             # The last token of a row is not in its KV yet.
@@ -108,6 +108,11 @@ def run_round(
     )
 
 
+def _next_step(llm: LLaMA) -> int:
+    """The place in the pass order that the computation has next; 0 where no weights are managed."""
+    return llm.manager.tiers.next_step if llm.manager is not None else 0
+
+
 def warm_up(
     llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_tokens: Callable[[int], None]
 ) -> None:
@@ -116,7 +121,7 @@ def warm_up(
     warm = run_round(llm, prompts, short, on_tokens)
     if llm.drafting is not None:
         llm.device.synchronize()
-        llm.telemetry.fold()
+        llm.telemetry.fold(_next_step(llm), llm.kv.passes)  # what was copied ahead is of the next round
         llm.drafting.settle(llm.plan, warm.stretches[1].stats())
 
 

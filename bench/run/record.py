@@ -37,6 +37,7 @@ from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_o
 from bench.run.provenance import collect
 from bench.run.speculation import agreement_warnings, speculation_of
 from llama.llm import LLaMA
+from llama.sampling import SAMPLER
 from wsm.option import options_of
 from wsm.plan.decoding import decoded_layouts
 from wsm.plan.time import Ceiling, predicted_pass_ms
@@ -121,7 +122,8 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
 
 def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
     sha256 = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
-    return Output(sha256=sha256, texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None)
+    texts = [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None
+    return Output(sha256=sha256, sampler=SAMPLER, texts=texts)
 
 
 def _warnings(

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from bench_infer import command_line
-from llama.inputs import Inputs, open_inputs
+from llama.inputs import Inputs
 from llama.loading import Reporter
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from llama.plans import plan_run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama.inputs import Inputs, open_inputs
+from llama.inputs import Inputs
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.layout.model import Shard

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from llama.llm import LLaMA
@@ -15,21 +14,20 @@ from llama.nodes.tree import Tree
 from llama.speculation.model_draft import ModelDraft
 from tests.tiny import hf_directory, hf_model
 
-PROMPTS = [list(range(5, 245)), [7, 8, 9] * 20, [3, 4], [256, *range(1, 60)]]
-PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 1, "warmup_layers": 1}
-ROWS, NEW = 17, 20
+PROMPTS = [list(range(5, 255)), [7, 8, 9] * 5, [3, 4]]
+PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 2, "warmup_layers": 1}
+ROWS, NEW = 17, 8
 DRAFTS: dict[str, dict[str, Any]] = {
     "ngram": {"draft": "ngram"},
     "int4 chain": {"draft_weight_format": "int4", "draft_depth": 4, "draft_width": 1},
     "int8 chain": {"draft_weight_format": "int8", "draft_depth": 16},
-    "int4 tree": {"draft_weight_format": "int4", "draft_depth": 3, "draft_width": 3},
-    "int8 tree": {"draft_weight_format": "int8", "draft_depth": "auto"},
+    "int8 tree": {"draft_weight_format": "int8", "draft_depth": 3, "draft_width": 3},
 }
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hf_directory(tmp_path_factory.mktemp("model"), hf_model(num_hidden_layers=4))
+    return hf_directory(tmp_path_factory.mktemp("model"), hf_model(num_hidden_layers=3))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def built(directory: Path, cache: Path, mode: str, **config: Any) -> LLaMA:
     config = {"cache_dir": cache, **PLACES, "verify_rows": ROWS, **config}
     if config.get("draft_weight_format"):
         config["draft"] = str(directory)
-    return LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=300, max_batch_size=4)
+    return LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=300, max_batch_size=3)
 
 
 def tokens(llm: LLaMA, temperature: float, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
@@ -54,22 +52,23 @@ def plain(directory: Path, cache: Path) -> dict[float, list[list[int]]]:
         return {temperature: tokens(llm, temperature) for temperature in (0.0, 0.8)}
 
 
-@pytest.mark.parametrize("name", DRAFTS)
-@pytest.mark.parametrize("mode", ["mixed", "stream", "preload", "full"])
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [("mixed", ["int8 tree"]), ("stream", [*DRAFTS]), ("preload", ["int4 chain"]), ("full", ["ngram", "int8 tree"])],
+)
 def test_no_draft_changes_a_token_in_any_mode(
-    mode: str, name: str, directory: Path, cache: Path, plain: dict[float, list[list[int]]]
+    mode: str, names: list[str], directory: Path, cache: Path, plain: dict[float, list[list[int]]]
 ) -> None:
-    with built(directory, cache, mode, **DRAFTS[name]) as llm:
-        for temperature, expected in plain.items():
-            assert tokens(llm, temperature) == expected
-            assert tokens(llm, temperature, PROMPTS[:1]) == expected[:1]
-        assert llm.drafting is not None
-        counts = llm.drafting.speculation.counts
-        assert sum(n * times for n, times in counts.tokens.items()) == NEW - 1
-        assert llm.drafting.speculation.nodes <= ROWS
-        if name.startswith("int8"):  # the model itself, but for what 8 bits lose
-            tokens(llm, 0.0)
-            assert (llm.drafting.speculation.counts.tokens_a_pass or 0) > 1.5
+    for name in names:
+        with built(directory, cache, mode, **DRAFTS[name]) as llm:
+            assert tokens(llm, 0.8) == plain[0.8], name
+            assert tokens(llm, 0.8, PROMPTS[:1]) == plain[0.8][:1], name
+            assert tokens(llm, 0.0) == plain[0.0], name
+            assert llm.drafting is not None
+            counts = llm.drafting.speculation.counts
+            assert sum(n * times for n, times in counts.tokens.items()) == len(PROMPTS) * (NEW - 1)
+            if name.startswith("int8"):  # the model itself, but for what 8 bits lose
+                assert (counts.tokens_a_pass or 0) > 1.3
 
 
 def test_a_chain_of_the_model_itself_is_accepted_whole(directory: Path, cache: Path) -> None:
@@ -78,7 +77,7 @@ def test_a_chain_of_the_model_itself_is_accepted_whole(directory: Path, cache: P
         assert llm.drafting is not None
         assert (llm.drafting.speculation.nodes, llm.drafting.speculation.width) == (5, 1)
         tokens(llm, 0.0, PROMPTS[1:2])
-        assert dict(llm.drafting.speculation.counts.tokens) == {5: 3, 4: 1}
+        assert dict(llm.drafting.speculation.counts.tokens) == {5: 1, 2: 1}
 
 
 @pytest.mark.parametrize("mode", ["mixed", "stream"])
@@ -90,23 +89,14 @@ def test_slots_are_filled_for_the_next_pass_while_the_draft_computes(
     def slowly(self: ModelDraft, roots: Tensor, starts: Tensor) -> Tree:
         assert llm.manager is not None
         slots = [slot for pool in llm.manager.memory.gpu_pools.values() for slot in pool.slots]
-        until = time.monotonic() + 20
+        until = time.monotonic() + 10
         while not all(slot.state == "ready" for slot in slots) and time.monotonic() < until:
             time.sleep(0.001)
         filled.append([slot.state == "ready" for slot in slots])
         return grow(self, roots, starts)
 
     monkeypatch.setattr(ModelDraft, "propose", slowly)
-    with built(directory, cache, mode, draft=str(directory), draft_depth=2, group_prefetch_depth=4) as llm:
+    with built(directory, cache, mode, draft=str(directory), draft_depth=2, group_prefetch_depth=2) as llm:
         llm.generate(PROMPTS[2:3], max_new_tokens=8, temperature=0.0, ignore_eos=True)
     assert len(filled) > 1
     assert all(map(all, filled))
-
-
-def test_drafting_is_in_the_telemetry_and_auto_chooses_from_it_alone(directory: Path, cache: Path) -> None:
-    config = {"draft": str(directory), "draft_depth": "auto", "verify_rows": 8}
-    with built(directory, cache, "preload", **config) as llm:
-        assert llm.drafting is not None
-        before = llm.drafting.draft
-        assert torch.is_tensor(before.propose(torch.tensor([1]), torch.tensor([0])).tokens)
-        assert not llm.telemetry.drafts(), "a model that is not measured keeps nothing"

@@ -39,7 +39,8 @@ class PlanInputs:
     ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
     whose KV is moved and attended together) are chosen where they are None. ``kv_record_bytes`` are those of one head's
     keys or values of a token; None: as the model computes them. With several ``ranks``, ``config``, ``layouts`` and
-    ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host.
+    ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host. A decode pass computes
+    ``verify_rows`` nodes a row.
     """
 
     config: ModelShape
@@ -56,6 +57,12 @@ class PlanInputs:
     ranks: int = 1
     ranks_here: int = 1
     draft: DraftInputs | None = None
+    verify_rows: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Of all rows, in a decode pass."""
+        return self.shape.batch * self.verify_rows
 
     @property
     def draft_model(self) -> PlanInputs | None:
@@ -108,8 +115,8 @@ class PlanInputs:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV per row, in whole blocks."""
-        return round_up(self.shape.prompt_tokens + self.shape.new_tokens, KV_BLOCK_TOKENS)
+        """Tokens of KV per row, the nodes of a pass among them, in whole blocks."""
+        return round_up(self.shape.prompt_tokens + self.shape.new_tokens + self.verify_rows - 1, KV_BLOCK_TOKENS)
 
     @property
     def plain_record_bytes(self) -> int:

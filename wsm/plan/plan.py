@@ -53,7 +53,7 @@ class Plan:
         """Bytes that decoding matrices makes in a pass of each phase."""
         return {
             "prefill": decoded_bytes(self.inputs, self.decoding, self.chunk_tokens, self.chunks),
-            "decode": decoded_bytes(self.inputs, self.decoding, self.shape.batch),
+            "decode": decoded_bytes(self.inputs, self.decoding, self.inputs.nodes),
         }
 
     @property
@@ -143,12 +143,18 @@ def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
     on_gpu, on_cpu = gpu_lines(inputs, placement, portions, decoding), cpu_lines(inputs, placement)
     draft, beside = plan_draft(inputs, budget, decoding.scratch_bytes)
     on_gpu += beside
-    gpu_room = None if gpu_budget is None else gpu_budget - total(on_gpu)
+    # Passes over several nodes a row need all KV on the device: if that does not fit, the run does not.
+    gpu_room = None if gpu_budget is None or inputs.verify_rows > 1 else gpu_budget - total(on_gpu)
     shared = 0 if has_gpu or gpu_budget is None else gpu_budget
     costs = KVCosts.of(inputs)
     kv = place_kv(inputs.kv_layout(portions.stretch_rows), gpu_room, cpu_budget - shared - total(on_cpu), costs)
     if inputs.kv_device is not None and not kv.disk:
-        notes.append("--kv-device is not used: there is room for all KV above it")
+        why = (
+            "--verify-rows needs all KV on the device"
+            if inputs.verify_rows > 1
+            else "there is room for all KV above it"
+        )
+        notes.append(f"--kv-device is not used: {why}")
     moved = _bytes_per_pass(inputs, placement)
     half_way = inputs.shape.prefill_tokens // inputs.shape.batch + inputs.shape.new_tokens // 2
     kv_bytes = kv_bytes_per_pass(kv, half_way, inputs.topk_blk)

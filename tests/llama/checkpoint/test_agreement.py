@@ -14,9 +14,9 @@ from llama.batch import prefill_batch
 from llama.checkpoint import SYNTHETIC_DRAFT, is_of_pair, synthetic_checkpoint, synthetic_draft
 from llama.checkpoint.agreement import Agreement, CycleDraft, CycleTarget
 from llama.config import PRESETS, ModelConfig
-from llama.inputs import open_inputs
 from llama.kv.cache import KVCache
 from llama.model import Transformer
+from llama.opening import open_inputs
 from llama.options import build_options
 from llama.weights import TensorWeights
 from tests.tiny import tensors_of

@@ -29,7 +29,7 @@ _ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
 """Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
 _model, _paging = partial(option, group="model"), partial(option, group="paging")
 _speculation = partial(option, group="speculation")
-_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.NAMES)
+_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.ALL)
 
 
 @dataclass(frozen=True, slots=True)

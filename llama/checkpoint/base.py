@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -34,16 +33,22 @@ class Checkpoint(ABC):
     has_weights = True
     warnings: tuple[str, ...] = ()
     """What the files say twice, and differently, and which of it counts."""
-    chat_template: str | None = None
-    """Of a file that brings its own, besides what lies in the directory."""
-    special_tokens: Mapping[str, str] = MappingProxyType({})
-    """The texts of ``bos_token`` and its like, from such a file."""
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, directory: Path | None = None, paths: Sequence[Path] = ()
     ) -> None:
         self.config, self.dtype, self.directory = config, dtype, directory
         self._paths = paths
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a conversation in the weights' own files, if there is one."""
+        return None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of ``bos_token`` and its like in the weights' own files, for such a template."""
+        return {}
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -109,6 +111,9 @@ def directory_of(path: Path, chat_template: Any = None, **config: Any) -> Path:
 
 class Weightless(Checkpoint):
     """Nothing but a directory, and what a GGUF says."""
+
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, directory: Path, chat_template: str | None = None, **special: str) -> None:
         self.directory, self.chat_template, self.special_tokens = directory, chat_template, special

@@ -60,7 +60,7 @@ def test_target_follows_its_circle_in_every_dtype(dtype: str, tmp_path: Path) ->
     assert_follows({"dtype": dtype}, tmp_path)
 
 
-@pytest.mark.parametrize("weight_format", ["exact", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("weight_format", ["exact", "int8", "int4", "fp8", "q8_0"])
 @pytest.mark.usefixtures("presets")
 def test_target_follows_its_circle_in_every_weight_format(weight_format: str, tmp_path: Path) -> None:
     assert_follows({"weight_format": weight_format}, tmp_path)

@@ -25,6 +25,7 @@ from bench.result.types_machine import (
     Weights,
 )
 from bench.result.types_phases import Ceilings, Parallel, Phase
+from bench.result.types_speculation import Speculation
 
 SCHEMA_VERSION: Literal[1] = 1
 PrefillMs = Annotated[T, says("ms from the start to the last logits of the prompts")]
@@ -90,7 +91,7 @@ class Config(Part, frozen=True, kw_only=True):
 
 
 class SpecialTokens(Part, frozen=True, kw_only=True):
-    """what the model's tokenizer puts around each text; nothing around the random ids of --prompt-len"""
+    """what the model's tokenizer puts around each text; nothing for the random ids of --prompt-len and with --chat"""
 
     before: Annotated[list[Annotated[Count, says("a token id")]], says("ids in front of a text, such as BOS")]
     after: Annotated[list[Annotated[Count, says("a token id")]], says("ids behind it")]
@@ -192,6 +193,7 @@ class Result(Part, frozen=True, kw_only=True):
     load: Later[LoadRate] = UNSET
     checks: Later[Checks | None] = UNSET
     kv: Later[KV] = UNSET
+    speculation: Later[Speculation | None] = UNSET
     config: Config
     provenance: Provenance
     conditions: Later[Conditions] = UNSET

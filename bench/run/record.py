@@ -24,6 +24,7 @@ from bench.result.types_machine import (
     Checks,
     KVTier,
     LoadSeconds,
+    MatricesInFormat,
     Memory,
     Planned,
     Residency,
@@ -35,13 +36,14 @@ from bench.run import warnings
 from bench.run.conditions import Watch
 from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
+from bench.run.speculation import agreement_warnings, speculation_of
 from llama.llm import LLaMA
 from llama.sampling import SAMPLER
 from wsm.option import options_of
 from wsm.plan.decoding import decoded_layouts
 from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings, environment_echo
-from wsm.store.description import DTYPE_NAMES
+from wsm.store.description import DTYPE_FORMATS, DTYPE_NAMES
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,6 +71,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     chosen = got.rounds[got.chosen]
     generation = chosen.generation
     phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
+    speculation = speculation_of(llm, chosen, got.prompts, phases.decode)
     memory, store = _memory(llm), llm.inputs.description
     drive = Path(store.targets[0]) if store is not None else None
     provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, drive)
@@ -104,13 +107,17 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
         checks=_checks(llm, chosen),
         kv=_kv(options, llm),
+        speculation=speculation,
         config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
         output=_output(options, llm, generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=list(_warnings(options, llm, got, phases, missing)),
+        warnings=[
+            *_warnings(options, llm, got, phases, missing),
+            *agreement_warnings(speculation, generation.decode_tokens),
+        ],
     )
 
 
@@ -140,7 +147,7 @@ def _warnings(
 
 
 def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
-    if options.prompt_len is not None:
+    if options.prompt_len is not None or options.chat:
         return SpecialTokens(before=[], after=[])
     return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 
@@ -156,11 +163,24 @@ def _weights(llm: LLaMA, decode: Phase) -> Weights:
     timed = decoded.ms if isinstance(decoded, DecodedWeights) else None
     return Weights(
         weight_format=llm.inputs.format_name,
+        by_format=_by_format(llm),
         exact=weight_format is None or weight_format.exact,
         rest_bytes=inputs.layers_bytes(range(inputs.config.n_layers)),
         decoded_bytes=sum(layout.nbytes for group, layout in decoded_layouts(inputs).items() if group is not None),
         decode_ms=timed / decode.passes if timed is not None and decode.passes else None,
     )
+
+
+def _by_format(llm: LLaMA) -> list[MatricesInFormat]:
+    found: dict[str, list[int]] = {}
+    for layout in (layout for group, layout in llm.plan.inputs.layouts.items() if group is not None):
+        for tensor in layout.tensors:
+            if len(tensor.shape) == 2:
+                found.setdefault(tensor.format or DTYPE_FORMATS[tensor.dtype], []).append(tensor.nbytes)
+    return [
+        MatricesInFormat(weight_format=name, matrices=len(sizes), rest_bytes=sum(sizes))
+        for name, sizes in sorted(found.items())
+    ]
 
 
 def _residency(llm: LLaMA, chosen: Round) -> Residency:

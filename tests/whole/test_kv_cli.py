@@ -22,7 +22,7 @@ from tests.whole.test_cli import interrupted, sentence
 from wsm.engine.tiers import Tiers
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
-from wsm.kv.disk import KVDevice
+from wsm.kv.device import KVDevice
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import WINDOWS
 from wsm.plan.hardware import GIB

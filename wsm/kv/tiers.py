@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -130,13 +131,20 @@ class KVTiers(Threaded):
     # -- the threads
 
     def _stage_all(self) -> None:
-        """Read units of the disk ahead of their fetch, a slot each."""
+        """Read units of the disk ahead of their fetch, a slot each; the next one is asked for before this one has come."""
         assert self._disk is not None
         while (fetch := self.schedule.next(self.schedule.claim_staging)) is not None:
             if fetch.room.drained is not None:
                 fetch.room.drained.synchronize()  # the slot's last copy to the device
-            self._disk.read(fetch)
+            self._disk.read(fetch).add_done_callback(partial(self._tell_staged, fetch))
+
+    def _tell_staged(self, fetch: Fetch, read: Future[None]) -> None:
+        def tell() -> None:
+            if not self.schedule.dropped(fetch):  # else its blocks may be written anew by now, and nobody wants them
+                read.result()  # raises what the read failed with
             self.schedule.staged(fetch)
+
+        self._guard(tell)
 
     def _fetch_all(self) -> None:
         stream = self.device.stream()

@@ -14,8 +14,9 @@ from wsm.plan.inputs import PlanInputs
 from wsm.plan.memory import MemoryKind, MemoryLine, allocator_bytes
 from wsm.plan.placement import spread
 
-DISK_SLOTS = 3
-"""Units in page-locked memory between ``--kv-device`` and the GPU: two on their way up, one on its way down."""
+DISK_SLOTS = 4
+"""Units in page-locked memory between ``--kv-device`` and the GPU: three on their way up (one is read, one waits for the
+link, one is copied on), one on its way down."""
 
 
 @dataclass(frozen=True, slots=True)

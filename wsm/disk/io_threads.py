@@ -36,7 +36,7 @@ def transfer_fully(
     failed: Failed,
     needed: int | None = None,
 ) -> None:
-    """Move all ``parts``, which lie together in the file; after a short transfer go on at a whole block, as O_DIRECT asks.
+    """Move all ``parts``, which lie together in the file; after a short transfer go on at a whole block (O_DIRECT).
 
     They and ``offset`` are aligned to the file's blocks. ``needed`` bytes have to be there, where the file may end
     before the last block does; else all of them. ``failed`` makes what is raised if the file gives or takes no more.

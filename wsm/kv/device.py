@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain
@@ -169,7 +169,7 @@ class KVDevice:
         transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")
         # As few parts as there are: the drive gets what lies together in memory in one.
         apart = [blocks.reshape(-1)] if blocks.flags.c_contiguous else blocks
-        transfer_fully(transfer, self._target.file, [*map(memoryview, apart)], offset, partial(self._error, verb))
+        transfer_fully(transfer, self._target.file, [block.data for block in apart], offset, partial(self._error, verb))
         if not self._target.buffered:
             return
         try:
@@ -193,7 +193,7 @@ def _sums_of(blocks: Blocks) -> npt.NDArray[np.uint64]:
 
 
 def checksum(block: Blocks) -> int:
-    """xxh3-64. By ``update``, in which other threads may run: in xxhash before 4 they may not in its one-shot functions."""
+    """xxh3-64. By ``update``, beside which other threads run: beside one-shot functions of xxhash 3 they do not."""
     found = xxhash.xxh3_64()
-    found.update(block)
+    found.update(block.data)
     return int(found.intdigest())

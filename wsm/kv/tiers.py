@@ -82,6 +82,16 @@ class KVTiers(Threaded):
         self._arena.close()
 
     @property
+    def disk(self) -> KVDisk | None:
+        """What is kept on a device of its own; None where nothing is."""
+        return self._disk
+
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """Page-locked memory and a window, for a probe that leaves zeros there, before anything is kept."""
+        slots = [slot.buffer for slot in self._disk.slots] if self._disk is not None else []
+        return max([*self._homes.values(), *slots], key=lambda memory: memory.nbytes), self._windows[0].buffer
+
+    @property
     def page_locked_bytes(self) -> int:
         return self._arena.nbytes
 
@@ -131,7 +141,7 @@ class KVTiers(Threaded):
     # -- the threads
 
     def _stage_all(self) -> None:
-        """Read units of the disk ahead of their fetch, a slot each; the next one is asked for before this one has come."""
+        """Have units of the disk read ahead of their fetch, a slot each; the next is asked for before one has come."""
         assert self._disk is not None
         while (fetch := self.schedule.next(self.schedule.claim_staging)) is not None:
             if fetch.room.drained is not None:

@@ -27,8 +27,8 @@ from llama.inputs import read_manifest
 from tests.stores import aligned, assert_equals, checkpoint, flip, loop_device, pack_tiny
 from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
-from wsm.kv import target as kv_target
 from wsm.kv import device as kv_device
+from wsm.kv import target as kv_target
 from wsm.kv.device import KVDevice
 from wsm.kv.target import MAGIC, kv_superblock, run_of
 from wsm.layout.groups import BLOCK
@@ -149,6 +149,51 @@ def test_a_unit_of_several_megabytes_comes_back_through_the_real_drive(path: str
     assert torch.equal(found, unit)
     for drive in (read, write):
         assert sorted(nbytes for _, nbytes in drive.calls) == [2 * MIB, *[8 * MIB] * 2]
+
+
+def test_blocks_that_lie_apart_in_memory_lie_together_on_the_drive(path: str) -> None:
+    """Short transfers in the middle of a block; the blocks between stay as they are."""
+    unit, whole = 16 * KIB, [3 * 16 * KIB, 5 * BLOCK, 16 * KIB + 100]
+    pread, pwrite = (
+        FakeDrive(real, lambda n, offset, nbytes: min(nbytes, whole[n % 3])) for real in (os.preadv, os.pwritev)
+    )
+    device = KVDevice(path, 40 * unit, weights=[], unit=unit, threads=1, pread=pread, pwrite=pwrite)
+    content = random_bytes(80 * unit).view(40, 2, unit)
+    assert outcome(device.write, 0, content[:, 1]) is None
+    together = aligned(40 * unit).view(40, unit)
+    assert outcome(device.read, 0, together) is None
+    assert torch.equal(together, content[:, 1])
+    apart = aligned(80 * unit).zero_().view(40, 2, unit)
+    assert outcome(device.read, 3 * unit, apart[3:, 0]) is None
+    device.close()
+    assert torch.equal(apart[3:, 0], content[3:, 1])
+    assert not apart[:, 1].any()
+    assert not apart[:3].any()
+
+
+def test_memory_whose_blocks_are_cut_is_refused(path: str) -> None:
+    device = KVDevice(path, 4 * BLOCK, weights=[])
+    with pytest.raises(ValueError, match="each of them in one piece"):
+        device.read([(0, aligned(4 * BLOCK).view(2, 2 * BLOCK)[:, ::2])])
+    device.close()
+
+
+def test_what_is_forgotten_counts_as_never_written(path: str) -> None:
+    device = filled(path, MIB)
+    device.forget()
+    assert isinstance(outcome(device.read, 0, aligned(MIB)), KVDeviceError)
+    device.close()
+
+
+def test_work_beside_a_read_is_part_of_the_request(path: str) -> None:
+    device, done = filled(path, MIB), list[int]()
+    assert device.read([(0, aligned(MIB))], beside=[partial(done.append, 1)]).exception(10) is None
+    assert device.read([], beside=[partial(done.append, 2)]).exception(10) is None
+    assert device.read([]).exception(10) is None
+    failed = device.read([], beside=[lambda: done[7]]).exception(10)
+    device.close()
+    assert done == [1, 2]
+    assert isinstance(failed, IndexError)
 
 
 def test_all_threads_work_on_one_large_request(path: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.engine.threads import Threaded
 from wsm.kv.disk import KVDisk
+from wsm.kv.gather import Gather, gather_on
 from wsm.kv.schedule import Fetch, KVSchedule, Write
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
 from wsm.plan.kv import fresh_bytes, kv_cpu_lines
@@ -191,17 +192,22 @@ class KVTiers(Threaded):
                 yield part.stop - offset, partial(self.device.copy, window[part], home[part])
 
     def _chosen(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
-        """The chosen blocks of each row, read by a kernel straight from page-locked memory: no host knows which."""
-        layout, window = self.layout, self._view(fetch)
-        blocks, words = layout.tokens // KV_BLOCK_TOKENS, word_of(layout.record_bytes)
+        """The chosen blocks of neighbouring rows, read by a kernel from page-locked memory: no host knows which."""
+        layout, wanted, words = self.layout, fetch.wanted, word_of(self.layout.record_bytes)
+        window = self._view(fetch).view(words).view(len(fetch.lengths), layout.n_kv_heads * fetch.k, -1)
         home = self.device.mapped(self._homes[fetch.unit]).view(words)
-        home = home.view(window.shape[0], layout.n_kv_heads * blocks, -1)
-        window = window.view(words).view(window.shape[0], layout.n_kv_heads * fetch.k, -1)
-        assert fetch.wanted is not None
-        for row, wanted in enumerate(fetch.wanted, start=fetch.first):
-            if fetch.lengths[row]:
-                gather = partial(_gather, home[row], wanted, blocks, window[row])
-                yield window[row].nbytes, partial(self.device.run, work=gather)
+        home = home.view(len(fetch.lengths), layout.n_kv_heads * layout.blocks, -1)
+        assert wanted is not None
+        there = range(fetch.first, fetch.first + len(wanted))
+        for rows in neighbours([row for row in there if fetch.lengths[row]], PIECE_BYTES // window[0].nbytes):
+            part = slice(rows[0], rows[-1] + 1)
+            chosen = wanted[part.start - fetch.first : part.stop - fetch.first]
+            gather = partial(self._gather, home[part], chosen, window[part])
+            yield window[part].nbytes, partial(self.device.run, work=gather)
+
+    @cached_property
+    def _gather(self) -> Gather:
+        return gather_on(self.device)
 
     def _write_all(self) -> None:
         stream = self.device.stream()
@@ -289,10 +295,16 @@ def word_of(record_bytes: int) -> torch.dtype:
     return torch.int64 if record_bytes % 8 == 0 else torch.uint8
 
 
-def _gather(home: Tensor, wanted: Tensor, blocks: int, window: Tensor) -> None:
-    """Pieces of one row: ``window [n_kv * k, words]`` from ``home [n_kv * blocks, words]``, ``wanted [n_kv, k]``."""
-    heads = torch.arange(wanted.shape[0], device=wanted.device).unsqueeze(1) * blocks
-    torch.index_select(home, 0, (wanted + heads).view(-1), out=window)
+def neighbours(rows: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Ascending ``rows`` in runs without a gap, of at most ``most`` (but one where that is less)."""
+    run = list[int]()
+    for row in rows:
+        if run and (row > run[-1] + 1 or len(run) >= most):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
 
 
 def _pieces(copies: Iterator[tuple[int, Work]]) -> Iterator[tuple[int, list[Work]]]:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from llama.kv import format as kv_formats
+from llama.kv.format import kv_format
 from llama.llm import LLaMA
 from wsm.engine.arena import PageLockedArena
 from wsm.engine.device import open_device
+from wsm.formats.backend import kernels_for
 from wsm.kv import tiers
 from wsm.kv.gather import gather, gather_on
 
@@ -44,6 +47,23 @@ def test_the_kernel_reads_page_locked_memory_as_it_is(
     places = wanted.cpu().unsqueeze(-1).expand(-1, -1, -1, of.shape[-1])
     assert torch.equal(found.cpu().view(rows, heads, k, -1), of.gather(2, places))
     arena.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "dim"), [((5, 8, 512), 512, 128), ((3, 2, 256), 70, 24), ((2, 768), 601, 64)]
+)
+def test_8_bits_are_read_by_the_kernel_bit_by_bit_as_by_torch(
+    shape: tuple[int, ...], tokens: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = kv_format("int8", dtype, dim)
+    window = torch.zeros(*shape, 2, form.record_bytes, dtype=torch.uint8, device="cuda")
+    for row in window if window.dim() == 5 else window.unsqueeze(0):
+        form.write_span_(row, 0, torch.randn(shape[-1], 2, shape[-2], dim, device="cuda").to(dtype))
+    assert kernels_for(window) is not None, "Triton works on every machine that these tests are for"
+    by_kernel = torch.stack(form.read(window, tokens))
+    monkeypatch.setattr(kv_formats, "kernels_for", lambda tensor: None)
+    assert torch.equal(by_kernel, torch.stack(form.read(window, tokens)))
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

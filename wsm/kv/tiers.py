@@ -161,7 +161,8 @@ class KVTiers(Threaded):
         stream = self.device.stream()
         while (fetch := self.schedule.next(self.schedule.claim_fetch)) is not None:
             if fetch.room.drained is not None:
-                self.device.wait(stream, fetch.room.drained)  # the window's last reader
+                # The window's last reader. Not on the stream: pieces that wait there would hold the link up for all.
+                fetch.room.drained.synchronize()
             needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
             for nbytes, copies in _pieces(self._copies(fetch)):
                 with self._link.turn(needed_at):

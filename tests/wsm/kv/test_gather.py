@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.without_gpu import GENERATIONS, needs_triton, run_part
 from wsm.engine.device import Device
 from wsm.kv.gather import gather, gather_on
 from wsm.kv.tiers import neighbours
 
 SCRIPT = Path(__file__).with_name("gather_without_a_gpu.py")
-INTERPRETER_FAILS = "only 0-dimensional arrays can be converted to Python scalars"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def run(part: str, **environment: str) -> None:
-    """In a process of its own: Triton reads its environment when it is imported."""
-    command = [sys.executable, str(SCRIPT), part]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    if INTERPRETER_FAILS in done.stderr:
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
-@pytest.mark.parametrize("generation", ["80", "86", "89", "90"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_kernel_compiles_to_vector_loads_for(generation: str, tmp_path: Path) -> None:
-    run(generation, TRITON_CACHE_DIR=str(tmp_path))
+    run_part(SCRIPT, generation, TRITON_CACHE_DIR=str(tmp_path))
 
 
 @needs_triton
 def test_the_interpreted_kernel_gathers_what_torch_gathers() -> None:
-    run("interpret", TRITON_INTERPRET="1")
+    run_part(SCRIPT, "interpret", TRITON_INTERPRET="1")
 
 
 def test_each_head_gets_its_own_blocks_in_the_order_asked() -> None:

@@ -105,6 +105,8 @@ def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, C
         )
     elif "SSD" in plan.way and "ssd" not in ceilings:
         yield "nothing is known of the drive, which this plan reads: give --ssd-gbps"
+    if ceilings and plan.kv.disk and "kv_read" not in ceilings:
+        yield "nothing is known of --kv-device, which this plan reads: give --kv-gbps"
 
 
 def _rate(name: str, ceiling: Ceiling) -> str:

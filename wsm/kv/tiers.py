@@ -17,7 +17,7 @@ from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.engine.threads import Threaded
 from wsm.kv.disk import KVDisk
-from wsm.kv.gather import Gather, gather_on
+from wsm.kv.gather import Gather, gather_on, neighbours
 from wsm.kv.schedule import Fetch, KVSchedule, Write
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
 from wsm.plan.kv import fresh_bytes, kv_cpu_lines
@@ -294,18 +294,6 @@ Work = Callable[[Any], None]
 def word_of(record_bytes: int) -> torch.dtype:
     """The widest type that a record is whole words of: what bytes are moved by kernels as."""
     return torch.int64 if record_bytes % 8 == 0 else torch.uint8
-
-
-def neighbours(rows: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Ascending ``rows`` in runs without a gap, of at most ``most`` (but one where that is less)."""
-    run = list[int]()
-    for row in rows:
-        if run and (row > run[-1] + 1 or len(run) >= most):
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
 
 
 def _pieces(copies: Iterator[tuple[int, Work]]) -> Iterator[tuple[int, list[Work]]]:

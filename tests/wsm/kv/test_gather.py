@@ -9,8 +9,7 @@ import torch
 
 from tests.without_gpu import GENERATIONS, needs_triton, run_part
 from wsm.engine.device import Device
-from wsm.kv.gather import gather, gather_on
-from wsm.kv.tiers import neighbours
+from wsm.kv.gather import gather, gather_on, neighbours
 
 SCRIPT = Path(__file__).with_name("gather_without_a_gpu.py")
 

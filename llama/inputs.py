@@ -110,11 +110,13 @@ class Inputs:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """What ends a row. Token ids need no tokenizer: without one, what the JSON files name, or nothing."""
+        """What ends a row. Token ids need no tokenizer: without one, what the files name, or nothing."""
         try:
             return self.tokenizer.stop_ids
         except UnusableInput:
             directory = self.checkpoint.directory
+            if named := self.checkpoint.stop_ids:
+                return named
             return frozenset(stop_ids_named(directory, self.checkpoint.config) if directory is not None else ())
 
     @property

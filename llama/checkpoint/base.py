@@ -48,6 +48,11 @@ class Checkpoint(ABC):
         return None
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a text by the weights' own files, where they name it, whether their tokenizer is read or not."""
+        return frozenset()
+
+    @property
     def chat_template(self) -> str | None:
         """The template of a conversation in the weights' own files, if there is one."""
         return None

@@ -14,7 +14,7 @@ from llama.checkpoint import base
 from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors, stretch
 from llama.checkpoint.gguf_config import gguf_config, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
-from llama.checkpoint.gguf_vocabulary import Vocabulary
+from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
 from llama.names import Cut
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import registry
@@ -108,6 +108,11 @@ class GGUFCheckpoint(Checkpoint):
     @property
     def vocabulary(self) -> Vocabulary | None:
         return Vocabulary.from_metadata(self._first.fields, self._first.path)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        named = (self._first.fields.get(f"tokenizer.ggml.{which}_token_id") for which in STOPS)
+        return frozenset(token for token in named if type(token) is int and 0 <= token < self.config.vocab_size)
 
     @property
     def chat_template(self) -> str | None:

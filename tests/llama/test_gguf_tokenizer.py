@@ -239,7 +239,7 @@ def test_a_tokenizer_json_beside_the_file_wins_and_the_template_is_the_files(tmp
 def test_a_tokenizer_not_read_here_stops_nobody_who_needs_none(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields=bpe_fields(CONFIG.vocab_size, pre="qwen2"))
     inputs = open_inputs(BuildOptions(checkpoints=path, device="cpu", cache_dir=tmp_path))
-    assert inputs.stop_ids == frozenset()
+    assert inputs.stop_ids == frozenset({258})
     with pytest.raises(
         UnusableInput, match="a pre-tokenizer 'qwen2', which is not read here; llama-bpe and smollm are"
     ):

@@ -57,6 +57,11 @@ class Checkpoint(ABC):
         """The template of a conversation in the weights' own files, if there is one."""
         return None
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of ``bos_token`` and its like in the weights' own files, for such a template."""
+        return {}
+
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """By full name; made when asked, for a config that no files prove may name any number of layers."""

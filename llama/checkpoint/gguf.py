@@ -36,6 +36,7 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
@@ -118,6 +119,14 @@ class GGUFCheckpoint(Checkpoint):
     def chat_template(self) -> str | None:
         template = self._first.fields.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        tokens = self._first.fields.get("tokenizer.ggml.tokens")
+        ids = {name: self._first.fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _SPECIAL.items()}
+        if not isinstance(tokens, list):
+            return {}
+        return {name: str(tokens[n]) for name, n in ids.items() if type(n) is int and 0 <= n < len(tokens)}
 
     def _check(self, name: str, shape: tuple[int, ...], first: Path) -> Stored:
         theirs = gguf_name(name)

@@ -230,6 +230,7 @@ def test_a_tokenizer_json_beside_the_file_wins_and_the_template_is_the_files(tmp
 
     own = opened()
     assert own.checkpoint.chat_template == "{{ messages }}"
+    assert own.checkpoint.special_tokens == {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
     assert own.stop_ids == own.tokenizer.stop_ids == {258}
     assert own.tokenizer.prefix == (257,)
     hf_tokenizer(tmp_path, CONFIG.vocab_size)

@@ -71,6 +71,10 @@ class Checkpoint(ABC):
         """The files behind it; for synthetic weights, their recipe."""
         return tuple(map(_source_file, self._paths))
 
+    def own_files(self) -> list[Path]:
+        """All files of the checkpoint, what is beside the weights included: nothing may be written over them."""
+        return [] if self.directory is None else [path for path in self.directory.iterdir() if path.is_file()]
+
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out``, any float dtype, with the tensor of that full name and shape, or UnusableInput; thread-safe."""
         if self._shapes.get(name) != tuple(out.shape):

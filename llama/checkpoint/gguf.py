@@ -37,6 +37,7 @@ _NAMES = {
     "ffn_norm": "ffn_norm",
 }
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
@@ -92,7 +93,7 @@ class GGUFCheckpoint(Checkpoint):
             metadata,
             str(first),
             _PART.sub(r"\g<stem>", first.stem),
-            vocab_size=embedding.shape[0] if embedding is not None else 0,
+            vocab_size=embedding.shape[0] if embedding is not None else None,
             tied=_HEAD not in self._tensors,
             rope_factors=self._rope_factors(),
         )
@@ -109,6 +110,10 @@ class GGUFCheckpoint(Checkpoint):
     @property
     def vocabulary(self) -> Vocabulary | None:
         return Vocabulary.from_metadata(self._first.fields, self._first.path)
+
+    def own_files(self) -> list[Path]:
+        """Only its own, and other models': stores of them may be in the same directory."""
+        return [path for path in super().own_files() if path.suffix == ".gguf" or path.name in _BESIDE]
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -199,3 +199,14 @@ def test_prompts_are_made_with_the_files_tokenizer(run: Run, model: Path, tmp_pa
     )
     assert code == 0
     assert json.loads((tmp_path / "r.json").read_text())["prompt_lens"] == [13]  # BOS before
+
+
+def test_a_store_beside_the_file_is_packed_again_and_the_file_itself_never_written(run: Run, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_tensors(), CONFIG)
+    before = path.read_bytes()
+    pack = ["pack", "--checkpoints", path, "--manifest", tmp_path / "s.json", "--yes", "--to"]
+    assert [run(*pack, tmp_path / "s.wsm")[0] for _ in range(2)] == [0, 0]
+    code, _, said = run(*pack, path)
+    assert code == 2
+    assert "tiny.gguf is a file of the checkpoint itself" in said
+    assert path.read_bytes() == before

@@ -185,16 +185,11 @@ def _refuse_hf(fields: Fields) -> None:
         )
     if not architectures and not model_type:
         raise UnusableInput(f"{fields.file} names neither architectures nor model_type: it is no model's config.json")
-    for field in ("quantization_config", "compression_config", "quantization"):
-        if found := config.get(field):
-            method, bits = (
-                (found.get(key) for key in ("quant_method", "bits")) if isinstance(found, dict) else (None,) * 2
-            )
-            how = f" ({method}{f', {bits} bits' if bits else ''})" if method else ""
-            raise UnusableInput(
-                f"{fields.file} sets {field}: a quantised model{how}, which does not run here; take the same model in "
-                "bfloat16 or float16 weights"
-            )
+    if config.get("quantization"):
+        raise UnusableInput(
+            f"{fields.file} sets quantization: a model quantised for MLX, which does not run here; take the same model "
+            "in bfloat16 or float16 weights, or quantised by AWQ, GPTQ, compressed-tensors or fp8"
+        )
     features = "attention_bias mlp_bias sliding_window"
     experts = "num_local_experts num_experts n_routed_experts"
     for field in (*features.split(), *experts.split()):

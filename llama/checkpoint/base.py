@@ -275,10 +275,10 @@ def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -
 def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
     """Refuse (UnusableInput) quantised weights, biases and LoRA adapters, which are no plain LLaMA's."""
     for name in names:
-        if name.endswith((".qweight", ".qzeros")):
+        if name.endswith((".qweight", ".qzeros", ".weight_packed")):
             raise UnusableInput(
-                f"{path}: tensor {name} belongs to a quantised model (GPTQ or AWQ), which does not run here; take the "
-                "same model in bfloat16 or float16 weights"
+                f"{path}: tensor {name} belongs to a quantised model, but no quantization_config in config.json says "
+                "how; download it again, or take the same model in bfloat16 or float16 weights"
             )
         if name.endswith(".bias") or "lora_" in name:
             raise UnusableInput(

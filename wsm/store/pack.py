@@ -214,7 +214,7 @@ def _write_extent(files: Sequence[int], image: memoryview, extent: Extent, out: 
         return os.pwritev(file, data, offset)
 
     part = image[extent.slot_offset : extent.slot_offset + extent.nbytes]
-    transfer_fully(write_some, files[extent.target], part, extent.offset, _write_error)
+    transfer_fully(write_some, files[extent.target], [part], extent.offset, _write_error)
 
 
 def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
@@ -225,7 +225,7 @@ def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
-    transfer_fully(os.pwritev, file, data, offset, _write_error)
+    transfer_fully(os.pwritev, file, [data], offset, _write_error)
 
 
 def _sync(file: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from llama.checkpoint import (
     WeightlessCheckpoint,
     builtin_checkpoint,
     has_weights,
+    is_of_pair,
     open_checkpoint,
     synthetic_checkpoint,
 )
@@ -22,29 +23,22 @@ from llama.checkpoint.formats import check_format, formats_of, native_formats
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
 from llama.options import PLAIN_FORMATS, BuildOptions
-from llama.parallel.world import ALONE, World
+from llama.parallel.world import World
+from llama.speculation.shape import Speculating
 from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
 from wsm.disk.blockdev import is_block_device
-from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.formats.mix import Formats, Mix
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
-from wsm.option import options_of
-from wsm.plan.hardware import GIB, Hardware, measure_hardware, tightest
-from wsm.plan.inputs import PlanInputs, RunShape
-from wsm.plan.levers import choose_settings
-from wsm.plan.plan import Plan, make_plan
-from wsm.settings import Settings
+from wsm.plan.plan import Plan
 from wsm.store import manifest
 from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
 from wsm.store.match import Asked, check_suits
 
-_ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
-"""Flags that ranks have to agree on, besides those of ``Settings``."""
 read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json)
 """Of a packed LLaMA."""
 
@@ -65,6 +59,7 @@ class Inputs:
     cache_dir: Path
     description: StoreDescription | None
     weight_format: Formats | None = None
+    draft: OpenedDraft | None = None
 
     @property
     def format_name(self) -> str:
@@ -122,7 +117,12 @@ class Inputs:
     def warnings(self) -> list[str]:
         """What is doubtful in the files that were read."""
         read = [self.tokenizer] if "tokenizer" in vars(self) else []
-        return [*self.checkpoint.warnings, *(warning for tokenizer in read for warning in tokenizer.warnings)]
+        of_draft = self.draft.inputs.warnings if self.draft is not None and self.draft.inputs is not None else []
+        return [
+            *of_draft,
+            *self.checkpoint.warnings,
+            *(warning for tokenizer in read for warning in tokenizer.warnings),
+        ]
 
     def kv_disk(self, plan: Plan) -> tuple[str, Sequence[str]]:
         """``--kv-device`` (of several ranks each has a file of its own), and the weights' targets."""
@@ -136,6 +136,17 @@ class Inputs:
 
     def close(self) -> None:
         self.checkpoint.close()
+        if self.draft is not None and self.draft.inputs is not None:
+            self.draft.inputs.close()
+
+
+@dataclass(frozen=True)
+class OpenedDraft:
+    """Who proposes tokens, and how; ``options`` and ``inputs`` are its own, ``inputs`` None for `ngram`, no model."""
+
+    speculating: Speculating
+    options: BuildOptions
+    inputs: Inputs | None
 
 
 def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
@@ -163,20 +174,21 @@ def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
     return device
 
 
-def _choose_checkpoint(options: BuildOptions) -> Checkpoint:
+def choose_checkpoint(options: BuildOptions) -> Checkpoint:
+    """The checkpoint that the options name."""
     if options.checkpoints is not None:
         directory = options.checkpoints.expanduser()
         if options.manifest is not None and directory.is_dir() and not has_weights(directory):
-            return WeightlessCheckpoint(directory, _stored_config(options.manifest))
+            return WeightlessCheckpoint(directory, stored_config(options.manifest))
         return open_checkpoint(directory)
     if options.synthetic is not None:
         dtype = DTYPES.get(options.dtype or "auto") or torch.bfloat16
         # Weights are a model's and not a run's: `--seed` is of prompts and sampling alone.
-        return synthetic_checkpoint(options.synthetic, seed=0, dtype=dtype)
+        return synthetic_checkpoint(options.synthetic, seed=0, dtype=dtype, of_pair=is_of_pair(options.draft))
     return builtin_checkpoint(options.cache_dir.expanduser())
 
 
-def _stored_config(path: Path) -> ModelConfig | None:
+def stored_config(path: Path) -> ModelConfig | None:
     """The model that a manifest describes; None for version 1, which does not."""
     if manifest.load_json(path)["version"] == 1:
         return None
@@ -185,12 +197,9 @@ def _stored_config(path: Path) -> ModelConfig | None:
     return config
 
 
-def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
-    """Open and check everything that the run reads; UnusableInput for what cannot be used."""
-    options.check_together()
-    refuse_in_dev(options.cache_dir.expanduser(), f"--cache-dir {options.cache_dir}")
+def open_model(options: BuildOptions, checkpoint: Checkpoint, world: World) -> Inputs:
+    """One model, of ``checkpoint``, as the options have it; UnusableInput for what cannot be used."""
     device = choose_device(options.device, world.local)
-    checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
     native = native_formats(checkpoint, options.weight_format)
@@ -213,73 +222,9 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         check_format(checkpoint, weight_format, dtype, world.shard.size)
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     cache_dir = options.cache_dir.expanduser()
-    inputs = Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
-    if world.shard.size > 1:
-        world.agree(_facts(options, inputs))
-        world.connect(device)
-    return inputs
-
-
-def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
-    """What has to be the same on every rank, as the user spells it."""
-    description, known = inputs.description, options_of(BuildOptions)
-    sources = [f"{source.name} {source.digest}" for source in inputs.checkpoint.sources()]
-    return {
-        **{known[name].spelled: str(getattr(options, name)) for name in (*options_of(Settings), *_ALIKE)},
-        "model": str(inputs.checkpoint.config),
-        "checkpoint": ", ".join(sources),
-        "store": str(description.content) if description is not None else "none",
-        "dtype": str(inputs.dtype),
-        "weight format": inputs.weight_format.name if inputs.weight_format is not None else "plain",
-        "device": inputs.device.type,
-        "torch": torch.__version__,
-    }
+    return Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
 
 
 def _in_format(path: Path) -> bool:
     """Whether a manifest's store is in a weight format."""
     return bool(manifest.load_json(path)["version"] == FORMATTED)
-
-
-def hardware_here(inputs: Inputs) -> Hardware:
-    """The memory of this machine, a rank's share of the CPU's."""
-    world = inputs.world
-    return measure_hardware(inputs.device, world.local.size, GIB if world.shard.size == 1 else 2 * GIB)
-
-
-def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: Hardware | None = None) -> Plan:
-    """What will be where, and how much memory it takes, on this machine or on other ``hardware``; allocates nothing."""
-    world = inputs.world
-    hardware = hardware or hardware_here(inputs)
-    everywhere = world.exchange(json.dumps(asdict(hardware)))
-    planned = PlanInputs(
-        config=inputs.share.config,
-        dtype=inputs.dtype,
-        layouts=inputs.layouts,
-        settings=options,
-        shape=shape,
-        hardware=tightest(hardware, [Hardware(**json.loads(text)) for text in everywhere if text is not None]),
-        chunk_tokens=options.prefill_chunk_tokens,
-        micro_batch=options.micro_batch,
-        kv_record_bytes=inputs.kv_format.record_bytes,
-        topk_blk=options.topk_blk,
-        kv_device=options.kv_device,
-        ranks=world.shard.size,
-        ranks_here=world.local.size,
-    )
-    return make_plan(choose_settings(planned) if options.auto else planned)
-
-
-def plans_by_format(options: BuildOptions, inputs: Inputs, plan: Plan) -> dict[str, Plan]:
-    """The same run in every weight format, by name, ``plan`` among them; with ``--auto`` each with its own choice."""
-    plans = dict[str, Plan]()
-    if inputs.checkpoint.formats is not None:  # what is quantised already comes in no other format
-        return {inputs.format_name: plan}
-    for name in (DTYPE_FORMATS[inputs.dtype], *registry.NAMES):
-        weight_format = registry.get(name) if name in registry.NAMES else None
-        if weight_format is not None and weight_format.exact and inputs.dtype != torch.bfloat16:
-            continue
-        layouts = planned_layouts(inputs.share.config, inputs.dtype, weight_format, most=False)
-        other = replace(plan.inputs, layouts=layouts, settings=options)
-        plans[name] = make_plan(choose_settings(other) if options.auto else other)
-    return plans | {inputs.format_name: plan}

@@ -1,0 +1,14 @@
+"""Tokens a second at an acceptance that the user names."""
+
+from __future__ import annotations
+
+import pytest
+
+from wsm.plan.speculated import tokens_a_pass
+
+
+@pytest.mark.parametrize(("acceptance", "depth", "tokens"), [(0, 8, 1), (1, 8, 9), (0.5, 2, 1.75), (0.8, 12, 4.725)])
+def test_a_chain_gives_one_token_and_those_before_its_first_wrong_one(
+    acceptance: float, depth: int, tokens: float
+) -> None:
+    assert tokens_a_pass(acceptance, depth) == pytest.approx(tokens, abs=1e-3)

@@ -66,7 +66,9 @@ def _planned_draft(draft: OpenedDraft, hardware: Hardware) -> DraftInputs:
 
 def plans_by_format(options: BuildOptions, inputs: Inputs, plan: Plan) -> dict[str, Plan]:
     """The same run in every weight format, by name, ``plan`` among them; with ``--auto`` each with its own choice."""
-    plans = {}
+    plans = dict[str, Plan]()
+    if inputs.checkpoint.formats is not None:  # what is quantised already comes in no other format
+        return {inputs.format_name: plan}
     for name in (DTYPE_FORMATS[inputs.dtype], *registry.NAMES):
         weight_format = registry.get(name) if name in registry.NAMES else None
         if weight_format is not None and weight_format.exact and inputs.dtype != torch.bfloat16:

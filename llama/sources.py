@@ -9,6 +9,7 @@ from llama.inputs import Inputs
 from llama.loading import Reporter
 from llama.options import BuildOptions
 from llama.plans import plan_run
+from wsm.formats.mix import Mix
 from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
@@ -32,11 +33,12 @@ def find_store(
 ) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
-    So the draft's, too. Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs
-    what would not fit in memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
+    So the draft's, too. Synthetic weights, and a checkpoint's own formats, need one only where a pass reads the SSD.
+    Raises DoesNotFit before it packs what would not fit in memory (saying what would, by ``ceilings``), or on the
+    drive; UnusableInput if it cannot pack.
     """
     draft = inputs.draft.inputs if inputs.draft is not None else None
-    encoded = [each for each in (inputs, draft) if each is not None and each.weight_format is not None]
+    encoded = [each for each in (inputs, draft) if each is not None and _is_encoded_here(each)]
     if all(each.description is not None for each in encoded):
         return
     plan = plan_run(options, inputs, shape)
@@ -45,6 +47,10 @@ def find_store(
         if each.description is None and (streamed or not each.synthetic):
             check_fits(plan, ceilings)
             each.read_from(_cached(each, reporter))
+
+
+def _is_encoded_here(inputs: Inputs) -> bool:
+    return inputs.weight_format is not None and not isinstance(inputs.weight_format, Mix)
 
 
 def _cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
@@ -78,7 +84,6 @@ def source_of(inputs: Inputs, settings: Settings) -> GroupSource:
             inputs.share,
             inputs.dtype,
             threads=LOADING_THREADS,
-            weight_format=inputs.weight_format,
             layouts=inputs.layouts,
         )
     store = PackedStore(inputs.description, staging_bytes=settings.staging_mb * 10**6, verify=settings.verify_weights)

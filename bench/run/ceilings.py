@@ -21,12 +21,26 @@ from llama.llm import LLaMA
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.engine.probe import probe_compute, probe_link, probe_ssd
-from wsm.engine.probe_decoding import probe_decoding
+from wsm.engine.probe_decoding import Part, probe_decoding
+from wsm.formats import registry
+from wsm.formats.mix import Mix
 from wsm.layout.groups import GroupId
+from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
 from wsm.store.packed_store import PackedStore
 
 MOST_BUFFERS = 9
+
+
+def _parts(plan: Plan) -> list[Part]:
+    """The formats of a mix as the model has them: of the first matrix in each, its columns, and the part of all."""
+    columns, decoded = dict[str, int](), dict[str, int]()
+    for layout in plan.inputs.layouts.values():
+        for tensor in layout.encoded:
+            name = str(tensor.format)
+            columns.setdefault(name, tensor.shape[1])
+            decoded[name] = decoded.get(name, 0) + tensor.decoded_bytes
+    return [(registry.get(name), columns[name], made / sum(decoded.values())) for name, made in decoded.items()]
 
 
 def probe(llm: LLaMA) -> dict[str, Ceiling]:
@@ -40,7 +54,8 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
     weight_format, scratch = llm.inputs.weight_format, llm.scratch.room
     if weight_format is not None and scratch.nbytes:
-        found |= probe_decoding(llm.device, weight_format, llm.config.dim, llm.inputs.dtype, scratch)
+        parts = [(weight_format, llm.config.dim, 1.0)] if not isinstance(weight_format, Mix) else _parts(llm.plan)
+        found |= probe_decoding(llm.device, parts, llm.inputs.dtype, scratch)
     if llm.inputs.device.type == "cuda":
         # Given back, so it counts neither against the budget nor as the run's peak.
         torch.cuda.empty_cache()

@@ -35,6 +35,7 @@ def split_kernel(
     node, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     in_window = split == tl.num_programs(2) - 1
     rep, dim = tl.arange(0, REPS), tl.arange(0, DIMS)
+    windowed = tl.where(in_window, BLOCK, 0)
     begin = tl.where(in_window, 0, split * split_tokens)
     end = tl.where(in_window, BLOCK, tl.minimum(begin + split_tokens, tl.load(prefix + node // nodes).to(tl.int32)))
     at = (node // nodes).to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
@@ -46,7 +47,7 @@ def split_kernel(
     out = tl.zeros((REPS, DIMS), tl.float32)
     for start in range(begin, end, TILE):
         place = start + tl.arange(0, TILE)
-        column = tl.load(window + place, mask=in_window & (place < BLOCK), other=-1)
+        column = tl.load(window + place, mask=place < windowed, other=-1)
         column = tl.where(in_window, column, place.to(tl.int64))
         shown = column >= 0
         inside = shown[:, None] & (dim < HEAD_DIM)[None, :]

@@ -20,8 +20,8 @@ WORKSPACE_BYTES = 64 * MIB
 """What cuBLAS and the attention kernels keep for themselves in torch's allocator."""
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
-SORTED_BYTES = 56
-"""Bytes per logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
+SORTED_BYTES, SCRATCH_BYTES = 54, 16
+"""Bytes per logit while it is sampled: sorting and sums in whole numbers; and a sort's scratch on a GPU."""
 
 
 MemoryKind = IntEnum(
@@ -100,8 +100,7 @@ def activation_bytes(inputs: PlanInputs, portions: Portions) -> int:
     # The residual, the rotations of its positions (complex64), token ids and positions; and the rotary table.
     kept = tokens * (config.dim * itemsize + 4 * config.head_dim + 16) + 4 * config.head_dim * inputs.kv_tokens
     head = 2 * logits + min(chunk, rows) * (config.vocab_size * itemsize + 8 * config.dim)
-    # On the CPU a sort needs no scratch.
-    each = SORTED_BYTES if inputs.hardware.has_gpu else 40
+    each = SORTED_BYTES + (SCRATCH_BYTES if inputs.hardware.has_gpu else 0)
     sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * each
     computing = chunk_bytes(config, chunk, itemsize) + _attention_extra(inputs, portions, chunk) + logits
     return kept + max(computing, head, sampling)
@@ -143,7 +142,7 @@ def gpu_lines(
     copied = 0 if placement.mode == "full" else max(bytes_apart(layout, inputs.config.fused) for layout in attn)
     # Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both.
     rows, elsewhere = inputs.nodes, inputs.config.vocab_size * (inputs.ranks - 1)
-    gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
+    gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * (SORTED_BYTES + SCRATCH_BYTES)
     activations = activation_bytes(inputs, portions) + copied + gathered + converted + decoding_extra_bytes(inputs)
     embedding = "" if inputs.embedding_on_cpu else "embedding, "
     computing = f"activations, {portions.wave_tokens(inputs)} tokens in chunks of {chunk}"

@@ -14,8 +14,8 @@ from tests.llama.speculation.drafts import random_shape
 
 GEOMETRIES = sorted({(c.n_heads, c.n_kv_heads, c.head_dim) for c in PRESETS.values()} | {(9, 3, 64), (4, 2, 24)})
 """Heads, KV heads and head_dim of the presets, of SmolLM2 and of the tests' own model."""
-NODES, COLUMNS = 7, 1024
-STARTS = (700, 3, 255, 512)
+NODES, COLUMNS = 5, 768
+STARTS = (600, 3, 255)
 
 
 class Case(NamedTuple):
@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
     @classmethod
     def random(cls, n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Case:
-        """Random trees of four rows whose roots stand anywhere."""
+        """Random trees of three rows whose roots stand anywhere."""
         random = torch.Generator().manual_seed(n_heads * head_dim)
         records = torch.randn(len(STARTS), n_kv_heads, COLUMNS, 2, head_dim, generator=random).to(dtype)
         keys, values = records.unbind(-2)
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 def permuted(case: Case) -> Iterator[tuple[Case, Callable[[Tensor], Tensor]]]:
     """The case told otherwise, and how its result has to be told then."""
     rows, nodes = case.q.shape[:2]
-    for seed in range(3):
+    for seed in range(2):
         random = torch.Generator().manual_seed(seed)
         order = torch.randperm(rows, generator=random)
         yield case.of_rows(order), lambda out, order=order: out[order]

@@ -44,10 +44,9 @@ def model(directory: Path, request: pytest.FixtureRequest) -> Transformer:
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Several, of an odd number: on the CPU it is what makes results depend on the place."""
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(getattr(request, "param", 1))
     yield
     torch.set_num_threads(before)
 
@@ -76,6 +75,14 @@ def test_drafts_change_no_token(model: Transformer, prompts: list[list[int]], te
     assert [sum(counts) + 1 for counts in drafted.accepted] == [NEW] * len(prompts)
     guessing = RandomTreeDraft(nodes, depth, VOCAB)
     assert run(model, prompts, nodes, guessing, temperature=temperature).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_drafts_change_no_token_where_several_threads_compute(model: Transformer) -> None:
+    """On the CPU a thread's last elements are computed by other instructions, and rows by shares of them."""
+    plain = run(model, RAGGED[1:3], 6, None, temperature=0.8, max_new_tokens=10)
+    draft = OracleDraft(plain.tokens, 6, 3, VOCAB)
+    assert run(model, RAGGED[1:3], 6, draft, temperature=0.8, max_new_tokens=10).tokens == plain.tokens
 
 
 def test_a_row_ends_at_its_stop_token_or_its_limit_also_inside_of_a_path(model: Transformer) -> None:

@@ -17,9 +17,9 @@ SCRIPT = Path(__file__).with_name("without_a_gpu.py")
 INTERPRETER_FAILS = "only 0-dimensional arrays can be converted to Python scalars"
 
 
-def run(part: str, **environment: str) -> None:
+def run(part: str, script: Path = SCRIPT, **environment: str) -> None:
     """In a process of its own: Triton reads its environment when it is imported."""
-    command = [sys.executable, str(SCRIPT), part]
+    command = [sys.executable, str(script), part]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if INTERPRETER_FAILS in done.stderr:
         pytest.skip("this Triton's interpreter does not work with this NumPy")

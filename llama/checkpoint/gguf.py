@@ -74,6 +74,16 @@ def _parts(path: Path) -> list[Path]:
     return [path.with_name(f"{match['stem']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
 
 
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+}
+"""As a chat template names a token, and as GGUF does."""
+
+
 class GGUFCheckpoint(Checkpoint):
     """Files are mapped; matrices of the layers in block types lie at rest as they are, all else is decoded when read.
 
@@ -113,6 +123,13 @@ class GGUFCheckpoint(Checkpoint):
     def chat_template(self) -> str | None:
         template = self._first.fields.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        found = self._first.fields.get("tokenizer.ggml.tokens")
+        tokens = found if isinstance(found, list) else []
+        ids = {name: self._first.fields.get(f"tokenizer.ggml.{ours}_token_id") for name, ours in _SPECIAL.items()}
+        return {n: str(tokens[at]) for n, at in ids.items() if type(at) is int and 0 <= at < len(tokens)}
 
     def _check(self, name: str, shape: tuple[int, ...], first: Path) -> Stored:
         theirs = gguf_name(name)

@@ -202,11 +202,11 @@ def phases_of(
 ) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
-    itemsize = llm.plan.bytes_a_weight
+    itemsize, planned = llm.plan.bytes_a_weight, llm.plan.inputs
     prefill, decode = (stretch.stats() for stretch in timed.stretches)
     works = (
         prefill_work(llm.config, rows, prefill.passes, itemsize),
-        decode_work(llm.config, rows, decode.passes, itemsize, llm.plan.inputs.kv_token_bytes),
+        decode_work(llm.config, rows, decode.passes, itemsize, planned.kv_token_bytes, planned.verify_rows),
     )
     found = {}
     for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):

@@ -76,6 +76,16 @@ def _parts(path: Path) -> list[Path]:
     return [path.with_name(f"{match['stem']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
 
 
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+}
+"""As a chat template names a token, and as GGUF does."""
+
+
 class GGUFCheckpoint(Checkpoint):
     """Files are mapped; matrices of the layers in block types lie at rest as they are, all else is decoded when read.
 

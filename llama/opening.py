@@ -33,6 +33,10 @@ _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto"
 def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     """Open and check everything that the run reads; UnusableInput for what cannot be used."""
     options.check_together()
+    if options.nodes > 1 and world.shard.size > 1:
+        # A sum over ranks is added up in an order that may depend on the place in it.
+        flag = f"--verify-rows {options.nodes}" if options.draft is None else f"--draft {options.draft}"
+        raise UnusableInput(f"{flag} does not run on several ranks: leave it out, or run on one")
     refuse_in_dev(options.cache_dir.expanduser(), f"--cache-dir {options.cache_dir}")
     inputs = open_model(options, choose_checkpoint(options), world)
     inputs.draft = _open_draft(options, inputs)
@@ -47,8 +51,6 @@ def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
     speculating = options.speculating
     if speculating is None:
         return None
-    if target.world.shard.size > 1:
-        raise UnusableInput(f"--draft {options.draft} does not run on several ranks: leave it out, or run on one")
     name = speculating.draft
     if is_of_pair(name) and options.synthetic is None:
         raise UnusableInput(f"--draft {name} agrees with the model of its pair alone: give --synthetic NAME with it")

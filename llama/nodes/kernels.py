@@ -15,9 +15,8 @@ from torch import Tensor
 
 from llama.nodes.tree import NodeBatch
 from wsm.layout.kv import KV_BLOCK_TOKENS
+from wsm.plan.memory import NODE_SPLITS
 
-MOST_SPLITS = 16
-"""Of the blocks of a row: enough programs for a few nodes, little to add up for many."""
 WARPS = 4
 _TILE_BYTES = 1 << 14
 
@@ -104,7 +103,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, batch: NodeBatch) -> Tensor:
     n_rep = n_heads // n_kv_heads
     reps, dims = max(16, triton.next_power_of_2(n_rep)), max(16, triton.next_power_of_2(head_dim))
     blocks = triton.cdiv(width, KV_BLOCK_TOKENS)
-    split_blocks = triton.cdiv(blocks, MOST_SPLITS)
+    split_blocks = triton.cdiv(blocks, NODE_SPLITS)
     splits = triton.cdiv(blocks, split_blocks) + 1
     tops, sums = q.new_empty((2, rows * nodes, n_kv_heads, splits, reps), dtype=torch.float32)
     parts = q.new_empty((*tops.shape, dims), dtype=torch.float32)

@@ -102,10 +102,12 @@ def test_a_draft_without_a_tokenizer_is_compared_by_size_alone(folders: dict[str
     assert opened(folders, tmp_path, bare)[1].draft is not None
 
 
-def test_several_ranks_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    options = BuildOptions(checkpoints=folders["target"], device="cpu", cache_dir=tmp_path, draft="ngram")
-    with pytest.raises(UnusableInput, match="--draft ngram does not run on several ranks"):
+@pytest.mark.parametrize(("flags", "named"), [({"draft": "ngram"}, "--draft ngram"), ({}, "--verify-rows 4")])
+def test_several_ranks_are_refused(flags: dict[str, str], named: str, tmp_path: Path) -> None:
+    options = BuildOptions(device="cpu", cache_dir=tmp_path, verify_rows=4, **flags)  # type: ignore[arg-type]
+    with pytest.raises(UnusableInput, match=f"{named} does not run on several ranks"):
         open_inputs(options, World(Shard(0, 2), Shard(0, 2)))
+    assert not list(tmp_path.iterdir()), "before anything is made"
 
 
 def test_a_draft_is_planned_with_its_kv_and_one_that_does_not_fit_is_said_before_it_is_loaded(

@@ -18,6 +18,8 @@ from wsm.plan.placement import Placement, cpu_home_bytes
 MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
 WORKSPACE_BYTES = 64 * MIB
 """What cuBLAS and the attention kernels keep for themselves in torch's allocator."""
+NODE_SPLITS = 16
+"""Of a row's KV blocks (``llama.nodes.kernels``): enough programs for a few nodes, little to add up for many."""
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
 SORTED_BYTES, SCRATCH_BYTES = 54, 16
@@ -127,7 +129,11 @@ def _node_bytes(inputs: PlanInputs) -> int:
     # On the CPU a KV head's scores and keys are in float32, a row at a time.
     per_row = inputs.verify_rows * (config.n_heads // config.n_kv_heads) * 4 * (inputs.kv_tokens + KV_BLOCK_TOKENS) * 4
     keys = 8 * config.head_dim * (inputs.kv_tokens + inputs.verify_rows * KV_BLOCK_TOKENS)
-    return window + 2 * nodes * inputs.kv_token_bytes + (0 if inputs.hardware.has_gpu else per_row + keys)
+    # On a GPU each split of the keys leaves its sums, of at least 16 query heads a KV head.
+    splits = min(inputs.kv_tokens // KV_BLOCK_TOKENS, NODE_SPLITS) + 1
+    tile = max(16, config.n_heads // config.n_kv_heads) * (1 << (config.head_dim - 1).bit_length()) * 4
+    computing = nodes * config.n_kv_heads * splits * tile if inputs.hardware.has_gpu else per_row + keys
+    return window + 2 * nodes * inputs.kv_token_bytes + computing
 
 
 def gpu_lines(

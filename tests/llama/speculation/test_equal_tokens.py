@@ -14,6 +14,7 @@ import llama.decoding
 from llama.checkpoint import open_checkpoint
 from llama.generation import Generation, GenerationOptions, generate
 from llama.kv.cache import KVCache
+from llama.kv.format import kv_format
 from llama.model import Transformer
 from llama.nodes.tree import NodeBatch, Tree, node_batch
 from llama.speculation.draft import Draft
@@ -51,9 +52,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(model: Transformer, prompts: list[list[int]], nodes: int, draft: Draft | None, **changes: Any) -> Generation:
+def run(
+    model: Transformer,
+    prompts: list[list[int]],
+    nodes: int,
+    draft: Draft | None,
+    kv: KVCache | None = None,
+    **changes: Any,
+) -> Generation:
     fields: dict[str, Any] = {"temperature": 0.0, "stop_ids": frozenset(), "max_new_tokens": NEW, **changes}
-    kv = KVCache(model.config, len(prompts), max(map(len, prompts)) + NEW + nodes, CPU, model.dtype)
+    kv = kv or KVCache(model.config, len(prompts), max(map(len, prompts)) + NEW + nodes, CPU, model.dtype)
     options = GenerationOptions(
         top_p=0.95, seed=5, ignore_eos=False, chunk_tokens=4096, wave_rows=4, verify_rows=nodes, **fields
     )
@@ -75,6 +83,21 @@ def test_drafts_change_no_token(model: Transformer, prompts: list[list[int]], te
     assert [sum(counts) + 1 for counts in drafted.accepted] == [NEW] * len(prompts)
     guessing = RandomTreeDraft(nodes, depth, VOCAB)
     assert run(model, prompts, nodes, guessing, temperature=temperature).tokens == plain.tokens
+
+
+def test_drafts_change_no_token_with_kv_in_8_bits_or_in_stretches_of_rows(model: Transformer) -> None:
+    eight_bits = kv_format("int8", model.dtype, model.config.head_dim)
+    for changes in ({"record": eight_bits}, {"stretch_rows": 3}):
+        kv = KVCache(model.config, 4, 520, CPU, model.dtype, **changes)  # type: ignore[arg-type]
+        plain = run(model, RAGGED, 6, None, kv, temperature=0.8)
+        assert run(model, RAGGED, 6, OracleDraft(plain.tokens, 6, 3, VOCAB), kv, temperature=0.8).tokens == plain.tokens
+
+
+def test_no_token_depends_on_what_a_cache_had_before(model: Transformer) -> None:
+    kv = KVCache(model.config, 4, 520, CPU, model.dtype)
+    fresh = run(model, RAGGED, 6, None, kv)
+    run(model, RAGGED[::-1], 6, RandomTreeDraft(6, 3, VOCAB), kv)
+    assert run(model, RAGGED, 6, RandomTreeDraft(6, 3, VOCAB), kv).tokens == fresh.tokens
 
 
 @pytest.mark.parametrize("threads", [3], indirect=True)

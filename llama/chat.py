@@ -79,7 +79,7 @@ def chat_template_of(checkpoint: Checkpoint) -> ChatTemplate:
         if (directory / name).exists():
             config = read_json(directory / name)
             special |= _special_tokens(config)
-    text, where = checkpoint.chat_template, str(directory)
+    text, where = checkpoint.chat_template, f"the GGUF file in {directory}"
     if (path := directory / _FILE).exists():
         text, where = text_of(read_file(path), str(path)), str(path)
     elif (named := config.get("chat_template")) is not None:
@@ -87,8 +87,8 @@ def chat_template_of(checkpoint: Checkpoint) -> ChatTemplate:
         text = _default_of(named, where)
     if text is None:
         raise UnusableInput(
-            f"--chat: neither {_FILE} nor a chat_template in {_CONFIG} is in {directory}; base models have none: leave "
-            "--chat out, or take the Instruct model"
+            f"--chat: {directory} has no chat template, in {_FILE}, {_CONFIG} or its weights; base models have none: "
+            "leave --chat out, or take the Instruct model"
         )
     return ChatTemplate(text, where, special)
 

@@ -19,6 +19,7 @@ from llama.checkpoint import (
     open_checkpoint,
     synthetic_checkpoint,
 )
+from llama.checkpoint.formats import check_format, formats_of, native_formats
 from llama.config import ModelConfig
 from llama.kv.format import KVFormat, kv_format
 from llama.options import PLAIN_FORMATS, BuildOptions
@@ -28,13 +29,11 @@ from llama.tokenizer import Tokenizer, load_tokenizer, stop_ids_named
 from wsm.disk.blockdev import is_block_device
 from wsm.errors import UnusableInput
 from wsm.formats import registry
-from wsm.formats.gguf_blocks import NOT_ENCODED
-from wsm.formats.mix import Formats, Mix, formats_named
+from wsm.formats.mix import Formats, Mix
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
 from wsm.plan.plan import Plan
 from wsm.store import manifest
-from wsm.store.cuts import check_cuts
 from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
@@ -105,11 +104,13 @@ class Inputs:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """What ends a row. Token ids need no tokenizer: without one, what the JSON files name, or nothing."""
+        """What ends a row. Token ids need no tokenizer: without one, what the files name, or nothing."""
         try:
             return self.tokenizer.stop_ids
         except UnusableInput:
             directory = self.checkpoint.directory
+            if named := self.checkpoint.stop_ids:
+                return named
             return frozenset(stop_ids_named(directory, self.checkpoint.config) if directory is not None else ())
 
     @property
@@ -201,7 +202,7 @@ def open_model(options: BuildOptions, checkpoint: Checkpoint, world: World) -> I
     device = choose_device(options.device, world.local)
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
-    native = _native(checkpoint, options.weight_format)
+    native = native_formats(checkpoint, options.weight_format)
     weight_format = native or (registry.get(asked) if asked in registry.ALL else None)
     wanted = DTYPES.get(PLAIN_FORMATS.get(options.weight_format, options.dtype or "auto"))
     if asked == "exact":
@@ -215,43 +216,13 @@ def open_model(options: BuildOptions, checkpoint: Checkpoint, world: World) -> I
         flags = " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
         brought = native.name if native is not None else None
         check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked, brought), flags)
-        weight_format = native or _formats_of(description)
+        weight_format = native or formats_of(description)
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     if weight_format is not None and description is None:
-        _check_format(checkpoint, weight_format, dtype, world)
+        check_format(checkpoint, weight_format, dtype, world.shard.size)
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     cache_dir = options.cache_dir.expanduser()
     return Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
-
-
-def _native(checkpoint: Checkpoint, asked: str) -> Mix | None:
-    """The formats that a checkpoint brings; UnusableInput where another one is asked for."""
-    native = checkpoint.formats
-    if native is not None and asked not in ("auto", native.name):
-        raise UnusableInput(
-            f"--weight-format {asked}: {checkpoint.config.name} is quantised already, in {native.name}, and runs as it "
-            "is: leave the flag out (--dtype says what is computed in), or take the unquantised checkpoint"
-        )
-    return native
-
-
-def _formats_of(description: StoreDescription) -> Formats | None:
-    """How the matrices of a store lie there, without the checkpoint's word."""
-    if description.weight_format is None:
-        return None
-    found = formats_named(description.weight_format)
-    if len(found) == 1 and description.weight_format not in registry.BLOCK_TYPES:  # those are a checkpoint's own
-        return found[description.weight_format]
-    full_name = description.config.full_name
-    tensors = ((full_name(group, t.name), t) for group, s in description.groups.items() for t in s.layout.encoded)
-    return Mix({name: tensor.format for name, tensor in tensors if tensor.format is not None})
-
-
-def _check_format(checkpoint: Checkpoint, weight_format: Formats, dtype: torch.dtype, world: World) -> None:
-    """UnusableInput for GGUF's blocks where weights would be put into them, or where ranks' shares do not fill them."""
-    if weight_format.name in registry.BLOCK_TYPES and checkpoint.directory is not None and checkpoint.formats is None:
-        raise UnusableInput(f"--weight-format {weight_format.name}: {NOT_ENCODED.format(weight_format.name)}")
-    check_cuts(checkpoint.config, dtype, world.shard.size, weight_format)
 
 
 def _in_format(path: Path) -> bool:

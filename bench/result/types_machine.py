@@ -60,6 +60,7 @@ class BytesPerPass(Part, frozen=True, kw_only=True):
     weight_h2d: Annotated[Count, says("bytes of weights to the GPU")]
     hbm_read: Annotated[Count, says("bytes of weights read from the device's memory")]
     kv_h2d: Annotated[Count, says("bytes of KV to the GPU, of a decode pass half-way")] = 0
+    kv_read: Annotated[Later[Count], says("bytes of KV from --kv-device, of a decode pass half-way")] = UNSET
 
 
 class Planned(Part, frozen=True, kw_only=True):

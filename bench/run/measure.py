@@ -202,11 +202,11 @@ def phases_of(
 ) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
-    itemsize = llm.plan.bytes_a_weight
+    itemsize, planned = llm.plan.bytes_a_weight, llm.plan.inputs
     prefill, decode = (stretch.stats() for stretch in timed.stretches)
     works = (
         prefill_work(llm.config, rows, prefill.passes, itemsize),
-        decode_work(llm.config, rows, decode.passes, itemsize, llm.plan.inputs.kv_token_bytes),
+        decode_work(llm.config, rows, decode.passes, itemsize, planned.kv_token_bytes, planned.verify_rows),
     )
     found = {}
     for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):
@@ -258,6 +258,8 @@ def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float 
         hbm_bytes=stats.hbm_bytes,
         flops=stats.flops,
         decoded_bytes=stats.decoded_bytes,
+        kv_read_bytes=moved["kv_read"],
+        kv_write_bytes=moved["kv_write"],
     )
     parts = parts_ms(work, {name: ceiling.value for name, ceiling in ceilings.items()})
     times = {bound: ms for bound, ms in parts.items() if ms is not None}

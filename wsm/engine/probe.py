@@ -49,7 +49,8 @@ ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul
 ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
 
 
-def _ceiling(rates: Sequence[float], unit: str, how: str) -> Ceiling:
+def ceiling_from(rates: Sequence[float], unit: str, how: str) -> Ceiling:
+    """The best of samples, their median and spread."""
     # On a machine that stood still a sample may be 0: it shows in the spread, but no rate to plan with is 0.
     median = statistics.median(rate for rate in rates if rate > 0)
     return Ceiling(max(rates), median, unit, 100 * (max(rates) - min(rates)) / median, how)
@@ -61,7 +62,7 @@ Anyone = Callable[[bool], bool]
 """Whether any of several ranks says yes: they measure side by side, and so again side by side."""
 
 
-def _steadied(measure: Callable[[int], Ceiling], anyone: Anyone = bool) -> Ceiling:
+def steadied(measure: Callable[[int], Ceiling], anyone: Anyone = bool) -> Ceiling:
     """The ceiling of ``measure``, which takes how many times as long as usual a sample is to be: the steadier one."""
     found: list[Ceiling] = []
     for times in LONGER:
@@ -123,9 +124,9 @@ def repeated(device: Device, work: Callable[[], object], warm_ups: int, amount: 
                 work()
 
         rates = [times * amount / _seconds(device, sample) for _ in range(SAMPLES)]
-        return _ceiling(rates, unit, f"{how}, {SAMPLES} samples" + (f" of {times}" if times > 1 else ""))
+        return ceiling_from(rates, unit, f"{how}, {SAMPLES} samples" + (f" of {times}" if times > 1 else ""))
 
-    return _steadied(measure)
+    return steadied(measure)
 
 
 def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
@@ -186,9 +187,9 @@ def probe_link(
                 in_step()
                 rates.append(sample(times * count))
             size = f"{times * count * piece / 2**20:.3g} MiB in pieces of {piece / 2**20:.3g} MiB"
-            return _ceiling(rates, "MBps", f"{size}, {SAMPLES} samples{way}")
+            return ceiling_from(rates, "MBps", f"{size}, {SAMPLES} samples{way}")
 
-        return _steadied(measure, anyone)
+        return steadied(measure, anyone)
 
     h2d = rate_of("", lambda n: n * piece / _copies(device, slots, hosts, n) / 1e6)
     d2h = rate_of("", lambda n: n * piece / _copies(device, hosts, slots, n) / 1e6)
@@ -223,7 +224,7 @@ def probe_ssd(
         beside[ssd.spread_pct] = link
         return ssd
 
-    ssd = _steadied(measure)
+    ssd = steadied(measure)
     return {"ssd": ssd, "h2d_with_ssd": beside[ssd.spread_pct]}
 
 
@@ -235,20 +236,9 @@ def _ssd_and_link(
     buffers: Sequence[Tensor],
     slot: Tensor,
 ) -> tuple[Ceiling, Ceiling]:
-    over, copies_s = threading.Event(), list[float]()
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
-    hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
-
-    def keep_link_busy() -> None:
-        copies_s.append(_copies(device, slots, hosts, 8))  # at least one, however late this thread runs
-        while not over.is_set():
-            copies_s.append(_copies(device, slots, hosts, 8))
-
-    with _beside(device, keep_link_busy):
-        try:
-            chunks = _read_for(seconds, source, groups, buffers[:-1])
-        finally:
-            over.set()
+    with link_busy(device, buffers[-1], slot, piece) as copies_s:
+        chunks = _read_for(seconds, source, groups, buffers[:-1])
     rates = _window_rates(chunks)
     read_MB = sum(chunk.nbytes for chunk in chunks) / 1e6
     how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
@@ -257,7 +247,25 @@ def _ssd_and_link(
     parts = [copies_s[start:end] for start, end in itertools.pairwise(edges) if end > start]
     link_rates = [8 * piece * len(part) / sum(part) / 1e6 for part in parts]
     link_how = f"pieces of {piece / 2**20:.3g} MiB while the SSD is read, {len(parts)} samples"
-    return _ceiling(rates, "MBps", how), _ceiling(link_rates, "MBps", link_how)
+    return ceiling_from(rates, "MBps", how), ceiling_from(link_rates, "MBps", link_how)
+
+
+@contextmanager
+def link_busy(device: Device, host: Tensor, slot: Tensor, piece: int) -> Iterator[list[float]]:
+    """Pieces go from ``host`` to ``slot`` all the time, and until the block ends; the seconds of each 8 of them."""
+    over, copies_s = threading.Event(), list[float]()
+    hosts, slots = _walk(host, piece), _walk(slot, piece)
+
+    def keep_busy() -> None:
+        copies_s.append(_copies(device, slots, hosts, 8))  # at least one, however late this thread runs
+        while not over.is_set():
+            copies_s.append(_copies(device, slots, hosts, 8))
+
+    with _beside(device, keep_busy):
+        try:
+            yield copies_s
+        finally:
+            over.set()
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
         raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
     if manifest.exists():
         load_json(manifest)  # raises where a file that is no manifest would be lost
-    own = [] if checkpoint.directory is None else [path for path in checkpoint.directory.iterdir() if path.is_file()]
+    own = checkpoint.own_files()
     for target in map(Path, request.targets):
         if os.path.realpath(target) == str(manifest):
             raise UnusableInput(f"--to and --manifest both name {target}: the store and its manifest are two files")
@@ -214,7 +214,7 @@ def _write_extent(files: Sequence[int], image: memoryview, extent: Extent, out: 
         return os.pwritev(file, data, offset)
 
     part = image[extent.slot_offset : extent.slot_offset + extent.nbytes]
-    transfer_fully(write_some, files[extent.target], part, extent.offset, _write_error)
+    transfer_fully(write_some, files[extent.target], [part], extent.offset, _write_error)
 
 
 def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
@@ -225,7 +225,7 @@ def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
-    transfer_fully(os.pwritev, file, data, offset, _write_error)
+    transfer_fully(os.pwritev, file, [data], offset, _write_error)
 
 
 def _sync(file: int) -> None:

@@ -18,7 +18,7 @@ from llama.opening import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
 from wsm.engine.device import Device
-from wsm.engine.probe import ON_CPU, _ceiling, _window_rates, probe_compute, probe_link, probe_ssd
+from wsm.engine.probe import ON_CPU, _window_rates, ceiling_from, probe_compute, probe_link, probe_ssd
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
@@ -48,10 +48,10 @@ def test_every_ceiling_has_its_best_sample_its_median_and_its_spread() -> None:
 def test_a_machine_that_stood_still_between_two_reads_gives_no_rate_of_0(pause_s: float) -> None:
     chunks = [ChunkRead(10**6, 0.0, 0.001), ChunkRead(10**6, 0.001 + pause_s, 0.002 + pause_s)]
     rates = _window_rates(chunks)
-    ceiling = _ceiling(rates, "MBps", "read")
+    ceiling = ceiling_from(rates, "MBps", "read")
     assert ceiling.value >= ceiling.median > 0
     assert ceiling.spread_pct >= 100 * pause_s
-    some = _ceiling([0.0, 0.0, 0.0, 100.0, 50.0], "MBps", "read")
+    some = ceiling_from([0.0, 0.0, 0.0, 100.0, 50.0], "MBps", "read")
     assert (some.value, some.median) == (100.0, 75.0)
     assert some.spread_pct > 100
 
@@ -170,6 +170,17 @@ def test_a_ceiling_that_varied_by_more_than_a_quarter_is_not_kept(tmp_path: Path
         kept = recall(options, inputs)
         assert set(kept) == {"ssd", "h2d", "hbm"}
         assert kept["ssd"].value == 10.0  # the steady one of before
+
+
+def test_the_ceilings_of_a_kv_device_are_those_of_no_other(tmp_path: Path) -> None:
+    options = BuildOptions(synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu")
+    inputs, found = open_inputs(options), Ceiling(10.0, 9.0, "MBps", 5.0, "moved")
+    with_kv = replace(options, kv_device=str(tmp_path / "kv"))
+    remember(with_kv, inputs, {"h2d": found, "kv_read": found, "kv_write": found})
+    assert set(recall_for(with_kv, inputs)) == {"h2d", "kv_read", "kv_write"}
+    assert set(recall_near(replace(with_kv, mode="stream"), inputs)) == {"h2d", "kv_read", "kv_write"}
+    assert set(recall_for(options, inputs)) == {"h2d"}
+    assert set(recall_for(replace(options, kv_device="/dev/shm/kv"), inputs)) == {"h2d"}
 
 
 def test_a_disturbed_ceiling_that_an_earlier_program_kept_is_not_trusted(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama.generation import Generation
 from llama.inputs import OpenedDraft
 from llama.kv.cache import KVCache
 from llama.loading import Reporter
@@ -14,7 +13,7 @@ from llama.sources import source_of
 from llama.speculation.draft import Draft
 from llama.speculation.model_draft import ModelDraft
 from llama.speculation.ngram import NgramDraft
-from llama.speculation.record import Counts, Speculation
+from llama.speculation.record import Speculation
 from llama.speculation.shape import Speculating, TreeShape
 from llama.speculation.timed import TimedDraft
 from llama.weights import ImageWeights
@@ -40,10 +39,6 @@ class Drafting:
         self._shape = asked.first
         self.speculation = Speculation(asked.draft, *self._shape, auto=asked.may_change)
         self.draft: Draft = TimedDraft(draft, telemetry)
-
-    def took(self, generation: Generation) -> None:
-        """A generation is over."""
-        self.speculation.counts = Counts.of(generation.decode_passes, generation.accepted)
 
     def settle(self, plan: Plan, decode: PhaseStats) -> None:
         """Where the depth is auto, choose it by the times of a warm-up's ``decode``; once, before what is measured."""

@@ -264,8 +264,6 @@ class LLaMA:
         nodes, draft = self.plan.inputs.verify_rows, self.drafting.draft if self.drafting is not None else None
         options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave, nodes)
         found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
-        if self.drafting is not None:
-            self.drafting.took(found)
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
         kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]

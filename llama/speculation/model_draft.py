@@ -81,10 +81,16 @@ class ModelDraft:
         assert self._last is not None
         self.kv.keep_nodes(starts, self._last.places.gather(1, path), counts)
 
+    @torch.inference_mode()
     def reshaped(self, shape: TreeShape) -> ModelDraft:
-        """The same draft, growing other trees."""
+        """The same draft, growing other trees, as ready as this one was; this one is of no use any more."""
         portions = {"chunk_tokens": self._chunk_tokens, "wave_rows": self._wave_rows}
-        return ModelDraft(self.model, self.kv, shape, self.nodes, **portions)
+        other = ModelDraft(self.model, self.kv, shape, self.nodes, **portions)
+        counts = list(self._captured)
+        self._captured.clear()  # their memory is free for the others
+        self._last = None
+        other._captured = {rows: other._capture(rows) for rows in counts}
+        return other
 
     def _grow(self, roots: Tensor, starts: Tensor, acquire: Acquire) -> _Proposal:
         depth, width, nodes = self.shape

@@ -33,7 +33,7 @@ class Counts:
 
 @dataclass(slots=True)
 class Speculation:
-    """How a model speculates, and what came of it in the generation that was last.
+    """How a model speculates.
 
     ``draft`` is what ``--draft`` names. A tree has ``nodes`` nodes, its root included, reaches ``depth`` tokens behind
     the root, and is grown ``width`` nodes a level: 1 is a chain. ``auto``: the depth was chosen here.
@@ -44,4 +44,3 @@ class Speculation:
     width: int
     nodes: int
     auto: bool = False
-    counts: Counts = field(default_factory=Counts)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from llama.generation import Generation
 from llama.llm import LLaMA
 from llama.nodes.tree import Tree
 from llama.speculation.model_draft import ModelDraft
+from llama.speculation.record import Counts
 from tests.tiny import hf_directory, hf_model
+from wsm.engine.stretch import PhaseStats
 
 PROMPTS = [list(range(5, 255)), [7, 8, 9] * 5, [3, 4]]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 2, "warmup_layers": 1}
@@ -42,8 +45,12 @@ def built(directory: Path, cache: Path, mode: str, **config: Any) -> LLaMA:
     return LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=300, max_batch_size=3)
 
 
+def generation(llm: LLaMA, temperature: float, prompts: list[list[int]] = PROMPTS) -> Generation:
+    return llm.generate(prompts, max_new_tokens=NEW, temperature=temperature, seed=3, ignore_eos=True)
+
+
 def tokens(llm: LLaMA, temperature: float, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
-    return llm.generate(prompts, max_new_tokens=NEW, temperature=temperature, seed=3, ignore_eos=True).tokens
+    return generation(llm, temperature, prompts).tokens
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +70,9 @@ def test_no_draft_changes_a_token_in_any_mode(
         with built(directory, cache, mode, **DRAFTS[name]) as llm:
             assert tokens(llm, 0.8) == plain[0.8], name
             assert tokens(llm, 0.8, PROMPTS[:1]) == plain[0.8][:1], name
-            assert tokens(llm, 0.0) == plain[0.0], name
-            assert llm.drafting is not None
-            counts = llm.drafting.speculation.counts
+            found = generation(llm, 0.0)
+            assert found.tokens == plain[0.0], name
+            counts = Counts.of(found.decode_passes, found.accepted)
             assert sum(n * times for n, times in counts.tokens.items()) == len(PROMPTS) * (NEW - 1)
             if name.startswith("int8"):  # the model itself, but for what 8 bits lose
                 assert (counts.tokens_a_pass or 0) > 1.3
@@ -76,8 +83,22 @@ def test_a_chain_of_the_model_itself_is_accepted_whole(directory: Path, cache: P
     with built(directory, cache, "stream", **own) as llm:
         assert llm.drafting is not None
         assert (llm.drafting.speculation.nodes, llm.drafting.speculation.width) == (5, 1)
-        tokens(llm, 0.0, PROMPTS[1:2])
-        assert dict(llm.drafting.speculation.counts.tokens) == {5: 1, 2: 1}
+        assert generation(llm, 0.0, PROMPTS[1:2]).accepted == [[5, 2]]
+
+
+def test_a_depth_of_auto_is_settled_by_a_warm_up_and_changes_no_token(
+    directory: Path, cache: Path, plain: dict[float, list[list[int]]]
+) -> None:
+    with built(directory, cache, "stream", draft=str(directory)) as llm:
+        assert llm.drafting is not None
+        assert (llm.drafting.speculation.depth, llm.drafting.speculation.auto) == (8, True)
+        assert tokens(llm, 0.8) == plain[0.8]
+        free: dict[str, Any] = {"bytes_moved": {"weight_h2d": 0}, "busy_ms": {"h2d": None}, "stall_ms": {"h2d": None}}
+        for drafting_ms, depth in ((0.001, ROWS - 1), (1e6, 1)):
+            warm = PhaseStats(passes=1, wall_ms=100.0, bytes={}, idle_ms={}, drafting_ms=drafting_ms, **free)
+            llm.drafting.settle(llm.plan, warm)
+            assert (llm.drafting.speculation.depth, llm.drafting.draft.depth) == (depth, depth)
+            assert tokens(llm, 0.8) == plain[0.8]
 
 
 @pytest.mark.parametrize("mode", ["mixed", "stream"])

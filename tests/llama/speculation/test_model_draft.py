@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +106,35 @@ def test_the_draft_keeps_in_step_with_what_was_accepted(models: dict[str, Transf
         root, starts = torch.tensor([row[-1]]), torch.tensor([len(row) - 1])
         for mine, theirs in zip(draft.propose(root, starts), fresh.propose(root, starts), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_a_gpu_a_tree_grows_in_one_graph_waits_for_nothing_and_is_that_of_single_kernels(
+    shape: TreeShape, tmp_path: Path
+) -> None:
+    cuda = torch.device("cuda")
+    checkpoint = open_checkpoint(hf_directory(tmp_path, hf_model(num_hidden_layers=1)))
+    model = Transformer(checkpoint.config, TensorWeights(checkpoint, cuda, torch.bfloat16), cuda, 768)
+    starts = torch.tensor([len(row) for row in RAGGED], device=cuda)
+    roots, counts = torch.full_like(starts, 11), torch.full_like(starts, 2)
+    found = []
+    with torch.inference_mode():
+        for captured in (True, False):
+            kv = KVCache(model.config, len(RAGGED), 512, cuda, torch.bfloat16)
+            draft = ModelDraft(model, kv, shape, NODES, chunk_tokens=64, wave_rows=2)
+            draft.prefill(RAGGED)
+            if not captured:
+                draft._captured.clear()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                first = [part.clone() for part in draft.propose(roots, starts)]
+                path = torch.cat((torch.zeros_like(first[1][:, :1]), torch.ones_like(first[1][:, : shape.depth])), 1)
+                draft.accepted(starts, path, counts, path)
+                second = [part.clone() for part in draft.propose(roots, starts + counts)]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found.append([part.cpu() for part in (*first, *second)])
+    assert all(map(torch.equal, *found))

@@ -35,5 +35,5 @@ def test_kv_below_the_device_is_what_several_nodes_do_not_fit_with() -> None:
     assert not nodes.kv.below
     assert not nodes.fits
     assert any("--verify-rows needs all KV on the device" in note for note in nodes.notes)
-    with pytest.raises(DoesNotFit, match="it fits with .*--batch-size"):
+    with pytest.raises(DoesNotFit, match=r"it fits with .*--batch-size"):
         check_fits(nodes)

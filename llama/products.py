@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.fused import ops
 from llama.parallel.world import Collective
 from llama.weights import WeightSource
 from wsm.engine.telemetry import Telemetry
@@ -71,7 +72,16 @@ class Products:
         """``x [n, inputs]`` times the transposed matrices, side by side in one product: ``[n, sum of outputs]``."""
         self._source.saw(self._group, names, x)
         packed = self._packed_product(x, names)
-        return packed if packed is not None else F.linear(x, self._matrix(names))
+        return packed if packed is not None else ops.linear(x, self._matrix(names))
+
+    def gated_linear(self, x: Tensor, gate: str, up: str) -> Tensor:
+        """``silu`` of ``x [n, inputs]`` times one transposed matrix, times ``x`` times another: ``[n, outputs]``."""
+        first, second = self._tensors[gate], self._tensors[up]
+        if isinstance(first, Encoded) or isinstance(second, Encoded):
+            return ops.gate_(self.linear(x, gate), self.linear(x, up))
+        for name in (gate, up):
+            self._source.saw(self._group, (name,), x)
+        return ops.gated_linear(x, first, second)
 
     def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
         """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
@@ -80,9 +90,9 @@ class Products:
         if (packed := self._packed_product(x, (name,))) is not None:
             h.add_(collective.reduce_(packed))
         elif collective.shard.size == 1:
-            h.addmm_(x, self._matrix((name,)).t())
+            ops.add_linear_(h, x, self._matrix((name,)))
         else:
-            h.add_(collective.reduce_(F.linear(x, self._matrix((name,)))))
+            h.add_(collective.reduce_(ops.linear(x, self._matrix((name,)))))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The root-mean-square norm of ``x [n, dim]``."""

@@ -17,9 +17,9 @@ SCRIPT = Path(__file__).with_name("without_a_gpu.py")
 INTERPRETER_FAILS = "only 0-dimensional arrays can be converted to Python scalars"
 
 
-def run(part: str, **environment: str) -> None:
+def run_script(script: Path, part: str, **environment: str) -> None:
     """In a process of its own: Triton reads its environment when it is imported."""
-    command = [sys.executable, str(SCRIPT), part]
+    command = [sys.executable, str(script), part]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if INTERPRETER_FAILS in done.stderr:
         pytest.skip("this Triton's interpreter does not work with this NumPy")
@@ -28,8 +28,8 @@ def run(part: str, **environment: str) -> None:
 
 @pytest.mark.parametrize("generation", ["80", "86", "89", "90"])
 def test_kernels_compile_for(generation: str, tmp_path: Path) -> None:
-    run(generation, TRITON_CACHE_DIR=str(tmp_path))
+    run_script(SCRIPT, generation, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_interpreted_kernels_give_the_bits_of_the_reference() -> None:
-    run("interpret", TRITON_INTERPRET="1")
+    run_script(SCRIPT, "interpret", TRITON_INTERPRET="1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 
 from llama.fused import kernels
+from wsm.formats.arrivals import COUNTERS, arrivals
 
 MOST_ROWS = 32
 """Of ``x`` in a product of ours: with more, cuBLAS is as fast."""
@@ -77,7 +77,8 @@ def gate_(gate: Tensor, up: Tensor) -> Tensor:
 
 def can_attend(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether :func:`attend_rows` takes them: 16-bit values, keys and values of one layout."""
-    return q.dtype in _HALVES and keys.stride() == values.stride() and q.stride()[1:] == (q.shape[2], 1)
+    in_order = keys.stride() == values.stride() and q.stride()[1:] == (q.shape[2], 1)
+    return q.dtype in _HALVES and in_order and q.shape[0] * keys.shape[1] <= COUNTERS
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     left = (n * kv_heads * splits * shared * (cols + 2)) if splits > 1 else 0
     parts, facts = q.new_empty(left, dtype=torch.float32).split((left // (cols + 2) * cols, left // (cols + 2) * 2))
     kernels.attention_kernel[(n * kv_heads, splits)](
-        q, keys, values, mask, out, parts, facts, _arrivals(q.device, n * kv_heads),
+        q, keys, values, mask, out, parts, facts, arrivals(q.device),
         1 / math.sqrt(dim), tokens, kv_heads, q.stride(0), *keys.stride()[:3], mask.stride(0), splits,
         SHARED=shared, REP=n_heads // kv_heads, DIM=dim, COLS=cols, BLOCK=KEYS, WIDTH=width, SPLIT=splits > 1,
         num_warps=4,
@@ -146,26 +147,10 @@ def _product(
     parts = x.new_empty((splits * products if splits > 1 else 0, n, rows), dtype=torch.float32)
     added = x if residual is None else residual
     kernels.product_kernel[(programs, splits)](
-        x, weight, weight if second is None else second, added, out, parts, _arrivals(x.device, programs),
+        x, weight, weight if second is None else second, added, out, parts, arrivals(x.device),
         n, rows, cols, x.stride(0), added.stride(0), out.stride(0),
         triton.cdiv(triton.cdiv(cols, tuning.step), splits), splits,
         GATED=second is not None, ADDED=residual is not None, SPLIT=splits > 1,
         EVEN=rows % tuning.rows == 0 and cols % tuning.step == 0, N=16 if n <= 16 else MOST_ROWS,
         ROWS=tuning.rows, STEP=tuning.step, STAGES=tuning.stages, num_warps=tuning.warps,
     )  # fmt: skip
-
-
-MOST_PROGRAMS = 1 << 16
-"""That share counters: rows and heads of attention, or rows of a matrix that a program takes."""
-
-
-def _arrivals(device: torch.device, programs: int) -> Tensor:
-    if programs > MOST_PROGRAMS:
-        raise ValueError(f"{programs} programs share {MOST_PROGRAMS} counters")
-    return _counters(device)
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """0 between launches: how many splits have left their part. Launches of one stream share them."""
-    return torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)

@@ -54,7 +54,8 @@ def gate_(gate: Tensor, up: Tensor) -> Tensor:
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """One query a row over its keys: ``q [n, n_heads, head_dim]`` -> ``[n, n_heads * head_dim]``.
 
-    ``keys`` and ``values`` are ``[n, n_kv_heads, tokens, head_dim]``, ``mask [n, 1, 1, tokens]`` is added to the scores.
+    ``keys`` and ``values`` are ``[n, n_kv_heads, tokens, head_dim]``; ``mask [n, 1, 1, tokens]`` is added to the
+    scores.
     """
     launch = launchers_for(q)
     if launch is not None and launch.can_attend(q, keys, values):

@@ -7,13 +7,15 @@ be captured in CUDA graphs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from wsm.formats import row_kernel
+from wsm.formats.arrivals import arrivals
 
 VERSION: str = triton.__version__
 MOST_ROWS = 16
@@ -206,14 +208,14 @@ def shifted_pairs(code, zero, TO: tl.constexpr, ASSEMBLED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])  # one binary for all numbers of rows: the same bits
 def product_kernel(
-    x, values, scales, zeros, out, parts, arrivals,
+    x, values, scales, zeros, out, parts, arrived,
     n, rows, cols, row_bytes, groups, x_stride, out_stride, steps, splits,
     BITS: tl.constexpr, HAS_ZERO: tl.constexpr, PER_ROW: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
     SPLIT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ASSEMBLED: tl.constexpr,
 ):  # fmt: skip
     """Products with ROWS rows of the matrix over the inputs of one split: group by group ``x (q - zero)`` on the tensor
     cores, to which whole numbers are exact, times the scale in float32. The last of a row's splits to arrive adds up
-    what all have left in ``parts``, in their order, and resets ``arrivals``."""
+    what all have left in ``parts``, in their order, and resets ``arrived``."""
     TO: tl.constexpr = x.dtype.element_ty
     BYTES: tl.constexpr = STEP * BITS // 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -250,12 +252,12 @@ def product_kernel(
         parts += place[:, None] * rows + row
         tl.store(parts + tl.program_id(1) * n * rows, total, mask=kept)
         tl.debug_barrier()
-        if tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             total = tl.zeros((N, ROWS), dtype=tl.float32)
             for split in range(splits):
                 total += tl.load(parts + split * n * rows, mask=kept, other=0, cache_modifier=".cg")
             tl.store(mine, total.to(TO), mask=kept)
-            tl.store(arrivals + tl.program_id(0), 0)
+            tl.store(arrived + tl.program_id(0), 0)
     else:
         tl.store(mine, total.to(TO), mask=kept)
 
@@ -275,6 +277,9 @@ def multiply_(
 
     One at a time on a device: they share the counters of arrivals.
     """
+    if row_kernel.can_multiply(x, bits=bits, group=group):
+        row_kernel.multiply_(x, values, scales, zeros, out, bits=bits, group=group)
+        return
     rows, row_bytes = values.shape
     (n, cols), step, tuning = x.shape, group or 128, PRODUCT[bits]
     programs, steps = triton.cdiv(rows, tuning.rows), triton.cdiv(cols, step)
@@ -283,18 +288,12 @@ def multiply_(
         splits *= 2
     parts = out if splits == 1 else x.new_empty((splits, n, rows), dtype=torch.float32)
     product_kernel[(programs, splits)](
-        x, values, scales, values if zeros is None else zeros, out, parts, _arrivals(x.device),
+        x, values, scales, values if zeros is None else zeros, out, parts, arrivals(x.device),
         n, rows, cols, row_bytes, scales.shape[1], x.stride(0), out.stride(0), triton.cdiv(steps, splits), splits,
         BITS=bits, HAS_ZERO=zeros is not None, PER_ROW=group == 0, STEP=step,
         EVEN=rows % tuning.rows == 0 and cols % step == 0, SPLIT=splits > 1, N=MOST_ROWS, ROWS=tuning.rows,
         ASSEMBLED=_ASSEMBLED, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters, 0 between launches: how many splits of a program's rows have left their part."""
-    return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
 def try_out(device: torch.device) -> None:
@@ -303,4 +302,4 @@ def try_out(device: torch.device) -> None:
     decode_bytes_(out.new_full((1, 32), 129, dtype=torch.uint8), out.new_full((1, 1), 0.5), None, out)
     if not bool((out == 0.5).all()):
         raise RuntimeError("a kernel gave wrong values")
-    _arrivals(out.device)  # now: one that is made inside of a capture belongs to its graph
+    arrivals(out.device)  # now: one that is made inside of a capture belongs to its graph

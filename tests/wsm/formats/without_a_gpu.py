@@ -18,17 +18,18 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tests.wsm.formats.matrices import FORMATS, matrix
-from wsm.formats import exact, fp8, integer, kernels
+from wsm.formats import exact, fp8, integer, kernels, row_kernel
 from wsm.formats.exact import Exact
 from wsm.formats.integer import Integer
 from wsm.formats.registry import get
 
 POINTERS = {
+    "row_kernel": {"x": "*i32", "values": "*i32", "scales": "*bf16", "zeros": "*u8", "parts": "*fp32", "arrived": "*i32"},
     "exact_kernel": {"signs": "*i16", "codes": "*u8", "base": "*u8", "out": "*i32"},
     "escapes_kernel": {"signs": "*u8", "counts": "*i32", "places": "*i16", "exponents": "*u8", "out": "*i16"},
     "int4_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*i32"},
     "bytes_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*bf16"},
-    "product_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "parts": "*fp32", "arrivals": "*i32"},
+    "product_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "parts": "*fp32", "arrived": "*i32"},
 }
 
 
@@ -38,7 +39,7 @@ def compile_for(capability: int) -> None:
     from triton.compiler import ASTSource
 
     def made(name: str, warps: int, stages: int = 3, pointers: dict[str, str] | None = None, **constants: Any) -> None:
-        kernel = getattr(kernels, name)
+        kernel = getattr(row_kernel if name == "row_kernel" else kernels, name)
         types = POINTERS[name] | (pointers or {})
         signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
         source = ASTSource(
@@ -60,6 +61,9 @@ def compile_for(capability: int) -> None:
             tile = {"STEP": group, "N": kernels.MOST_ROWS, "ROWS": tuning.rows, "EVEN": whole, "SPLIT": whole}
             made("product_kernel", tuning.warps, tuning.stages, {"x": f"*{to}", "out": f"*{to}"},
                  BITS=bits, ASSEMBLED=True, **tile, **constants)  # fmt: skip
+            one, how = row_kernel.ROW[bits], {"EVEN": whole, "SPLIT": whole, "HAS_ZERO": group == 128}
+            made("row_kernel", one.warps, pointers={"out": f"*{to}"}, BITS=bits, GROUP=group, TO=to, ROWS=one.rows,
+                 PIECES=one.pieces, STAGES=one.stages, **how)  # fmt: skip
 
 
 def interpret() -> None:
@@ -95,7 +99,7 @@ def decode(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tenso
 
 
 def multiply() -> None:
-    """Packed products, split or not, against the plain ones; alone a row gives the same bits as among others."""
+    """Packed products, split or not, against the plain ones; beside one other row or four a row gives the same bits."""
     for name in (name for name in FORMATS if name.startswith("int")):
         for shape in ((3, 576), (66, 100), (5, 2048)):
             form, weight = Integer.named(name), matrix(shape, torch.float16)
@@ -105,13 +109,15 @@ def multiply() -> None:
             x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).half()
             wide = torch.zeros(5, shape[0] + 6).half()
             product = form.linear(x, planes, shape, out=wide[:, 4:-2])
-            alone = form.linear(x[3:4], planes, shape)
+            two, alone = form.linear(x[3:5], planes, shape), form.linear(x[3:4], planes, shape)
             assert product is not None
+            assert two is not None
             assert alone is not None
             assert not wide[:, :4].any()
             assert not wide[:, -2:].any()
-            assert torch.equal(product[3], alone[0])
+            assert torch.equal(product[3:5], two)
             expected = x.float() @ values.T
+            assert (alone[0].float() - expected[3]).norm() <= 0.002 * expected[3].norm(), (name, shape)
             assert (product.float() - expected).norm() <= 0.002 * expected.norm(), (name, shape)
 
 

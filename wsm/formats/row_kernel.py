@@ -65,8 +65,8 @@ def row_kernel(
     """ROWS products over the inputs of one split: ``x`` as int32 pairs of TO, ``values`` as int32, four to a piece, a
     piece inside of one group of GROUP inputs (0: a whole row).
 
-    A code is cut out as the lowest bits of a float32 of 2^23, higher up times a power of two, by which ``x`` is divided:
-    two instructions a weight and its product, all of them exact but the product.
+    A code is cut out as the lowest bits of a float32 of 2^23, or higher up, times a power of two by which ``x`` is
+    divided: two instructions a weight and its product, all of them exact but the product.
     """
     A_WORD: tl.constexpr = 32 // BITS  # codes
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]

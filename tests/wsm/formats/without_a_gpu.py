@@ -24,7 +24,14 @@ from wsm.formats.integer import Integer
 from wsm.formats.registry import get
 
 POINTERS = {
-    "row_kernel": {"x": "*i32", "values": "*i32", "scales": "*bf16", "zeros": "*u8", "parts": "*fp32", "arrived": "*i32"},
+    "row_kernel": {
+        "x": "*i32",
+        "values": "*i32",
+        "scales": "*bf16",
+        "zeros": "*u8",
+        "parts": "*fp32",
+        "arrived": "*i32",
+    },
     "exact_kernel": {"signs": "*i16", "codes": "*u8", "base": "*u8", "out": "*i32"},
     "escapes_kernel": {"signs": "*u8", "counts": "*i32", "places": "*i16", "exponents": "*u8", "out": "*i16"},
     "int4_kernel": {"values": "*u8", "scales": "*bf16", "zeros": "*u8", "out": "*i32"},

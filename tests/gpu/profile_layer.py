@@ -1,0 +1,352 @@
+"""Where a layer's time goes on one CUDA device: python tests/gpu/profile_layer.py [part …]
+
+Parts: ``decode`` (a pass of the 8B shape at B=1, 8 and 32, in bf16 and int4: captured, its time against the bytes; then
+kernel by kernel), ``prefill`` (a chunk of the 70B shape), each with what is fused and without; ``products`` (against
+cuBLAS); ``tune-product``, ``tune-row`` (what the constants in llama/fused/launch.py and wsm/formats/row_kernel.py come
+from). Some 20 s each, the tuning some minutes; 16 GiB of GPU memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama.batch import decode_batch, prefill_batch
+from llama.config import PRESETS, ModelConfig
+from llama.fused import launch, ops
+from llama.graphs import DecodeGraphs
+from llama.kv.cache import KVCache
+from llama.model import Transformer
+from llama.names import QKV
+from tests.gpu.decode_rates import GPU, milliseconds, weights
+from wsm.formats import row_kernel
+from wsm.formats.integer import Integer
+from wsm.formats.registry import get
+from wsm.layout.groups import Encoded, GroupId, Stored, pass_order
+
+LAYERS, PROMPT, CHUNK = 8, 160, 2048
+SMALL = {"wqkv": (6144, 4096), "wo": (4096, 4096), "w1": (14336, 4096), "w2": (4096, 14336), "head": (128256, 4096)}
+"""Of Llama-3.1-8B; a layer has w1 and w3."""
+
+
+class Resident:
+    """A model's weights, made on the device."""
+
+    resident = True
+
+    def __init__(self, config: ModelConfig, weight_format: str | None) -> None:
+        self.globals = {spec.name: made(spec.shape) for spec in config.specs(None)}
+        self._groups = {group: self._group(config, group, weight_format) for group in pass_order(config.n_layers)}
+
+    def _group(self, config: ModelConfig, group: GroupId, weight_format: str | None) -> dict[str, Stored]:
+        shapes = {spec.name: spec.shape for spec in config.specs(group.kind)}
+        plain = {name: made(shape) for name, shape in shapes.items() if name not in QKV}
+        if group.kind == "attn":
+            rows = [shapes[name][0] for name in QKV]
+            plain |= dict(zip(QKV, made((sum(rows), config.dim)).split(rows), strict=True))
+        if weight_format is None:
+            return dict(plain)
+        form = get(weight_format)
+        return {
+            name: tensor if tensor.dim() == 1 else Encoded(form.name, tuple(tensor.shape), tensor.dtype, encoded)
+            for name, tensor in plain.items()
+            for encoded in [form.encode(tensor) or {} if tensor.dim() == 2 else {}]
+        }
+
+    def acquire(self, group: GroupId) -> AbstractContextManager[Mapping[str, Stored]]:
+        return nullcontext(self._groups[group])
+
+    def acquire_all(self) -> AbstractContextManager[Mapping[GroupId, Mapping[str, Stored]]]:
+        return nullcontext(self._groups)
+
+    def nbytes(self) -> int:
+        """Of all layers."""
+        parts = itertools.chain.from_iterable(group.values() for group in self._groups.values())
+        return sum(sum(p.nbytes for p in t.planes.values()) if isinstance(t, Encoded) else t.nbytes for t in parts)
+
+
+def made(shape: tuple[int, ...]) -> Tensor:
+    return weights(shape) if len(shape) == 2 else torch.ones(shape, device=GPU, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def not_fused() -> Iterator[None]:
+    """As it was: torch's own operations, and int4 on the tensor cores at one row, too."""
+    with mock.patch.object(ops, "_launchers", return_value=None), mock.patch.object(row_kernel, "_TYPES", {}):
+        yield
+
+
+def both_ways(work: Callable[[str], None]) -> None:
+    with not_fused():
+        work("before")
+    work("fused ")
+
+
+def kernels_of(work: Callable[[], object], layers: int, most: int = 14) -> None:
+    """The kernels of one layer: how many, microseconds in all, name."""
+    work()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    total, count = sum(e.self_device_time_total for e in events), sum(e.count for e in events)
+    print(f"    a layer: {count / layers:.1f} kernels, {total / layers:.1f} us in them")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:most]:
+        print(f"    {event.count / layers:6.2f} {event.self_device_time_total / layers:8.2f} us  {event.key[:100]}")
+    sys.stdout.flush()
+
+
+@torch.inference_mode()
+def decode() -> None:
+    hbm = read_gbps()
+    print(f"decode, 8B shape, {LAYERS} layers, {PROMPT} tokens before; a read of memory runs at {hbm:.0f} GB/s")
+    config = dataclasses.replace(PRESETS["Llama-3.1-8B"], n_layers=LAYERS, vocab_size=1024)
+    for weight_format, rows in itertools.product((None, "int4"), (1, 8, 32)):
+        if weight_format and rows == 32:
+            continue
+        held = Resident(config, weight_format)
+
+        def measure(which: str, held: Resident = held, rows: int = rows, name: str = weight_format or "bf16") -> None:
+            model, kv = Transformer(config, held, GPU, 512), KVCache(config, rows, 512, GPU, torch.bfloat16)
+            graphs = DecodeGraphs(model.groups, kv, GPU)
+            graphs.prepare(model.layers, rows, PROMPT + 1, PROMPT + 1, CHUNK)
+            (graph, _), *_ = graphs.captured.values()
+            batch = decode_batch(torch.zeros(rows, dtype=torch.int64, device=GPU), [PROMPT] * rows, GPU)
+            graphs.replayed(batch)  # its positions
+            ms = replayed_ms(graph) / LAYERS
+            floor = held.nbytes() / LAYERS / hbm / 1e6
+            print(f"  {name} B={rows:2} {which}: {ms * 1e3:7.1f} us a layer, {ms / floor:.3f} x its bytes", flush=True)
+            kernels_of(lambda: model.layers(batch, kv, lambda g: model.groups.acquire(g), CHUNK), LAYERS)
+
+        both_ways(measure)
+    head(hbm)
+
+
+def read_gbps() -> float:
+    read = weights((1 << 15, 1 << 14)).view(torch.float32)
+    return read.nbytes / milliseconds(read.sum) / 1e6
+
+
+def replayed_ms(graph: torch.cuda.CUDAGraph) -> float:
+    samples = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end))
+    return statistics.median(samples[2:])
+
+
+def head(hbm: float) -> None:
+    """Norm and head of the whole vocabulary."""
+    held = Resident(dataclasses.replace(PRESETS["Llama-3.1-8B"], n_layers=1), None)
+    model = Transformer(dataclasses.replace(PRESETS["Llama-3.1-8B"], n_layers=1), held, GPU, 512)
+    for rows in (1, 8, 32):
+        h = torch.randn(rows, 4096, device=GPU).bfloat16()
+        floor = held.globals["output"].nbytes / hbm / 1e6
+
+        def measure(which: str, h: Tensor = h, rows: int = rows, floor: float = floor) -> None:
+            ms = milliseconds(lambda: model._head(h, CHUNK))
+            print(f"  head B={rows:2} {which}: {ms * 1e3:.1f} us, {ms / floor:.3f} x its bytes", flush=True)
+
+        both_ways(measure)
+
+
+@torch.inference_mode()
+def prefill() -> None:
+    print(f"prefill, 70B shape, 2 layers, one chunk of {CHUNK} tokens: 2 016 of a row and 32 of the next")
+    config = dataclasses.replace(PRESETS["Llama-3.1-70B"], n_layers=2, vocab_size=1024)
+    held = Resident(config, None)
+    flops = 2 * CHUNK * held.nbytes() / 2 + 4 * 2 * config.n_heads * config.head_dim * 2016 * 2017 / 2
+    a, b = weights((8192, 8192)), weights((8192, 8192))
+    burst = 2 * 8192**3 / milliseconds(lambda: torch.mm(a, b.t())) / 1e9
+    many = 400
+    long = 2 * 8192**3 / milliseconds(lambda: [torch.mm(a, b.t()) for _ in range(many)], many) / 1e9
+    print(f"  products of 8192^3: {burst:.0f} TFLOPs in a burst, {long:.0f} sustained")
+
+    def measure(which: str) -> None:
+        model, kv = Transformer(config, held, GPU, 2304), KVCache(config, 2, 2304, GPU, torch.bfloat16)
+        batch = prefill_batch([[7] * 2016, [9] * 32], range(2), GPU)
+        work = lambda: model.layers(batch, kv, lambda g: model.groups.acquire(g), CHUNK)  # noqa: E731
+        ms = milliseconds(work)
+        print(f"  {which}: {ms / 2 * 1e3:.0f} us a layer, {flops / ms / 1e9:.0f} TFLOPs", flush=True)
+        kernels_of(work, 2)
+
+    both_ways(measure)
+
+
+def copies(shape: tuple[int, int]) -> list[Tensor]:
+    """A matrix, as often as it takes to be beyond the cache."""
+    weight = weights(shape)
+    return [weight.clone() for _ in range(-(-(256 << 20) // weight.nbytes))]
+
+
+def product_us(name: str, rows: int, *, ours: bool) -> float:
+    """Microseconds of a product: w1 with w3 and the gate, wo and w2 on top of the residual."""
+    shape = SMALL[name]
+    held = COPIES.setdefault(name, copies(shape))
+    x, h = torch.randn(rows, shape[1], device=GPU).bfloat16(), torch.randn(rows, shape[0], device=GPU).bfloat16()
+    pairs = list(zip(held[::2], held[1::2], strict=False)) if name == "w1" else [(one, one) for one in held]
+
+    def work() -> None:
+        for one, other in pairs:
+            if name == "w1":
+                ops.gated_linear(x, one, other)
+            elif name in ("wo", "w2"):
+                ops.add_linear_(h, x, one)
+            else:
+                ops.linear(x, one)
+
+    with nullcontext() if ours else not_fused():
+        return 1e3 * milliseconds(work, len(pairs))
+
+
+COPIES: dict[str, list[Tensor]] = {}
+
+
+def products() -> None:
+    print(f"us of each product of an 8B layer ({', '.join(SMALL)}): cuBLAS, ours, at 3 TB/s")
+    for rows in (1, 8, 16, 32):
+        for name, shape in SMALL.items():
+            nbytes = 2 * shape[0] * shape[1] * (2 if name == "w1" else 1)
+            theirs, ours = product_us(name, rows, ours=False), product_us(name, rows, ours=True)
+            print(f"  B={rows:2} {name:5} {theirs:7.1f} {ours:7.1f} {nbytes / 3e6:7.1f}", flush=True)
+
+
+TUNINGS = [
+    launch.ProductTuning(*values)
+    for values in (
+        (64, 64, 4, 3, 264, 4), (64, 64, 4, 4, 264, 4), (64, 64, 4, 6, 264, 4), (64, 64, 4, 4, 528, 4),
+        (64, 64, 4, 6, 528, 4), (64, 64, 4, 6, 792, 4), (64, 128, 4, 3, 264, 2), (64, 128, 4, 4, 264, 2),
+        (64, 128, 4, 3, 528, 2), (64, 128, 4, 4, 528, 2), (64, 256, 4, 3, 264, 1), (64, 256, 4, 3, 528, 1),
+        (32, 64, 4, 4, 528, 4), (32, 128, 4, 4, 528, 2), (32, 128, 2, 4, 528, 2), (32, 256, 4, 3, 528, 1),
+        (16, 256, 4, 4, 528, 1), (16, 256, 2, 4, 1056, 1), (16, 512, 4, 3, 528, 1), (128, 64, 4, 4, 264, 4),
+        (128, 64, 8, 4, 264, 4), (128, 128, 8, 3, 264, 2),
+    )
+]  # fmt: skip
+ROW_TUNINGS = [
+    row_kernel.RowTuning(rows, pieces, warps, stages, programs, 1)
+    for rows, pieces, warps, stages, programs in (
+        *itertools.product((8, 16), (32,), (4,), (1, 3, 5), (528, 1056)),
+        *itertools.product((8, 16, 32), (64,), (8,), (1, 3), (528,)),
+        *itertools.product((4, 8, 16), (32, 64), (2,), (3, 5), (1056,)),
+        *itertools.product((16, 32), (32,), (8,), (3, 5), (528,)),
+    )
+]
+
+
+def compile_product(tuning: launch.ProductTuning) -> None:
+    """Into Triton's cache, of a process of its own."""
+    with mock.patch.object(launch, "PRODUCT", tuning), contextlib.suppress(Exception):
+        for name in SMALL:
+            small_product(name)
+
+
+def small_product(name: str) -> None:
+    x, weight = torch.zeros(1, SMALL[name][1], device=GPU).bfloat16(), torch.zeros(SMALL[name], device=GPU).bfloat16()
+    if name == "w1":
+        launch.gated_linear(x, weight, weight)
+    elif name in ("wo", "w2"):
+        launch.add_linear_(torch.zeros(1, SMALL[name][0], device=GPU).bfloat16(), x, weight)
+    else:
+        launch.linear(x, weight)
+
+
+def compile_row(tuning: row_kernel.RowTuning) -> None:
+    with mock.patch.dict(row_kernel.ROW, {4: tuning, 8: tuning}), contextlib.suppress(Exception):
+        for bits in (4, 8):
+            row_us(bits, measured=False)
+
+
+def row_us(bits: int, *, measured: bool = True) -> list[float]:
+    form, found = Integer.named(f"int{bits}"), []
+    assert form is not None
+    for name in ("wqkv", "wo", "w1", "w2"):
+        shape = SMALL[name]
+        key = name, bits
+        if key not in PLANES:
+            PLANES[key] = form.encode(weights(shape))
+        planes = PLANES[key]
+        nbytes = sum(plane.nbytes for plane in planes.values())
+        count = -(-(256 << 20) // nbytes) if measured else 1
+        all_planes = [{name: plane.clone() for name, plane in planes.items()} for _ in range(count)]
+        x, out = torch.randn(1, shape[1], device=GPU).bfloat16(), torch.empty(1, shape[0], device=GPU).bfloat16()
+
+        def work(all_planes: Sequence[Any] = all_planes, x: Tensor = x, out: Tensor = out, shape: Any = shape) -> None:
+            for one in all_planes:
+                form.linear(x, one, shape, out)
+
+        work()
+        found.append(1e3 * milliseconds(work, count) if measured else 0.0)
+    return found
+
+
+PLANES: dict[tuple[str, int], Any] = {}
+
+
+def compiled(work: Callable[[Any], None], tunings: Sequence[Any]) -> None:
+    with multiprocessing.get_context("spawn").Pool(8) as pool:
+        pool.map(work, tunings, chunksize=1)
+
+
+def tune_product() -> None:
+    compiled(compile_product, TUNINGS)
+    for rows in (1, 32):
+        found = []
+        for tuning in TUNINGS:
+            with mock.patch.object(launch, "PRODUCT", tuning):
+                try:
+                    each = {name: product_us(name, rows, ours=True) for name in SMALL}
+                except Exception as error:  # too much shared memory, say
+                    print(tuple(tuning), str(error).splitlines()[0][:100])
+                    continue
+            found.append((sum(each.values()), tuple(tuning), " ".join(f"{us:6.1f}" for us in each.values())))
+        print(f"products, B={rows}, us: {', '.join(SMALL)}", *(f"\n  {us:.1f} {t} {e}" for us, t, e in sorted(found)))
+        sys.stdout.flush()
+
+
+def tune_row() -> None:
+    compiled(compile_row, ROW_TUNINGS)
+    for bits in (4, 8):
+        with mock.patch.object(row_kernel, "_TYPES", {}):
+            before = row_us(bits)
+        found = []
+        for tuning in ROW_TUNINGS:
+            with mock.patch.dict(row_kernel.ROW, {bits: tuning}):
+                try:
+                    each = row_us(bits)
+                except Exception as error:
+                    print(tuple(tuning), str(error).splitlines()[0][:100])
+                    continue
+            found.append((sum(each), tuple(tuning), " ".join(f"{us:6.1f}" for us in each)))
+        print(f"int{bits}, one row, us: wqkv, wo, w1, w2; on the tensor cores {[round(us, 1) for us in before]}")
+        print(*(f"  {us:.1f} {t} {e}" for us, t, e in sorted(found)), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    PARTS = {
+        "decode": decode,
+        "prefill": prefill,
+        "products": products,
+        "tune-product": tune_product,
+        "tune-row": tune_row,
+    }
+    for part in sys.argv[1:] or ("decode", "prefill"):
+        PARTS[part]()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/FORMATS.md's table of weight formats: bash tests/gpu/formats.sh OUTDIR [part ...]
-# Parts: int4_80 exact24 resident prefill drive all80 calibrate. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets
+# Parts: int4_80 int4_80_batch exact24 resident prefill drive all80 calibrate. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets
 # two results side by side. Stores go to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
 out=${1:?the folder for the results}
@@ -20,8 +20,12 @@ step() {
 int4_80() { # 80 layers of the 70B shape
   local flags="--synthetic Llama-3.1-70B --weight-format int4 --mode stream --gpu-mem-gb 24 --auto --repeats 3"
   step int4_80_b1 90 $flags --prompt-len 128 --max-new-tokens 12
-  step int4_80_b16 90 $flags --prompt-len 480 --max-new-tokens 32 --batch-size 16
-  step int4_80_b32 120 $flags --prompt-len 480 --max-new-tokens 32 --batch-size 32
+}
+
+int4_80_batch() { # the same, with a batch's KV on the GPU
+  local flags="--synthetic Llama-3.1-70B --weight-format int4 --mode stream --gpu-mem-gb 24 --auto --repeats 3"
+  step int4_80_b16 100 $flags --embedding cpu --prompt-len 480 --max-new-tokens 32 --batch-size 16
+  step int4_80_b32 120 $flags --embedding cpu --prompt-len 480 --max-new-tokens 32 --batch-size 32
 }
 
 exact24() { # as many residents in both formats

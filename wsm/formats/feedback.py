@@ -6,8 +6,6 @@ can make up for which follows from the second moments of the matrix's inputs.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -19,6 +17,8 @@ _DAMPING = 0.01
 """Of the mean square of the inputs, added to each one's: channels that hardly vary stay solvable."""
 _MOST_BLOCK = 128
 """Columns that are rounded before all later ones are corrected for them at once."""
+_INVERTED = 2048
+"""Columns of a triangle that are inverted at once."""
 
 
 def round_with_feedback(grid: Grid, weights: Tensor, moments: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,16 +58,28 @@ def _solver(moments: Tensor) -> Tensor:
     if not bool(mean.isfinite()) or float(mean) <= 0:
         raise UnusableInput("the inputs of a matrix are not finite, or all zero: the text or the model cannot be used")
     diagonal.add_(_DAMPING * mean)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
+    lower, failed = damped.mT, torch.empty((), dtype=torch.int32, device=damped.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in its own place: it has the columns' order that is wanted
     if int(failed):
         raise UnusableInput("the inputs of a matrix vary too little to tell its columns apart: take a longer text")
-    # Turned round it is the upper R of R R^T = moments, and U = 1 / R has U^T U = 1 / moments. Of the largest matrices
-    # there is room for three beside nothing else, so the inverse is made in the place of the identity.
-    factor = lower.flip(0, 1)
-    del lower
-    upper = torch.eye(len(factor), device=factor.device).mT
-    return cast(Tensor, torch.linalg.solve_triangular(factor, upper, upper=True, out=upper))
+    # Turned round, the L of L L^T = moments from the last input to the first is the upper R of R R^T = moments, and
+    # U = 1 / R has U^T U = 1 / moments.
+    _invert_lower_(lower)
+    return lower.flip(0, 1)
+
+
+def _invert_lower_(lower: Tensor) -> None:
+    """Put the inverse of a lower triangle in its place: of the largest matrices there is room for few.
+
+    From the last columns to the first, ``[[A, 0], [B, C]]`` becomes ``[[1 / A, 0], [-1 / C B 1 / A, 1 / C]]``.
+    """
+    size = len(lower)
+    for begin in reversed(range(0, size, _INVERTED)):
+        own, below = slice(begin, min(begin + _INVERTED, size)), slice(begin + _INVERTED, size)
+        corner = lower[own, own]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=lower.device), upper=False)
+        lower[below, own] = -(lower[below, below] @ lower[below, own]) @ inverse
+        corner.copy_(inverse)
 
 
 def _round_block_(grid: Grid, block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:

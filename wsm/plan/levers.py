@@ -158,9 +158,9 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     """``--auto``: the inputs with the residency and pools that make a pass shortest within the budgets.
 
     A pass is bound by the SSD or by the link, and both carry fewer bytes the more layers are resident, on the GPU above
-    all. The embedding moves to CPU memory where that lets a pass move fewer bytes: first from the SSD, then over the
-    link. The mode stays as it is: ``full`` and ``preload`` have nothing to choose. Where nothing fits, it is the
-    smallest choice, for the advice to explain.
+    all; but a layer there may drive out as many bytes of KV. The embedding moves to CPU memory where that lets a pass
+    move fewer bytes: first from the SSD, then over the link. The mode stays as it is: ``full`` and ``preload`` have
+    nothing to choose. Where nothing fits, it is the smallest choice, for the advice to explain.
     """
     if inputs.settings.mode not in _PAGED:
         return inputs
@@ -168,9 +168,14 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=_moved).inputs
 
 
+_KV_COSTS = 1.05
+"""Of a byte of weights: KV comes in smaller pieces, and what is new of it goes back."""
+
+
 def _moved(plan: Plan) -> tuple[bool, int, int]:
     """What ``--auto`` keeps small: bytes of a pass from the SSD, then over the link; what fits comes first."""
-    return not plan.fits, plan.bytes_per_pass["ssd_read"], plan.bytes_per_pass["weight_h2d"]
+    moved = plan.bytes_per_pass
+    return not plan.fits, moved["ssd_read"], moved["weight_h2d"] + int(moved["kv_h2d"] * _KV_COSTS)
 
 
 def _most_layers(inputs: PlanInputs) -> Plan:
@@ -185,11 +190,18 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     goods: list[Good] = [lambda plan: plan.fits, lambda plan: plan.inputs.hardware.has_gpu and plan.fits_gpu]
     found = [make_plan(RESIDENTS.at(starts[-1], 0))]
     for good in goods:
-        fitting = [largest(RESIDENTS, start, range(layers + 1), good) for start in starts]
+        fitting = [
+            largest(RESIDENTS, start, range(layers + 1), each) for start in starts for each in (good, _with_kv(good))
+        ]
         if any(fitting):
             found = [plan for plan in fitting if plan is not None]
             break
     return min((_most_in_cpu(plan, layers) for plan in found), key=_moved)
+
+
+def _with_kv(good: Good) -> Good:
+    """Those of the good plans that keep all KV on the device."""
+    return lambda plan: good(plan) and not plan.kv.below
 
 
 def _most_in_cpu(plan: Plan, layers: int) -> Plan:

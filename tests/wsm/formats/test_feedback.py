@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wsm.errors import UnusableInput
+from wsm.formats import feedback
 from wsm.formats.registry import get
 
 
@@ -97,3 +98,14 @@ def test_the_kernel_does_the_same_under_the_interpreter() -> None:
     environ = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environ, timeout=120)
     assert done.stdout == "alike\n", done.stderr
+
+
+def test_the_solver_is_the_factor_of_the_inverse_also_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with the plain formula in float64: cholesky(inverse(damped moments)), upper."""
+    x, _ = inputs_and_weights(1, 100)
+    moments = x.t() @ x / len(x)
+    damped = moments.double() + feedback._DAMPING * moments.double().diagonal().mean() * torch.eye(100).double()
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    for columns in (7, 50, 2048):
+        monkeypatch.setattr(feedback, "_INVERTED", columns)
+        torch.testing.assert_close(feedback._solver(moments).double(), expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.plans import H70B, inputs_for
 from wsm.plan.hardware import GIB, Hardware
-from wsm.plan.inputs import PlanInputs
+from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import auto_flags, choose_settings
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import Ceiling, predicted_pass_ms
@@ -97,6 +97,17 @@ def test_the_embedding_moves_to_cpu_memory_where_that_buys_a_layer() -> None:
     chosen = choose_settings(inputs).settings
     assert chosen.embedding == "cpu"
     assert not make_plan(replace(inputs, settings=replace(chosen, embedding="gpu"))).fits
+
+
+def test_layers_on_the_gpu_do_not_drive_out_as_many_bytes_of_kv() -> None:
+    """32 rows of 2 048 tokens: a fifth layer would spare the link 1.7 GB a pass, and cost it 2.1."""
+    shape = RunShape(32, 2016, 32, 32 * 2016)
+    inputs = inputs_for(EIGHT_LAYERS, Settings(mode="stream", gpu_mem_gb=16.0), shape, MACHINE, topk_blk=0)
+    plan = make_plan(choose_settings(inputs))
+    more = make_plan(with_settings(plan.inputs, gpu_cached_layers=plan.inputs.settings.gpu_cached_layers + 1))
+    assert not plan.kv.below
+    assert more.fits
+    assert sum(more.bytes_per_pass[way] - plan.bytes_per_pass[way] for way in ("weight_h2d", "kv_h2d")) > 0
 
 
 def test_the_choice_can_be_kept_as_flags() -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from llama.batch import Segment, TokenBatch, cut
 from llama.config import ModelConfig
-from llama.fused.ops import attend_rows, head_, rotate_
+from llama.fused.ops import attend_rows, gate_, rms_norm, rotate_
 from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
-from llama.products import Acquire, Products, ProductSource, Scratch, rms_norm
+from llama.products import Acquire, Products, ProductSource, Scratch
 from llama.rope import RopeScaling
 from llama.weights import WeightSource
 from wsm import stop
@@ -262,7 +262,11 @@ class Transformer:
 
     def _feed_forward_(self, h: Tensor, w: Products) -> None:
         """Add the feed-forward block to a chunk's residual ``[n, dim]``."""
-        w.add_linear_(h, w.gated_linear(w.norm(h, "ffn_norm"), "w1", "w3"), "w2")
+        x = w.norm(h, "ffn_norm")
+        gate = w.linear(x, "w1")  # [n, ffn_dim]
+        gate_(gate, w.linear(x, "w3"))
+        del x
+        w.add_linear_(h, gate, "w2")
 
     def _head(self, h: Tensor, chunk_tokens: int) -> Tensor:
         w = self.weights.globals
@@ -270,5 +274,5 @@ class Transformer:
         logits = torch.empty(h.shape[0], head.shape[0], dtype=torch.float32, device=self.device)
         for begin in range(0, h.shape[0], chunk_tokens):
             part = slice(begin, begin + chunk_tokens)
-            head_(logits[part], rms_norm(h[part], w["norm"], self.config.norm_eps), head)
+            logits[part] = F.linear(rms_norm(h[part], w["norm"], self.config.norm_eps), head)
         return self.collective.gather(logits)

@@ -14,17 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.fused import ops
+from llama.fused.ops import rms_norm
 from llama.parallel.world import Collective
 from llama.weights import WeightSource
 from wsm.engine.telemetry import Telemetry
 from wsm.formats import registry
 from wsm.layout.groups import TENSOR_ALIGNMENT, Encoded, GroupId, Stored, round_up
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm, in float32 and rounded once: one kernel where torch has it fused."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -72,16 +67,7 @@ class Products:
         """``x [n, inputs]`` times the transposed matrices, side by side in one product: ``[n, sum of outputs]``."""
         self._source.saw(self._group, names, x)
         packed = self._packed_product(x, names)
-        return packed if packed is not None else ops.linear(x, self._matrix(names))
-
-    def gated_linear(self, x: Tensor, gate: str, up: str) -> Tensor:
-        """``silu`` of ``x [n, inputs]`` times one transposed matrix, times ``x`` times another: ``[n, outputs]``."""
-        first, second = self._tensors[gate], self._tensors[up]
-        if isinstance(first, Encoded) or isinstance(second, Encoded):
-            return ops.gate_(self.linear(x, gate), self.linear(x, up))
-        for name in (gate, up):
-            self._source.saw(self._group, (name,), x)
-        return ops.gated_linear(x, first, second)
+        return packed if packed is not None else F.linear(x, self._matrix(names))
 
     def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
         """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
@@ -90,9 +76,9 @@ class Products:
         if (packed := self._packed_product(x, (name,))) is not None:
             h.add_(collective.reduce_(packed))
         elif collective.shard.size == 1:
-            ops.add_linear_(h, x, self._matrix((name,)))
+            h.addmm_(x, self._matrix((name,)).t())
         else:
-            h.add_(collective.reduce_(ops.linear(x, self._matrix((name,)))))
+            h.add_(collective.reduce_(F.linear(x, self._matrix((name,)))))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The root-mean-square norm of ``x [n, dim]``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -41,19 +42,29 @@ def rotary_kernel(
 
 
 @triton.jit
-def gate_kernel(gate, up, count, TILE: tl.constexpr):
-    """``silu(gate) * up`` into ``gate``, each rounded as torch rounds it."""
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = at < count
-    x, y = tl.load(gate + at, mask=inside, other=0), tl.load(up + at, mask=inside, other=0)
-    tl.store(gate + at, gated(x, y), mask=inside)
+def norm_kernel(x, weight, out, dim, x_stride, eps, COLS: tl.constexpr):
+    """The root-mean-square norm of one row of at most COLS values, in float32 and rounded once."""
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, COLS)
+    inside = col < dim
+    wide = tl.load(x + row * x_stride + col, mask=inside, other=0).to(tl.float32)
+    gain = tl.load(weight + col, mask=inside, other=0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / dim + eps)
+    tl.store(out + row * dim + col, (wide * scale * gain).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gated(x, y):
+def gate_kernel(gate, up, count, TILE: tl.constexpr, LIBRARY: tl.constexpr):
+    """``silu(gate) * up`` into ``gate``, with the bits of torch's two operations: each is rounded.
+
+    ``tl.exp`` and a plain division are less exact than torch's; the interpreter has no LIBRARY of the device.
+    """
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < count
+    x, y = tl.load(gate + at, mask=inside, other=0), tl.load(up + at, mask=inside, other=0)
     wide = x.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(x.dtype)
-    return (silu.to(tl.float32) * y.to(tl.float32)).to(x.dtype)
+    faded = libdevice.exp(-wide) if LIBRARY else tl.exp(-wide)
+    silu = tl.div_rn(wide, 1.0 + faded).to(x.dtype)
+    tl.store(gate + at, (silu.to(tl.float32) * y.to(tl.float32)).to(x.dtype), mask=inside)
 
 
 @triton.jit
@@ -64,76 +75,6 @@ def last_to_arrive(arrivals, place, splits):
     if last:
         tl.store(arrivals + place, 0)
     return last
-
-
-@triton.jit
-def load_tile(at, inside, EVEN: tl.constexpr):
-    """Weights, which are read once: they leave the cache first."""
-    if EVEN:
-        return tl.load(at, eviction_policy="evict_first")
-    return tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def finished(total, second, residual, mine, kept, TO: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr):
-    """What a product stores: rounded, gated, or on top of the residual, as torch does each."""
-    if GATED:
-        found = gated(total.to(TO), second.to(TO))
-    elif ADDED:
-        found = (total + tl.load(residual, mask=kept, other=0).to(tl.float32)).to(TO)
-    else:
-        found = total.to(TO)
-    tl.store(mine, found.to(mine.dtype.element_ty), mask=kept)
-
-
-@triton.jit(do_not_specialize=["n"])  # one binary for all numbers of rows: the same bits
-def product_kernel(
-    x, weight, second, residual, out, parts, arrivals,
-    n, rows, cols, x_stride, residual_stride, out_stride, steps, splits,
-    GATED: tl.constexpr, ADDED: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Products of at most N rows of ``x`` with ROWS rows of ``weight`` over the inputs of one split, summed in float32.
-
-    GATED: ``silu(x weight^T) * (x second^T)``; ADDED: on top of ``residual``. The last split to arrive adds up what all
-    have left in ``parts``, in their order.
-    """
-    TO: tl.constexpr = x.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place, col = tl.arange(0, N), tl.arange(0, STEP)
-    real, given = row < rows, place < n
-    xs_at = x + place[None, :] * x_stride + col[:, None]
-    apart = row.to(tl.int64)[:, None] * cols + col[None, :]
-    total = tl.zeros((ROWS, N), dtype=tl.float32)
-    other = tl.zeros((ROWS, N), dtype=tl.float32)
-    begin = tl.program_id(1) * steps
-    for step in tl.range(begin, tl.minimum(begin + steps, tl.cdiv(cols, STEP)), num_stages=STAGES):
-        known = step * STEP + col < cols
-        inside = real[:, None] & known[None, :]
-        xs = tl.load(xs_at + step * STEP, mask=given[None, :] & known[:, None], other=0)
-        total = tl.dot(load_tile(weight + apart + step * STEP, inside, EVEN), xs, total)
-        if GATED:
-            other = tl.dot(load_tile(second + apart + step * STEP, inside, EVEN), xs, other)
-    kept = real[:, None] & given[None, :]
-    added = residual + place[None, :] * residual_stride + row[:, None]
-    mine = out + place[None, :] * out_stride + row[:, None]
-    if SPLIT:
-        each = n * rows
-        left = parts + place[None, :] * rows + row[:, None]
-        both: tl.constexpr = 2 if GATED else 1
-        tl.store(left + tl.program_id(1) * both * each, total, mask=kept)
-        if GATED:
-            tl.store(left + (tl.program_id(1) * both + 1) * each, other, mask=kept)
-        if last_to_arrive(arrivals, tl.program_id(0), splits):
-            total = tl.zeros((ROWS, N), dtype=tl.float32)
-            other = tl.zeros((ROWS, N), dtype=tl.float32)
-            for split in range(splits):
-                total += tl.load(left + split * both * each, mask=kept, other=0, cache_modifier=".cg")
-                if GATED:
-                    other += tl.load(left + (split * both + 1) * each, mask=kept, other=0, cache_modifier=".cg")
-            finished(total, other, added, mine, kept, TO, GATED, ADDED)
-    else:
-        finished(total, other, added, mine, kept, TO, GATED, ADDED)
 
 
 @triton.jit

@@ -1,39 +1,33 @@
-"""Launches of the kernels, with the constants that measurements gave (tests/gpu/profile_layer.py). CUDA alone."""
+"""Launches of the kernels. CUDA alone; tests/gpu/profile_layer.py measures them."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
 from llama.fused import kernels
-from wsm.formats.arrivals import COUNTERS, arrivals
 
-MOST_ROWS = 32
-"""Of ``x`` in a product of ours: with more, cuBLAS is as fast."""
 GATE_TILE, HEADS_AT_ONCE = 2048, 8
+LONGEST_NORM = 1 << 16
+"""Values of a row: a program holds all of them."""
 KEYS, MOST_SPLITS = 64, 64
 """Of decode attention: keys that are read at once, and splits that one program joins."""
+COUNTERS = 1 << 16
 _HALVES = (torch.bfloat16, torch.float16)
+_LIBRARY = isinstance(kernels.gate_kernel, triton.JITFunction)  # not where Triton interprets
 
 
-class ProductTuning(NamedTuple):
-    """Rows of the matrix and inputs of them that a program takes at once, its warps and stages, and the programs to aim
-    at: the inputs are split until there are as many, while each split has at least ``steps`` times ``step`` inputs. The
-    number of rows of ``x`` is not in it: a row's bits do not depend on the others."""
+@cache
+def arrivals(device: torch.device) -> Tensor:
+    """int32 ``[COUNTERS]``, 0 between launches, which are all of the one compute stream: how many splits have come.
 
-    rows: int
-    step: int
-    warps: int
-    stages: int
-    programs: int
-    steps: int
-
-
-PRODUCT = ProductTuning(rows=64, step=64, warps=4, stages=4, programs=264, steps=4)
+    To be made before any capture: what is made inside of one belongs to its graph.
+    """
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
@@ -71,8 +65,24 @@ def _rotary(
 
 def gate_(gate: Tensor, up: Tensor) -> Tensor:
     """See :func:`llama.fused.ops.gate_`."""
-    kernels.gate_kernel[(triton.cdiv(gate.numel(), GATE_TILE),)](gate, up, gate.numel(), TILE=GATE_TILE, num_warps=4)
+    kernels.gate_kernel[(triton.cdiv(gate.numel(), GATE_TILE),)](
+        gate, up, gate.numel(), TILE=GATE_TILE, LIBRARY=_LIBRARY, num_warps=4
+    )
     return gate
+
+
+def can_norm(x: Tensor) -> bool:
+    """Whether :func:`rms_norm` takes them."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] <= LONGEST_NORM
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`llama.fused.ops.rms_norm`."""
+    (n, dim), out = x.shape, x.new_empty(x.shape)
+    cols = int(triton.next_power_of_2(dim))
+    warps = min(16, max(1, cols // 512))
+    kernels.norm_kernel[(n,)](x, weight, out, dim, x.stride(0), eps, COLS=cols, num_warps=warps)
+    return out
 
 
 def can_attend(q: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -97,60 +107,3 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
         num_warps=4,
     )  # fmt: skip
     return out
-
-
-def can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`linear` takes them: few rows of 16-bit values, and whole pieces of a matrix without gaps."""
-    return (
-        x.shape[0] <= MOST_ROWS
-        and x.dtype in _HALVES
-        and x.stride(1) == 1
-        and weight.dtype == x.dtype
-        and weight.is_contiguous()
-        and weight.shape[1] % 64 == 0
-    )
-
-
-def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x weight^T``, rounded to the dtype of ``x``, into ``out [n, rows]`` if given, of that dtype or float32."""
-    out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-    _product(x, weight, out)
-    return out
-
-
-def add_linear_(h: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add ``x weight^T`` to ``h [n, rows]``, rounded once."""
-    _product(x, weight, h, residual=h)
-
-
-def gated_linear(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
-    """``silu(x w1^T) * (x w3^T)``, each step rounded."""
-    out = x.new_empty(x.shape[0], w1.shape[0])
-    _product(x, w1, out, second=w3)
-    return out
-
-
-def splits_of(rows: int, cols: int) -> int:
-    """Parts that the inputs of a matrix are summed in."""
-    programs, steps, splits = triton.cdiv(rows, PRODUCT.rows), triton.cdiv(cols, PRODUCT.step), 1
-    while programs * splits < PRODUCT.programs and steps >= 2 * splits * PRODUCT.steps:
-        splits *= 2
-    return splits
-
-
-def _product(
-    x: Tensor, weight: Tensor, out: Tensor, *, second: Tensor | None = None, residual: Tensor | None = None
-) -> None:
-    (n, cols), rows, tuning = x.shape, weight.shape[0], PRODUCT
-    programs, splits = triton.cdiv(rows, tuning.rows), splits_of(rows, cols)
-    products = 1 if second is None else 2
-    parts = x.new_empty((splits * products if splits > 1 else 0, n, rows), dtype=torch.float32)
-    added = x if residual is None else residual
-    kernels.product_kernel[(programs, splits)](
-        x, weight, weight if second is None else second, added, out, parts, arrivals(x.device),
-        n, rows, cols, x.stride(0), added.stride(0), out.stride(0),
-        triton.cdiv(triton.cdiv(cols, tuning.step), splits), splits,
-        GATED=second is not None, ADDED=residual is not None, SPLIT=splits > 1,
-        EVEN=rows % tuning.rows == 0 and cols % tuning.step == 0, N=16 if n <= 16 else MOST_ROWS,
-        ROWS=tuning.rows, STEP=tuning.step, STAGES=tuning.stages, num_warps=tuning.warps,
-    )  # fmt: skip

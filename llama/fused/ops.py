@@ -1,4 +1,4 @@
-"""What the model computes between its products, and its products with few rows: Triton on CUDA, torch elsewhere.
+"""What the model computes between its products: Triton on CUDA, torch elsewhere.
 
 Which of them computes depends on nothing but dtype, device and shapes: all modes take the same one.
 """
@@ -16,17 +16,26 @@ from wsm.formats.backend import loaded_kernels
 
 
 @cache
-def _launchers() -> ModuleType | None:
+def _launchers(device: torch.device) -> ModuleType | None:
     if loaded_kernels() is None:
         return None
     from llama.fused import launch
 
+    launch.arrivals(device)  # now, before any capture
     return launch
 
 
 def launchers_for(x: Tensor) -> ModuleType | None:
     """What launches the Triton kernels, where they work on the device of ``x``; else None."""
-    return _launchers() if x.is_cuda else None
+    return _launchers(x.device) if x.is_cuda else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of ``x [n, dim]``, in float32 and rounded once."""
+    launch = launchers_for(x)
+    if launch is not None and launch.can_norm(x):
+        return launch.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
@@ -45,7 +54,7 @@ def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
 
 
 def gate_(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up`` in the memory of ``gate``, both ``[n, ffn_dim]``."""
+    """``silu(gate) * up`` in the memory of ``gate``, both ``[n, ffn_dim]``; the same bits on either way."""
     if (launch := launchers_for(gate)) is not None:
         return launch.gate_(gate, up)  # type: ignore[no-any-return]
     return F.silu(gate, inplace=True).mul_(up)
@@ -62,37 +71,3 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
         return launch.attend_rows(q, keys, values, mask)  # type: ignore[no-any-return]
     grouped = q.unflatten(1, (keys.shape[1], -1))  # the heads that share a KV head stand where positions would
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape[0], -1)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weight^T``."""
-    launch = launchers_for(x)
-    if launch is not None and launch.can_multiply(x, weight):
-        return launch.linear(x, weight)  # type: ignore[no-any-return]
-    return F.linear(x, weight)
-
-
-def add_linear_(h: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add ``x weight^T`` to ``h``, rounded once."""
-    launch = launchers_for(x)
-    if launch is not None and launch.can_multiply(x, weight):
-        launch.add_linear_(h, x, weight)
-    else:
-        h.addmm_(x, weight.t())
-
-
-def gated_linear(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
-    """``silu(x w1^T) * (x w3^T)``, with the bits of :func:`linear` and :func:`gate_`."""
-    launch = launchers_for(x)
-    if launch is not None and launch.can_multiply(x, w1) and launch.can_multiply(x, w3):
-        return launch.gated_linear(x, w1, w3)  # type: ignore[no-any-return]
-    return gate_(linear(x, w1), linear(x, w3))
-
-
-def head_(logits: Tensor, x: Tensor, weight: Tensor) -> None:
-    """``x weight^T``, rounded to the dtype of ``x``, into float32 ``logits``."""
-    launch = launchers_for(x)
-    if launch is not None and launch.can_multiply(x, weight):
-        launch.linear(x, weight, out=logits)
-    else:
-        logits.copy_(F.linear(x, weight))

@@ -30,26 +30,10 @@ def compile_for(capability: int) -> None:
 
     def made(name: str, warps: int, to: str, **constants: Any) -> None:
         kernel = getattr(kernels, name)
-        types = dict.fromkeys(("freqs", "parts", "facts"), "*fp32") | {"scale": "fp32", "arrivals": "*i32"}
-        types |= dict.fromkeys(("places", "positions"), "*i64") | dict.fromkeys(
-            (
-                "heads",
-                "window",
-                "gate",
-                "up",
-                "x",
-                "weight",
-                "second",
-                "residual",
-                "out",
-                "q",
-                "keys",
-                "values",
-                "mask",
-            ),
-            to,
-        )
-        types |= {key: constants.pop(key) for key in ("out",) if key in constants}
+        floats, whole = ("freqs", "parts", "facts"), ("places", "positions")
+        values = ("heads", "window", "gate", "up", "x", "weight", "out", "q", "keys", "values", "mask")
+        types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i64") | dict.fromkeys(values, to)
+        types |= {"scale": "fp32", "eps": "fp32", "arrivals": "*i32"}
         signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
         source = ASTSource(
             kernel, signature, {(kernel.arg_names.index(arg),): given for arg, given in constants.items()}
@@ -62,12 +46,8 @@ def compile_for(capability: int) -> None:
 
     for to, written in (("*bf16", True), ("*fp16", False), ("*fp32", True)):
         made("rotary_kernel", 4, to, DIM=128 if written else 96, PAIRS=64, HEADS=launch.HEADS_AT_ONCE, WRITE=written)
-        made("gate_kernel", 4, to, TILE=launch.GATE_TILE)
-    tuning = launch.PRODUCT
-    tile = {"ROWS": tuning.rows, "STEP": tuning.step, "STAGES": tuning.stages}
-    for to, rows, gated, even in (("*bf16", 16, True, True), ("*fp16", 32, True, False), ("*bf16", 32, False, True)):
-        how = {"GATED": gated, "ADDED": not gated, "EVEN": even, "SPLIT": even}
-        made("product_kernel", tuning.warps, to, N=rows, out="*fp32" if rows == 16 else to, **how, **tile)
+        made("gate_kernel", 4, to, TILE=launch.GATE_TILE, LIBRARY=True)
+        made("norm_kernel", 16, to, COLS=16384 if written else 64)
     for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64)):
         shared = {"SHARED": 16, "REP": rep, "DIM": dim, "COLS": 128 if dim > 64 else 64}
         made("attention_kernel", 4, "*bf16", BLOCK=launch.KEYS, WIDTH=width, SPLIT=width == 64, **shared)
@@ -78,10 +58,18 @@ def random(*shape: int) -> Tensor:
 
 
 def interpret() -> None:
+    norm()
     rotate()
     gate()
     attend()
-    multiply()
+
+
+def norm() -> None:
+    """As torch's; the rows of ``x`` may lie apart."""
+    for n, dim in ((1, 64), (3, 576), (2, 7)):
+        x, weight = random(n, dim + 3)[:, :dim], random(dim)
+        found, expected = launch.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5)
+        assert ((found - expected).abs() <= 2e-3 * expected.abs() + 1e-6).all()
 
 
 def rotate() -> None:
@@ -130,28 +118,6 @@ def attend() -> None:
     with mock.patch.object(launch, "MOST_SPLITS", 2):  # some blocks a split
         again = launch.attend_rows(q, keys, values, mask[..., :tokens])
     assert (again.float() - expected.reshape(n, -1)).abs().max() < 4e-3
-
-
-def multiply() -> None:
-    """Split or not; a row's bits do not depend on the others, and gating is two products and a gate."""
-    for rows, cols in ((64, 128), (70, 1024), (130, 64)):
-        weight, other = random(rows, cols) / 8, random(rows, cols) / 8
-        x = random(5, cols + 64)[:, :cols]
-        found = launch.linear(x, weight)
-        exact = x.float() @ weight.float().T
-        assert (found.float() - exact).norm() <= 1e-3 * exact.norm()
-        assert torch.equal(launch.linear(x[3:4], weight)[0], found[3])
-        many = launch.linear(x.repeat(5, 1)[:20], weight)
-        assert (many[:5].float() - exact).norm() <= 1e-3 * exact.norm()
-        h = random(5, rows)
-        added = h.clone()
-        launch.add_linear_(added, x, weight)
-        assert (added.float() - exact - h.float()).norm() <= 1e-3 * exact.norm()
-        wide = torch.empty(5, rows)
-        assert torch.equal(launch.linear(x, weight, out=wide), found.float())
-        assert torch.equal(
-            launch.gated_linear(x, weight, other), launch.gate_(launch.linear(x, weight), launch.linear(x, other))
-        )
 
 
 if __name__ == "__main__":

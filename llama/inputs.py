@@ -28,6 +28,7 @@ from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import WeightFormat
+from wsm.formats.gguf_blocks import NOT_ENCODED
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
@@ -39,7 +40,7 @@ from wsm.settings import Settings
 from wsm.store import manifest
 from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
-from wsm.store.layout import FORMATTED, planned_layouts
+from wsm.store.layout import FORMATTED, check_cuts, planned_layouts
 from wsm.store.match import Asked, check_suits
 
 _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
@@ -190,7 +191,7 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
-    weight_format = registry.get(asked) if asked in registry.NAMES else None
+    weight_format = registry.get(asked) if asked in registry.ALL else None
     wanted = DTYPES.get(PLAIN_FORMATS.get(options.weight_format, options.dtype or "auto"))
     if weight_format is not None and weight_format.exact:
         wanted = torch.bfloat16
@@ -204,6 +205,8 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked), flags)
         weight_format = registry.get(description.weight_format) if description.weight_format else None
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
+    if weight_format is not None and description is None:
+        _check_format(checkpoint, weight_format, dtype, world)
     record = kv_format(options.kv_dtype, dtype, checkpoint.config.head_dim)
     cache_dir = options.cache_dir.expanduser()
     inputs = Inputs(world, checkpoint, share, device, dtype, record, cache_dir, description, weight_format)
@@ -211,6 +214,13 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         world.agree(_facts(options, inputs))
         world.connect(device)
     return inputs
+
+
+def _check_format(checkpoint: Checkpoint, weight_format: WeightFormat, dtype: torch.dtype, world: World) -> None:
+    """UnusableInput for GGUF's blocks where weights would be put into them, or where ranks' shares do not fill them."""
+    if weight_format.name in registry.BLOCK_TYPES and checkpoint.directory is not None:
+        raise UnusableInput(f"--weight-format {weight_format.name}: {NOT_ENCODED.format(weight_format.name)}")
+    check_cuts(checkpoint.config, dtype, world.shard.size, lambda group, name: weight_format)
 
 
 def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:

@@ -36,7 +36,7 @@ class BuildOptions(Settings):
     )
     weight_format: str = _model(
         "auto",
-        one_of("auto", *PLAIN_FORMATS, *registry.NAMES),
+        one_of("auto", *PLAIN_FORMATS, *registry.ALL),
         "how the layers' matrices lie on every tier, auto: as in the checkpoint or store (docs/FORMATS.md)",
         metavar="FORMAT",
     )

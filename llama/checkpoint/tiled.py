@@ -11,18 +11,21 @@ from torch import Tensor
 
 from wsm.formats.exact import BLOCK_WEIGHTS, WINDOW, Exact, count_exponents
 from wsm.formats.format import Plane, WeightFormat
+from wsm.formats.gguf_blocks import BlockType
 
 _ROWS, _COLUMNS = 1023, 1024
 """Of the matrix whose planes are tiled."""
+_GGUF_BLOCKS = 32771
+"""A prime number of them: no two rows of a matrix of fewer rows are alike."""
 _COUNTED = 4096
 """Exponents are counted once for so many weights of the block."""
 
 
 def tile_(out: Tensor, block: Tensor, start: int) -> None:
-    """Fill ``out`` with a one-dimensional ``block`` over and over, from its element ``start`` on."""
-    flat, place = out.view(-1), 0
-    while place < flat.numel():
-        count = min(flat.numel() - place, block.numel() - start)
+    """Fill ``out`` with ``block``, a list of elements or of rows of them, over and over, from its ``start`` on."""
+    flat, place = out.view(-1, *block.shape[1:]), 0
+    while place < len(flat):
+        count = min(len(flat) - place, len(block) - start)
         flat[place : place + count].copy_(block[start : start + count])
         place, start = place + count, 0
 
@@ -36,11 +39,12 @@ class PlaneBlocks:
     """Blocks of the planes of random matrices, for formats whose sizes follow from shapes.
 
     Each plane is tiled by itself: a group's scale is that of other weights, which have the same distribution. Blocks
-    are of odd length, so that no two rows are alike.
+    are of odd length, so that no two rows are alike. GGUF's types are tiled in whole blocks of their own.
     """
 
     def __init__(self, unit: Tensor, std: float, seed: int) -> None:
-        self._matrix, self._seed = (unit[: _ROWS * _COLUMNS] * std).view(_ROWS, _COLUMNS), seed
+        self._matrix = (unit[: _ROWS * _COLUMNS] * std).view(_ROWS, _COLUMNS)
+        self._std, self._seed = std, seed
         self._blocks: dict[str, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -49,11 +53,14 @@ class PlaneBlocks:
         blocks = self._of(weight_format)
         for plane, out in planes.items():
             block = blocks[plane]
-            tile_(out.view(block.dtype), block, start_of(f"{self._seed} {name} {plane}") % block.numel())
+            tile_(out.view(block.dtype), block, start_of(f"{self._seed} {name} {plane}") % len(block))
 
     def _of(self, weight_format: WeightFormat) -> dict[str, Tensor]:
         with self._lock:
-            if weight_format.name not in self._blocks:
+            if weight_format.name not in self._blocks and isinstance(weight_format, BlockType):
+                blocks = weight_format.seeded(_GGUF_BLOCKS, self._std, self._seed)
+                self._blocks[weight_format.name] = {"blocks": blocks}
+            elif weight_format.name not in self._blocks:
                 made = weight_format.encode(self._matrix)
                 assert made is not None
                 flat = {name: plane.flatten() for name, plane in made.items()}

@@ -2,7 +2,7 @@
 
 Parts: ``decode`` (GB/s of bfloat16 made of each format, by Triton and by torch), ``product`` (packed products against
 cuBLAS), ``encode`` (the weighted search), ``tune-decoders`` and ``tune-product`` (what the constants in
-wsm/formats/kernels.py come from). About a minute each, two for the last; 8 GiB of GPU memory.
+wsm/formats/*kernels.py come from). About a minute each, two for the last; 8 GiB of GPU memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wsm.formats import backend, kernels
+from tests.wsm.formats.matrices import planes_of
+from wsm.formats import backend, gguf_kernels, kernels, product_kernels
+from wsm.formats.format import WeightFormat
 from wsm.formats.integer import Integer
-from wsm.formats.registry import NAMES, get
+from wsm.formats.registry import ALL, BLOCK_TYPES, get
 
 GPU = torch.device("cuda", 0)
 LARGE = {"w1": (28672, 8192), "w2": (8192, 28672), "wq": (8192, 8192)}
@@ -67,10 +69,9 @@ def rate(work: Callable[[], object], out: Tensor) -> float:
 def decode() -> None:
     """GB/s of bfloat16, and those of all bytes that are read and written."""
     print("decode, GB/s of bfloat16: Triton (with what it reads), torch")
-    for (matrix, shape), name in itertools.product(LARGE.items(), NAMES):
+    for (matrix, shape), name in itertools.product(LARGE.items(), ALL):
         out, form = weights(shape), get(name)
-        planes = form.encode(out)
-        assert planes is not None
+        planes = planes_of(form, out)
         by_triton = rate(lambda: form.decode_(planes, out), out)  # noqa: B023 (called at once)
         moved = 1 + sum(plane.nbytes for plane in planes.values()) / out.nbytes
         with mock.patch.object(backend, "_loaded", return_value=(None, "torch")):
@@ -78,15 +79,15 @@ def decode() -> None:
         print(f"  {matrix} {name:8} {by_triton:6.0f} ({by_triton * moved:4.0f})  {by_torch:6.0f}", flush=True)
 
 
-def copies(shape: tuple[int, int], form: Integer | None) -> list[Planes]:
+def copies(shape: tuple[int, int], form: WeightFormat | None) -> list[Planes]:
     """The planes of a matrix (None: itself), as often as it takes to be beyond the cache."""
     weight = weights(shape)
-    planes = {"weight": weight} if form is None else form.encode(weight)
+    planes = {"weight": weight} if form is None else planes_of(form, weight)
     count = -(-BEYOND_CACHE // sum(plane.nbytes for plane in planes.values()))
     return [{name: plane.clone() for name, plane in planes.items()} for _ in range(count)]
 
 
-def layer_ms(form: Integer | None, rows: int, *, decoded: bool = False) -> list[float]:
+def layer_ms(form: WeightFormat | None, rows: int, *, decoded: bool = False) -> list[float]:
     """All products of an 8B layer with ``rows`` rows, matrix by matrix, counted as often as a layer has each: packed,
     decoded first, or (no ``form``) cuBLAS in bfloat16."""
     times = []
@@ -113,20 +114,20 @@ def layer_ms(form: Integer | None, rows: int, *, decoded: bool = False) -> list[
 COPIES: dict[tuple[str, str | None], list[Planes]] = {}
 
 
-def prepare(*forms: Integer | None) -> None:
+def prepare(*forms: WeightFormat | None) -> None:
     for form, (matrix, shape) in itertools.product(forms, SMALL.items()):
         COPIES.setdefault((matrix, form and form.name), copies(shape, form))
 
 
 def product() -> None:
     """An 8B layer's products; at more rows than a packed product takes, decoding and cuBLAS."""
-    forms = [Integer.named(name) for name in ("int4", "int4-g32", "int8")]
+    forms = [get(name) for name in ("int4", "int4-g32", "int8", *BLOCK_TYPES)]
     prepare(None, *forms)
     print(f"products of an 8B layer, ms: all (its ratio to cuBLAS in bfloat16), and those of {', '.join(SMALL)}")
     for rows in (1, 8, 16, 32):
         plain = layer_ms(None, rows)
         for form in (None, *forms):
-            times = plain if form is None else layer_ms(form, rows, decoded=rows > kernels.MOST_ROWS)
+            times = plain if form is None else layer_ms(form, rows, decoded=rows > product_kernels.MOST_ROWS)
             each = " ".join(f"{ms:.4f}" for ms in times)
             name = form.name if form is not None else "bfloat16"
             print(f"  B={rows:2} {name:8} {sum(times):.4f} ({sum(times) / sum(plain):.2f})  {each}", flush=True)
@@ -149,25 +150,28 @@ def encode() -> None:
 def tune_decoders() -> None:
     """Every tuning of each decoder, the best ones first."""
     out = weights(LARGE["w1"])
-    for name, kernel in (("exact", "EXACT"), ("int4", "INT4"), ("int8", "BYTES"), ("fp8", "BYTES")):
-        planes, rates = get(name).encode(out), []
-        assert planes is not None
+    tuned = {"exact": "EXACT", "int4": "INT4", "int8": "BYTES", "fp8": "BYTES"}
+    for name, kernel in (tuned | dict.fromkeys(BLOCK_TYPES, "BLOCKS")).items():
+        planes, rates = planes_of(get(name), out), []
         for tuning in itertools.starmap(kernels.DecodeTuning, itertools.product((512, 1024, 2048, 4096, 8192), (4, 8))):
-            with mock.patch.object(kernels, kernel, tuning):
+            with mock.patch.object(kernels if name in tuned else gguf_kernels, kernel, tuning):
                 rates.append((rate(lambda: get(name).decode_(planes, out), out), tuning))  # noqa: B023
         print(name, *(f"{gbps:.0f} {tuple(tuning)};" for gbps, tuning in sorted(rates, reverse=True)), flush=True)
 
 
 def tune_product() -> None:
     """The best tunings of the packed product, with the milliseconds of each matrix."""
-    for name, rows in (("int4", 1), ("int4", 8), ("int8", 1)):
-        form, times = Integer.named(name), []
-        assert form is not None
+    for name, rows in (("int4", 1), ("int4", 8), ("int8", 1), ("q8_0", 1), ("q4_K", 1), ("q6_K", 1)):
+        form, times = get(name), []
         prepare(form)
         for values in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4), (264, 528, 1056), (2, 4)):
-            tuning = kernels.ProductTuning(*values)
+            tuning = product_kernels.ProductTuning(*values)
             if 8 <= tuning.rows // tuning.warps <= 32:
-                with mock.patch.dict(kernels.PRODUCT, {form.bits: tuning}):
+                with (
+                    mock.patch.dict(product_kernels.PRODUCT, {form.bits: tuning})
+                    if isinstance(form, Integer)
+                    else mock.patch.object(gguf_kernels, "PRODUCT", tuning)
+                ):
                     each = layer_ms(form, rows)
                 times.append((sum(each), tuple(tuning), " ".join(f"{ms:.4f}" for ms in each)))
         print(

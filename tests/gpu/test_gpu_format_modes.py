@@ -34,7 +34,7 @@ def answer(cache: Path, mode: str, weight_format: str, rows: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("rows", [1, 24])
-@pytest.mark.parametrize("weight_format", registry.NAMES)
+@pytest.mark.parametrize("weight_format", registry.ALL)
 def test_every_mode_gives_the_same_bits_for_few_rows_and_for_many(
     weight_format: str, rows: int, tmp_path: Path
 ) -> None:

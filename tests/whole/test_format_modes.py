@@ -99,7 +99,7 @@ def test_exact_that_does_not_fit_decoded_is_decoded_in_every_pass(home: Path, pl
             assert torch.equal(llm.logits([PROMPTS[0]]), plain[1])
 
 
-@pytest.mark.parametrize("weight_format", ["exact", "int4"])
+@pytest.mark.parametrize("weight_format", ["exact", "int4", "q4_K"])
 def test_synthetic_weights_need_no_store_but_where_the_ssd_is_read_and_give_the_same_bits(
     weight_format: str, tmp_path: Path
 ) -> None:
@@ -208,6 +208,7 @@ def test_a_store_of_another_format_is_refused_with_the_pack_command(run: Run, ho
     [
         (["--weight-format", "int5"], "--weight-format"),
         (["--weight-format", "exact", "--dtype", "float16"], "--weight-format exact holds bfloat16"),
+        (["--weight-format", "q4_K"], "--weight-format q4_K: blocks of q4_K come from a GGUF file"),
         (["--weight-format", "float16", "--dtype", "bfloat16"], "--weight-format float16 holds float16"),
     ],
 )
@@ -215,6 +216,25 @@ def test_a_format_that_cannot_be_is_refused(flags: list[str], named: str, run: R
     code, _, said = run("--checkpoints", home / "model", *flags, *SMALL)
     assert code == 2
     assert named in said
+
+
+def test_a_checkpoint_is_not_packed_into_blocks(run: Run, home: Path, tmp_path: Path) -> None:
+    store = ["--to", tmp_path / "s.wsm", "--manifest", tmp_path / "s.json"]
+    code, _, said = run("pack", "--checkpoints", home / "model", "--weight-format", "q8_0", *store)
+    assert code == 2
+    assert "blocks of q8_0 come from a GGUF file" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pack_that_would_cut_blocks_is_refused_with_the_ranks_that_can_be(run: Run, tmp_path: Path) -> None:
+    """11008 inputs of w2 are 43 blocks of 256."""
+    store = ["--to", tmp_path / "s.wsm", "--manifest", tmp_path / "s.json"]
+    model = ["pack", "--synthetic", "Llama-2-7B:layers=1", "--tp", "4"]
+    code, _, said = run(*model, "--weight-format", "q5_K", *store)
+    assert code == 2
+    assert "4 ranks, its w2 being in q5_K, whose blocks of 256 weights do not fill a row of 2752" in said
+    assert said.strip().endswith("torchrun --nproc-per-node 1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_a_format_cannot_hold_are_refused_and_nothing_is_kept(run: Run, tmp_path: Path) -> None:

@@ -31,6 +31,15 @@ def loaded_kernels() -> ModuleType | None:
     return _loaded()[0]
 
 
+def packed_rows(dtype: torch.dtype, cuda: bool) -> int:
+    """The most rows of ``dtype`` of which a format makes its packed product, on CUDA or elsewhere; 0: of none."""
+    if not cuda or dtype.itemsize != 2 or loaded_kernels() is None:
+        return 0
+    from wsm.formats.product_kernels import MOST_ROWS
+
+    return MOST_ROWS
+
+
 def decoder(device: torch.device) -> str:
     """What decodes on ``device``, in words: Triton with its version, or torch and why."""
     return _loaded()[1] if device.type == "cuda" else "torch"

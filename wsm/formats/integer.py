@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsm.errors import StoreError
-from wsm.formats.backend import kernels_for, loaded_kernels
+from wsm.formats.backend import kernels_for, packed_rows
 from wsm.formats.feedback import round_with_feedback
 from wsm.formats.format import (
     Plane,
@@ -128,17 +128,18 @@ class Integer:
             out[part] = wide.flatten(1)[:, :cols]
 
     def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
-        kernels = loaded_kernels() if cuda else None
-        return kernels.MOST_ROWS if kernels is not None and dtype.itemsize == 2 else 0
+        return packed_rows(dtype, cuda)
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
-        if (kernels := kernels_for(x)) is None or not kernels.can_multiply(x):
+        if kernels_for(x) is None:
+            return None
+        from wsm.formats.product_kernels import can_multiply, multiply_
+
+        if not can_multiply(x):
             return None
         if out is None:
             out = x.new_empty(x.shape[0], shape[0])
-        kernels.multiply_(
-            x, planes["values"], planes["scales"], planes.get("zeros"), out, bits=self.bits, group=self.group
-        )
+        multiply_(x, planes["values"], planes["scales"], planes.get("zeros"), out, bits=self.bits, group=self.group)
         return out
 
     def _groups(self, cols: int) -> int:

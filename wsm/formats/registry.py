@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from wsm.formats.format import WeightFormat
 
 NAMES = ("exact", "fp8", "int8", "int4", "int4-g64", "int4-g32")
-"""What `--weight-format` offers beside a plain dtype; :func:`get` also knows the family members that imports need."""
+"""What weights can be put into; :func:`get` also knows the family members that imports need."""
+BLOCK_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_K", "q5_K", "q6_K")
+"""GGUF's, which come from such a file, or are random."""
+ALL = (*NAMES, *BLOCK_TYPES)
+"""What `--weight-format` knows beside a plain dtype."""
 
 
 @cache
@@ -20,11 +24,12 @@ def get(name: str) -> WeightFormat:
     """The format called ``name``; UnusableInput, with the list and the nearest name, if there is none."""
     from wsm.formats.exact import Exact
     from wsm.formats.fp8 import Float8
+    from wsm.formats.gguf_blocks import BlockType
     from wsm.formats.integer import Integer
 
-    for family in (Exact, Float8, Integer):
+    for family in (Exact, Float8, Integer, BlockType):
         if (found := family.named(name)) is not None:
             return found
-    close = difflib.get_close_matches(name, NAMES, n=1)
+    close = difflib.get_close_matches(name, ALL, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise UnusableInput(f"the weight format {name} is not known; there are {', '.join(NAMES)}{hint}")
+    raise UnusableInput(f"the weight format {name} is not known; there are {', '.join(ALL)}{hint}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from wsm.disk.targets import sealed, unsealed
-from wsm.errors import StoreError
+from wsm.errors import StoreError, UnusableInput
 from wsm.formats.format import Plane, WeightFormat
 from wsm.layout.groups import (
     BLOCK,
@@ -29,6 +29,8 @@ from wsm.layout.model import ModelShape
 VERSION, FORMATTED = 2, 3
 """Of a plain store, and of one in a weight format."""
 MAGIC = b"WSMSTORE"
+_MOST = "most"
+"""Of the one plane that a matrix of unknown size is planned with."""
 AGAIN = "re-pack with `bench_infer.py pack`"
 _SUPERBLOCK = struct.Struct("<8sIII16s16s")
 
@@ -126,7 +128,8 @@ class StorePlan:
     @property
     def is_bound(self) -> bool:
         """Whether sizes are only known not to be larger."""
-        return self.weight_format is not None and self.weight_format.planes((1, 1), self.dtype) is None
+        encoded = (tensor for layout in self.layouts.values() for tensor in layout.encoded)
+        return any(plane.name == _MOST for tensor in encoded for plane in tensor.planes)
 
     def extents(self, group: GroupId | None, rank: int) -> tuple[Extent, ...]:
         """Where the image of a rank's share of ``group`` is."""
@@ -146,12 +149,51 @@ def plan_store(
     config: ModelShape, dtype: torch.dtype, targets: int, tp: int = 1, weight_format: WeightFormat | None = None
 ) -> StorePlan:
     """The layout of a new store; raises UnusableInput if the model cannot be cut for ``tp`` ranks."""
+    if weight_format is not None:
+        check_cuts(config, dtype, tp, lambda group, name: weight_format)
     layouts = planned_layouts(config.share(tp), dtype, weight_format, most=True)
     offsets, offset = {}, BLOCK
     for group, layout in layouts.items():
         offsets[group] = offset
         offset += tp * stride_of(layout.nbytes, targets)
     return StorePlan(config, dtype, targets, tp, offsets, layouts, offset, weight_format)
+
+
+FormatOf = Callable[[GroupId, str], WeightFormat | None]
+"""The weight format of a group's matrix, by its short name; None: plain."""
+
+
+def check_cuts(config: ModelShape, dtype: torch.dtype, ranks: int, format_of: FormatOf) -> None:
+    """UnusableInput, with the numbers of ranks that can be, where a rank's share of a matrix does not suit its format:
+    blocks cannot be cut."""
+    if (reason := _unsuited(config.share(ranks), dtype, format_of)) is None:
+        return
+    possible = [str(n) for n in range(1, config.n_kv_heads + 1) if _can_share(config, dtype, n, format_of)]
+    if not possible:
+        raise UnusableInput(f"{config.name}: {reason}")
+    raise UnusableInput(
+        f"{config.name} cannot be cut for {ranks} ranks, its {reason}: start it with torchrun --nproc-per-node "
+        f"{' or '.join(possible)}"
+    )
+
+
+def _unsuited(share: ModelShape, dtype: torch.dtype, format_of: FormatOf) -> str | None:
+    """Why a share's matrix cannot be in its format."""
+    for group in pass_order(share.n_layers):
+        for spec in filter(is_encoded, share.specs(group.kind)):
+            if (weight_format := format_of(group, spec.name)) is not None:
+                try:
+                    weight_format.planes((spec.shape[0], spec.shape[1]), dtype)
+                except UnusableInput as error:
+                    return f"{spec.name} being in {error}"
+    return None
+
+
+def _can_share(config: ModelShape, dtype: torch.dtype, ranks: int, format_of: FormatOf) -> bool:
+    try:
+        return _unsuited(config.share(ranks), dtype, format_of) is None
+    except UnusableInput:  # heads or another dimension cannot be cut so
+        return False
 
 
 def planned_layouts(
@@ -168,7 +210,7 @@ def planned_layouts(
             shape = spec.shape[0], spec.shape[1]
             planes = weight_format.least_planes(shape, dtype)
             if most and weight_format.planes(shape, dtype) is None:
-                planes = (Plane("most", torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
+                planes = (Plane(_MOST, torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
             encoded[kind][spec.name] = InFormat(weight_format.name, planes)
     by_kind = {kind: image_layout(share.specs(kind), dtype, encoded[kind]) for kind in encoded}
     return {group: by_kind[group.kind if group else None] for group in (None, *pass_order(share.n_layers))}

@@ -84,6 +84,24 @@ def test_other_planes_pass_their_check_and_make_weights_of_the_usual_spread(name
     assert all(torch.equal(planes[plane], again[plane]) for plane in planes)
 
 
+@pytest.mark.parametrize("name", registry.BLOCK_TYPES)
+@pytest.mark.parametrize("rank", [None, 1])
+def test_planes_of_ggufs_types_are_whole_blocks_of_their_own(name: str, rank: int | None) -> None:
+    config = dataclasses.replace(CONFIG, dim=1024, ffn_dim=4096)
+    whole, weight_format = SyntheticCheckpoint(config, seed=0, dtype=BF16), registry.get(name)
+    made = whole if rank is None else whole.share(Shard(rank, 2))
+    shapes = {"w1": (4096, 1024), "w2": (1024, 4096)} if rank is None else {"w1": (2048, 1024), "w2": (1024, 2048)}
+    for short, shape in shapes.items():
+        weight, out = f"layers.0.feed_forward.{short}.weight", torch.empty(shape)
+        planes = made.encode(weight, shape, BF16, weight_format)
+        assert planes is not None
+        weight_format.check(shape, planes)
+        weight_format.decode_(planes, out)
+        assert float(out.std()) == pytest.approx(1024**-0.5, rel=0.03)
+        assert abs(float(out.mean())) < 0.002 * 1024**-0.5
+        assert len(out.unique(dim=0)) == shape[0]  # no two rows are alike
+
+
 def test_exact_sizes_of_a_large_model_are_counted_without_making_it() -> None:
     config = dataclasses.replace(PRESETS["Llama-3.1-70B"], n_layers=1)
     made = SyntheticCheckpoint(config, seed=0, dtype=BF16)

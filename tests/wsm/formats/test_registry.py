@@ -9,20 +9,20 @@ import pytest
 
 from tests.wsm.formats.matrices import FORMATS
 from wsm.errors import UnusableInput
-from wsm.formats.registry import NAMES, get
+from wsm.formats.registry import ALL, BLOCK_TYPES, get
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *BLOCK_TYPES])
 def test_a_format_is_called_what_it_was_asked_by(name: str) -> None:
     assert get(name).name == name
     assert get(name).exact == (name == "exact")
 
 
 @pytest.mark.parametrize(
-    "name", ["int3", "int4-g128", "int4-g16", "int4-zero", "int8-sym", "int8-bfloat16", "fp8-row", ""]
+    "name", ["int3", "int4-g128", "int4-g16", "int4-zero", "int8-sym", "int8-bfloat16", "fp8-row", "q4_k", "Q4_0", ""]
 )
 def test_another_spelling_is_refused(name: str) -> None:
-    with pytest.raises(UnusableInput, match=f"the weight format {name} is not known; there are {', '.join(NAMES)}"):
+    with pytest.raises(UnusableInput, match=f"the weight format {name} is not known; there are {', '.join(ALL)}"):
         get(name)
 
 

@@ -1,23 +1,19 @@
 """Where a layer's time goes on one CUDA device: python tests/gpu/profile_layer.py [part …]
 
 Parts: ``decode`` (a pass of the 8B shape at B=1, 8 and 32, in bf16 and int4: captured, its time against the bytes; then
-kernel by kernel), ``prefill`` (a chunk of the 70B shape), each with what is fused and without; ``products`` (against
-cuBLAS); ``tune-product``, ``tune-row`` (what the constants in llama/fused/launch.py and wsm/formats/row_kernel.py come
-from). Some 20 s each, the tuning some minutes; 16 GiB of GPU memory.
+kernel by kernel; norm and head), ``prefill`` (a chunk of the 70B shape), each with what is fused and without. Some 20 s
+each; 16 GiB of GPU memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -27,20 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama.batch import decode_batch, prefill_batch
 from llama.config import PRESETS, ModelConfig
-from llama.fused import launch, ops
+from llama.fused import ops
 from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.names import QKV
 from tests.gpu.decode_rates import GPU, milliseconds, weights
-from wsm.formats import row_kernel
-from wsm.formats.integer import Integer
 from wsm.formats.registry import get
 from wsm.layout.groups import Encoded, GroupId, Stored, pass_order
 
 LAYERS, PROMPT, CHUNK = 8, 160, 2048
-SMALL = {"wqkv": (6144, 4096), "wo": (4096, 4096), "w1": (14336, 4096), "w2": (4096, 14336), "head": (128256, 4096)}
-"""Of Llama-3.1-8B; a layer has w1 and w3."""
 
 
 class Resident:
@@ -83,15 +75,8 @@ def made(shape: tuple[int, ...]) -> Tensor:
     return weights(shape) if len(shape) == 2 else torch.ones(shape, device=GPU, dtype=torch.bfloat16)
 
 
-@contextlib.contextmanager
-def not_fused() -> Iterator[None]:
-    """As it was: torch's own operations, and int4 on the tensor cores at one row, too."""
-    with mock.patch.object(ops, "_launchers", return_value=None), mock.patch.object(row_kernel, "_TYPES", {}):
-        yield
-
-
 def both_ways(work: Callable[[str], None]) -> None:
-    with not_fused():
+    with mock.patch.object(ops, "_launchers", return_value=None):  # torch's own operations
         work("before")
     work("fused ")
 
@@ -192,161 +177,7 @@ def prefill() -> None:
     both_ways(measure)
 
 
-def copies(shape: tuple[int, int]) -> list[Tensor]:
-    """A matrix, as often as it takes to be beyond the cache."""
-    weight = weights(shape)
-    return [weight.clone() for _ in range(-(-(256 << 20) // weight.nbytes))]
-
-
-def product_us(name: str, rows: int, *, ours: bool) -> float:
-    """Microseconds of a product: w1 with w3 and the gate, wo and w2 on top of the residual."""
-    shape = SMALL[name]
-    held = COPIES.setdefault(name, copies(shape))
-    x, h = torch.randn(rows, shape[1], device=GPU).bfloat16(), torch.randn(rows, shape[0], device=GPU).bfloat16()
-    pairs = list(zip(held[::2], held[1::2], strict=False)) if name == "w1" else [(one, one) for one in held]
-
-    def work() -> None:
-        for one, other in pairs:
-            if name == "w1":
-                ops.gated_linear(x, one, other)
-            elif name in ("wo", "w2"):
-                ops.add_linear_(h, x, one)
-            else:
-                ops.linear(x, one)
-
-    with nullcontext() if ours else not_fused():
-        return 1e3 * milliseconds(work, len(pairs))
-
-
-COPIES: dict[str, list[Tensor]] = {}
-
-
-def products() -> None:
-    print(f"us of each product of an 8B layer ({', '.join(SMALL)}): cuBLAS, ours, at 3 TB/s")
-    for rows in (1, 8, 16, 32):
-        for name, shape in SMALL.items():
-            nbytes = 2 * shape[0] * shape[1] * (2 if name == "w1" else 1)
-            theirs, ours = product_us(name, rows, ours=False), product_us(name, rows, ours=True)
-            print(f"  B={rows:2} {name:5} {theirs:7.1f} {ours:7.1f} {nbytes / 3e6:7.1f}", flush=True)
-
-
-TUNINGS = [
-    launch.ProductTuning(*values)
-    for values in (
-        (64, 64, 4, 3, 264, 4), (64, 64, 4, 4, 264, 4), (64, 64, 4, 6, 264, 4), (64, 64, 4, 4, 528, 4),
-        (64, 64, 4, 6, 528, 4), (64, 64, 4, 6, 792, 4), (64, 128, 4, 3, 264, 2), (64, 128, 4, 4, 264, 2),
-        (64, 128, 4, 3, 528, 2), (64, 128, 4, 4, 528, 2), (64, 256, 4, 3, 264, 1), (64, 256, 4, 3, 528, 1),
-        (32, 64, 4, 4, 528, 4), (32, 128, 4, 4, 528, 2), (32, 128, 2, 4, 528, 2), (32, 256, 4, 3, 528, 1),
-        (16, 256, 4, 4, 528, 1), (16, 256, 2, 4, 1056, 1), (16, 512, 4, 3, 528, 1), (128, 64, 4, 4, 264, 4),
-        (128, 64, 8, 4, 264, 4), (128, 128, 8, 3, 264, 2),
-    )
-]  # fmt: skip
-ROW_TUNINGS = [
-    row_kernel.RowTuning(rows, pieces, warps, stages, programs, 1)
-    for rows, pieces, warps, stages, programs in (
-        *itertools.product((8, 16), (32,), (4,), (1, 3, 5), (528, 1056)),
-        *itertools.product((8, 16, 32), (64,), (8,), (1, 3), (528,)),
-        *itertools.product((4, 8, 16), (32, 64), (2,), (3, 5), (1056,)),
-        *itertools.product((16, 32), (32,), (8,), (3, 5), (528,)),
-    )
-]
-
-
-def compile_product(tuning: launch.ProductTuning) -> None:
-    """Into Triton's cache, of a process of its own."""
-    with mock.patch.object(launch, "PRODUCT", tuning), contextlib.suppress(Exception):
-        for name in SMALL:
-            small_product(name)
-
-
-def small_product(name: str) -> None:
-    x, weight = torch.zeros(1, SMALL[name][1], device=GPU).bfloat16(), torch.zeros(SMALL[name], device=GPU).bfloat16()
-    if name == "w1":
-        launch.gated_linear(x, weight, weight)
-    elif name in ("wo", "w2"):
-        launch.add_linear_(torch.zeros(1, SMALL[name][0], device=GPU).bfloat16(), x, weight)
-    else:
-        launch.linear(x, weight)
-
-
-def compile_row(tuning: row_kernel.RowTuning) -> None:
-    with mock.patch.dict(row_kernel.ROW, {4: tuning, 8: tuning}), contextlib.suppress(Exception):
-        for bits in (4, 8):
-            row_us(bits, measured=False)
-
-
-def row_us(bits: int, *, measured: bool = True) -> list[float]:
-    form, found = Integer.named(f"int{bits}"), []
-    assert form is not None
-    for name in ("wqkv", "wo", "w1", "w2"):
-        shape = SMALL[name]
-        key = name, bits
-        if key not in PLANES:
-            PLANES[key] = form.encode(weights(shape))
-        planes = PLANES[key]
-        nbytes = sum(plane.nbytes for plane in planes.values())
-        count = -(-(256 << 20) // nbytes) if measured else 1
-        all_planes = [{name: plane.clone() for name, plane in planes.items()} for _ in range(count)]
-        x, out = torch.randn(1, shape[1], device=GPU).bfloat16(), torch.empty(1, shape[0], device=GPU).bfloat16()
-
-        def work(all_planes: Sequence[Any] = all_planes, x: Tensor = x, out: Tensor = out, shape: Any = shape) -> None:
-            for one in all_planes:
-                form.linear(x, one, shape, out)
-
-        work()
-        found.append(1e3 * milliseconds(work, count) if measured else 0.0)
-    return found
-
-
-PLANES: dict[tuple[str, int], Any] = {}
-
-
-def compiled(work: Callable[[Any], None], tunings: Sequence[Any]) -> None:
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
-        pool.map(work, tunings, chunksize=1)
-
-
-def tune_product() -> None:
-    compiled(compile_product, TUNINGS)
-    for rows in (1, 32):
-        found = []
-        for tuning in TUNINGS:
-            with mock.patch.object(launch, "PRODUCT", tuning):
-                try:
-                    each = {name: product_us(name, rows, ours=True) for name in SMALL}
-                except Exception as error:  # too much shared memory, say
-                    print(tuple(tuning), str(error).splitlines()[0][:100])
-                    continue
-            found.append((sum(each.values()), tuple(tuning), " ".join(f"{us:6.1f}" for us in each.values())))
-        print(f"products, B={rows}, us: {', '.join(SMALL)}", *(f"\n  {us:.1f} {t} {e}" for us, t, e in sorted(found)))
-        sys.stdout.flush()
-
-
-def tune_row() -> None:
-    compiled(compile_row, ROW_TUNINGS)
-    for bits in (4, 8):
-        with mock.patch.object(row_kernel, "_TYPES", {}):
-            before = row_us(bits)
-        found = []
-        for tuning in ROW_TUNINGS:
-            with mock.patch.dict(row_kernel.ROW, {bits: tuning}):
-                try:
-                    each = row_us(bits)
-                except Exception as error:
-                    print(tuple(tuning), str(error).splitlines()[0][:100])
-                    continue
-            found.append((sum(each), tuple(tuning), " ".join(f"{us:6.1f}" for us in each)))
-        print(f"int{bits}, one row, us: wqkv, wo, w1, w2; on the tensor cores {[round(us, 1) for us in before]}")
-        print(*(f"  {us:.1f} {t} {e}" for us, t, e in sorted(found)), sep="\n", flush=True)
-
-
 if __name__ == "__main__":
-    PARTS = {
-        "decode": decode,
-        "prefill": prefill,
-        "products": products,
-        "tune-product": tune_product,
-        "tune-row": tune_row,
-    }
-    for part in sys.argv[1:] or ("decode", "prefill"):
+    PARTS = {"decode": decode, "prefill": prefill}
+    for part in sys.argv[1:] or PARTS:
         PARTS[part]()

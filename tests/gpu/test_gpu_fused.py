@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import pytest
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.fused import ops
+from llama.kv.format import kv_format
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here"),
 ]
-SHAPES = [(6144, 4096), (4096, 14336), (576, 1536), (1000, 576)]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -28,49 +29,58 @@ def close(found: Tensor, expected: Tensor, size: Tensor | float) -> bool:
     return bool(((found.double() - expected).abs() <= 0.01 * size + 1e-3).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_of_a_product_does_not_depend_on_the_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight, x = random(*shape, dtype=dtype), random(32, shape[1], dtype=dtype)
-    expected = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
-    for most in (16, 32):
-        together = ops.linear(x[:most], weight)
-        assert close(together, expected[:most], size[:most])
-        assert (together.double() - expected[:most]).norm() <= 0.005 * expected[:most].norm()
-        for first, rows in ((0, most // 2 + 1), (3, most - 4), (most // 2 - 1, most // 2 + 1)):
-            assert torch.equal(ops.linear(x[first : first + rows], weight), together[first : first + rows])
-    assert torch.equal(ops.linear(x[5:6], weight)[0], ops.linear(x[:16], weight)[5])
-
-
-@pytest.mark.parametrize("rows", [1, 8, 32])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gates_residuals_and_heads_are_the_product_and_then_the_rest(shape: tuple[int, int], rows: int) -> None:
-    w1, w3, x = (random(n, shape[1], dtype=torch.bfloat16) / 16 for n in (shape[0], shape[0], rows))
-    one, two = ops.linear(x, w1), ops.linear(x, w3)
-    assert torch.equal(ops.gated_linear(x, w1, w3), ops.gate_(one.clone(), two))
-    h = random(rows, shape[0], dtype=torch.bfloat16)
-    added = h.clone()
-    ops.add_linear_(added, x, w1)
-    assert close(added, h.double() + x.double() @ w1.double().T, 1.0 + h.double().abs())
-    logits = torch.empty(rows, shape[0], device="cuda")
-    ops.head_(logits, x, w1)
-    assert torch.equal(logits, one.float())
+def by_torch() -> AbstractContextManager[object]:
+    return mock.patch.object(ops, "_launchers", return_value=None)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-def test_gating_and_rotating_are_those_of_torch(dtype: torch.dtype) -> None:
-    gate, up = random(33, 14336, dtype=dtype), random(33, 14336, dtype=dtype)
-    assert close(ops.gate_(gate.clone(), up), F.silu(gate.double()) * up.double(), up.double().abs())
-    heads = random(33, 12, 128, dtype=dtype)
-    freqs_cis = torch.polar(torch.ones(33, 1, 64), torch.rand(33, 1, 64) * 9).cuda()
-    turned, expected = heads.clone(), heads.clone()
-    ops.rotate_(turned, 10, freqs_cis)
-    with mock.patch.object(ops, "_launchers", return_value=None):
-        ops.rotate_(expected, 10, freqs_cis)
+@pytest.mark.parametrize("dim", [576, 4096, 8192, 16384])
+def test_a_norm_is_that_of_torch_and_does_not_depend_on_other_rows(dim: int, dtype: torch.dtype) -> None:
+    x, weight = random(33, dim, dtype=dtype), random(dim, dtype=dtype)
+    found, wide = ops.rms_norm(x, weight, 1e-5), x.double()
+    expected = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    assert close(found, expected, expected.abs())
+    for first, rows in ((0, 1), (5, 1), (3, 17)):
+        assert torch.equal(ops.rms_norm(x[first : first + rows], weight, 1e-5), found[first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_gating_gives_the_bits_of_torch(dtype: torch.dtype) -> None:
+    gate, up = random(33, 14336, dtype=dtype) * 4, random(33, 14336, dtype=dtype)
+    gate[0, :4] = torch.tensor([-300.0, -90.0, 90.0, 300.0])
+    with by_torch():
+        expected = ops.gate_(gate.clone(), up)
+    found = gate.clone()
+    assert ops.gate_(found, up) is found
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "dim"), [(8, 2, 128), (9, 3, 64), (4, 4, 96)])
+def test_heads_are_rotated_and_written_as_by_torch(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    n, rotated, form = 3, n_heads + n_kv_heads, kv_format("auto", dtype, dim)
+    heads = random(n, rotated + n_kv_heads, dim, dtype=dtype)
+    freqs_cis = torch.polar(torch.ones(n, 1, dim // 2), torch.rand(n, 1, dim // 2) * 9).cuda()
+    places, positions = torch.arange(n, device="cuda"), torch.tensor([7, 0, 255], device="cuda")
+
+    def rotate_and_write() -> tuple[Tensor, Tensor]:
+        turned, window = heads.clone(), torch.zeros(n, n_kv_heads, 256, 2, dim, dtype=dtype, device="cuda")
+        form.rotate_and_write_(window, places, positions, turned, n_heads, freqs_cis)
+        return turned, window
+
+    turned, window = rotate_and_write()
+    with by_torch():
+        expected, written = rotate_and_write()
+    alone = heads.clone()
+    ops.rotate_(alone, rotated, freqs_cis)
+    assert torch.equal(alone, turned)
     assert close(turned, expected.double(), 1.0 + expected.double().abs())
-    assert torch.equal(turned[:, 10:], heads[:, 10:])
-    assert not torch.equal(turned[:, 9], heads[:, 9])
+    assert torch.equal(turned[:, rotated:], heads[:, rotated:])
+    assert not torch.equal(turned[:, rotated - 1], heads[:, rotated - 1])
+    assert close(window, written.double(), 1.0 + written.double().abs())
+    assert torch.equal(window[places, :, positions].transpose(1, 2).flatten(1, 2), turned[:, n_heads:])
+    window[places, :, positions] = 0
+    assert not window.any()
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "dim"), [(32, 8, 128), (64, 8, 128), (9, 3, 64), (4, 4, 96)])
@@ -100,15 +110,16 @@ def test_attention_of_a_row_depends_neither_on_others_nor_on_hidden_keys(
 
 
 def test_fused_kernels_replay_their_bits_from_a_graph() -> None:
-    w, x, h = (random(n, 4096, dtype=torch.bfloat16) / 16 for n in (4096, 4, 4))
-    q, window = random(4, 32, 128, dtype=torch.bfloat16), random(4, 8, 1024, 2, 128, dtype=torch.bfloat16)
+    x, up, weight = (random(n, 4096, dtype=torch.bfloat16) for n in (4, 4, 1))
+    heads, window = random(4, 32, 128, dtype=torch.bfloat16), random(4, 8, 1024, 2, 128, dtype=torch.bfloat16)
+    freqs_cis = torch.polar(torch.ones(4, 1, 64), torch.rand(4, 1, 64)).cuda()
     mask = torch.zeros(4, 1, 1, 1024, device="cuda").bfloat16()
 
     def work() -> Tensor:
-        out = h.clone()
-        ops.add_linear_(out, ops.gated_linear(x, w, w), w)
-        ops.add_linear_(out, ops.attend_rows(q, *window.unbind(3), mask), w)
-        return out
+        q = heads.clone()
+        ops.rotate_(q, 32, freqs_cis)
+        out = ops.attend_rows(q, *window.unbind(3), mask)
+        return ops.gate_(ops.rms_norm(x + out, weight[0], 1e-5), up)
 
     expected = work()
     graph = torch.cuda.CUDAGraph()

@@ -124,7 +124,10 @@ class Ceilings(Part, frozen=True, kw_only=True):
     """best rates of this machine, measured in the run's own memory; what the mode does not use is left out"""
 
     hbm: Annotated[Later[Rate], says("reading the device's memory")] = UNSET
-    matmul: Annotated[Later[Rate], says("matrix products on the device")] = UNSET
+    matmul: Annotated[Later[Rate], says("matrix products on the device; on a GPU back to back for seconds")] = UNSET
+    matmul_burst: Annotated[
+        Later[Rate], says("a few of them from rest: floors count the first half second of arithmetic at this rate")
+    ] = UNSET
     h2d: Annotated[Later[Rate], says("copies from CPU to GPU memory")] = UNSET
     d2h: Annotated[Later[Rate], says("copies from GPU to CPU memory")] = UNSET
     h2d_d2h: Annotated[Later[Rate], says("copies both ways at once, their sum")] = UNSET

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
 from llama.fused import kernels
+from wsm.formats.product_kernels import COUNTERS, arrivals_on
 
 GATE_TILE, HEADS_AT_ONCE = 2048, 8
 LONGEST_NORM = 1 << 16
 """Values of a row: a program holds all of them."""
 KEYS, MOST_SPLITS = 64, 64
 """Of decode attention: keys that are read at once, and splits that one program joins."""
-COUNTERS = 1 << 16
 _HALVES = (torch.bfloat16, torch.float16)
 _LIBRARY = isinstance(kernels.gate_kernel, triton.JITFunction)  # not where Triton interprets
-
-
-@cache
-def arrivals(device: torch.device) -> Tensor:
-    """int32 ``[COUNTERS]``, 0 between launches, which are all of the one compute stream: how many splits have come.
-
-    To be made before any capture: what is made inside of one belongs to its graph.
-    """
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
@@ -101,7 +91,7 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     left = (n * kv_heads * splits * shared * (cols + 2)) if splits > 1 else 0
     parts, facts = q.new_empty(left, dtype=torch.float32).split((left // (cols + 2) * cols, left // (cols + 2) * 2))
     kernels.attention_kernel[(n * kv_heads, splits)](
-        q, keys, values, mask, out, parts, facts, arrivals(q.device),
+        q, keys, values, mask, out, parts, facts, arrivals_on(q.device),
         1 / math.sqrt(dim), tokens, kv_heads, q.stride(0), *keys.stride()[:3], mask.stride(0), splits,
         SHARED=shared, REP=n_heads // kv_heads, DIM=dim, COLS=cols, BLOCK=KEYS, WIDTH=width, SPLIT=splits > 1,
         num_warps=4,

@@ -16,18 +16,17 @@ from wsm.formats.backend import loaded_kernels
 
 
 @cache
-def _launchers(device: torch.device) -> ModuleType | None:
+def _launchers() -> ModuleType | None:
     if loaded_kernels() is None:
         return None
     from llama.fused import launch
 
-    launch.arrivals(device)  # now, before any capture
     return launch
 
 
 def launchers_for(x: Tensor) -> ModuleType | None:
     """What launches the Triton kernels, where they work on the device of ``x``; else None."""
-    return _launchers(x.device) if x.is_cuda else None
+    return _launchers() if x.is_cuda else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

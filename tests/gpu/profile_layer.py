@@ -82,7 +82,7 @@ def both_ways(work: Callable[[str], None]) -> None:
 
 
 def kernels_of(work: Callable[[], object], layers: int, most: int = 14) -> None:
-    """The kernels of one layer: how many, microseconds in all, name."""
+    """The kernels of one of the ``layers``: how many, microseconds in all, name."""
     work()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -90,7 +90,7 @@ def kernels_of(work: Callable[[], object], layers: int, most: int = 14) -> None:
         torch.cuda.synchronize()
     events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
     total, count = sum(e.self_device_time_total for e in events), sum(e.count for e in events)
-    print(f"    a layer: {count / layers:.1f} kernels, {total / layers:.1f} us in them")
+    print(f"    each: {count / layers:.1f} kernels, {total / layers:.1f} us in them")
     for event in sorted(events, key=lambda event: -event.self_device_time_total)[:most]:
         print(f"    {event.count / layers:6.2f} {event.self_device_time_total / layers:8.2f} us  {event.key[:100]}")
     sys.stdout.flush()
@@ -150,6 +150,7 @@ def head(hbm: float) -> None:
         def measure(which: str, h: Tensor = h, rows: int = rows, floor: float = floor) -> None:
             ms = milliseconds(lambda: model._head(h, CHUNK))
             print(f"  head B={rows:2} {which}: {ms * 1e3:.1f} us, {ms / floor:.3f} x its bytes", flush=True)
+            kernels_of(lambda: model._head(h, CHUNK), 1)
 
         both_ways(measure)
 

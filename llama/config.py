@@ -47,6 +47,10 @@ class ModelConfig:
             raise UnusableInput(f"{self.name}: {self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:
             raise UnusableInput(f"{self.name}: head_dim must be even for RoPE, not {self.head_dim}")
+        if self.rope_scaling is not None and len(self.rope_scaling.factors) not in (0, self.head_dim // 2):
+            raise UnusableInput(
+                f"{self.name}: {len(self.rope_scaling.factors)} factors of RoPE for {self.head_dim // 2} frequencies"
+            )
         for field in ("norm_eps", "rope_theta"):
             number(getattr(self, field), f"{self.name}: {field}")
 
@@ -126,8 +130,11 @@ class ModelConfig:
         return dataclasses.replace(self, **{field: count // ranks for field, count in counts.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for a manifest."""
-        return dataclasses.asdict(self)
+        """All fields, for a manifest; ``factors`` of RoPE only where there are any, as older versions have it."""
+        fields = dataclasses.asdict(self)
+        if self.rope_scaling is not None and not self.rope_scaling.factors:
+            del fields["rope_scaling"]["factors"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
@@ -138,7 +145,11 @@ class ModelConfig:
             return cls(**fields)
         if not isinstance(scaling, Mapping):
             raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r}")
+        scaling = {"factors": (), **scaling}
         _same_fields(RopeScaling, scaling)
+        if not isinstance(scaling["factors"], list | tuple):
+            raise UnusableInput(f"a model description has factors of RoPE that are no list: {scaling['factors']!r:.60}")
+        scaling["factors"] = tuple(scaling["factors"])
         return cls(**{**fields, "rope_scaling": RopeScaling(**scaling)})
 
 
@@ -174,16 +185,11 @@ def _refuse_hf(fields: Fields) -> None:
         )
     if not architectures and not model_type:
         raise UnusableInput(f"{fields.file} names neither architectures nor model_type: it is no model's config.json")
-    for field in ("quantization_config", "compression_config", "quantization"):
-        if found := config.get(field):
-            method, bits = (
-                (found.get(key) for key in ("quant_method", "bits")) if isinstance(found, dict) else (None,) * 2
-            )
-            how = f" ({method}{f', {bits} bits' if bits else ''})" if method else ""
-            raise UnusableInput(
-                f"{fields.file} sets {field}: a quantised model{how}, which does not run here; take the same model in "
-                "bfloat16 or float16 weights"
-            )
+    if config.get("quantization"):
+        raise UnusableInput(
+            f"{fields.file} sets quantization: a model quantised for MLX, which does not run here; take the same model "
+            "in bfloat16 or float16 weights, or quantised by AWQ, GPTQ, compressed-tensors or fp8"
+        )
     features = "attention_bias mlp_bias sliding_window"
     experts = "num_local_experts num_experts n_routed_experts"
     for field in (*features.split(), *experts.split()):

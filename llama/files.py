@@ -29,13 +29,3 @@ def refuse_pointer(path: Path) -> None:
         raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
     if is_pointer:
         raise UnusableInput(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that directory")
-
-
-def refuse_gguf(where: Path) -> None:
-    """Refuse (UnusableInput), by name, a file for llama.cpp, or a directory that holds one."""
-    found = [where] if where.suffix == ".gguf" and where.is_file() else sorted(where.glob("*.gguf"))
-    if found:
-        raise UnusableInput(
-            f"--checkpoints {where}: {found[0].name} is a GGUF file, made for llama.cpp, which is not read here; take "
-            "the model's Hugging Face or Meta release, a directory with .safetensors or .pth files"
-        )

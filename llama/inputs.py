@@ -27,8 +27,8 @@ from wsm.disk.blockdev import is_block_device
 from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
 from wsm.formats import registry
-from wsm.formats.format import WeightFormat
 from wsm.formats.gguf_blocks import NOT_ENCODED
+from wsm.formats.mix import Formats, Mix, formats_named
 from wsm.layout.groups import GroupId, GroupLayout
 from wsm.layout.model import WHOLE, Shard
 from wsm.option import options_of
@@ -38,9 +38,10 @@ from wsm.plan.levers import choose_settings
 from wsm.plan.plan import Plan, make_plan
 from wsm.settings import Settings
 from wsm.store import manifest
+from wsm.store.cuts import check_cuts
 from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
-from wsm.store.layout import FORMATTED, check_cuts, planned_layouts
+from wsm.store.layout import FORMATTED, planned_layouts
 from wsm.store.match import Asked, check_suits
 
 _ALIKE = ("prefill_chunk_tokens", "micro_batch", "kv_dtype", "kv_device", "auto")
@@ -64,7 +65,7 @@ class Inputs:
     kv_format: KVFormat
     cache_dir: Path
     description: StoreDescription | None
-    weight_format: WeightFormat | None = None
+    weight_format: Formats | None = None
 
     @property
     def format_name(self) -> str:
@@ -86,9 +87,9 @@ class Inputs:
         if self.description is not None:
             return {group: stored.layout for group, stored in self.description.groups.items()}
         shapes = planned_layouts(self.share.config, self.dtype, self.weight_format, most=False)
-        if self.weight_format is None or not self.synthetic:
-            return shapes
         weight_format = self.weight_format
+        if weight_format is None or isinstance(weight_format, Mix) or not self.synthetic:
+            return shapes
         own = {
             g: lay if g is None else coming_layout(self.share, g, self.dtype, weight_format)
             for g, lay in shapes.items()
@@ -105,7 +106,7 @@ class Inputs:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's; UnusableInput if the checkpoint has none, or one that does not fit its vocabulary."""
-        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config)
+        return load_tokenizer(self.checkpoint.directory, self.checkpoint.config, self.checkpoint.vocabulary)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -191,9 +192,10 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     checkpoint = _choose_checkpoint(options)
     share = checkpoint.share(world.shard)
     asked = "plain" if options.weight_format in PLAIN_FORMATS else options.weight_format
-    weight_format = registry.get(asked) if asked in registry.ALL else None
+    native = _native(checkpoint, options.weight_format)
+    weight_format = native or (registry.get(asked) if asked in registry.ALL else None)
     wanted = DTYPES.get(PLAIN_FORMATS.get(options.weight_format, options.dtype or "auto"))
-    if weight_format is not None and weight_format.exact:
+    if asked == "exact":
         wanted = torch.bfloat16
     description = None
     if options.manifest is not None and (options.mode != "full" or weight_format or _in_format(options.manifest)):
@@ -202,8 +204,9 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
         )
         named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
         flags = " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
-        check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked), flags)
-        weight_format = registry.get(description.weight_format) if description.weight_format else None
+        brought = native.name if native is not None else None
+        check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked, brought), flags)
+        weight_format = native or _formats_of(description)
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype
     if weight_format is not None and description is None:
         _check_format(checkpoint, weight_format, dtype, world)
@@ -216,11 +219,34 @@ def open_inputs(options: BuildOptions, world: World = ALONE) -> Inputs:
     return inputs
 
 
-def _check_format(checkpoint: Checkpoint, weight_format: WeightFormat, dtype: torch.dtype, world: World) -> None:
+def _native(checkpoint: Checkpoint, asked: str) -> Mix | None:
+    """The formats that a checkpoint brings; UnusableInput where another one is asked for."""
+    native = checkpoint.formats
+    if native is not None and asked not in ("auto", native.name):
+        raise UnusableInput(
+            f"--weight-format {asked}: {checkpoint.config.name} is quantised already, in {native.name}, and runs as it "
+            "is: leave the flag out (--dtype says what is computed in), or take the unquantised checkpoint"
+        )
+    return native
+
+
+def _formats_of(description: StoreDescription) -> Formats | None:
+    """How the matrices of a store lie there, without the checkpoint's word."""
+    if description.weight_format is None:
+        return None
+    found = formats_named(description.weight_format)
+    if len(found) == 1 and description.weight_format not in registry.BLOCK_TYPES:  # those are a checkpoint's own
+        return found[description.weight_format]
+    full_name = description.config.full_name
+    tensors = ((full_name(group, t.name), t) for group, s in description.groups.items() for t in s.layout.encoded)
+    return Mix({name: tensor.format for name, tensor in tensors if tensor.format is not None})
+
+
+def _check_format(checkpoint: Checkpoint, weight_format: Formats, dtype: torch.dtype, world: World) -> None:
     """UnusableInput for GGUF's blocks where weights would be put into them, or where ranks' shares do not fill them."""
-    if weight_format.name in registry.BLOCK_TYPES and checkpoint.directory is not None:
+    if weight_format.name in registry.BLOCK_TYPES and checkpoint.directory is not None and checkpoint.formats is None:
         raise UnusableInput(f"--weight-format {weight_format.name}: {NOT_ENCODED.format(weight_format.name)}")
-    check_cuts(checkpoint.config, dtype, world.shard.size, lambda group, name: weight_format)
+    check_cuts(checkpoint.config, dtype, world.shard.size, weight_format)
 
 
 def _facts(options: BuildOptions, inputs: Inputs) -> dict[str, str]:
@@ -275,7 +301,9 @@ def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: H
 
 def plans_by_format(options: BuildOptions, inputs: Inputs, plan: Plan) -> dict[str, Plan]:
     """The same run in every weight format, by name, ``plan`` among them; with ``--auto`` each with its own choice."""
-    plans = {}
+    plans = dict[str, Plan]()
+    if inputs.checkpoint.formats is not None:  # what is quantised already comes in no other format
+        return {inputs.format_name: plan}
     for name in (DTYPE_FORMATS[inputs.dtype], *registry.NAMES):
         weight_format = registry.get(name) if name in registry.NAMES else None
         if weight_format is not None and weight_format.exact and inputs.dtype != torch.bfloat16:

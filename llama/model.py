@@ -31,6 +31,8 @@ def scaled_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     ``llama3``: wavelengths beyond ``original / low_freq_factor`` are divided by ``factor``, those below
     ``original / high_freq_factor`` are kept, and between them the two are blended (Llama 3.1's model card and code).
     """
+    if scaling.kind == "factors":
+        return freqs / torch.tensor(scaling.factors)
     if scaling.kind == "linear":
         return freqs / scaling.factor
     wavelength, low = 2 * math.pi / freqs, scaling.low_freq_factor

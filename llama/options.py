@@ -28,7 +28,7 @@ class BuildOptions(Settings):
     """Which model, from where, onto what, and how it is paged."""
 
     checkpoints: Path | None = _model(
-        None, PATH, "Meta or Hugging Face directory", metavar="DIR", shown="built-in model"
+        None, PATH, "Meta or Hugging Face directory, or a GGUF file", metavar="PATH", shown="built-in model"
     )
     synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
     dtype: str | None = _model(

@@ -17,7 +17,8 @@ from wsm.errors import UnusableInput
 class RopeScaling:
     """How rotary frequencies are stretched beyond the original context.
 
-    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones only (Llama 3.1).
+    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones only (Llama 3.1); ``factors``
+    divides each by its own, as GGUF's ``rope_freqs.weight`` has them.
     """
 
     kind: str
@@ -25,12 +26,14 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
+        if self.kind not in ("linear", "llama3", "factors"):
             raise UnusableInput(f"RoPE scaling of type {self.kind!r} does not run here; linear and llama3 do")
         factors = (self.factor, self.low_freq_factor, self.high_freq_factor)
-        if not all(map(is_positive, (*factors, self.original_max_position))) or factors[2] < factors[1]:
+        positive = all(map(is_positive, (*factors, self.original_max_position, *self.factors)))
+        if not positive or factors[2] < factors[1] or bool(self.factors) != (self.kind == "factors"):
             raise UnusableInput(f"RoPE scaling with impossible factors: {self}")
 
 

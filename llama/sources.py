@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from llama.inputs import Inputs, plan_run
 from llama.loading import Reporter
 from llama.options import BuildOptions
+from wsm.formats.mix import Mix
 from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
@@ -30,10 +31,12 @@ def find_store(
 ) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
-    Synthetic weights need one only where a pass reads the SSD. Raises DoesNotFit before it packs what would not fit in
-    memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if it cannot pack.
+    Synthetic weights, and a checkpoint's own formats, need one only where a pass reads the SSD. Raises DoesNotFit
+    before it packs what would not fit in memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if
+    it cannot pack.
     """
-    if inputs.description is None and inputs.weight_format is not None:
+    weight_format = inputs.weight_format
+    if inputs.description is None and weight_format is not None and not isinstance(weight_format, Mix):
         plan = plan_run(options, inputs, shape)
         if not inputs.synthetic or "SSD" in plan.way:
             check_fits(plan, ceilings)
@@ -64,7 +67,6 @@ def open_source(inputs: Inputs, plan: Plan, reporter: Reporter, *, packed: bool 
             inputs.share,
             inputs.dtype,
             threads=LOADING_THREADS,
-            weight_format=inputs.weight_format,
             layouts=inputs.layouts,
         )
     if inputs.description is None:

@@ -6,17 +6,21 @@ import base64
 import binascii
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import tiktoken
 
 from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
+from llama.splits import LLAMA3_SPLIT
 from wsm.disk.files import read_file
 from wsm.errors import UnusableInput
+
+if TYPE_CHECKING:
+    from llama.checkpoint.gguf_vocabulary import Vocabulary
 
 
 class Tokenizer(Protocol):
@@ -65,15 +69,18 @@ def keep_last(tokenizer: Tokenizer, prompt: Sequence[int], most: int) -> list[in
     return [*prompt[:before], *prompt[end - (most - before - after) : end], *prompt[end:]]
 
 
-def load_tokenizer(directory: Path | None, config: ModelConfig) -> Tokenizer:
+def load_tokenizer(directory: Path | None, config: ModelConfig, vocabulary: Vocabulary | None = None) -> Tokenizer:
     """The tokenizer beside a checkpoint; without a directory (synthetic weights) the byte tokenizer.
 
-    UnusableInput if there is none that can be read, or it does not fit ``config.vocab_size``.
+    ``vocabulary``, in the weights' own file, counts before what is beside it, but for tokenizer.json. UnusableInput if
+    there is none that can be read, or it does not fit ``config.vocab_size``.
     """
     if directory is None:
         return ByteTokenizer(config)
     if (directory / "tokenizer.json").exists():
         return HFTokenizer(directory, config)
+    if vocabulary is not None:
+        return GGUFTokenizer(vocabulary, config)
     if (directory / "tokenizer.model").exists():
         return Llama3Tokenizer(directory / "tokenizer.model", config)
     if _json_if_any(directory / "tokenizer_config.json").get("tokenizer_class") == "ByteTokenizer":
@@ -107,11 +114,6 @@ SPECIAL_TOKENS = 256
 _BEGIN = "<|begin_of_text|>"
 _STOPS = (1, 8, 9)
 """Places of end_of_text, eom_id and eot_id among the special tokens; begin_of_text is the first."""
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Where Llama 3 cuts a text before merging bytes (meta-llama/llama3, tokenizer.py)."""
 
 
 class Llama3Tokenizer:
@@ -130,7 +132,7 @@ class Llama3Tokenizer:
         self.vocab_size = len(ranks) + SPECIAL_TOKENS
         if self.vocab_size != config.vocab_size:
             raise _wrong_size(path, self.vocab_size, config)
-        self._encoding = tiktoken.Encoding(path.name, pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
         self._plain_ids = len(ranks)
         self.prefix: tuple[int, ...] = (len(ranks),)
         self.stop_ids = frozenset(len(ranks) + place for place in _STOPS)
@@ -188,8 +190,15 @@ class HFTokenizer:
     """
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
-        self._path = path = directory / "tokenizer.json"
-        self._tokenizer, self._embedded = _open_hf(path), config.vocab_size
+        self._take(directory / "tokenizer.json", _open_hf, config)
+        self.stop_ids = frozenset(stop_ids_named(directory, config) or self._named_stop(directory))
+
+    def _take(self, path: Path, read: Callable[[Path], Any], config: ModelConfig) -> None:
+        try:
+            import tokenizers  # noqa: F401
+        except ImportError as error:
+            raise UnusableInput(f"{path} needs the tokenizers package: pip install tokenizers") from error
+        self._path, self._tokenizer, self._embedded = path, read(path), config.vocab_size
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Embeddings are often padded, to a multiple of 64 or so, and now and then a token was added that has no place
         # in them; a gap beyond that is another model's tokenizer.
@@ -198,7 +207,6 @@ class HFTokenizer:
             raise _wrong_size(path, self.vocab_size, config)
         self.prefix, self.suffix = self._special_around()
         self.warnings: tuple[str, ...] = (_tokens_beyond(path, beyond, config),) if beyond > 0 else ()
-        self.stop_ids = frozenset(stop_ids_named(directory, config) or self._named_stop(directory))
 
     def _special_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the post-processor puts before and after a text."""
@@ -241,6 +249,19 @@ class HFTokenizer:
         return text
 
 
+class GGUFTokenizer(HFTokenizer):
+    """The vocabulary of a GGUF file; stop ids are those that it names."""
+
+    def __init__(self, vocabulary: Vocabulary, config: ModelConfig) -> None:
+        self._take(vocabulary.path, lambda path: _built(vocabulary), config)
+        self.stop_ids = vocabulary.stop_ids
+
+
+def _built(vocabulary: Vocabulary) -> Any:
+    with _explained(f"{vocabulary.path}: its vocabulary contradicts itself", AGAIN):
+        return vocabulary.tokenizer()
+
+
 MOST_BEYOND = 256
 """Tokens that a tokenizer may have beyond the embedding, in a small vocabulary; in a large one 5 %."""
 
@@ -275,10 +296,8 @@ def _explained(what: str, mend: str = "change the text, or take the model's orig
 
 
 def _open_hf(path: Path) -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UnusableInput(f"{path} needs the tokenizers package: pip install tokenizers") from error
+    import tokenizers
+
     refuse_pointer(path)
     content = read_file(path)
     with _explained(f"{path} is damaged, or newer than the tokenizers package", AGAIN):

@@ -35,7 +35,7 @@ from wsm.plan.hardware import Hardware
 from wsm.plan.levers import auto_flags
 from wsm.plan.machines import Machine, hardware_elsewhere, machine_named, rates_elsewhere
 from wsm.plan.plan import Plan
-from wsm.plan.time import Ceiling
+from wsm.plan.time import KV_DEVICE, Ceiling
 from wsm.settings import Settings, unknown_variables
 from wsm.store.layout import plan_store
 from wsm.store.match import compare_heads
@@ -84,8 +84,9 @@ def _rates(options: PlanOptions, inputs: Inputs, machine: Machine | None, plan: 
     """Given, of the named machine, or measured here; of a GPU that is not here only the drive's was."""
     here = recall_near(options, inputs)
     if plan.inputs.hardware.has_gpu and inputs.device.type == "cpu":
-        here = {name: ceiling for name, ceiling in here.items() if name == "ssd"}
+        here = {name: ceiling for name, ceiling in here.items() if name in ("ssd", *KV_DEVICE)}
     given = {"h2d": options.link_gbps, "ssd": options.ssd_gbps, "hbm": options.hbm_gbps}
+    given |= dict.fromkeys(KV_DEVICE, options.kv_gbps)
     rates = rates_elsewhere(here, machine, given, options.matmul_tflops)
     if machine is not None and inputs.dtype.itemsize > 2 and options.matmul_tflops is None:
         rates.pop("matmul")  # the table's is of bf16
@@ -104,6 +105,8 @@ def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, C
         )
     elif "SSD" in plan.way and "ssd" not in ceilings:
         yield "nothing is known of the drive, which this plan reads: give --ssd-gbps"
+    if ceilings and plan.kv.disk and "kv_read" not in ceilings:
+        yield "nothing is known of --kv-device, which this plan reads: give --kv-gbps"
 
 
 def _rate(name: str, ceiling: Ceiling) -> str:

@@ -119,16 +119,17 @@ def _run_prompts(options: PromptsOptions) -> int:
 
 
 def _tokenizer_of(directory: Path | None) -> Tokenizer:
-    """The tokenizer in a checkpoint's directory, for which its small files do; bytes, as of the built-in model."""
+    """The tokenizer of a checkpoint, for which a directory's small files do; bytes, as of the built-in model."""
     if directory is None:
         return ByteTokenizer(PRESETS["Llama-3.2-1B"])
-    name = directory.resolve().name
-    if (directory / "config.json").exists():
+    name, in_gguf = directory.resolve().name, any(directory.glob("*.gguf"))
+    if (directory / "config.json").exists() and not in_gguf:
         return load_tokenizer(directory, ModelConfig.from_hf(read_json(directory / "config.json"), name))
-    if (directory / "params.json").exists():
+    if (directory / "params.json").exists() and not in_gguf:
         params = read_json(directory / "params.json")
         if params.get("vocab_size", -1) != -1:
             return load_tokenizer(directory, ModelConfig.from_meta(params, name))
     from llama.checkpoint import open_checkpoint  # needs torch: the size is that of the embedding
 
-    return load_tokenizer(directory, open_checkpoint(directory).config)
+    checkpoint = open_checkpoint(directory)
+    return load_tokenizer(checkpoint.directory, checkpoint.config, checkpoint.vocabulary)

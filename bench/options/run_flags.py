@@ -90,6 +90,9 @@ class PlanOptions(RunOptions):
     )
     link_gbps: float | None = _elsewhere(None, _RATE, "CPU to GPU, in 10^9 bytes/s", shown="as measured here")
     ssd_gbps: float | None = _elsewhere(None, _RATE, "the drive, in 10^9 bytes/s", shown="as measured here")
+    kv_gbps: float | None = _elsewhere(
+        None, _RATE, "--kv-device, read or written, in 10^9 bytes/s", shown="as measured here"
+    )
     hbm_gbps: float | None = _elsewhere(None, _RATE, "the GPU's memory, in 10^9 bytes/s", shown="as measured here")
     matmul_tflops: float | None = _elsewhere(
         None, _RATE, "dense matrix products, in 10^12 operations/s", shown="as measured here"

@@ -29,10 +29,21 @@ class Residency(Part, frozen=True, kw_only=True):
     complete_at_start: Annotated[bool, says("whether every resident was in its tier when the clock started")]
 
 
+class MatricesInFormat(Part, frozen=True, kw_only=True):
+    """the layers' matrices that lie in one format"""
+
+    weight_format: Annotated[str, says("the weight format, or the dtype where they are plain")]
+    matrices: Annotated[Count, says("how many there are")]
+    rest_bytes: Annotated[Count, says("bytes of them at rest")]
+
+
 class Weights(Part, frozen=True, kw_only=True):
     """how the layers' weights lie on every tier"""
 
-    weight_format: Annotated[str, says("the weight format, or the dtype where they are plain (docs/FORMATS.md)")]
+    weight_format: Annotated[
+        str, says("the weight format, or the dtype where they are plain (docs/FORMATS.md); of a mix a+b")
+    ]
+    by_format: Later[Annotated[list[MatricesInFormat], says("each format that matrices lie in")]] = UNSET
     exact: Annotated[bool, says("whether they are the checkpoint's, converted to the dtype, bit for bit")]
     rest_bytes: Annotated[Count, says("bytes of all layers at rest")]
     decoded_bytes: Annotated[Count, says("bytes of the same in the dtype that is computed in")]
@@ -49,6 +60,7 @@ class BytesPerPass(Part, frozen=True, kw_only=True):
     weight_h2d: Annotated[Count, says("bytes of weights to the GPU")]
     hbm_read: Annotated[Count, says("bytes of weights read from the device's memory")]
     kv_h2d: Annotated[Count, says("bytes of KV to the GPU, of a decode pass half-way")] = 0
+    kv_read: Annotated[Later[Count], says("bytes of KV from --kv-device, of a decode pass half-way")] = UNSET
 
 
 class Planned(Part, frozen=True, kw_only=True):

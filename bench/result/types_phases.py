@@ -134,6 +134,8 @@ class Ceilings(Part, frozen=True, kw_only=True):
     weight_decode: Annotated[Later[Rate], says("decoding weights, in bytes of what it makes")] = UNSET
     ssd: Annotated[Later[Rate], says("SSD reads as the run makes them")] = UNSET
     h2d_with_ssd: Annotated[Later[Rate], says("copies from CPU to GPU memory while the SSD is read")] = UNSET
+    kv_read: Annotated[Later[Rate], says("reads of --kv-device as the run makes them")] = UNSET
+    kv_write: Annotated[Later[Rate], says("writes to --kv-device as the run makes them")] = UNSET
 
 
 # -- several ranks

@@ -22,12 +22,27 @@ from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.engine.probe import probe_link, probe_ssd
 from wsm.engine.probe_compute import probe_compute
-from wsm.engine.probe_decoding import probe_decoding
+from wsm.engine.probe_decoding import Part, probe_decoding
+from wsm.formats import registry
+from wsm.formats.mix import Mix
+from wsm.kv.probe import probe_kv_device
 from wsm.layout.groups import GroupId
-from wsm.plan.time import Ceiling
+from wsm.plan.plan import Plan
+from wsm.plan.time import KV_DEVICE, Ceiling
 from wsm.store.packed_store import PackedStore
 
 MOST_BUFFERS = 9
+
+
+def _parts(plan: Plan) -> list[Part]:
+    """The formats of a mix as the model has them: of the first matrix in each, its columns, and the part of all."""
+    columns, decoded = dict[str, int](), dict[str, int]()
+    for layout in plan.inputs.layouts.values():
+        for tensor in layout.encoded:
+            name = str(tensor.format)
+            columns.setdefault(name, tensor.shape[1])
+            decoded[name] = decoded.get(name, 0) + tensor.decoded_bytes
+    return [(registry.get(name), columns[name], made / sum(decoded.values())) for name, made in decoded.items()]
 
 
 def probe(llm: LLaMA) -> dict[str, Ceiling]:
@@ -38,17 +53,28 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     manager, in_step = llm.manager, llm.inputs.world.barrier
     in_step()
     host, slot = manager.memory.scratch() if manager is not None else (None, None)
+    kv, anyone = llm.kv_tiers, _anyone(llm.inputs.world)
+    if kv is not None and manager is None:
+        host, slot = kv.scratch()
     found = probe_compute(llm.device, llm.inputs.dtype, slot)
     weight_format, scratch = llm.inputs.weight_format, llm.scratch.room
     if weight_format is not None and scratch.nbytes:
-        found |= probe_decoding(llm.device, weight_format, llm.config.dim, llm.inputs.dtype, scratch)
+        parts = [(weight_format, llm.config.dim, 1.0)] if not isinstance(weight_format, Mix) else _parts(llm.plan)
+        found |= probe_decoding(llm.device, parts, llm.inputs.dtype, scratch)
     if llm.inputs.device.type == "cuda":
         # Given back, so it counts neither against the budget nor as the run's peak.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(llm.inputs.device)
-    if manager is None or host is None or slot is None:
+    if host is None or slot is None:
         return found
-    found |= probe_link(llm.device, host, slot, in_step, _anyone(llm.inputs.world))
+    found |= probe_link(llm.device, host, slot, in_step, anyone)
+    if kv is not None and kv.disk is not None:
+        in_step()
+        found |= probe_kv_device(llm.device, kv.disk, host, slot, anyone)
+    if manager is None:
+        for memory in (host, slot):  # of KV: what a mask hides must be finite
+            memory.zero_()
+        return found
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
     if isinstance(source, PackedStore):
@@ -68,7 +94,8 @@ def _anyone(world: World) -> Callable[[bool], bool]:
 class _Place(NamedTuple):
     """Where this run's ceilings are kept: the machine's file, and in it, by key, those of this model, mode, sizes and
     rank, which a run may measure itself against (``exact``), and those of layers of this shape, however many, in any
-    mode and budget, which a plan may predict from (``near``). Each of one drive, graphics card and number of cores.
+    mode and budget, which a plan may predict from (``near``); those of ``--kv-device`` by themselves (``kv``). Each of
+    one drive, graphics card and number of cores.
     """
 
     file: Path
@@ -76,10 +103,12 @@ class _Place(NamedTuple):
     of: str
     exact: str
     near: str
+    kv: str
 
 
 def _place(options: BuildOptions, inputs: Inputs) -> _Place:
     device, folder, shard = inputs.device, inputs.cache_dir, inputs.world.shard
+    kv = Path(options.kv_device) if options.kv_device is not None else None
     store = str(options.raw_device or options.manifest or folder)
     gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
     hardware = [*gpu, len(os.sched_getaffinity(0)), drive_of(Path(store.partition(",")[0]))]
@@ -95,6 +124,7 @@ def _place(options: BuildOptions, inputs: Inputs) -> _Place:
         f"{model['name']} in {inputs.format_name} {options.mode} on {processor} from {store}",
         _digest([*common, sizes, model, *(shard if shard.size > 1 else ())]),
         _digest([*common, "near", {name: value for name, value in model.items() if name not in ("name", "n_layers")}]),
+        _digest(["kv", hardware[:-1], str(kv), kv and drive_of(kv if kv.is_block_device() else kv.absolute().parent)]),
     )
 
 
@@ -108,7 +138,11 @@ def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]
     steady = {name: ceiling for name, ceiling in ceilings.items() if ceiling.steady}
     inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the keys
     place = _place(options, inputs)
-    ceilings_file.remember(place.file, place.machine, place.of, {place.exact: steady, place.near: steady})
+    of_kv = {str(name): steady.pop(name) for name in KV_DEVICE if name in steady}
+    found = {place.exact: steady, place.near: steady}
+    if of_kv:
+        found[place.kv] = of_kv
+    ceilings_file.remember(place.file, place.machine, place.of, found)
 
 
 def recall_for(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
@@ -126,5 +160,7 @@ def recall_near(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
 def _of_an_earlier_run(place: _Place, *keys: str) -> dict[str, Ceiling]:
     probes = ceilings_file.recall(place.file)
     found = next((probes[key].ceilings for key in keys if key in probes and probes[key].ceilings), {})
+    if place.kv in probes:
+        found = found | probes[place.kv].ceilings
     told = {name: dataclasses.replace(c, how=f"{c.how} (of an earlier run)") for name, c in found.items()}
     return {name: ceiling for name, ceiling in told.items() if ceiling.steady}

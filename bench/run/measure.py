@@ -243,6 +243,8 @@ def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float 
         hbm_bytes=stats.hbm_bytes,
         flops=stats.flops,
         decoded_bytes=stats.decoded_bytes,
+        kv_read_bytes=moved["kv_read"],
+        kv_write_bytes=moved["kv_write"],
     )
     parts = parts_ms(work, {name: ceiling.value for name, ceiling in ceilings.items()})
     times = {bound: ms for bound, ms in parts.items() if ms is not None}

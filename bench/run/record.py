@@ -24,6 +24,7 @@ from bench.result.types_machine import (
     Checks,
     KVTier,
     LoadSeconds,
+    MatricesInFormat,
     Memory,
     Planned,
     Residency,
@@ -40,7 +41,7 @@ from wsm.option import options_of
 from wsm.plan.decoding import decoded_layouts
 from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings, environment_echo
-from wsm.store.description import DTYPE_NAMES
+from wsm.store.description import DTYPE_FORMATS, DTYPE_NAMES
 
 
 @dataclasses.dataclass(slots=True)
@@ -154,11 +155,24 @@ def _weights(llm: LLaMA, decode: Phase) -> Weights:
     timed = decoded.ms if isinstance(decoded, DecodedWeights) else None
     return Weights(
         weight_format=llm.inputs.format_name,
+        by_format=_by_format(llm),
         exact=weight_format is None or weight_format.exact,
         rest_bytes=inputs.layers_bytes(range(inputs.config.n_layers)),
         decoded_bytes=sum(layout.nbytes for group, layout in decoded_layouts(inputs).items() if group is not None),
         decode_ms=timed / decode.passes if timed is not None and decode.passes else None,
     )
+
+
+def _by_format(llm: LLaMA) -> list[MatricesInFormat]:
+    found: dict[str, list[int]] = {}
+    for layout in (layout for group, layout in llm.plan.inputs.layouts.items() if group is not None):
+        for tensor in layout.tensors:
+            if len(tensor.shape) == 2:
+                found.setdefault(tensor.format or DTYPE_FORMATS[tensor.dtype], []).append(tensor.nbytes)
+    return [
+        MatricesInFormat(weight_format=name, matrices=len(sizes), rest_bytes=sum(sizes))
+        for name, sizes in sorted(found.items())
+    ]
 
 
 def _residency(llm: LLaMA, chosen: Round) -> Residency:

@@ -128,5 +128,7 @@ def unmeasured(device: torch.device, ceilings: Mapping[str, Ceiling], decode: Ph
         yield "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
     elif "ssd" not in ceilings and decode.bytes_moved.ssd_read:
         yield "the SSD could not be probed in so little CPU memory: floor and roofline are not known"
+    elif not ceilings.keys() >= {"kv_read", "kv_write"} and decode.bytes_moved.kv_read:
+        yield "no ceiling of --kv-device (--no-probe, and none of it in the cache): floor and roofline are not known"
     if device.type != "cuda":
         yield "the compute device is the CPU: GPU figures are null, and roofline_pct is informative only"

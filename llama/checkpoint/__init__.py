@@ -1,4 +1,4 @@
-"""Named tensors of a model, lazily: Meta .pth shards, Hugging Face safetensors, synthetic, the built-in model."""
+"""Named tensors of a model, lazily: Meta .pth shards, Hugging Face safetensors, GGUF, synthetic, the built-in model."""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.builtin import builtin_checkpoint
+from llama.checkpoint.gguf import GGUFCheckpoint, gguf_files
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from llama.config import ModelConfig
-from llama.files import read_json, refuse_gguf
+from llama.files import read_json
 from llama.names import Cut
 from wsm.errors import UnusableInput
 
@@ -27,25 +28,34 @@ __all__ = [
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint there: Meta's if it has params.json and shards, else Hugging Face's; UnusableInput for none."""
+    """The checkpoint there; UnusableInput for none.
+
+    It is a GGUF file, or in a directory Meta's if it has params.json and shards, the one GGUF model that is alone
+    there, or Hugging Face's.
+    """
     if not directory.exists():
         raise UnusableInput(
-            f"--checkpoints {directory}: no such directory; nothing is downloaded here, name one on this machine"
+            f"--checkpoints {directory}: no such directory or file; nothing is downloaded here, name one on this "
+            "machine"
         )
     if not directory.is_dir():
-        refuse_gguf(directory)
+        if directory.suffix == ".gguf":
+            return GGUFCheckpoint(gguf_files(directory))
         raise UnusableInput(
-            f"--checkpoints {directory}: this is no directory; name the one that holds the model's files"
+            f"--checkpoints {directory}: this is no directory, nor a .gguf file; name the directory that holds the "
+            "model's files"
         )
     has_shards = any(directory.glob("consolidated.*.pth"))
     has_config = (directory / "config.json").exists()
     if (directory / "params.json").exists() and (has_shards or not has_config):
         return MetaCheckpoint(directory)
+    in_gguf = [] if has_shards or any(directory.glob("*.safetensors")) else gguf_files(directory)
+    if in_gguf:
+        return GGUFCheckpoint(in_gguf)
     if has_config:
         return HFCheckpoint(directory)
     if has_shards:
         raise UnusableInput(f"--checkpoints {directory}: params.json is missing beside the shards; download it too")
-    refuse_gguf(directory)
     if (directory / "adapter_config.json").exists():
         raise UnusableInput(f"--checkpoints {directory}: a LoRA adapter alone; merge it into its base model first")
     raise UnusableInput(
@@ -56,7 +66,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def has_weights(directory: Path) -> bool:
     """Whether any file in ``directory`` can hold weights that run here."""
-    return any(directory.glob("consolidated.*.pth")) or any(directory.glob("*.safetensors"))
+    return any(any(directory.glob(name)) for name in ("consolidated.*.pth", "*.safetensors", "*.gguf"))
 
 
 class WeightlessCheckpoint(Checkpoint):

@@ -13,11 +13,13 @@ import torch
 import xxhash
 from torch import Tensor
 
+from llama.checkpoint.gguf_vocabulary import Vocabulary
 from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
 from wsm.formats.format import Plane, WeightFormat
-from wsm.layout.groups import Encoded, pass_order
+from wsm.formats.mix import Mix
+from wsm.layout.groups import Encoded, is_encoded, pass_order
 from wsm.layout.model import Shard, SourceFile
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +41,16 @@ class Checkpoint(ABC):
     ) -> None:
         self.config, self.dtype, self.directory = config, dtype, directory
         self._paths = paths
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokenizer in the weights' own files, if there is one; UnusableInput for one that is not read here."""
+        return None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a conversation in the weights' own files, if there is one."""
+        return None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,6 +74,32 @@ class Checkpoint(ABC):
         self.fill(name, row, Cut(0, 0, *row.shape))
         return row[0]
 
+    def native(self, name: str) -> str | None:
+        """The weight format in which the checkpoint has the matrix of that full name; None where it is plain.
+
+        What it names is taken plane by plane from :meth:`fill_planes`, and nothing is encoded.
+        """
+        return None
+
+    def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
+        """Fill ``planes``, those of the part ``cut`` of a matrix that is in its native format; thread-safe.
+
+        No border of ``cut`` is inside a block or group.
+        """
+        raise NotImplementedError(name)
+
+    @cached_property
+    def formats(self) -> Mix | None:
+        """The formats that the checkpoint brings; None where every matrix is plain."""
+        config = self.config
+        names = (
+            config.full_name(group, spec.name)
+            for group in pass_order(config.n_layers)
+            for spec in filter(is_encoded, config.specs(group.kind))
+        )
+        found = {name: format_name for name in names if (format_name := self.native(name)) is not None}
+        return Mix(found) if found else None
+
     def encode(
         self,
         name: str,
@@ -74,6 +112,12 @@ class Checkpoint(ABC):
 
         ``importance``: see :meth:`WeightFormat.encode`; the matrix is encoded on its device.
         """
+        if self.native(name) == weight_format.name:
+            planned = weight_format.planes((shape[0], shape[1]), dtype)
+            assert planned is not None
+            made = {plane.name: torch.empty(plane.shape, dtype=plane.dtype) for plane in planned}
+            self.fill_planes(name, made, weight_format, Cut(0, 0, *shape))
+            return made
         weight = torch.empty(shape, dtype=dtype)
         self.read_into(name, weight)
         try:
@@ -83,6 +127,9 @@ class Checkpoint(ABC):
 
     def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
         """Fill ``out`` with the planes of a matrix, whose sizes are those of :meth:`planes`."""
+        if self.native(name) == weight_format.name:
+            self.fill_planes(name, out.planes, weight_format, Cut(0, 0, *out.shape))
+            return
         planes = self.encode(name, out.shape, out.dtype, weight_format)
         assert planes is not None
         for plane, into in out.planes.items():
@@ -127,12 +174,20 @@ class RankCheckpoint(Checkpoint):
         return self._whole.sources()
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
+        self._whole.fill(name, out, self._in_whole(name, cut))
+
+    def native(self, name: str) -> str | None:
+        return self._whole.native(name)
+
+    def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
+        self._whole.fill_planes(name, planes, weight_format, self._in_whole(name, cut))
+
+    def _in_whole(self, name: str, cut: Cut) -> Cut:
+        """Where in the whole matrix a part of the share's is."""
         rows, columns = self._shapes[name] if len(self._shapes[name]) == 2 else (0, 0)
         if name.endswith(BY_COLUMNS):
-            cut = cut._replace(column=cut.column + self._shard.rank * columns)
-        else:
-            cut = cut._replace(row=cut.row + self._shard.rank * rows)
-        self._whole.fill(name, out, cut)
+            return cut._replace(column=cut.column + self._shard.rank * columns)
+        return cut._replace(row=cut.row + self._shard.rank * rows)
 
     def close(self) -> None:
         self._whole.close()
@@ -206,10 +261,10 @@ def refuse_unknown_tensors(where: Path, names: Iterable[str], known: set[str]) -
 def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
     """Refuse (UnusableInput) quantised weights, biases and LoRA adapters, which are no plain LLaMA's."""
     for name in names:
-        if name.endswith((".qweight", ".qzeros")):
+        if name.endswith((".qweight", ".qzeros", ".weight_packed")):
             raise UnusableInput(
-                f"{path}: tensor {name} belongs to a quantised model (GPTQ or AWQ), which does not run here; take the "
-                "same model in bfloat16 or float16 weights"
+                f"{path}: tensor {name} belongs to a quantised model, but no quantization_config in config.json says "
+                "how; download it again, or take the same model in bfloat16 or float16 weights"
             )
         if name.endswith(".bias") or "lora_" in name:
             raise UnusableInput(

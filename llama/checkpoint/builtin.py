@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, all_tensors
-from llama.checkpoint.hf import SINGLE, HFCheckpoint, hf_name, to_halves
+from llama.checkpoint.hf import HFCheckpoint, hf_name, to_halves
+from llama.checkpoint.hf_files import SINGLE
 from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import ModelConfig
 from wsm.errors import UnusableInput

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json and safetensors, sharded or not."""
+"""Hugging Face directories: config.json and safetensors, sharded or not, in float weights or quantised."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.checkpoint import base
-from llama.checkpoint.base import Checkpoint, Stored, all_tensors, stretch
+from llama.checkpoint.base import FLOATS, Checkpoint, all_tensors, stretch
+from llama.checkpoint.hf_files import TensorFiles
+from llama.checkpoint.hf_matrix import QuantisedMatrix
+from llama.checkpoint.hf_quantised import NOT_USED, quantised_matrix
+from llama.checkpoint.hf_scheme import read_quantisation
 from llama.config import ModelConfig
-from llama.files import AGAIN, read_json, refuse_gguf, refuse_pointer
+from llama.files import read_json
 from llama.names import Cut
 from llama.rope import ambiguous_rope
 from wsm.errors import UnusableInput
+from wsm.formats.format import WeightFormat
 
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -33,8 +37,6 @@ _NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_ROWS = 4096
 
@@ -61,7 +63,7 @@ def to_halves(weight: Tensor, heads: int) -> Tensor:
 
 
 class HFCheckpoint(Checkpoint):
-    """Every file is mapped once; a tensor is copied once, into the place where it is wanted.
+    """A tensor is copied once, into the place where it is wanted; quantised matrices are unpacked there.
 
     UnusableInput for a missing or damaged file, a missing tensor, or a model that does not run here.
     """
@@ -69,27 +71,50 @@ class HFCheckpoint(Checkpoint):
     def __init__(self, directory: Path) -> None:
         fields, name = read_json(directory / "config.json"), directory.resolve().name
         config = ModelConfig.from_hf(fields, name)
-        _refuse_adapted(directory)
-        files = {path: _open_file(path) for path in _weight_files(directory, fields)}
-        where = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
-        self._files = {name: files[path] for name, path in where.items()}
-        self._embedding, found = _EMBEDDING, [ambiguous_rope(fields, f"{name}/config.json")]
-        if config.tied_embeddings and _HEAD in where:
+        _refuse_adapter(directory)
+        self._quantisation, doubtful = read_quantisation(directory, fields)
+        self._files = TensorFiles(directory, fields)
+        self._embedding, found = _EMBEDDING, [ambiguous_rope(fields, f"{name}/config.json"), *doubtful]
+        if config.tied_embeddings and _HEAD in self._files:
             config, warning = self._untie(config, directory)
             found.append(warning)
         self.warnings = tuple(warning for warning in found if warning)
+        self._quantised = self._find_quantised(config)
+        theirs = {name for matrix in self._quantised.values() for name in matrix.names} | self._not_used(config)
+        base.refuse_foreign_tensors(directory, (name for name in self._files if name not in theirs))
         stored = []
         for full_name, shape in all_tensors(config):
-            theirs = self._stored_name(full_name)
-            if theirs not in where:
-                raise UnusableInput(
-                    f"{directory} has no tensor {theirs}: the checkpoint is incomplete or of another model"
-                )
-            stored.append(_describe(self._files[theirs], where[theirs], theirs))
-            base.check_stored(stored[-1], shape, "config.json")
+            if full_name not in self._quantised:
+                stored.append(self._files.describe(self._stored_name(full_name)))
+                base.check_stored(stored[-1], shape, "config.json")
         tied_head = {_HEAD} if config.tied_embeddings else set[str]()
-        base.refuse_unknown_tensors(directory, where, {one.name for one in stored} | tied_head)
-        super().__init__(config, base.weights_dtype(stored), directory, list(files))
+        base.refuse_unknown_tensors(directory, self._files, {one.name for one in stored} | tied_head | theirs)
+        dtype = base.weights_dtype(stored) if self._quantisation is None else _computed_in(fields, name)
+        # What the codes mean, the description says: changed, it is another model.
+        described = [] if self._quantisation is None else [directory / self._quantisation.place]
+        super().__init__(config, dtype, directory, [*self._files.paths, *described])
+
+    def _find_quantised(self, config: ModelConfig) -> dict[str, QuantisedMatrix]:
+        """By full name, the matrices that the files hold in codes."""
+        found = dict[str, QuantisedMatrix]()
+        if self._quantisation is None:
+            return found
+        there = {name.rpartition(".")[0] for name in self._files}
+        for name, shape in all_tensors(config):
+            module = self._stored_name(name).removesuffix(".weight")
+            if len(shape) == 2 and module in there and (scheme := self._quantisation.scheme(module)) is not None:
+                matrix = quantised_matrix(self._files, module, (shape[0], shape[1]), scheme)
+                if matrix is not None:
+                    found[name] = matrix
+        return found
+
+    def _not_used(self, config: ModelConfig) -> set[str]:
+        """Scales of quantised activations and KV, which a model may bring that was made for them."""
+        if self._quantisation is None:
+            return set()
+        modules = {self._stored_name(name).removesuffix(".weight") for name, _ in all_tensors(config)}
+        modules |= {module.rsplit(".", 1)[0] for module in modules if "self_attn" in module}
+        return {f"{module}.{part}" for module in modules for part in NOT_USED}
 
     def _untie(self, config: ModelConfig, directory: Path) -> tuple[ModelConfig, str | None]:
         """The configuration that a stored head asks for although config.json ties it; the warning where it differs.
@@ -101,10 +126,8 @@ class HFCheckpoint(Checkpoint):
             self._embedding = _HEAD
             return config, None
         for name in (_EMBEDDING, _HEAD):
-            base.check_stored(
-                _describe(self._files[name], directory, name), (config.vocab_size, config.dim), "config.json"
-            )
-        embedding, head = (self._files[name].get_slice(name) for name in (_EMBEDDING, _HEAD))
+            base.check_stored(self._files.describe(name), (config.vocab_size, config.dim), "config.json")
+        embedding, head = (self._files.part(name) for name in (_EMBEDDING, _HEAD))
         for row in range(0, config.vocab_size, _COMPARED_ROWS):
             rows = slice(row, row + _COMPARED_ROWS)
             if not torch.equal(embedding[rows].float(), head[rows].float()):
@@ -120,74 +143,48 @@ class HFCheckpoint(Checkpoint):
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         # Views of the mapped file: only what is copied is read.
-        theirs = self._stored_name(name)
-        weight = stretch(self._files[theirs].get_tensor(theirs), cut)
-        # Un-permuting leaves the first row of a head where it is.
-        if name.split(".")[-2] in ("wq", "wk") and cut.rows > 1:
+        if (matrix := self._quantised.get(name)) is not None:
+            weight = torch.empty(cut.rows, cut.columns, dtype=out.dtype)
+            matrix.weight_format.decode_(matrix.planes(cut), weight)
+        else:
+            weight = stretch(self._files.tensor(self._stored_name(name)), cut)
+        if _is_rotated(name, cut):
             weight = to_interleaved(weight, cut.rows // self.config.head_dim)
         out.view(weight.shape).copy_(weight)
 
+    def native(self, name: str) -> str | None:
+        matrix = self._quantised.get(name)
+        return None if matrix is None else matrix.weight_format.name
+
+    def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
+        matrix = self._quantised[name]
+        if not _is_rotated(name, cut):
+            matrix.fill(planes, cut)
+            return
+        for plane, found in matrix.planes(cut).items():
+            if found.shape[0] == cut.rows:  # rows move with their scales; one scale for all stays
+                found = to_interleaved(found.view(cut.rows, -1), cut.rows // self.config.head_dim)
+            planes[plane].view(found.shape).copy_(found)
+
     def close(self) -> None:
-        self._files = {}
+        self._files.close()
 
 
-def _describe(file: Any, path: Path, name: str) -> Stored:
-    found = file.get_slice(name)
-    return Stored(path, name, _DTYPES.get(found.get_dtype(), found.get_dtype()), tuple(found.get_shape()))
+def _is_rotated(name: str, cut: Cut) -> bool:
+    """Whether rows are to be put into Meta's order, in which the first row of a head stays where it is."""
+    return name.split(".")[-2] in ("wq", "wk") and cut.rows > 1
 
 
-def _refuse_adapted(directory: Path) -> None:
-    """Refuse (UnusableInput) what is no model in float weights, by the files that tell so beside config.json."""
+def _refuse_adapter(directory: Path) -> None:
     if (directory / "adapter_config.json").exists():
         raise UnusableInput(f"{directory} holds a LoRA adapter; merge it into the weights and save the whole model")
-    for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
-        if (directory / file).exists():
-            raise UnusableInput(
-                f"{directory} holds {file}: a model quantised with {method}, which does not run here; take the same "
-                "model in bfloat16 or float16 weights"
-            )
 
 
-def _weight_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The files with the weights, in transformers' order: what config.json names as ``transformers_weights``, then
-    ``model.safetensors``, then the shards of the index; without any of them every safetensors file.
-    """
-    named = config.get("transformers_weights")
-    if named is not None and (not isinstance(named, str) or Path(named).name != named):
-        raise UnusableInput(f"{directory}/config.json: transformers_weights must name a file in it, not {named!r:.60}")
-    for file in (named,) if named else (SINGLE, INDEX):
-        if (directory / file).exists():
-            return _shards(directory / file) if file.endswith(".index.json") else [directory / file]
-    if named:
-        raise UnusableInput(f"{directory} lacks {named}, which config.json names: the download is incomplete")
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        refuse_gguf(directory)
-        if pickled := sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*")):
-            raise UnusableInput(
-                f"{directory} holds {pickled[0].name} but no .safetensors file; convert it first: load it with "
-                "transformers and call save_pretrained"
-            )
-        raise UnusableInput(f"{directory} holds no .safetensors file: the download is incomplete")
-    return paths
-
-
-def _shards(index: Path) -> list[Path]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
-        raise UnusableInput(f"{index} has no weight_map; {AGAIN}")
-    paths = sorted({index.parent / file for file in shards.values()})
-    for path in paths:
-        if not path.exists():
-            raise UnusableInput(f"{index} names {path.name}, which is not there: the download is incomplete")
-    return paths
-
-
-def _open_file(path: Path) -> Any:
-    refuse_pointer(path)
-    try:
-        file: Any = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UnusableInput(f"{path} is damaged or cut short ({error}); {AGAIN}") from error
-    base.refuse_foreign_tensors(path, file.keys())
-    return file
+def _computed_in(fields: Mapping[str, Any], name: str) -> torch.dtype:
+    """What a quantised model is computed in: what config.json says, else bfloat16."""
+    for field in ("dtype", "torch_dtype"):
+        if (told := fields.get(field)) not in (None, "auto"):
+            if not isinstance(told, str) or told not in FLOATS:
+                raise UnusableInput(f"{name}/config.json: {field} must be one of {', '.join(FLOATS)}, not {told!r:.40}")
+            return FLOATS[told]
+    return torch.bfloat16

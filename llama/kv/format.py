@@ -12,6 +12,7 @@ from torch import Tensor
 from llama.fused.ops import launchers_for, rotate_
 from llama.kv import KV_DTYPES
 from wsm.errors import UnusableInput
+from wsm.formats.backend import kernels_for
 
 _SCALE_BYTES, _PADDING_BYTES = 4, 4
 _LARGEST = 127
@@ -82,11 +83,16 @@ class Int8Format(KVFormat):
 
     def read(self, window: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         records = window.narrow(-3, 0, tokens)
-        whole = records[..., : self._head_dim].view(torch.int8)
-        scales = records[..., self._head_dim : self._head_dim + _SCALE_BYTES].view(torch.float32)
         # Multiplied in float32 and rounded once into the result: on a GPU no float32 copy of the window is made.
-        both = torch.empty(whole.shape, dtype=self._dtype, device=window.device)
-        torch.mul(whole, scales, out=both)
+        both = torch.empty((*records.shape[:-1], self._head_dim), dtype=self._dtype, device=window.device)
+        if kernels_for(window) is not None and window.is_contiguous():
+            from llama.kv import int8_kernel
+
+            int8_kernel.read_(window, tokens, both)
+        else:
+            whole = records[..., : self._head_dim].view(torch.int8)
+            scales = records[..., self._head_dim : self._head_dim + _SCALE_BYTES].view(torch.float32)
+            torch.mul(whole, scales, out=both)
         keys, values = both.unbind(-2)
         return keys, values
 

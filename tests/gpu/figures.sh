@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind docs/PERFORMANCE.md: bash tests/gpu/figures.sh OUTDIR [part ...]
-# Parts: stream short mixed drive resident kv kv_kinds all80 (the last takes 150 GB of CPU memory). Without a part: stream
-# mixed drive resident. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two of the results side by side.
+# Parts: stream short mixed drive resident kv kv_kinds kv_short kv_drive all80 (the last takes 150 GB of CPU memory).
+# Without a part: stream mixed drive resident. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two of the results side by side.
 # Stores go to /dev/shm (a stand-in for a fast drive) and to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
 out=${1:?the folder for the results}
@@ -56,10 +56,30 @@ short() {
 
 kv_kinds() {
   local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 32"
+  step kv_topk8 150 $flags
   step kv_int8 150 $flags --kv-dtype int8
   step kv_topk4 150 $flags --topk-blk 4
   step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
   rm -f /dev/shm/wsm-kv
+}
+
+kv_short() { # the same with half the rows, as large a part of the KV below the GPU, and no warm-up: about two minutes
+  local flags="--synthetic Llama-3.1-70B:layers=16 --gpu-mem-gb 19 --prompt-len 2016 --mode stream --cache-dir $drive"
+  flags="$flags --batch-size 64 --max-new-tokens 16 --warmup-rounds 0"
+  step kv_topk8 60 $flags
+  step kv_topk4 60 $flags --topk-blk 4
+  step kv_int8 60 $flags --kv-dtype int8
+  step kv_disk 60 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 23
+  rm -f /dev/shm/wsm-kv
+  "$python" tests/gpu/kv_summary.py "$out"
+}
+
+kv_drive() { # KV on the drive of $DRIVE, which bounds it
+  mkdir -p "$drive"
+  step kv_drive 120 --synthetic Llama-3.1-70B:layers=4 --mode stream --cache-dir "$drive" --gpu-mem-gb 12.5 \
+    --gpu-cached-layers 1 --cpu-mem-gb 5.3 --kv-device "$drive/kv" --batch-size 32 --micro-batch 8 --prompt-len 2016 \
+    --max-new-tokens 12
+  "$python" tests/gpu/kv_summary.py "$out"
 }
 
 all80() {

@@ -22,7 +22,7 @@ from tests.whole.test_cli import interrupted, sentence
 from wsm.engine.tiers import Tiers
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
-from wsm.kv.disk import KVDevice
+from wsm.kv.device import KVDevice
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import WINDOWS
 from wsm.plan.hardware import GIB
@@ -113,6 +113,26 @@ def test_a_run_with_kv_below_the_device_says_where_it_lay_and_what_moved(
     bars = json.loads(trace.read_text())["traceEvents"]
     assert {bar["name"].partition(".")[2] for bar in bars if bar["ph"] == "X" and ".kv_" in bar["name"]} >= {*moving}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "trace.json"]
+
+
+def test_the_kv_devices_rates_are_probed_and_in_the_floor(home: Path, tmp_path: Path, run: Run) -> None:
+    where = [*budgets(home, full_cpu=True), "--kv-device", tmp_path / "kv"]
+    code, _, err = run(*where)
+    assert (code, err) == (0, "")
+    before = read(tmp_path / "r.json")
+    assert before["phases"]["decode"]["floor_ms"] is None
+    assert any("no ceiling" in warning for warning in before["warnings"])
+    assert main([word for word in words(home, tmp_path / "r.json", *where) if word != "--no-probe"]) == 0
+    result = read(tmp_path / "r.json")
+    jsonschema.validate(result, result_schema())
+    assert result["output"]["sha256"] == before["output"]["sha256"]
+    for way in ("kv_read", "kv_write"):
+        assert result["ceilings"][way]["value"] > 0
+        assert "at a time" in result["ceilings"][way]["how"]
+    decode = result["phases"]["decode"]
+    least_ms = decode["bytes_moved"]["kv_read"] / result["ceilings"]["kv_read"]["value"] / 1e3
+    assert decode["floor_ms"] >= 0.999 * least_ms  # figures are rounded
+    assert result["plan"]["bytes_per_pass"]["kv_read"] * decode["passes"] == decode["bytes"]["kv_read"]
 
 
 def test_a_run_with_all_kv_on_the_device_has_no_kv_rates(home: Path) -> None:

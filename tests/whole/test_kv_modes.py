@@ -58,7 +58,7 @@ def budgets(whole: LLaMA, kv_device: Path | None) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """Layers enough for some KV in every tier, also where a part of it has all rows."""
-    shape = {"num_hidden_layers": 8, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    shape = {"num_hidden_layers": 10, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
     return hf_model(**shape, max_position_embeddings=1024)
 
 

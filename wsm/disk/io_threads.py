@@ -19,6 +19,8 @@ Piece = Callable[[], None]
 
 MOST_BYTES = 8 << 20
 """In one system call."""
+MOST_PARTS = 1024
+"""Of memory, in one system call (IOV_MAX)."""
 
 Transfer = Callable[[int, Sequence[memoryview], int], int]
 """As ``os.preadv`` and ``os.pwritev``."""
@@ -27,18 +29,23 @@ Failed = Callable[[int, OSError | int], Exception]
 
 
 def transfer_fully(
-    transfer: Transfer, file: int, data: memoryview, offset: int, failed: Failed, needed: int | None = None
+    transfer: Transfer,
+    file: int,
+    parts: Sequence[memoryview],
+    offset: int,
+    failed: Failed,
+    needed: int | None = None,
 ) -> None:
-    """Move all of ``data``; after a short transfer go on at a whole block, as O_DIRECT asks.
+    """Move all ``parts``, which lie together in the file; after a short transfer go on at a whole block (O_DIRECT).
 
-    ``data`` and ``offset`` are aligned to the file's blocks. ``needed`` bytes have to be there, where the file may end
+    They and ``offset`` are aligned to the file's blocks. ``needed`` bytes have to be there, where the file may end
     before the last block does; else all of them. ``failed`` makes what is raised if the file gives or takes no more.
     """
-    done, tried = 0, False
-    needed = len(data) if needed is None else needed
-    while done < len(data):
+    done, tried, total = 0, False, sum(map(len, parts))
+    needed = total if needed is None else needed
+    while done < total:
         try:
-            moved = transfer(file, [data[done : done + MOST_BYTES]], offset + done)
+            moved = transfer(file, _rest(parts, done), offset + done)
         except OSError as error:
             raise failed(offset + done, error) from error
         if moved > 0 and done + moved >= needed:
@@ -48,6 +55,20 @@ def transfer_fully(
             raise failed(offset + done, moved)
         # Part of a block is moved again from its beginning; once, for it may be where the file ends.
         done, tried = done + whole, whole == 0
+
+
+def _rest(parts: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What one call moves of what is left behind the first ``done`` bytes."""
+    rest, room = list[memoryview](), MOST_BYTES
+    for part in parts:
+        if done >= len(part):
+            done -= len(part)
+        elif room == 0 or len(rest) == MOST_PARTS:
+            break
+        else:
+            rest.append(part[done : done + room])
+            done, room = 0, room - len(rest[-1])
+    return rest
 
 
 class _Job:

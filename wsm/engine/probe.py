@@ -174,20 +174,9 @@ def _ssd_and_link(
     buffers: Sequence[Tensor],
     slot: Tensor,
 ) -> tuple[Ceiling, Ceiling]:
-    over, copies_s = threading.Event(), list[float]()
     piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
-    hosts, slots = _walk(buffers[-1], piece), _walk(slot, piece)
-
-    def keep_link_busy() -> None:
-        copies_s.append(_copies(device, slots, hosts, 8))  # at least one, however late this thread runs
-        while not over.is_set():
-            copies_s.append(_copies(device, slots, hosts, 8))
-
-    with _beside(device, keep_link_busy):
-        try:
-            chunks = _read_for(seconds, source, groups, buffers[:-1])
-        finally:
-            over.set()
+    with link_busy(device, buffers[-1], slot, piece) as copies_s:
+        chunks = _read_for(seconds, source, groups, buffers[:-1])
     rates = _window_rates(chunks)
     read_MB = sum(chunk.nbytes for chunk in chunks) / 1e6
     how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
@@ -197,6 +186,24 @@ def _ssd_and_link(
     link_rates = [8 * piece * len(part) / sum(part) / 1e6 for part in parts]
     link_how = f"pieces of {piece / 2**20:.3g} MiB while the SSD is read, {len(parts)} samples"
     return ceiling_from(rates, "MBps", how), ceiling_from(link_rates, "MBps", link_how)
+
+
+@contextmanager
+def link_busy(device: Device, host: Tensor, slot: Tensor, piece: int) -> Iterator[list[float]]:
+    """Pieces go from ``host`` to ``slot`` all the time, and until the block ends; the seconds of each 8 of them."""
+    over, copies_s = threading.Event(), list[float]()
+    hosts, slots = _walk(host, piece), _walk(slot, piece)
+
+    def keep_busy() -> None:
+        copies_s.append(_copies(device, slots, hosts, 8))  # at least one, however late this thread runs
+        while not over.is_set():
+            copies_s.append(_copies(device, slots, hosts, 8))
+
+    with _beside(device, keep_busy):
+        try:
+            yield copies_s
+        finally:
+            over.set()
 
 
 @contextmanager

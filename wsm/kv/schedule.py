@@ -248,6 +248,11 @@ class KVSchedule(SharedState):
             self._staged[fetch.epoch, fetch.pass_no, fetch.unit] = fetch.room
             self._wake()
 
+    def dropped(self, fetch: Fetch) -> bool:
+        """Whether what it was made for is not expected any more."""
+        with self._lock:
+            return fetch.epoch < self._epoch
+
     def _fetch_at(self, place: int, room: Slot) -> Fetch | None:
         """The fetch at a place of the sequence since the pass was begun; None while it may not be made yet."""
         now = self._pass

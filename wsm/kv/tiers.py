@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import Future
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.engine.threads import Threaded
 from wsm.kv.disk import KVDisk
+from wsm.kv.gather import Gather, gather_on, neighbours
 from wsm.kv.schedule import Fetch, KVSchedule, Write
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
 from wsm.plan.kv import fresh_bytes, kv_cpu_lines
@@ -81,6 +83,16 @@ class KVTiers(Threaded):
         self._arena.close()
 
     @property
+    def disk(self) -> KVDisk | None:
+        """What is kept on a device of its own; None where nothing is."""
+        return self._disk
+
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """Page-locked memory and a window, for a probe that leaves zeros there, before anything is kept."""
+        slots = [slot.buffer for slot in self._disk.slots] if self._disk is not None else []
+        return max([*self._homes.values(), *slots], key=lambda memory: memory.nbytes), self._windows[0].buffer
+
+    @property
     def page_locked_bytes(self) -> int:
         return self._arena.nbytes
 
@@ -130,19 +142,27 @@ class KVTiers(Threaded):
     # -- the threads
 
     def _stage_all(self) -> None:
-        """Read units of the disk ahead of their fetch, a slot each."""
+        """Have units of the disk read ahead of their fetch, a slot each; the next is asked for before one has come."""
         assert self._disk is not None
         while (fetch := self.schedule.next(self.schedule.claim_staging)) is not None:
             if fetch.room.drained is not None:
                 fetch.room.drained.synchronize()  # the slot's last copy to the device
-            self._disk.read(fetch)
+            self._disk.read(fetch).add_done_callback(partial(self._tell_staged, fetch))
+
+    def _tell_staged(self, fetch: Fetch, read: Future[None]) -> None:
+        def tell() -> None:
+            if not self.schedule.dropped(fetch):  # else its blocks may be written anew by now, and nobody wants them
+                read.result()  # raises what the read failed with
             self.schedule.staged(fetch)
+
+        self._guard(tell)
 
     def _fetch_all(self) -> None:
         stream = self.device.stream()
         while (fetch := self.schedule.next(self.schedule.claim_fetch)) is not None:
             if fetch.room.drained is not None:
-                self.device.wait(stream, fetch.room.drained)  # the window's last reader
+                # The window's last reader. Not on the stream: pieces that wait there would hold the link up for all.
+                fetch.room.drained.synchronize()
             needed_at = 2 * (fetch.pass_no * self.layout.n_layers + fetch.unit.layer)
             for nbytes, copies in _pieces(self._copies(fetch)):
                 with self._link.turn(needed_at):
@@ -173,17 +193,22 @@ class KVTiers(Threaded):
                 yield part.stop - offset, partial(self.device.copy, window[part], home[part])
 
     def _chosen(self, fetch: Fetch) -> Iterator[tuple[int, Work]]:
-        """The chosen blocks of each row, read by a kernel straight from page-locked memory: no host knows which."""
-        layout, window = self.layout, self._view(fetch)
-        blocks, words = layout.tokens // KV_BLOCK_TOKENS, word_of(layout.record_bytes)
+        """The chosen blocks of neighbouring rows, read by a kernel from page-locked memory: no host knows which."""
+        layout, wanted, words = self.layout, fetch.wanted, word_of(self.layout.record_bytes)
+        window = self._view(fetch).view(words).view(len(fetch.lengths), layout.n_kv_heads * fetch.k, -1)
         home = self.device.mapped(self._homes[fetch.unit]).view(words)
-        home = home.view(window.shape[0], layout.n_kv_heads * blocks, -1)
-        window = window.view(words).view(window.shape[0], layout.n_kv_heads * fetch.k, -1)
-        assert fetch.wanted is not None
-        for row, wanted in enumerate(fetch.wanted, start=fetch.first):
-            if fetch.lengths[row]:
-                gather = partial(_gather, home[row], wanted, blocks, window[row])
-                yield window[row].nbytes, partial(self.device.run, work=gather)
+        home = home.view(len(fetch.lengths), layout.n_kv_heads * layout.blocks, -1)
+        assert wanted is not None
+        there = range(fetch.first, fetch.first + len(wanted))
+        for rows in neighbours([row for row in there if fetch.lengths[row]], PIECE_BYTES // window[0].nbytes):
+            part = slice(rows[0], rows[-1] + 1)
+            chosen = wanted[part.start - fetch.first : part.stop - fetch.first]
+            gather = partial(self._gather, home[part], chosen, window[part])
+            yield window[part].nbytes, partial(self.device.run, work=gather)
+
+    @cached_property
+    def _gather(self) -> Gather:
+        return gather_on(self.device)
 
     def _write_all(self) -> None:
         stream = self.device.stream()
@@ -269,12 +294,6 @@ Work = Callable[[Any], None]
 def word_of(record_bytes: int) -> torch.dtype:
     """The widest type that a record is whole words of: what bytes are moved by kernels as."""
     return torch.int64 if record_bytes % 8 == 0 else torch.uint8
-
-
-def _gather(home: Tensor, wanted: Tensor, blocks: int, window: Tensor) -> None:
-    """Pieces of one row: ``window [n_kv * k, words]`` from ``home [n_kv * blocks, words]``, ``wanted [n_kv, k]``."""
-    heads = torch.arange(wanted.shape[0], device=wanted.device).unsqueeze(1) * blocks
-    torch.index_select(home, 0, (wanted + heads).view(-1), out=window)
 
 
 def _pieces(copies: Iterator[tuple[int, Work]]) -> Iterator[tuple[int, list[Work]]]:

@@ -17,7 +17,11 @@ from wsm.plan.time import Ceiling, Estimate, floor_estimate, pass_times, predict
 
 UNKNOWN_TIME = "not known in time yet: the first run of this model measures this machine's rates, and plans use them"
 _RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
-_RESOURCE["weight_decode"] = "decoding weights"
+_RESOURCE |= {
+    "weight_decode": "decoding weights",
+    "kv_read": "reads of --kv-device",
+    "kv_write": "writes to --kv-device",
+}
 
 
 def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
@@ -28,6 +32,8 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
     moved = {"ssd_read": "from the SSD", "weight_h2d": "CPU to GPU", "hbm_read": "read from device memory"}
     if plan.kv.below:
         moved["kv_h2d"] = "of KV to the GPU"
+    if plan.kv.disk:
+        moved["kv_read"] = "of KV from --kv-device"
     best = {name: ceiling.value for name, ceiling in (ceilings or {}).items()}
     floors = {phase: floor for phase, floor in floor_estimate(plan, ceilings or {}).items() if floor is not None}
     return "\n".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from wsm.formats import registry
@@ -34,12 +35,20 @@ def ways_to_decode(inputs: PlanInputs, chunks: int) -> Iterator[Decoding]:
     if not encoded:
         yield NOTHING_DECODED
         return
-    used = {tensor.format for layout in encoded for tensor in layout.encoded}
-    if inputs.settings.mode in ("full", "preload") and all(registry.get(str(name)).exact for name in used):
+    used = {str(tensor.format) for layout in encoded for tensor in layout.encoded}
+    if inputs.settings.mode in ("full", "preload") and all(_same_once_decoded(name, inputs) for name in used):
         yield Decoding(at_load=True)
     if chunks > MANY_CHUNKS:
         yield Decoding(max(map(_whole_bytes, encoded)))
     yield Decoding(max(_product_bytes(layout, inputs.config.fused) for layout in encoded) + TENSOR_ALIGNMENT)
+
+
+def _same_once_decoded(name: str, inputs: PlanInputs) -> bool:
+    """Whether a matrix that is decoded as it is loaded gives the products of other modes, bit for bit: those decode it
+    before each product, and have none straight from its planes."""
+    found = registry.get(name)
+    own_product = found.packed_rows(inputs.dtype, inputs.hardware.has_gpu)
+    return found.exact or (name in registry.BLOCK_TYPES and not own_product)
 
 
 def _whole_bytes(layout: GroupLayout) -> int:
@@ -66,15 +75,16 @@ def decoding_extra_bytes(inputs: PlanInputs) -> int:
 
 def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int = 1) -> int:
     """Bytes that decoding makes in a pass of so many chunks, of so many rows (tokens) each."""
-    encoded = [layout for layout in _groups(inputs.layouts).values() if layout.encoded]
-    if decoding.at_load or not encoded:
+    if decoding.at_load:
         return 0
-    weight_format = registry.get(str(encoded[0].encoded[0].format))
-    if rows <= weight_format.packed_rows(inputs.dtype, inputs.hardware.has_gpu):
-        return 0  # products take the weights as they lie
-    return sum(
-        layout.encoded_bytes * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks) for layout in encoded
-    )
+    most = cache(lambda name: registry.get(name).packed_rows(inputs.dtype, inputs.hardware.has_gpu))
+    total = 0
+    for layout in _groups(inputs.layouts).values():
+        # Else products take the weights as they lie.
+        made = sum(tensor.decoded_bytes for tensor in layout.encoded if rows > most(str(tensor.format)))
+        if made:
+            total += made * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks)
+    return total
 
 
 def decoded_layouts(inputs: PlanInputs) -> dict[GroupId | None, GroupLayout]:

@@ -14,8 +14,9 @@ from wsm.plan.inputs import PlanInputs
 from wsm.plan.memory import MemoryKind, MemoryLine, allocator_bytes
 from wsm.plan.placement import spread
 
-DISK_SLOTS = 3
-"""Units in page-locked memory between ``--kv-device`` and the GPU: two on their way up, one on its way down."""
+DISK_SLOTS = 4
+"""Units in page-locked memory between ``--kv-device`` and the GPU: three on their way up (one is read, one waits for
+the link, one is copied on), one on its way down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,14 @@ def kv_cpu_lines(kv: KVPlacement) -> list[MemoryLine]:
         beside = DISK_SLOTS * layout.window_bytes + tail_bytes(layout, layout.rows_in(kv.disk))
         lines.append(MemoryLine(MemoryKind.KV_DISK, parts, beside))
     return lines
+
+
+def kv_device_bytes(kv: KVPlacement, length: int, topk: int = 0) -> int:
+    """Bytes of whole blocks on ``--kv-device`` where every row has ``length`` tokens; with ``topk``, of chosen ones."""
+    blocks = length // KV_BLOCK_TOKENS
+    if 0 < topk < -(-(length + 1) // KV_BLOCK_TOKENS):
+        blocks = topk - 1  # the newest one is in memory
+    return kv.layout.rows_in(kv.disk) * kv.layout.n_kv_heads * blocks * kv.layout.block_bytes
 
 
 def kv_bytes_per_pass(kv: KVPlacement, length: int, topk: int) -> int:

@@ -9,7 +9,7 @@ from wsm.layout.kv import KVPlacement
 from wsm.plan.decoding import MANY_CHUNKS, Decoding, decoded_bytes, decoded_layouts, ways_to_decode
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs, RunShape
-from wsm.plan.kv import KVCosts, kv_bytes_per_pass, kv_cpu_lines, kv_gpu_lines, place_kv
+from wsm.plan.kv import KVCosts, kv_bytes_per_pass, kv_cpu_lines, kv_device_bytes, kv_gpu_lines, place_kv
 from wsm.plan.memory import MemoryKind, MemoryLine, cpu_lines, gpu_lines, portions_for, total
 from wsm.plan.placement import Placement, place
 
@@ -19,7 +19,8 @@ class Plan:
     """What will be where and how much memory it takes.
 
     ``bytes_per_pass`` has ``ssd_read``, ``weight_h2d`` and ``hbm_read`` (weights only) of a pass in the steady state,
-    and ``kv_h2d`` of a decode pass half-way; ``decoding`` is how matrices in a weight format are decoded.
+    and ``kv_h2d`` and ``kv_read`` (of ``--kv-device``) of a decode pass half-way; ``decoding`` is how matrices in a
+    weight format are decoded.
     """
 
     inputs: PlanInputs
@@ -139,7 +140,8 @@ def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
         notes.append("--kv-device is not used: there is room for all KV above it")
     moved = _bytes_per_pass(inputs, placement)
     half_way = inputs.shape.prefill_tokens // inputs.shape.batch + inputs.shape.new_tokens // 2
-    kv_bytes = kv_bytes_per_pass(kv, half_way, inputs.topk_blk)
+    moved["kv_h2d"] = kv_bytes_per_pass(kv, half_way, inputs.topk_blk)
+    moved["kv_read"] = kv_device_bytes(kv, half_way, inputs.topk_blk)
     return Plan(
         inputs=inputs,
         placement=placement,
@@ -150,7 +152,7 @@ def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
         cpu_lines=tuple(sorted(on_cpu + kv_cpu_lines(kv), key=lambda line: line.kind)),
         gpu_budget_bytes=gpu_budget,
         cpu_budget_bytes=cpu_budget,
-        bytes_per_pass={**moved, "kv_h2d": kv_bytes},
+        bytes_per_pass=moved,
         decoding=decoding,
         notes=(*placement.notes, *notes),
     )

@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 
 from wsm.layout.groups import KINDS
 from wsm.layout.model import ModelShape
+from wsm.plan.kv import kv_device_bytes
 from wsm.plan.plan import Plan
 
-Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute", "weight_decode"]
+Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute", "weight_decode", "kv_read", "kv_write"]
 
 
 STEADY_PCT = 25.0
@@ -42,7 +43,10 @@ class Ceiling:
 
 
 class Work(NamedTuple):
-    """What has to be moved from and to each tier, in bytes, computed, in floating-point operations, and decoded."""
+    """What has to be moved from and to each tier, in bytes, computed, in floating-point operations, and decoded.
+
+    ``kv_read`` and ``kv_write`` are from and to ``--kv-device``.
+    """
 
     ssd_bytes: float = 0
     h2d_bytes: float = 0
@@ -50,6 +54,8 @@ class Work(NamedTuple):
     hbm_bytes: float = 0
     flops: float = 0
     decoded_bytes: float = 0
+    kv_read_bytes: float = 0
+    kv_write_bytes: float = 0
 
 
 class Floor(NamedTuple):
@@ -61,8 +67,12 @@ class Floor(NamedTuple):
     passes: int
 
 
-_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute", "weight_decode")
+_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute", "weight_decode", "kv_read", "kv_write")
 """The resources, in the order of :class:`Work`."""
+
+
+KV_DEVICE: tuple[Bound, ...] = ("kv_read", "kv_write")
+"""Both ways of ``--kv-device``, each with a ceiling of its name."""
 
 
 BURST_S = 0.5
@@ -78,9 +88,10 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
     """Milliseconds that each resource needs for what it is asked for at all; None where its ceiling is not known.
 
     Their maximum is the floor (docs/ARCHITECTURE.md): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
-    B_hbm / bw_hbm, FLOPs / peak). The link's ceiling is its best rate, alone: a floor may not be beaten. ``ceilings``
-    are ``ssd``, ``h2d``, ``d2h``, ``hbm`` and ``weight_decode`` (of decoded bytes) in MBps (10^6 bytes per second),
-    ``matmul`` and ``matmul_burst`` in TFLOPs: what lasts, and what a card does in its first ``BURST_S``.
+    B_hbm / bw_hbm, FLOPs / peak), and the same of each way of ``--kv-device``. The link's ceiling is its best rate,
+    alone: a floor may not be beaten. ``ceilings`` are ``ssd``, ``h2d``, ``d2h``, ``hbm``, ``kv_read``, ``kv_write`` and
+    ``weight_decode`` (of decoded bytes) in MBps (10^6 bytes per second), ``matmul`` and ``matmul_burst`` in
+    TFLOPs: what lasts, and what a card does in its first ``BURST_S``.
     """
     parts: dict[Bound, float | None] = {}
     for bound, amount in zip(_BOUNDS, work, strict=True):
@@ -137,6 +148,12 @@ def pass_work(plan: Plan) -> dict[str, Work]:
         "prefill": prefill_work(config, rows, passes["prefill"], itemsize),
         "decode": decode_work(config, rows, passes["decode"], itemsize, plan.inputs.kv_token_bytes),
     }
+    on_device, prompt = plan.kv.layout.rows_in(plan.kv.disk), shape.prefill_tokens // shape.batch
+    kv_written = {
+        "prefill": kv_device_bytes(plan.kv, prompt) / passes["prefill"],
+        # A row's block goes down once it is full: in the mean a token a pass.
+        "decode": on_device * plan.kv.layout.n_kv_heads * plan.kv.layout.token_bytes,
+    }
     return {
         phase: Work(
             ssd_bytes=moved["ssd_read"],
@@ -144,6 +161,8 @@ def pass_work(plan: Plan) -> dict[str, Work]:
             hbm_bytes=work.hbm_bytes / passes[phase],
             flops=work.flops / passes[phase],
             decoded_bytes=plan.decoded_bytes[phase],
+            kv_read_bytes=moved["kv_read"] if phase == "decode" else 0,
+            kv_write_bytes=kv_written[phase],
         )
         for phase, work in of_phase.items()
     }
@@ -209,7 +228,8 @@ def predict(work: Work, ceilings: Mapping[str, Ceiling], gpu_slots: int) -> Esti
     one decides; while the SSD is read, the link has only its rate beside it. None where no weights are streamed, or
     where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
     """
-    if not work.h2d_bytes or "h2d" not in ceilings or (work.ssd_bytes and "ssd" not in ceilings):
+    needed = {"h2d": work.h2d_bytes, "ssd": work.ssd_bytes, "kv_read": work.kv_read_bytes}
+    if not work.h2d_bytes or any(nbytes and rate not in ceilings for rate, nbytes in needed.items()):
         return None
     medians = {name: ceiling.median for name, ceiling in ceilings.items()}
     if _on_gpu_ms(work, medians) > _streaming_ms(work, medians):
@@ -232,8 +252,9 @@ def _on_gpu_ms(work: Work, rates: Mapping[str, float]) -> float:
 
 
 def _streaming_ms(work: Work, rates: Mapping[str, float]) -> float:
-    ssd_ms = parts_ms(work, rates).get("ssd") or 0.0
-    return max(ssd_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, rates) if "h2d" in rates else 0.0)
+    parts = parts_ms(work, rates)
+    ssd_ms, kv_ms = parts.get("ssd") or 0.0, max(parts.get(way) or 0.0 for way in KV_DEVICE)
+    return max(ssd_ms, kv_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, rates) if "h2d" in rates else 0.0)
 
 
 def _link_s(nbytes: float, ssd_s: float, rates: Mapping[str, float]) -> float:
@@ -263,7 +284,7 @@ def pass_times(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> Pa
     if old is not None and new is not None:
         return PassTimes(old, new, at_least=False)
     # A floor is not known where the plan moves bytes whose rate is not: without them it would be flattered.
-    for moved, rate in (("ssd_read", "ssd"), ("weight_h2d", "h2d")):
+    for moved, rate in (("ssd_read", "ssd"), ("weight_h2d", "h2d"), ("kv_read", "kv_read")):
         if rate not in ceilings and (before.bytes_per_pass[moved] or after.bytes_per_pass[moved]):
             return None
     old, new = (floor_estimate(plan, ceilings)["decode"] for plan in (before, after))
@@ -282,7 +303,7 @@ def floor_estimate(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, Est
     return found
 
 
-_TYPICAL = {"ssd": 5e3, "h2d": 25e3, "d2h": 25e3, "hbm": 1e6, "matmul": 100.0}
+_TYPICAL = {"ssd": 5e3, "kv_read": 5e3, "kv_write": 3e3, "h2d": 25e3, "d2h": 25e3, "hbm": 1e6, "matmul": 100.0}
 """Of a card on PCIe 4 and a good drive: they only order plans while the machine's own rates are not known."""
 
 

@@ -15,7 +15,7 @@ import torch
 from wsm.disk.atomic import locked
 from wsm.disk.targets import free_bytes
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
-from wsm.formats.format import WeightFormat
+from wsm.formats.mix import Formats
 from wsm.layout.model import WHOLE, Shard, TensorSource
 from wsm.store.description import DTYPE_NAMES, StoreDescription
 from wsm.store.layout import FORMATTED, VERSION, plan_store
@@ -29,7 +29,7 @@ def store_path(
     dtype: torch.dtype,
     cache_dir: Path,
     tp: int = 1,
-    weight_format: WeightFormat | None = None,
+    weight_format: Formats | None = None,
 ) -> Path:
     """Where a checkpoint's packed file is: one per dtype, weight format and number of ranks, named after its sources'
     content."""
@@ -55,7 +55,7 @@ def cached_store(
     say: Callable[[str], None],
     progress: Callable[[int], Progress],
     shard: Shard = WHOLE,
-    weight_format: WeightFormat | None = None,
+    weight_format: Formats | None = None,
 ) -> StoreDescription:
     """The checkpoint's packed file, packed now if it is not there or not whole; DoesNotFit if there is too little room.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wsm.disk.io_threads import IOThreads
 from wsm.formats.format import Plane, WeightFormat
+from wsm.formats.mix import Formats, format_of
 from wsm.layout.groups import (
     GroupId,
     GroupLayout,
@@ -88,7 +89,7 @@ def _encode(
     source: TensorSource,
     group: GroupId,
     dtype: torch.dtype,
-    weight_format: WeightFormat,
+    formats: Formats,
     spec: TensorSpec,
     encodings: Encodings,
     moments: dict[str, Tensor] | None = None,
@@ -96,6 +97,8 @@ def _encode(
     """The matrix's own ``moments`` are taken out: the thread that was here last would hold them."""
     name = source.config.full_name(group, spec.name)
     importance = moments.pop(spec.name, None) if moments is not None else None
+    if (weight_format := format_of(formats, name)) is None:
+        return
     planes = source.encode(name, spec.shape, dtype, weight_format, importance)
     if planes is not None:
         encodings[spec.name] = {plane: values.cpu() for plane, values in planes.items()}
@@ -108,13 +111,16 @@ def _make_encoded(
     encodings: Sequence[Encodings],
     buffers: Sequence[Tensor],
 ) -> list[GroupLayout]:
-    assert plan.weight_format is not None
     layouts = []
     for share, planes in zip(shares, encodings, strict=True):
         described = {
             name: tuple(Plane(n, p.dtype, tuple(p.shape)) for n, p in of.items()) for name, of in planes.items()
         }
-        encoded = {name: InFormat(plan.weight_format.name, of) for name, of in described.items()}
+        encoded = {
+            name: InFormat(weight_format.name, of)
+            for name, of in described.items()
+            if (weight_format := format_of(plan.weight_format, share.config.full_name(group, name))) is not None
+        }
         layouts.append(image_layout(share.config.specs(group.kind), plan.dtype, encoded))
     nbytes = max(layout.nbytes for layout in layouts)
     for share, planes, layout, buffer in zip(shares, encodings, layouts, buffers, strict=True):

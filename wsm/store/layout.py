@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from wsm.disk.targets import sealed, unsealed
-from wsm.errors import StoreError, UnusableInput
-from wsm.formats.format import Plane, WeightFormat
+from wsm.errors import StoreError
+from wsm.formats.format import Plane, Shape, WeightFormat
+from wsm.formats.mix import Formats, format_of
 from wsm.layout.groups import (
     BLOCK,
-    KINDS,
     GroupId,
     GroupLayout,
     InFormat,
-    Kind,
     image_layout,
     is_encoded,
     pass_order,
     round_up,
 )
 from wsm.layout.model import ModelShape
+from wsm.store.cuts import check_cuts
 
 VERSION, FORMATTED = 2, 3
 """Of a plain store, and of one in a weight format."""
@@ -123,7 +123,7 @@ class StorePlan:
     offsets: Mapping[GroupId | None, int]
     layouts: Mapping[GroupId | None, GroupLayout]
     target_bytes: int
-    weight_format: WeightFormat | None = None
+    weight_format: Formats | None = None
 
     @property
     def is_bound(self) -> bool:
@@ -146,11 +146,11 @@ class WrittenGroup(NamedTuple):
 
 
 def plan_store(
-    config: ModelShape, dtype: torch.dtype, targets: int, tp: int = 1, weight_format: WeightFormat | None = None
+    config: ModelShape, dtype: torch.dtype, targets: int, tp: int = 1, weight_format: Formats | None = None
 ) -> StorePlan:
     """The layout of a new store; raises UnusableInput if the model cannot be cut for ``tp`` ranks."""
     if weight_format is not None:
-        check_cuts(config, dtype, tp, lambda group, name: weight_format)
+        check_cuts(config, dtype, tp, weight_format)
     layouts = planned_layouts(config.share(tp), dtype, weight_format, most=True)
     offsets, offset = {}, BLOCK
     for group, layout in layouts.items():
@@ -159,58 +159,37 @@ def plan_store(
     return StorePlan(config, dtype, targets, tp, offsets, layouts, offset, weight_format)
 
 
-FormatOf = Callable[[GroupId, str], WeightFormat | None]
-"""The weight format of a group's matrix, by its short name; None: plain."""
-
-
-def check_cuts(config: ModelShape, dtype: torch.dtype, ranks: int, format_of: FormatOf) -> None:
-    """UnusableInput, with the numbers of ranks that can be, where a rank's share of a matrix does not suit its format:
-    blocks cannot be cut."""
-    if (reason := _unsuited(config.share(ranks), dtype, format_of)) is None:
-        return
-    possible = [str(n) for n in range(1, config.n_kv_heads + 1) if _can_share(config, dtype, n, format_of)]
-    if not possible:
-        raise UnusableInput(f"{config.name}: {reason}")
-    raise UnusableInput(
-        f"{config.name} cannot be cut for {ranks} ranks, its {reason}: start it with torchrun --nproc-per-node "
-        f"{' or '.join(possible)}"
-    )
-
-
-def _unsuited(share: ModelShape, dtype: torch.dtype, format_of: FormatOf) -> str | None:
-    """Why a share's matrix cannot be in its format."""
-    for group in pass_order(share.n_layers):
-        for spec in filter(is_encoded, share.specs(group.kind)):
-            if (weight_format := format_of(group, spec.name)) is not None:
-                try:
-                    weight_format.planes((spec.shape[0], spec.shape[1]), dtype)
-                except UnusableInput as error:
-                    return f"{spec.name} being in {error}"
-    return None
-
-
-def _can_share(config: ModelShape, dtype: torch.dtype, ranks: int, format_of: FormatOf) -> bool:
-    try:
-        return _unsuited(config.share(ranks), dtype, format_of) is None
-    except UnusableInput:  # heads or another dimension cannot be cut so
-        return False
-
-
 def planned_layouts(
-    share: ModelShape, dtype: torch.dtype, weight_format: WeightFormat | None, *, most: bool
+    share: ModelShape, dtype: torch.dtype, weight_format: Formats | None, *, most: bool
 ) -> dict[GroupId | None, GroupLayout]:
     """All images, as far as shapes tell.
 
     Where sizes follow from the weights: the ``most`` that they can be, or the least, as which nearly all come out.
     """
-    encoded: dict[Kind | None, dict[str, InFormat]] = {kind: {} for kind in (None, *KINDS)}
-    for kind in KINDS if weight_format is not None else ():
-        for spec in filter(is_encoded, share.specs(kind)):
-            assert weight_format is not None
-            shape = spec.shape[0], spec.shape[1]
-            planes = weight_format.least_planes(shape, dtype)
-            if most and weight_format.planes(shape, dtype) is None:
-                planes = (Plane(_MOST, torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
-            encoded[kind][spec.name] = InFormat(weight_format.name, planes)
-    by_kind = {kind: image_layout(share.specs(kind), dtype, encoded[kind]) for kind in encoded}
-    return {group: by_kind[group.kind if group else None] for group in (None, *pass_order(share.n_layers))}
+    layouts: dict[GroupId | None, GroupLayout] = {None: image_layout(share.specs(None), dtype)}
+    alike: dict[tuple[object, ...], GroupLayout] = {}
+    for group in pass_order(share.n_layers):
+        specs = share.specs(group.kind)
+        formats = {
+            spec.name: found
+            for spec in filter(is_encoded, specs)
+            if (found := format_of(weight_format, share.full_name(group, spec.name))) is not None
+        }
+        key = (group.kind, *((name, found.name) for name, found in formats.items()))
+        if key not in alike:
+            encoded = {
+                name: InFormat(
+                    formats[name].name, _planned_planes(formats[name], (shape[0], shape[1]), dtype, most=most)
+                )
+                for name, shape in specs
+                if name in formats
+            }
+            alike[key] = image_layout(specs, dtype, encoded)
+        layouts[group] = alike[key]
+    return layouts
+
+
+def _planned_planes(weight_format: WeightFormat, shape: Shape, dtype: torch.dtype, *, most: bool) -> tuple[Plane, ...]:
+    if most and weight_format.planes(shape, dtype) is None:
+        return (Plane(_MOST, torch.uint8, (weight_format.most_bytes(shape, dtype),)),)
+    return weight_format.least_planes(shape, dtype)

@@ -16,8 +16,8 @@ import torch
 from msgspec import Meta
 
 from wsm.errors import UnusableInput
-from wsm.formats import registry
 from wsm.formats.format import WeightFormat
+from wsm.formats.mix import formats_named
 from wsm.layout.groups import (
     BLOCK,
     KINDS,
@@ -150,7 +150,7 @@ def describe_v3(
         raise UnusableInput(f"{said}: field block_size is {manifest.block_size}, not {BLOCK}; {AGAIN}")
     dtype = _known(DTYPES, manifest.dtype, f"{said}: field dtype")
     try:
-        weight_format = registry.get(manifest.weight_format)
+        formats = formats_named(manifest.weight_format)
     except UnusableInput as error:
         raise UnusableInput(f"{said}: field weight_format: {error}") from error
     try:
@@ -160,7 +160,7 @@ def describe_v3(
     if len(manifest.groups) != len(KINDS) * config.n_layers:
         raise UnusableInput(f"{said}: field groups does not list the groups of {config.n_layers} layers")
     rank = min(rank, manifest.tp - 1)  # a store of another number of ranks is refused by whoever wants to run it
-    groups = _groups(manifest, config, dtype, weight_format, rank, said)
+    groups = _groups(manifest, config, dtype, formats, rank, said)
     if targets is not None and len(targets) != count:
         raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {count}")
     digest = digest_of(content)
@@ -175,12 +175,17 @@ def describe_v3(
         manifest.source,
         shard=Shard(rank, manifest.tp),
         content=digest_of(content, ("targets", "store_id", "created")),
-        weight_format=weight_format.name,
+        weight_format=manifest.weight_format,
     )
 
 
 def _groups(
-    manifest: _Manifest, config: ModelShape, dtype: torch.dtype, weight_format: WeightFormat, rank: int, said: str
+    manifest: _Manifest,
+    config: ModelShape,
+    dtype: torch.dtype,
+    formats: Mapping[str, WeightFormat],
+    rank: int,
+    said: str,
 ) -> dict[GroupId | None, StoredGroup]:
     """What ``rank`` has of each group; every rank's images are checked."""
     share, groups = config.share(manifest.tp), dict[GroupId | None, StoredGroup]()
@@ -189,8 +194,8 @@ def _groups(
         where = f"{said}: {'globals' if group is None else f'group {group}'}"
         _check_entry(group, entry, manifest, where)
         specs = share.specs(group.kind if group else None)
-        in_format = weight_format if group is not None else None
-        layouts = [_layout(image, entry.nbytes, specs, dtype, in_format, where) for image in entry.images]
+        usable = formats if group is not None else {}
+        layouts = [_layout(image, entry.nbytes, specs, dtype, usable, where) for image in entry.images]
         extents = stripes(entry.nbytes, entry.offset + rank * entry.stride, len(manifest.targets))
         named_rank = rank if manifest.tp > 1 else None
         groups[group] = StoredGroup(group, layouts[rank], extents, entry.images[rank].checksum, named_rank)
@@ -229,17 +234,17 @@ def _layout(
     nbytes: int,
     specs: Sequence[TensorSpec],
     dtype: torch.dtype,
-    weight_format: WeightFormat | None,
+    formats: Mapping[str, WeightFormat],
     where: str,
 ) -> GroupLayout:
     """An image's layout, every tensor as the model has it, every part aligned, apart from the others and inside.
 
-    A ``weight_format`` of None: all are plain, as the globals are.
+    Without ``formats`` all are plain, as the globals are.
     """
     found = [(tensor.name, tensor.shape) for tensor in image.tensors]
     if found != [(spec.name, spec.shape) for spec in specs]:
         raise UnusableInput(f"{where}: field tensors is {found!r:.80}, which the model's are not; {AGAIN}")
-    tensors = tuple(_tensor(tensor, dtype, weight_format, f"{where}: {tensor.name}") for tensor in image.tensors)
+    tensors = tuple(_tensor(tensor, dtype, formats, f"{where}: {tensor.name}") for tensor in image.tensors)
     parts = sorted(_parts(tensors), key=lambda part: (part.offset, part.nbytes))
     for before, after in itertools.pairwise(parts):
         if before.offset + before.nbytes > after.offset:
@@ -254,13 +259,13 @@ def _parts(tensors: Sequence[TensorLayout]) -> Iterator[TensorLayout | PlaneLayo
         yield from tensor.planes or (tensor,)
 
 
-def _tensor(tensor: _Tensor, dtype: torch.dtype, weight_format: WeightFormat | None, where: str) -> TensorLayout:
+def _tensor(tensor: _Tensor, dtype: torch.dtype, formats: Mapping[str, WeightFormat], where: str) -> TensorLayout:
     if DTYPES.get(tensor.dtype) != dtype:
         raise UnusableInput(f"{where}: field dtype is {tensor.dtype!r:.20}, not {DTYPE_NAMES[dtype]}; {AGAIN}")
     if tensor.format is None:
         _check_size(tensor, dtype, where)
         return TensorLayout(tensor.name, dtype, tensor.shape, tensor.offset, tensor.nbytes)
-    if weight_format is None or tensor.format != weight_format.name or len(tensor.shape) != 2 or not tensor.planes:
+    if (weight_format := formats.get(tensor.format)) is None or len(tensor.shape) != 2 or not tensor.planes:
         raise UnusableInput(f"{where}: a {tensor.format!r:.20} of {len(tensor.planes)} planes cannot be here; {AGAIN}")
     planes = []
     for plane in tensor.planes:

@@ -15,12 +15,16 @@ HEAD_BYTES = 4096
 
 
 class Asked(NamedTuple):
-    """What a run asks of a store; a ``dtype`` of None is any, ``plain`` is no weight format at all, ``auto`` any."""
+    """What a run asks of a store; a ``dtype`` of None is any, ``plain`` is no weight format at all, ``auto`` any.
+
+    ``brought``: the formats of a checkpoint that is quantised already.
+    """
 
     config: ModelShape
     dtype: torch.dtype | None
     ranks: int
     weight_format: str = "auto"
+    brought: str | None = None
 
 
 def check_suits(description: StoreDescription, asked: Asked, model_flags: str) -> None:
@@ -28,7 +32,7 @@ def check_suits(description: StoreDescription, asked: Asked, model_flags: str) -
 
     ``config`` is the whole model's; ``model_flags`` are the user's, for the `pack` command.
     """
-    config, dtype, ranks, weight_format = asked
+    config, dtype, ranks, weight_format, brought = asked
     found = description.config.to_json()
     for part, wanted in config.to_json().items():
         stored = found.get(part)
@@ -51,6 +55,12 @@ def check_suits(description: StoreDescription, asked: Asked, model_flags: str) -
             f"{pack} --dtype {DTYPE_NAMES[dtype]} --to TARGET --manifest FILE"
         )
     held = description.weight_format or PLAIN
+    if brought not in (None, held):
+        raise UnusableInput(
+            f"the store of {description.path} holds the weights in "
+            f"{DTYPE_FORMATS[description.dtype] if held == PLAIN else held}, the checkpoint is quantised in {brought}: "
+            f"give the checkpoint that was packed, or pack this one: {pack} --to TARGET --manifest FILE"
+        )
     if weight_format not in ("auto", held):
         flag = DTYPE_FORMATS[description.dtype] if weight_format == PLAIN else weight_format
         raise UnusableInput(

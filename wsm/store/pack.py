@@ -22,7 +22,7 @@ from wsm.disk.direct import aligned_block
 from wsm.disk.io_threads import IOThreads, transfer_fully
 from wsm.disk.targets import check_place, check_targets, opened
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
-from wsm.formats.format import WeightFormat
+from wsm.formats.mix import Formats
 from wsm.layout.groups import GroupId
 from wsm.layout.model import Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES
@@ -65,7 +65,7 @@ class PackRequest:
     dtype: torch.dtype
     force: bool = False
     tp: int = 1
-    weight_format: WeightFormat | None = None
+    weight_format: Formats | None = None
     calibration: Calibration | None = None
 
 
@@ -214,7 +214,7 @@ def _write_extent(files: Sequence[int], image: memoryview, extent: Extent, out: 
         return os.pwritev(file, data, offset)
 
     part = image[extent.slot_offset : extent.slot_offset + extent.nbytes]
-    transfer_fully(write_some, files[extent.target], part, extent.offset, _write_error)
+    transfer_fully(write_some, files[extent.target], [part], extent.offset, _write_error)
 
 
 def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
@@ -225,7 +225,7 @@ def _write_first(files: Sequence[int], contents: Sequence[bytes]) -> None:
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:
-    transfer_fully(os.pwritev, file, data, offset, _write_error)
+    transfer_fully(os.pwritev, file, [data], offset, _write_error)
 
 
 def _sync(file: int) -> None:

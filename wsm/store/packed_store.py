@@ -183,7 +183,7 @@ class PackedStore:
         file, nbytes = self._files[extent.target], min(self.chunk_bytes, extent.nbytes - start)
         place, offset = extent.slot_offset + start, extent.offset + start
         failed = partial(self._error, stored, extent)
-        transfer_fully(self._pread, file, image[place : place + nbytes], offset, failed, extent.needed - start)
+        transfer_fully(self._pread, file, [image[place : place + nbytes]], offset, failed, extent.needed - start)
         if file in self._buffered:
             os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
         came.append(ChunkRead(nbytes, began, time.perf_counter()))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wsm.disk.io_threads import IOThreads
 from wsm.errors import StoreError
-from wsm.formats.format import WeightFormat
+from wsm.formats import registry
 from wsm.layout.groups import Encoded, GroupId, GroupLayout, Kind, largest_images, planes_in, views
 from wsm.layout.model import TensorSource
 from wsm.store.layout import plan_store
@@ -61,8 +61,8 @@ class GroupSource(Protocol):
 class CheckpointSource:
     """Group images made from a checkpoint's tensors, converted to ``dtype``; a tensor is the unit of work.
 
-    Used by ``stream`` and ``preload`` without a packed store, so nothing here counts as read from the SSD. In a weight
-    format (``layouts`` are then those of :func:`coming_layout`) each matrix is encoded as it is read.
+    Used by ``stream`` and ``preload`` without a packed store, so nothing here counts as read from the SSD. Where
+    ``layouts`` have matrices in a weight format, each is encoded as it is read.
     """
 
     def __init__(
@@ -71,11 +71,10 @@ class CheckpointSource:
         dtype: torch.dtype,
         *,
         threads: int,
-        weight_format: WeightFormat | None = None,
         layouts: Mapping[GroupId | None, GroupLayout] | None = None,
     ) -> None:
         self.warnings: list[str] = []
-        self._checkpoint, self._dtype, self._format = checkpoint, dtype, weight_format
+        self._checkpoint, self._dtype = checkpoint, dtype
         self._layouts = layouts or plan_store(checkpoint.config, dtype, 1).layouts
         self._slot_bytes = largest_images(self._layouts)
         self._threads = IOThreads(threads, "wsm-load")
@@ -97,8 +96,7 @@ class CheckpointSource:
         return GroupRead(done, done, [])
 
     def _encode(self, name: str, into: Encoded) -> None:
-        assert self._format is not None
-        self._checkpoint.encode_into(name, into, self._format)
+        self._checkpoint.encode_into(name, into, registry.get(into.format))
 
     def close(self) -> None:
         self._threads.close(StoreError("the checkpoint was closed before the read was done"))

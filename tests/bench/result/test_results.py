@@ -234,12 +234,15 @@ def test_at_least_nine_tenths_of_the_passes_took_no_longer_than_p90(pass_ms: lis
         ("h2d", 500, stats_of(moved={"weight_h2d": 5 * 10**9}, hbm_bytes=10**9)),
         ("h2d", 300, stats_of(moved={"weight_h2d": 2 * 10**9, "kv_h2d": 10**9}, hbm_bytes=10**9)),
         ("d2h", 400, stats_of(moved={"kv_d2h": 2 * 10**9}, hbm_bytes=10**9)),
+        ("kv_read", 750, stats_of(moved={"kv_h2d": 2 * 10**9, "kv_read": 15 * 10**8}, hbm_bytes=10**9)),
+        ("kv_write", 800, stats_of(moved={"kv_d2h": 10**9, "kv_write": 8 * 10**8}, hbm_bytes=10**9)),
         ("hbm", 70, stats_of(moved={"weight_h2d": 10**8}, hbm_bytes=70 * 10**9)),
         ("compute", 9000, stats_of(moved={"weight_h2d": 10**8}, hbm_bytes=10**9, flops=900 * 10**12)),
     ],
 )
 def test_the_floor_is_the_longest_of_what_each_tier_needs(bound: str, floor_ms: float, stats: PhaseStats) -> None:
     ceilings = ceilings_of(ssd=1000, h2d=10_000, d2h=5000, hbm=1_000_000, matmul=100, h2d_with_ssd=10_000)
+    ceilings |= ceilings_of(kv_read=2000, kv_write=1000)
     assert floor_of(stats, ceilings) == (pytest.approx(floor_ms), bound)
 
 
@@ -271,11 +274,11 @@ def test_what_was_staged_before_the_clock_lowers_no_floor() -> None:
     assert floor_of(stats, ceilings) == (pytest.approx(100), "h2d")
 
 
-@pytest.mark.parametrize("missing", ["ssd", "h2d", "d2h", "hbm", "matmul"])
+@pytest.mark.parametrize("missing", ["ssd", "h2d", "d2h", "hbm", "matmul", "kv_read", "kv_write"])
 def test_without_a_ceiling_that_is_needed_the_floor_is_not_known(missing: str) -> None:
-    ceilings = ceilings_of(ssd=1, h2d=1, d2h=1, hbm=1, matmul=1)
+    ceilings = ceilings_of(ssd=1, h2d=1, d2h=1, hbm=1, matmul=1, kv_read=1, kv_write=1)
     del ceilings[missing]
-    moved = {"ssd_read": 1, "weight_h2d": 1, "kv_d2h": 1}
+    moved = {"ssd_read": 1, "weight_h2d": 1, "kv_d2h": 1, "kv_read": 1, "kv_write": 1}
     stats = stats_of(moved=moved, flops=1, hbm_bytes=1)
     assert floor_of(stats, ceilings) == (None, None)
     part = phase_of(stats, ceilings)

@@ -29,7 +29,8 @@ from llama.batch import prefill_batch
 from llama.checkpoint import Checkpoint, builtin_checkpoint, open_checkpoint, synthetic_checkpoint
 from llama.checkpoint.base import all_tensors
 from llama.checkpoint.builtin import BUILTIN
-from llama.checkpoint.hf import INDEX, hf_name, to_halves, to_interleaved
+from llama.checkpoint.hf import hf_name, to_halves, to_interleaved
+from llama.checkpoint.hf_files import INDEX
 from llama.checkpoint.synthetic import BLOCK_VALUES, SyntheticCheckpoint
 from llama.config import PRESETS
 from llama.kv.cache import KVCache
@@ -414,21 +415,20 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
         "q_proj.bias belongs to no plain LLaMA",
     ),
     "LoRA": (lambda d: (d / "adapter_config.json").write_text("{}"), "LoRA adapter; merge it"),
-    "GPTQ of old": (lambda d: (d / "quantize_config.json").write_text("{}"), "a model quantised with GPTQ"),
-    "AWQ of old": (lambda d: (d / "quant_config.json").write_text("{}"), "a model quantised with AWQ"),
+    "GPTQ of old": (
+        lambda d: (d / "quantize_config.json").write_text("{}"),
+        "quantize_config.json: field bits is missing",
+    ),
+    "AWQ of old": (lambda d: (d / "quant_config.json").write_text("{}"), "quant_config.json: field bits is missing"),
     "quantised without a word": (
         lambda d: change_tensors(d, lambda t: t.update({Q0.replace("weight", "qweight"): torch.zeros(2)})),
-        "q_proj.qweight belongs to a quantised model (GPTQ or AWQ)",
+        "q_proj.qweight belongs to a quantised model, but no quantization_config",
     ),
-    "quantised": (
-        lambda d: change_json(d / "config.json", quantization_config={"quant_method": "awq", "bits": 4}),
-        "a quantised model (awq, 4 bits)",
+    "quantised otherwise": (
+        lambda d: change_json(d / "config.json", quantization_config={"quant_method": "bitsandbytes", "bits": 4}),
+        "the method 'bitsandbytes' (4 bits) does not run here; AWQ",
     ),
-    "GGUF": (only_gguf, "model.Q4_K_M.gguf is a GGUF file, made for llama.cpp"),
-    "GGUF alone": (
-        lambda d: (only_gguf(d), (d / "config.json").unlink()),
-        "model.Q4_K_M.gguf is a GGUF file, made for llama.cpp",
-    ),
+    "no GGUF file": (only_gguf, "model.Q4_K_M.gguf is damaged (it does not begin as a GGUF file does)"),
     "endless layers": (
         lambda d: change_json(d / "config.json", num_hidden_layers=10**30),
         "num_hidden_layers must be at most",
@@ -598,7 +598,7 @@ def test_places_that_hold_no_model_are_refused(hf: Path, tmp_path: Path) -> None
     assert "this is no directory" in refusal(hf / "config.json")
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
-    assert "model.gguf is a GGUF file, made for llama.cpp" in refusal(gguf)
+    assert "model.gguf is damaged (it ends within its header" in refusal(gguf)
     gguf.unlink()
     assert "neither params.json" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -18,7 +18,6 @@ from bench.run.ceilings import recall_for, recall_near, remember
 from llama.inputs import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
-from wsm.engine import probe
 from wsm.engine.device import Device
 from wsm.engine.probe import ON_CPU, _window_rates, ceiling_from, probe_link, probe_ssd
 from wsm.engine.probe_compute import probe_compute, sustained
@@ -67,7 +66,7 @@ def test_products_of_seconds_are_measured_after_the_clocks_came_down(monkeypatch
 
 
 def test_a_gpu_has_a_lasting_rate_of_products_and_one_from_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "ON_CPU", ON_CPU._replace(matmul_s=0.05, matmul_n=128))
+    monkeypatch.setattr("wsm.engine.probe.ON_CPU", ON_CPU._replace(matmul_s=0.05, matmul_n=128))
     found = probe_compute(Device(), torch.float32)
     assert set(found) == {"hbm", "matmul", "matmul_burst"}
     assert "back to back" in found["matmul"].how
@@ -201,6 +200,17 @@ def test_a_ceiling_that_varied_by_more_than_a_quarter_is_not_kept(tmp_path: Path
         kept = recall(options, inputs)
         assert set(kept) == {"ssd", "h2d", "hbm"}
         assert kept["ssd"].value == 10.0  # the steady one of before
+
+
+def test_the_ceilings_of_a_kv_device_are_those_of_no_other(tmp_path: Path) -> None:
+    options = BuildOptions(synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu")
+    inputs, found = open_inputs(options), Ceiling(10.0, 9.0, "MBps", 5.0, "moved")
+    with_kv = replace(options, kv_device=str(tmp_path / "kv"))
+    remember(with_kv, inputs, {"h2d": found, "kv_read": found, "kv_write": found})
+    assert set(recall_for(with_kv, inputs)) == {"h2d", "kv_read", "kv_write"}
+    assert set(recall_near(replace(with_kv, mode="stream"), inputs)) == {"h2d", "kv_read", "kv_write"}
+    assert set(recall_for(options, inputs)) == {"h2d"}
+    assert set(recall_for(replace(options, kv_device="/dev/shm/kv"), inputs)) == {"h2d"}
 
 
 def test_a_disturbed_ceiling_that_an_earlier_program_kept_is_not_trusted(

@@ -27,8 +27,9 @@ from llama.inputs import read_manifest
 from tests.stores import aligned, assert_equals, checkpoint, flip, loop_device, pack_tiny
 from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
+from wsm.kv import device as kv_device
 from wsm.kv import target as kv_target
-from wsm.kv.disk import KVDevice
+from wsm.kv.device import KVDevice
 from wsm.kv.target import MAGIC, kv_superblock, run_of
 from wsm.layout.groups import BLOCK
 from wsm.settings import VerifyWhen
@@ -50,11 +51,14 @@ class FakeDrive:
         assert offset % BLOCK == 0, "O_DIRECT refuses this"
         with self._lock:
             number = len(self.calls)
-            self.calls.append((offset, len(buffers[0])))
-        moved = self.answer(number, offset, len(buffers[0]))
+            self.calls.append((offset, sum(map(len, buffers))))
+        moved = self.answer(number, *self.calls[number])
         whole = moved - moved % BLOCK  # the rest of a broken block is lost, as on a drive
-        if whole:
-            self.real(file, [buffers[0][:whole]], offset)
+        for buffer in buffers:
+            part = buffer[:whole]
+            if part:
+                offset += self.real(file, [part], offset)
+                whole -= len(part)
         return moved
 
 
@@ -133,7 +137,7 @@ def test_what_was_written_is_read(data: st.DataObject, tmp_path_factory: pytest.
 
 
 def test_a_unit_of_several_megabytes_comes_back_through_the_real_drive(path: str) -> None:
-    """As KV comes: ``[rows, n_kv_heads, tokens, 2, record]``, in chunks of 4 MiB."""
+    """As KV comes: ``[rows, n_kv_heads, tokens, 2, record]``, in pieces of 8 MiB."""
     unit = random_bytes(18 * MIB).view(2, 4, 256, 2, -1)
     write, read = FakeDrive(os.pwritev), FakeDrive(os.preadv)
     device = KVDevice(path, 20 * MIB, weights=[], threads=2, pread=read, pwrite=write)
@@ -144,7 +148,52 @@ def test_a_unit_of_several_megabytes_comes_back_through_the_real_drive(path: str
     device.close()
     assert torch.equal(found, unit)
     for drive in (read, write):
-        assert sorted(nbytes for _, nbytes in drive.calls) == [2 * MIB, *[4 * MIB] * 4]
+        assert sorted(nbytes for _, nbytes in drive.calls) == [2 * MIB, *[8 * MIB] * 2]
+
+
+def test_blocks_that_lie_apart_in_memory_lie_together_on_the_drive(path: str) -> None:
+    """Short transfers in the middle of a block; the blocks between stay as they are."""
+    unit, whole = 16 * KIB, [3 * 16 * KIB, 5 * BLOCK, 16 * KIB + 100]
+    pread, pwrite = (
+        FakeDrive(real, lambda n, offset, nbytes: min(nbytes, whole[n % 3])) for real in (os.preadv, os.pwritev)
+    )
+    device = KVDevice(path, 40 * unit, weights=[], unit=unit, threads=1, pread=pread, pwrite=pwrite)
+    content = random_bytes(80 * unit).view(40, 2, unit)
+    assert outcome(device.write, 0, content[:, 1]) is None
+    together = aligned(40 * unit).view(40, unit)
+    assert outcome(device.read, 0, together) is None
+    assert torch.equal(together, content[:, 1])
+    apart = aligned(80 * unit).zero_().view(40, 2, unit)
+    assert outcome(device.read, 3 * unit, apart[3:, 0]) is None
+    device.close()
+    assert torch.equal(apart[3:, 0], content[3:, 1])
+    assert not apart[:, 1].any()
+    assert not apart[:3].any()
+
+
+def test_memory_whose_blocks_are_cut_is_refused(path: str) -> None:
+    device = KVDevice(path, 4 * BLOCK, weights=[])
+    with pytest.raises(ValueError, match="each of them in one piece"):
+        device.read([(0, aligned(4 * BLOCK).view(2, 2 * BLOCK)[:, ::2])])
+    device.close()
+
+
+def test_what_is_forgotten_counts_as_never_written(path: str) -> None:
+    device = filled(path, MIB)
+    device.forget()
+    assert isinstance(outcome(device.read, 0, aligned(MIB)), KVDeviceError)
+    device.close()
+
+
+def test_work_beside_a_read_is_part_of_the_request(path: str) -> None:
+    device, done = filled(path, MIB), list[int]()
+    assert device.read([(0, aligned(MIB))], beside=[partial(done.append, 1)]).exception(10) is None
+    assert device.read([], beside=[partial(done.append, 2)]).exception(10) is None
+    assert device.read([]).exception(10) is None
+    failed = device.read([], beside=[lambda: done[7]]).exception(10)
+    device.close()
+    assert done == [1, 2]
+    assert isinstance(failed, IndexError)
 
 
 def test_all_threads_work_on_one_large_request(path: str) -> None:
@@ -319,7 +368,7 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
 def test_all_64_bits_of_a_checksum_are_compared(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's integers of both sides of 2**63 would become floats, which tell only 53 bits apart."""
     sums = iter([5, 2**64 - 1, 5, 2**64 - 3])
-    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda image: next(sums))
+    monkeypatch.setattr(kv_device, "checksum", lambda block: next(sums))
     device = KVDevice(path, 2 * BLOCK, weights=[])
     device._n_threads = 1
     assert outcome(device.write, 0, aligned(2 * BLOCK).zero_()) is None

@@ -315,7 +315,7 @@ def test_an_error_of_the_disk_is_no_wrong_token(
         def broken(*_: object) -> int:
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(tiers._disk._device, "_pread", broken)
+        monkeypatch.setattr(tiers._disk.device, "_pread", broken)
         with pytest.raises(StoreError, match="in offloaded KV: read error: Input/output error; check the drive"):
             generate(model, kv, PROMPTS, options())
 

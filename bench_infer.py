@@ -96,7 +96,8 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         from bench.run.prompts import batch_prompts, facts_of, fill_batch, shape_of
         from bench.run.record import Progress
         from llama import LLaMA
-        from llama.inputs import open_inputs, plan_run
+        from llama.opening import open_inputs
+        from llama.plans import plan_run
         from llama.sources import find_store
         from wsm.plan.advice import check_fits
     stop.check()
@@ -154,7 +155,7 @@ def _warm_up(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
             what, tokens = f"warm-up {number}/{options.warmup_rounds}", warm_up_tokens(options)
             with reporter.bar(tokens, "tok", what, partial(prefill_place, llm)) as advance:
                 llm.inputs.world.barrier()
-                warm_up(llm, got.prompts, options, lambda: advance(1))
+                warm_up(llm, got.prompts, options, advance)
     if llm.manager is not None and options.warmup_rounds:
         with reporter.doing("loading what stays in memory"):
             llm.manager.tiers.wait_loaded()
@@ -177,7 +178,7 @@ def _measure(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
                 with reporter.bar(options.max_new_tokens, "tok", what, partial(prefill_place, llm)) as advance:
                     llm.inputs.world.barrier()
                     stop.check()
-                    got.rounds.append(run_round(llm, got.prompts, options, on_token=lambda: advance(1)))
+                    got.rounds.append(run_round(llm, got.prompts, options, on_tokens=advance))
                 if options.trace is not None:
                     forget_records(got.rounds, options.repeats)
     except Stopped as wish:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llama.batch import TokenBatch, decode_batch, prefill_batch
+from llama.batch import prefill_batch
+from llama.decoding import Decoder, Decoding, NodePasses, TokenPasses
 from llama.kv.cache import KVCache
 from llama.model import Transformer
-from llama.sampling import check_sampling, sample
+from llama.sampling import Sampling, check_sampling
+from llama.speculation.draft import Draft
 from wsm import stop
 from wsm.errors import UnusableInput
 
 Observer = Callable[[str], None]
-"""Called with "start", "pass" (before each pass), "queued" (after it, while the device may still compute),
-"prefill_done", "token" (after each token's read-back), "done".
+"""Called with "start", "pass" (before each pass), "drafted" (in it, behind a draft's proposal), "queued" (after it,
+while the device may still compute), "prefill_done", "token" (after each read-back), "done".
 """
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How to generate; ``chunk_tokens`` and ``wave_rows`` bound what a pass of the prefill computes at once."""
+    """How to generate; ``chunk_tokens`` and ``wave_rows`` bound what a pass of the prefill computes at once.
+
+    ``verify_rows`` are the nodes of a row in every decode pass.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -33,17 +38,26 @@ class GenerationOptions:
     ignore_eos: bool
     chunk_tokens: int
     wave_rows: int
+    verify_rows: int = 1
+
+    @property
+    def sampling(self) -> Sampling:
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """New tokens of each row (a stop token ends a row and is counted), and the passes that they took."""
+    """New tokens of each row (a stop token ends a row and is counted), and the passes that they took.
+
+    ``accepted`` has, of each row, how many it took from each decode pass until its end.
+    """
 
     tokens: list[list[int]]
     prefill_tokens: int
     prefill_passes: int
     decode_passes: int
     texts: list[str] | None = None
+    accepted: list[list[int]] = field(default_factory=list)
 
     @property
     def decode_tokens(self) -> int:
@@ -58,62 +72,75 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     observer: Observer = lambda mark: None,
+    draft: Draft | None = None,
 ) -> Generation:
     """New tokens for every prompt (one row each); ``kv`` is emptied first.
 
-    Token 1 comes from the prefill's last logits, so n tokens take n - 1 decode passes. Rows that ended keep their
+    Token 1 comes from the prefill's last logits. Of one node a row n tokens take n - 1 decode passes; of more, fewer
+    where a ``draft`` proposes what the model draws, and the tokens are those without it. Rows that ended keep their
     place in the batch, for fixed shapes, but their tokens are dropped. UnusableInput for an empty prompt, one that
     ``kv`` has no room for, or impossible options.
     """
     _check(model, kv, prompts, options)
+    if draft is not None and draft.nodes != options.verify_rows:
+        raise ValueError(f"a draft of {draft.nodes} nodes a row, where {options.verify_rows} are verified")
     kv.reset()
-    generator = torch.Generator(model.device).manual_seed(options.seed)
-    stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
-    rows: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    if model.graphs is not None:
+    rows = _Rows(kv, options, len(prompts))
+    in_nodes = options.verify_rows > 1
+    if model.graphs is not None and not in_nodes:
         longest = max(map(len, prompts))
         last = longest + options.max_new_tokens - 1
         model.graphs.prepare(model.layers, len(prompts), longest + 1, last, options.chunk_tokens)
     observer("start")
-    logits, waves = _prefill(model, kv, prompts, options, observer)
+    logits, positions, waves = _prefill(model, kv, prompts, options, observer)
+    if draft is not None:
+        draft.prefill(prompts)
     if model.device.type == "cuda":
         torch.cuda.current_stream(model.device).synchronize()
     observer("prefill_done")
-    batch: TokenBatch | None = None
-    passes = 0
-    while True:
-        finite = torch.isfinite(logits).all()
-        logits.masked_fill_(~finite, 0.0)  # a draw from anything else would be the device's own failure
-        picked = sample(logits, temperature=options.temperature, top_p=options.top_p, generator=generator)
-        for row, token in enumerate(_read_back(model, picked, finite)):
-            if row in going:
-                rows[row].append(token)
-                if token in stop_ids or len(rows[row]) >= options.max_new_tokens:
-                    going.remove(row)
-                    kv.end_row(row)
+    decoding = Decoding(model, kv, options.sampling, options.chunk_tokens, observer)
+    decoder: Decoder = TokenPasses(decoding, positions)
+    if in_nodes:
+        decoder = NodePasses(decoding, positions, options.verify_rows, options.max_new_tokens, draft)
+    rows.take(decoder.first(logits))
+    observer("token")
+    stop.check()
+    while rows.going:
+        rows.take_pass(decoder.next())
         observer("token")
         stop.check()
-        if not going:
-            break
-        observer("pass")
-        batch = batch.followed_by(picked) if batch else decode_batch(picked, kv.lengths[: len(rows)], model.device)
-        logits = model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last")
-        observer("queued")
-        passes += 1
     observer("done")
-    return Generation(rows, sum(map(len, prompts)), waves, passes)
+    return Generation(rows.tokens, sum(map(len, prompts)), waves, rows.passes, accepted=rows.accepted)
 
 
-def _read_back(model: Transformer, picked: Tensor, finite: Tensor) -> list[int]:
-    """The picked tokens on the host, in one copy with whether their logits were finite, else UnusableInput."""
-    *tokens, sound = torch.cat((picked, finite.view(1).to(picked.dtype))).tolist()
-    if not sound:
-        raise UnusableInput(
-            f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
-            "dtype; take the checkpoint again, or another --dtype"
-        )
-    return tokens
+class _Rows:
+    """What is kept of each row: its new tokens, up to its end, and how many of them came from each pass."""
+
+    def __init__(self, kv: KVCache, options: GenerationOptions, count: int) -> None:
+        self._kv, self._most = kv, options.max_new_tokens
+        self._stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.accepted: list[list[int]] = [[] for _ in range(count)]
+        self.going = set(range(count))
+        self.passes = 0
+
+    def take(self, new: list[list[int]]) -> None:
+        """New tokens of each row, of which those behind its end are dropped."""
+        for row in sorted(self.going):
+            for token in new[row]:
+                self.tokens[row].append(token)
+                if token in self._stop_ids or len(self.tokens[row]) >= self._most:
+                    self.going.remove(row)
+                    self._kv.end_row(row)
+                    break
+
+    def take_pass(self, new: list[list[int]]) -> None:
+        """Those of a decode pass."""
+        before, going = list(map(len, self.tokens)), sorted(self.going)
+        self.take(new)
+        self.passes += 1
+        for row in going:
+            self.accepted[row].append(len(self.tokens[row]) - before[row])
 
 
 def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
@@ -122,12 +149,13 @@ def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], op
         ("--max-new-tokens", options.max_new_tokens),
         ("--prefill-chunk-tokens", options.chunk_tokens),
         ("rows a wave", options.wave_rows),
+        ("--verify-rows", options.verify_rows),
     ):
         if value < 1:
             raise UnusableInput(f"{flag} must be 1 or more, not {value}")
     if not 0 < len(prompts) <= kv.batch:
         raise UnusableInput(f"{len(prompts)} prompts for a KV cache of {kv.batch} rows")
-    room = min(kv.tokens, model.max_tokens)
+    room = min(kv.tokens - (options.verify_rows - 1), model.max_tokens)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UnusableInput(f"prompt {row} is empty")
@@ -145,13 +173,17 @@ def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], op
 
 def _prefill(
     model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions, observer: Observer
-) -> tuple[Tensor, int]:
-    """Last logits of every row, float32 ``[B, vocab]``; a wave of rows is one pass through all layers."""
-    logits = []
+) -> tuple[Tensor, Tensor, int]:
+    """Last logits of every row, float32 ``[B, vocab]``, the positions of the tokens to come, int64 ``[B]``, and waves.
+
+    A wave of rows is one pass through all layers.
+    """
+    logits, positions = [], []
     for first in range(0, len(prompts), options.wave_rows):
         rows = range(first, min(first + options.wave_rows, len(prompts)))
         observer("pass")
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))
+        positions.append(batch.positions[batch.last] + 1)
         observer("queued")
-    return torch.cat(logits), len(logits)
+    return torch.cat(logits), torch.cat(positions), len(logits)

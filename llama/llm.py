@@ -13,14 +13,17 @@ from torch import Tensor
 
 from llama.ambient import own_torch
 from llama.batch import prefill_batch
+from llama.drafting import Drafting, load_draft
 from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.graphs import DecodeGraphs
-from llama.inputs import Inputs, open_inputs, plan_run
+from llama.inputs import Inputs
 from llama.kv.cache import KVCache
 from llama.loading import LoadTimes, Reporter
 from llama.model import Transformer
+from llama.opening import open_inputs
 from llama.options import build_options
 from llama.parallel.world import ALONE, World
+from llama.plans import plan_run
 from llama.products import Scratch
 from llama.sources import find_store, open_source
 from llama.tokenizer import Tokenizer, encode_prompt
@@ -56,6 +59,7 @@ class LLaMA:
         self.model: Transformer
         self.kv: KVCache
         self.scratch: Scratch
+        self.drafting: Drafting | None = None
         self._packed = True
 
     # -- construction
@@ -131,7 +135,11 @@ class LLaMA:
         inputs, plan = self.inputs, self.plan
         with self.load_times.timed("kv_s"):
             self.kv = self._make_kv()
-        self.scratch = Scratch(plan.decoding.scratch_bytes, inputs.device, self.telemetry)
+        self.scratch = Scratch(plan.scratch_bytes, inputs.device, self.telemetry)
+        if inputs.draft is not None:  # before page-locked memory is taken: it passes through ordinary memory
+            with self.load_times.timed("draft_s"):
+                self.drafting = load_draft(inputs.draft, plan, self.kv, self.scratch, self.telemetry, reporter)
+            self.warnings += self.drafting.warnings
         weights: WeightSource
         with reporter.bar(self.config.n_layers, "layer", "loading") as advance:
             progress = lambda group: advance(group.kind == "ffn")  # noqa: E731 - the second group of a layer
@@ -251,8 +259,11 @@ class LLaMA:
         ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
         stop_ids = self.inputs.stop_ids if not ignore_eos else frozenset[int]()
         chunk, wave = self.plan.chunk_tokens, self.plan.wave_rows
-        options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave)
-        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None))
+        nodes, draft = self.plan.inputs.verify_rows, self.drafting.draft if self.drafting is not None else None
+        options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave, nodes)
+        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
+        if self.drafting is not None:
+            self.drafting.took(found)
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
         kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
@@ -297,7 +308,7 @@ class LLaMA:
 
     def _forget(self) -> None:
         """Let go of the memory on the device, also where somebody still holds this object."""
-        self.graphs = None
+        self.graphs = self.drafting = None
         for part in ("model", "kv", "scratch"):
             vars(self).pop(part, None)
 

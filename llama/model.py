@@ -21,7 +21,7 @@ from llama.products import Acquire, Products, ProductSource, Scratch
 from llama.rope import RopeScaling
 from llama.weights import WeightSource
 from wsm import stop
-from wsm.layout.groups import GroupId
+from wsm.layout.groups import GroupId, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
 
@@ -125,7 +125,7 @@ class Transformer:
         self.vocab_size = config.vocab_size * self.collective.shard.size
         self.dtype = weights.globals["norm"].dtype
         self.graphs: DecodeGraphs | None = None
-        self._freqs_cis = rotary_table(config, max_tokens, device)
+        self.freqs_cis = rotary_table(config, round_up(max_tokens, KV_BLOCK_TOKENS), device)
         _causal_at_the_end(1, 2)
 
     def forward(
@@ -147,11 +147,11 @@ class Transformer:
             h = self.layers(batch, kv, self.groups.acquire, chunk_tokens)
             h = h[batch.last] if logits == "last" else h
         kv.extend(batch.segments)
-        return self._head(h, chunk_tokens)
+        return self.head(h, chunk_tokens)
 
     def layers(self, batch: TokenBatch, kv: KVCache, acquire: Acquire, chunk_tokens: int) -> Tensor:
         """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
-        h = self._embed(batch.tokens)
+        h = self.embed(batch.tokens)
         chunks = self._chunks(batch, chunk_tokens, kv)
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
@@ -164,7 +164,7 @@ class Transformer:
                     self._feed_forward_(h[chunk.part], w)
         return h
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """The residual ``[N, dim]`` of the tokens; a rank knows the rows of its own part of the vocabulary."""
         table, shard = self.weights.globals[EMBEDDING], self.collective.shard
         if shard.size == 1:
@@ -175,7 +175,7 @@ class Transformer:
         return self.collective.reduce_(h)
 
     def _chunks(self, batch: TokenBatch, chunk_tokens: int, kv: KVCache) -> list[Chunk]:
-        freqs_cis = self._freqs_cis[batch.positions].unsqueeze(1)
+        freqs_cis = self.freqs_cis[batch.positions].unsqueeze(1)
         attended = attended_tokens(max(segment.end_pos for segment in batch.segments), kv.tokens)
         ends = {segment.row // kv.layout.stretch_rows: segment for segment in batch.segments}
         chunks = []
@@ -270,7 +270,8 @@ class Transformer:
         del x
         w.add_linear_(h, gate, "w2")
 
-    def _head(self, h: Tensor, chunk_tokens: int) -> Tensor:
+    def head(self, h: Tensor, chunk_tokens: int) -> Tensor:
+        """Logits, float32 ``[n, vocab]``, of the residual ``h [n, dim]``, so many tokens at a time."""
         w = self.weights.globals
         head = w[EMBEDDING] if self.config.tied_embeddings else w["output"]
         logits = torch.empty(h.shape[0], head.shape[0], dtype=torch.float32, device=self.device)

@@ -6,21 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llama.kv import KV_DTYPES
+from llama.speculation.shape import Speculating, nodes_for, speculating
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.option import NAME, PATH, SWITCH, TEXT, TRUTH, Kind, one_of, option, options_of, whole
 from wsm.settings import Settings
 
 _BLOCKS = Kind("0 (all blocks) or at least 2", lambda value: type(value) is int and value >= 0 and value != 1, int, "K")
+_DEPTH = Kind(
+    "auto or a whole number of at least 1",
+    lambda value: value == "auto" or (type(value) is int and value >= 1),
+    lambda text: text if text == "auto" else int(text),
+    "N",
+)
 _DTYPE = one_of("bfloat16", "float16", "float32", "auto")
 PLAIN_FORMATS = {"bf16": "bfloat16", "float16": "float16", "float32": "float32"}
 """Weight formats that are nothing but a dtype."""
 _ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
 """Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
 _model, _paging = partial(option, group="model"), partial(option, group="paging")
+_speculation = partial(option, group="speculation")
+_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.ALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +39,15 @@ class BuildOptions(Settings):
     checkpoints: Path | None = _model(
         None, PATH, "Meta or Hugging Face directory, or a GGUF file", metavar="PATH", shown="built-in model"
     )
-    synthetic: str | None = _model(None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N]")
+    synthetic: str | None = _model(
+        None, NAME, "random weights in a real model's shape", metavar="NAME[:layers=N][:cycle]"
+    )
     dtype: str | None = _model(
         None, _DTYPE, "weights are converted when loaded or packed", metavar="TYPE", shown="as stored"
     )
     weight_format: str = _model(
         "auto",
-        one_of("auto", *PLAIN_FORMATS, *registry.ALL),
+        _FORMATS,
         "how the layers' matrices lie on every tier, auto: as in the checkpoint or store (docs/FORMATS.md)",
         metavar="FORMAT",
     )
@@ -67,8 +78,43 @@ class BuildOptions(Settings):
         None, whole(1), "rows whose KV is moved and attended together (docs/KV.md)", metavar="ROWS", shown="auto"
     )
 
+    draft: str | None = _speculation(
+        None,
+        TEXT,
+        "who proposes tokens (docs/SPECULATION.md): `ngram`, a checkpoint, a packed store's manifest, or "
+        "`synthetic:NAME[:layers=N][:agree=P,second=Q]`",
+        metavar="DRAFT",
+        shown="none",
+    )
+    draft_depth: int | Literal["auto"] = _speculation(
+        "auto",
+        _DEPTH,
+        "tokens that it proposes behind a row's last, auto: as many as the link hides, as the warm-up shows",
+    )
+    draft_width: int | None = _speculation(
+        None, whole(1), "nodes that a tree grows a level; 1 is a chain", shown="as many as fill the nodes"
+    )
+    draft_weight_format: str = _speculation("auto", _FORMATS, "of the draft, as `--weight-format`", metavar="FORMAT")
+    verify_rows: int | None = _speculation(
+        None,
+        whole(1),
+        "nodes of a row, its last token among them, in every decode pass; without a draft padding",
+        shown="1; with a draft its depth + 1, or 16",
+    )
+
+    @property
+    def speculating(self) -> Speculating | None:
+        """How the run speculates; UnusableInput for flags that contradict each other."""
+        return speculating(self.draft, self.draft_depth, self.draft_width, self.verify_rows)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of a row in every decode pass."""
+        return nodes_for(self.draft, self.draft_depth, self.verify_rows)
+
     def check_together(self) -> None:
         """Raises UnusableInput for flags that contradict each other."""
+        _ = self.speculating
         if self.checkpoints is not None and self.synthetic is not None:
             raise UnusableInput("--checkpoints and --synthetic exclude each other: give one")
         named = PLAIN_FORMATS.get(self.weight_format, "bfloat16" if self.weight_format == "exact" else None)

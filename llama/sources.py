@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
-from llama.inputs import Inputs, plan_run
+from llama.inputs import Inputs
 from llama.loading import Reporter
 from llama.options import BuildOptions
+from llama.plans import plan_run
 from wsm.formats.mix import Mix
 from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
+from wsm.settings import Settings
 from wsm.store.cache import cached_store
 from wsm.store.description import StoreDescription
 from wsm.store.match import compare_heads
@@ -31,16 +33,24 @@ def find_store(
 ) -> None:
     """Where weights are read in a format that takes encoding: the cached store of them, packed now if it is not there.
 
-    Synthetic weights, and a checkpoint's own formats, need one only where a pass reads the SSD. Raises DoesNotFit
-    before it packs what would not fit in memory (saying what would, by ``ceilings``), or on the drive; UnusableInput if
-    it cannot pack.
+    So the draft's, too. Synthetic weights, and a checkpoint's own formats, need one only where a pass reads the SSD.
+    Raises DoesNotFit before it packs what would not fit in memory (saying what would, by ``ceilings``), or on the
+    drive; UnusableInput if it cannot pack.
     """
-    weight_format = inputs.weight_format
-    if inputs.description is None and weight_format is not None and not isinstance(weight_format, Mix):
-        plan = plan_run(options, inputs, shape)
-        if not inputs.synthetic or "SSD" in plan.way:
+    draft = inputs.draft.inputs if inputs.draft is not None else None
+    encoded = [each for each in (inputs, draft) if each is not None and _is_encoded_here(each)]
+    if all(each.description is not None for each in encoded):
+        return
+    plan = plan_run(options, inputs, shape)
+    for each in encoded:
+        streamed = each is inputs and "SSD" in plan.way
+        if each.description is None and (streamed or not each.synthetic):
             check_fits(plan, ceilings)
-            inputs.read_from(_cached(inputs, reporter))
+            each.read_from(_cached(each, reporter))
+
+
+def _is_encoded_here(inputs: Inputs) -> bool:
+    return inputs.weight_format is not None and not isinstance(inputs.weight_format, Mix)
 
 
 def _cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:
@@ -62,17 +72,20 @@ def open_source(inputs: Inputs, plan: Plan, reporter: Reporter, *, packed: bool 
 
     Without ``packed`` the checkpoint is read also where a pass reads the SSD: for a pass or two.
     """
-    if inputs.description is None and ("SSD" not in plan.way or not packed):  # no pass reads what would be packed
+    if inputs.description is None and "SSD" in plan.way and packed:
+        inputs.read_from(_cached(inputs, reporter))
+    return source_of(inputs, plan.inputs.settings)
+
+
+def source_of(inputs: Inputs, settings: Settings) -> GroupSource:
+    """The store that is read, or else the checkpoint; as :func:`open_source`."""
+    if inputs.description is None:
         return CheckpointSource(
             inputs.share,
             inputs.dtype,
             threads=LOADING_THREADS,
             layouts=inputs.layouts,
         )
-    if inputs.description is None:
-        inputs.read_from(_cached(inputs, reporter))
-    assert inputs.description is not None
-    settings = plan.inputs.settings
     store = PackedStore(inputs.description, staging_bytes=settings.staging_mb * 10**6, verify=settings.verify_weights)
     try:
         compare_heads(store, inputs.share)

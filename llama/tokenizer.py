@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ import tiktoken
 
 from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
-from llama.splits import LLAMA3_SPLIT
+from llama.splits import LLAMA3_SPLIT, digestible_pieces
 from wsm.disk.files import read_file
 from wsm.errors import UnusableInput
 
@@ -145,21 +144,6 @@ class Llama3Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         plain = [token for token in ids if 0 <= token < self._plain_ids]
         return self._encoding.decode_bytes(plain).decode("utf-8", errors="replace")
-
-
-MOST_CHARS, LONGEST_RUN = 400_000, 25_000
-_RUN = re.compile(r"\s+|\S+")
-
-
-def digestible_pieces(text: str) -> Iterator[str]:
-    """Cuts where tiktoken would overflow or slow down: every 400 000 characters, and runs longer than 25 000.
-
-    A run is of whitespace alone or of anything else alone. The limits are Meta's, so the ids are too.
-    """
-    for start in range(0, len(text), MOST_CHARS):
-        chunk = text[start : start + MOST_CHARS]
-        cuts = [cut for run in _RUN.finditer(chunk) for cut in range(run.start(), run.end(), LONGEST_RUN)[1:]]
-        yield from (chunk[a:b] for a, b in zip([0, *cuts], [*cuts, len(chunk)], strict=True))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -24,9 +24,11 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
-from llama.inputs import Inputs, hardware_here, open_inputs, plan_run, plans_by_format, read_manifest
+from llama.inputs import Inputs, read_manifest
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
+from llama.plans import hardware_here, plan_run, plans_by_format
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
@@ -35,6 +37,7 @@ from wsm.plan.hardware import Hardware
 from wsm.plan.levers import auto_flags
 from wsm.plan.machines import Machine, hardware_elsewhere, machine_named, rates_elsewhere
 from wsm.plan.plan import Plan
+from wsm.plan.speculated import Speculated, speculated, tokens_a_pass
 from wsm.plan.time import KV_DEVICE, Ceiling
 from wsm.settings import Settings, unknown_variables
 from wsm.store.layout import plan_store
@@ -57,14 +60,17 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, say), options), hardware)
     ceilings = _rates(options, inputs, machine, plan)
     formats = by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name)
+    drafted = _drafted(options, inputs, plan, ceilings)
     if options.output:
-        print(json.dumps(significant(plan_json(plan, ceilings, formats))))
+        print(json.dumps(significant(plan_json(plan, ceilings, formats, drafted))))
         check_fits(plan, ceilings, told=True)
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
         print(f"[INFO] {line}")
     print(describe(plan, ceilings))
     print(shown_by_format(formats))
+    if drafted is not None:
+        print(f"with --draft {options.draft}: {drafted.shown()}")
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     for warning in (*inputs.warnings, *unknown_variables(os.environ)):
@@ -91,6 +97,21 @@ def _rates(options: PlanOptions, inputs: Inputs, machine: Machine | None, plan: 
     if machine is not None and inputs.dtype.itemsize > 2 and options.matmul_tflops is None:
         rates.pop("matmul")  # the table's is of bf16
     return rates
+
+
+def _drafted(options: PlanOptions, inputs: Inputs, plan: Plan, ceilings: Mapping[str, Ceiling]) -> Speculated | None:
+    """The decode at the acceptance that is asked for; None where none is."""
+    asked = options.acceptance if options.acceptance is not None else options.tokens_a_pass
+    if asked is None or inputs.draft is None:
+        return None
+    shape = inputs.draft.speculating.first
+    tokens = tokens_a_pass(asked, shape.depth) if options.acceptance is not None else asked
+    if tokens > shape.depth + 1:
+        raise UnusableInput(
+            f"--tokens-a-pass {tokens:g}: a draft of depth {shape.depth} gives at most {shape.depth + 1}; raise "
+            "--draft-depth, or lower it"
+        )
+    return speculated(plan, ceilings, shape.depth, shape.width, tokens)
 
 
 def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, Ceiling]) -> Iterator[str]:

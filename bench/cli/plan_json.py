@@ -10,14 +10,17 @@ from wsm.plan.by_format import FormatPlan
 from wsm.plan.levers import more_bytes, steps
 from wsm.plan.memory import MemoryLine
 from wsm.plan.plan import Plan
+from wsm.plan.speculated import Speculated
 from wsm.plan.time import Ceiling, predicted_floor, predicted_pass_ms
 
 
-def plan_json(plan: Plan, ceilings: Mapping[str, Ceiling], formats: Sequence[FormatPlan]) -> dict[str, Any]:
+def plan_json(
+    plan: Plan, ceilings: Mapping[str, Ceiling], formats: Sequence[FormatPlan], drafted: Speculated | None
+) -> dict[str, Any]:
     """Keys with their units; what no measured rate tells is null, or missing where a rate of it alone is.
 
     ``levers``: one step of each flag, with what it changes in bytes and, where that is known, in milliseconds.
-    ``weight_formats``: the same run in each of them.
+    ``weight_formats``: the same run in each of them. ``speculation``: with a draft, at the acceptance that was named.
     """
     placement, residency, shape = plan.placement, plan.placement.residency, plan.shape
     predicted = predicted_pass_ms(plan, ceilings)
@@ -56,6 +59,7 @@ def plan_json(plan: Plan, ceilings: Mapping[str, Ceiling], formats: Sequence[For
             }
             for step in steps(plan, ceilings)
         ],
+        "speculation": drafted and _speculated(drafted),
         "weight_formats": [_in_format(found) for found in formats],
         "notes": plan.notes,
     }
@@ -70,6 +74,18 @@ def _in_format(found: FormatPlan) -> dict[str, Any]:
         "cpu_bytes": found.plan.cpu_bytes,
         "fits": found.plan.fits,
         "pass_ms": found.pass_ms,
+        "pass_range_ms": found.decode_pass and found.decode_pass[1:],
+        "at_least": found.at_least,
+        "tokens_per_s": found.tokens_per_s,
+    }
+
+
+def _speculated(found: Speculated) -> dict[str, Any]:
+    return {
+        "tokens_a_pass": found.tokens_a_pass,
+        "drafting_ms": found.drafting_ms,
+        "drafting_hidden_ms": found.hidden_ms,
+        "pass_ms": found.decode_pass.ms if found.decode_pass is not None and found.decode_pass.steady else None,
         "pass_range_ms": found.decode_pass and found.decode_pass[1:],
         "at_least": found.at_least,
         "tokens_per_s": found.tokens_per_s,

@@ -9,7 +9,7 @@ from bench.result.console import ConsoleReporter
 from bench.result.quality import as_json, as_row, as_text, summed
 from bench.run.outputs import check_writable
 from bench.run.quality import compare_windows, options_of_both, read_text, windows_of
-from llama.inputs import open_inputs
+from llama.opening import open_inputs
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
 

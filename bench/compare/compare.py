@@ -12,6 +12,7 @@ from bench.compare.sides import Side, device_of, differing, mixed_within, once, 
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
 from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
+from bench.result.types_speculation import Speculation
 from wsm.errors import UnusableInput
 
 Cell = float | str | None
@@ -77,6 +78,8 @@ def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterato
     for metric in (*PASS_FIGURES, *METRICS):
         found = [side.samples(metric) for side in sides]
         yield f"median {metric}", [statistics.median(samples) if samples else None for samples in found]
+    if any(rates := [_tokens_a_pass(result) for result in typical]):
+        yield "tokens a pass", rates
     found = [side.samples("e2e_ms") for side in sides]
     yield "stdev e2e_ms", [statistics.stdev(samples) if len(samples) > 1 else None for samples in found]
     for link in LinkRates.__struct_fields__:
@@ -85,6 +88,11 @@ def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterato
             yield f"io {link}", rates
     yield "gpu allocated_GB", _cells(typical, "gpu_mem_GB.allocated_GB")
     yield "page_locked_MB", _cells(typical, "memory.cpu_page_locked_bytes", 1e6)
+
+
+def _tokens_a_pass(result: Result | None) -> float | None:
+    """Of a row; None without a draft."""
+    return result.speculation.tokens_a_pass if result and isinstance(result.speculation, Speculation) else None
 
 
 def _cells(typical: Sequence[Result | None], path: str, unit: float = 1) -> list[Any]:
@@ -139,6 +147,7 @@ def _unlike(base: Result, side: Result) -> Iterator[str]:
             "prompt tokens": result.prompt_lens,
             "new tokens": result.decode_tokens_total,
             "compute device": device_of(result),
+            "sampler": result.sampler,
         }
         for result in (base, side)
     ]

@@ -16,7 +16,7 @@ from wsm.errors import UnusableInput
 from wsm.option import SWITCH, Kind, Option, meant, negated, options_of
 from wsm.settings import read_variables
 
-GROUPS = ("", "model", "paging", "work", "output", "another machine")
+GROUPS = ("", "model", "paging", "speculation", "work", "output", "another machine")
 _PROGRAM = "bench_infer.py"
 _HELP_COLUMN = 30
 

@@ -25,6 +25,9 @@ class RunOptions(BuildOptions):
         shown="the file in prompts/",
     )
     prompt: str | None = _work(None, TEXT, "one prompt")
+    chat: bool = _work(
+        False, SWITCH, "each prompt is a user's message in the checkpoint's own chat template (docs/SPECULATION.md)"
+    )
     prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed", flags=("-p",))
     batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it", flags=("-b",))
     max_new_tokens: int = _work(32, whole(1), "tokens to make per row", flags=("-n",))
@@ -61,6 +64,8 @@ class RunOptions(BuildOptions):
         sources = {"--prompts": self.prompts, "--prompt": self.prompt, "--prompt-len": self.prompt_len}
         if len(given := [flag for flag, value in sources.items() if value is not None]) > 1:
             raise UnusableInput(f"{' and '.join(given)} exclude each other: give one")
+        if self.chat and self.prompt_len is not None:
+            raise UnusableInput("--chat and --prompt-len exclude each other: random ids are no message")
         if self.prompt is not None and not self.prompt.strip():
             raise UnusableInput("--prompt is empty: give a text")
         if self.max_new_tokens >= self.max_seq_len:
@@ -83,7 +88,7 @@ _elsewhere = partial(option, group="another machine", swept=False)
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions(RunOptions):
-    """A run, and the machine that it is planned for."""
+    """A run, the machine that it is planned for, and what is to be believed of its draft."""
 
     machine: str | None = _elsewhere(
         None, NAME, "a card from the table in docs/TUNING.md instead of this machine, such as `RTX 4090`"
@@ -97,6 +102,21 @@ class PlanOptions(RunOptions):
     matmul_tflops: float | None = _elsewhere(
         None, _RATE, "dense matrix products, in 10^12 operations/s", shown="as measured here"
     )
+    acceptance: float | None = _elsewhere(
+        None, number(0, 1), "with `--draft`: predict tokens a second where a level's token is right so often"
+    )
+    tokens_a_pass: float | None = _elsewhere(
+        None, number(1, 1e3), "with `--draft`: the same for a row's tokens a pass, as a run has shown them"
+    )
+
+    def check_together(self) -> None:
+        RunOptions.check_together(self)
+        given = {"--acceptance": self.acceptance, "--tokens-a-pass": self.tokens_a_pass}
+        flags = [flag for flag, value in given.items() if value is not None]
+        if len(flags) > 1:
+            raise UnusableInput(f"{' and '.join(flags)} exclude each other: give one")
+        if flags and self.draft is None:
+            raise UnusableInput(f"{flags[0]} without --draft: name the draft, or leave it out")
 
 
 _JSON_FIRST = """

@@ -15,6 +15,8 @@ from bench.compare.text import differing_lines, letters, outputs_line, shown_cel
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
 from bench.report.timeline import timelines_of
+from bench.result.summary import speculation_lines
+from bench.result.types_speculation import Speculation
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -96,12 +98,23 @@ def _side(side: Side, place: int) -> Iterator[str]:
         yield f"<p>A process failed with {escaped(failure)}</p>"
     if (typical := side.typical) is not None:
         yield from (_figure(chart) for chart in (*timelines_of(side), *side_charts(side)))
+        if isinstance(speculation := typical.speculation, Speculation):
+            told = speculation_lines(speculation, typical)
+            yield _list("Speculation", (f"{name}: {said}" for name, said in told.items()))
+            yield _list("Row passes by their tokens", _row_passes(speculation))
         yield _list("Warnings", dict.fromkeys(line for result in side.results for line in result.warnings))
         yield _details("Settings", settings_of(typical))
         yield _details("Provenance", {**provenance_of(typical), "utc": typical.provenance.utc})
         command = shlex.join(["bench_infer.py", *typical.config.argv])
         yield f"<p class=note>Made by <code>{escaped(command)}</code></p>"
     yield "</section>"
+
+
+def _row_passes(found: Speculation) -> Iterator[str]:
+    given = sum(found.row_passes)
+    for tokens, times in enumerate(found.row_passes, 1):
+        if times:
+            yield f"{tokens}: {times} ({100 * times / given:.1f} %)"
 
 
 def _details(title: str, values: Mapping[str, Any]) -> str:

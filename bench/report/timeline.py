@@ -23,6 +23,7 @@ _SHOWN = {
     "kv_wait": ("compute waits", STALLED_KV),
     "compute": ("compute", "busy"),
     "weight_decode": ("decode", "decoding weights"),
+    "draft": ("draft", "drafting"),
     **{tier: (name, name) for tier, name in KV_MOVED.items()},
 }
 """The lane and the legend's word of each kind of a trace's events; a phase's word is its name."""
@@ -113,8 +114,8 @@ def _kind_by_name(thread: str, name: str) -> str:
 
 
 def _lanes(spans: Mapping[str, Sequence[Span]]) -> list[Bar]:
-    """Those of KV only where some of it moved, that of decoding where something was."""
-    rare = {*KV_MOVED.values(), "decode"}
+    """Those of KV only where some of it moved, those of decoding and drafting where something was."""
+    rare = {*KV_MOVED.values(), "decode", "draft"}
     return [Bar(lane, tuple(sorted(s))) for lane, s in spans.items() if s or lane not in rare]
 
 

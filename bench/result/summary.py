@@ -15,6 +15,7 @@ from tabulate import tabulate
 from bench.result.results import plain, significant
 from bench.result.types import METRICS, Result
 from bench.result.types_machine import Weights
+from bench.result.types_speculation import Speculation, acceptance_by_depth
 
 _SHAPE = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
@@ -22,6 +23,7 @@ _COLUMNS: dict[str, Callable[[Result], Any]] = {
     **{name: attrgetter(name) for name in _SHAPE},
     "tpot_ms": lambda r: r.tpot_ms and r.tpot_ms.mean,
     **{name: attrgetter(name) for name in ("decode_tok_s", "ttft_ms", "decode_ms", "e2e_ms")},
+    "tokens_a_pass": lambda r: r.speculation.tokens_a_pass if isinstance(r.speculation, Speculation) else None,
     "repeats": attrgetter("repeats.n"),
     "e2e_stdev_ms": attrgetter("repeats.statistics.e2e_ms.stdev"),
     **{name: attrgetter(name) for name in ("throughput_tok_s", "end_to_end_tok_s")},
@@ -58,6 +60,8 @@ def summary(result: Result) -> str:
             f"{'weights':>24}: {held.weight_format}, {held.rest_bytes / 1e9:.3f} GB at rest of "
             f"{held.decoded_bytes / 1e9:.3f} GB{took}"
         )
+    if isinstance(speculation := result.speculation, Speculation):
+        lines += [f"{name:>24}: {said}" for name, said in speculation_lines(speculation, result).items()]
     for name, phase in msgspec.structs.asdict(result.phases).items():
         if phase.floor_ms is None:
             lines.append(f"{name + ' floor':>24}: not known")
@@ -74,6 +78,30 @@ def summary(result: Result) -> str:
         )
     lines += [f"[WARNING] {warning}" for warning in result.warnings]
     return "\n".join(lines)
+
+
+def speculation_lines(found: Speculation, result: Result) -> dict[str, str]:
+    """By their names: who drafted, and what a token took: tokens a pass, bytes and the link's rate stand together."""
+    shape = "chain" if found.width == 1 else f"tree of {found.width} a level"
+    drafting = ""
+    if found.drafting_ms is not None:
+        drafting = f", drafting {found.drafting_ms:.3f} ms a pass"
+        if found.drafting_hidden_pct is not None:
+            drafting += f", {found.drafting_hidden_pct:.0f} % of it while the link copied"
+    lines = {"speculation": f"{found.draft}: {shape}, depth {found.depth}, {found.nodes} nodes{drafting}"}
+    if found.tokens_a_pass is not None and found.weight_bytes_a_token is not None:
+        rate = result.io_bw_MBps.weight_h2d_MBps
+        link = f" over a link of {rate / 1e3:.1f} GB/s" if rate is not None else ""
+        lines["a token"] = f"{found.tokens_a_pass:.2f} tokens a pass, {found.weight_bytes_a_token / 1e9:.3f} GB{link}"
+        shares = ", ".join(f"{100 * share:.0f}" for share in acceptance_by_depth(found))
+        if shares:
+            lines["accepted by depth"] = f"{shares} %"
+    if (pair := found.synthetic_agreement) is not None and pair.realised_agree is not None:
+        lines["synthetic agreement"] = (
+            f"{pair.realised_agree:.3f} and {pair.realised_second:.3f} (asked {pair.agree:g} and {pair.second:g}): "
+            "no model's acceptance"
+        )
+    return lines
 
 
 def _what_ran(result: Result) -> str:

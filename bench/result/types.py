@@ -25,6 +25,7 @@ from bench.result.types_machine import (
     Weights,
 )
 from bench.result.types_phases import Ceilings, Parallel, Phase
+from bench.result.types_speculation import Speculation
 
 SCHEMA_VERSION: Literal[1] = 1
 PrefillMs = Annotated[T, says("ms from the start to the last logits of the prompts")]
@@ -90,7 +91,7 @@ class Config(Part, frozen=True, kw_only=True):
 
 
 class SpecialTokens(Part, frozen=True, kw_only=True):
-    """what the model's tokenizer puts around each text; nothing around the random ids of --prompt-len"""
+    """what the model's tokenizer puts around each text; nothing for the random ids of --prompt-len and with --chat"""
 
     before: Annotated[list[Annotated[Count, says("a token id")]], says("ids in front of a text, such as BOS")]
     after: Annotated[list[Annotated[Count, says("a token id")]], says("ids behind it")]
@@ -100,6 +101,9 @@ class Output(Part, frozen=True, kw_only=True):
     """what was generated, in the median round"""
 
     sha256: Annotated[Sha256, says("of all rows' token ids as JSON: equal outputs have equal digests")]
+    sampler: Later[
+        Annotated[FromOne, says("how tokens are drawn at a temperature above 0: 1 (where it is absent), or 2")]
+    ] = UNSET
     texts: Annotated[Texts | None, says("each row's text; null without --print-text")]
 
 
@@ -189,6 +193,7 @@ class Result(Part, frozen=True, kw_only=True):
     load: Later[LoadRate] = UNSET
     checks: Later[Checks | None] = UNSET
     kv: Later[KV] = UNSET
+    speculation: Later[Speculation | None] = UNSET
     config: Config
     provenance: Provenance
     conditions: Later[Conditions] = UNSET
@@ -205,6 +210,12 @@ class Result(Part, frozen=True, kw_only=True):
     def _decode_tok_s(self, passes_ms: float) -> float | None:
         tokens = self.decode_tokens_total - self.batch_size
         return tokens / passes_ms * 1e3 if tokens > 0 and passes_ms > _NO_TIME_MS else None
+
+    @property
+    def sampler(self) -> int | None:
+        """Version of the draw; None at temperature 0, where nothing is drawn."""
+        drawn = self.config.resolved.get("temperature") != 0
+        return (1 if self.output.sampler is UNSET else self.output.sampler) if drawn else None
 
     def rounds(self, figure: str) -> list[float]:
         """One of :data:`PASS_FIGURES` or :data:`METRICS` of every round; of rounds without passes, no pass's."""

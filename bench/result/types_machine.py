@@ -97,6 +97,7 @@ class LoadSeconds(Part, frozen=True, kw_only=True):
     """seconds before the first timed round, and of what; null for what did not take place"""
 
     kv_s: Annotated[Amount | None, says("s: allocating the KV cache")]
+    draft_s: Annotated[Amount | None, says("s: loading the draft")] = None
     open_store_s: Annotated[Amount | None, says("s: opening the packed store or the checkpoint")]
     allocate_s: Annotated[Amount | None, says("s: taking pools and residents in CPU and GPU memory")]
     populate_s: Annotated[Amount | None, says("s: of that, touching the CPU pages")]

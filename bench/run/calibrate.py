@@ -11,10 +11,12 @@ from typing import Any
 from bench.options.verb_flags import PackOptions
 from bench.run.quality import read_text, windows_of
 from llama.calibration import Calibration as Prefill
-from llama.inputs import Inputs, open_inputs, plan_run
+from llama.inputs import Inputs
 from llama.llm import LLaMA
 from llama.loading import Reporter
+from llama.opening import open_inputs
 from llama.options import BuildOptions
+from llama.plans import plan_run
 from wsm.errors import DoesNotFit, UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import GPU_PIECE

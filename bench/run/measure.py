@@ -67,24 +67,28 @@ def checks_of(llm: LLaMA) -> Checks | None:
 
 
 def run_round(
-    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None] = lambda: None
+    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_tokens: Callable[[int], None] = lambda n: None
 ) -> Round:
-    """Generate once, from an empty KV cache; ``on_token`` is called after each token of the batch."""
+    """Generate once, from an empty KV cache; ``on_tokens`` is told after each pass how many a row took from it."""
     complete = llm.manager.tiers.loaded() if llm.manager is not None else True
     checks = checks_of(llm)
     checked_before = checks.cost if checks is not None else CheckCost()
     at: dict[str, float] = {}
-    tokens_at, stretches = array("d"), list[Stretch]()
+    tokens_at, stretches, told = array("d"), list[Stretch](), 0
 
     def observe(mark: str) -> None:
+        nonlocal told
         now = time.perf_counter()
-        step = llm.manager.tiers.next_step if llm.manager is not None else 0
+        step = _next_step(llm)
         if mark == "token":
             tokens_at.append(now)
-            on_token()
+            # The last token of a row is not in its KV yet.
+            made = 1 + max(kept - len(prompt) for kept, prompt in zip(llm.kv.lengths, prompts, strict=False))
+            on_tokens(made - told)
+            told = made
         elif mark == "queued":
             llm.telemetry.fold(step, llm.kv.passes)
-        elif mark != "pass":
+        elif mark in ("start", "prefill_done", "done"):
             at[mark] = now
             records = options.trace is not None and mark != "done"
             stretches.append(llm.telemetry.begin(now, step, llm.kv.passes, records=records))
@@ -104,10 +108,21 @@ def run_round(
     )
 
 
-def warm_up(llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_token: Callable[[], None]) -> None:
+def _next_step(llm: LLaMA) -> int:
+    """The place in the pass order that the computation has next; 0 where no weights are managed."""
+    return llm.manager.tiers.next_step if llm.manager is not None else 0
+
+
+def warm_up(
+    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_tokens: Callable[[int], None]
+) -> None:
     """One untimed round: the prefill and two decode passes."""
     short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True, trace=None)
-    run_round(llm, prompts, short, on_token)
+    warm = run_round(llm, prompts, short, on_tokens)
+    if llm.drafting is not None:
+        llm.device.synchronize()
+        llm.telemetry.fold(_next_step(llm), llm.kv.passes)  # what was copied ahead is of the next round
+        llm.drafting.settle(llm.plan, warm.stretches[1].stats())
 
 
 def warm_up_tokens(options: RunOptions) -> int:
@@ -187,11 +202,11 @@ def phases_of(
 ) -> ByPhase[Phase]:
     """Prefill and decode of a round; to be asked when the device is idle and all rounds are over."""
     rows = Counter[float](len(prompt) for prompt in prompts)
-    itemsize = llm.plan.bytes_a_weight
+    itemsize, planned = llm.plan.bytes_a_weight, llm.plan.inputs
     prefill, decode = (stretch.stats() for stretch in timed.stretches)
     works = (
         prefill_work(llm.config, rows, prefill.passes, itemsize),
-        decode_work(llm.config, rows, decode.passes, itemsize, llm.plan.inputs.kv_token_bytes),
+        decode_work(llm.config, rows, decode.passes, itemsize, planned.kv_token_bytes, planned.verify_rows),
     )
     found = {}
     for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):

@@ -1,4 +1,4 @@
-"""Prompt files: lines, headed blocks, JSON lines, JSON arrays and ShareGPT conversations. Imports no torch."""
+"""Prompt files: lines, headed blocks, JSON lines, JSON arrays, ShareGPT conversations and chats. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,27 +6,40 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from wsm.disk.files import parse_json, read_file, text_of
 from wsm.errors import UnusableInput
 
+Message: TypeAlias = dict[str, str]
+"""A ``role`` and a ``content``."""
 MOST_BYTES = 1 << 30
 """Of a prompt file; the largest in common use, of ShareGPT, has 0.7 GB."""
 _HEADER = re.compile(r"^=====\s*PROMPT\b.*=====\s*$")
 _ARRAY = re.compile(rb'(?:\xef\xbb\xbf)?\s*\[\s*\{\s*"')
-_KEYS = ("prompt", "text", "conversations")
-_EXPECTED = 'a string, {"prompt": "…"}, {"text": "…"} or a conversation of ShareGPT is expected'
+_KEYS = ("prompt", "text", "conversations", "messages")
+_EXPECTED = 'a string, {"prompt": "…"}, {"text": "…"}, {"messages": […]} or a conversation of ShareGPT is expected'
 _ASKING = ("human", "user")
 
 
+def user_says(text: str) -> list[Message]:
+    """A chat of one message."""
+    return [{"role": "user", "content": text}]
+
+
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file, which the shell's ``<(command)`` may be too.
+    """Prompts of a file, as :func:`read_chats`; of a chat the first message of the user."""
+    return [next(m["content"] for m in chat if m["role"] == "user") for chat in read_chats(path)]
+
+
+def read_chats(path: Path) -> list[list[Message]]:
+    """Chats of a file, which the shell's ``<(command)`` may be too; a prompt is one message of the user.
 
     ``.json`` is one document, an array of entries or one entry; so is a file that begins as an array of objects.
     ``.jsonl`` and ``.ndjson`` hold an entry a line, and any other file that is seen to be JSON is read as such. Else
-    there are blocks under ``===== PROMPT … =====`` headers, or one prompt a line. Of a conversation the first turn of
-    the user is taken; one without is passed over. Raises UnusableInput if the file is missing, no file, larger than
+    there are blocks under ``===== PROMPT … =====`` headers, or one prompt a line. Of a conversation of
+    ShareGPT the first turn of the user is taken, of ``messages`` all up to the user's last; one in which the user says
+    nothing is passed over. Raises UnusableInput if the file is missing, no file, larger than
     1 GiB, not UTF-8, or if an entry is empty or no prompt.
     """
     label = f"--prompts {path}"
@@ -38,14 +51,14 @@ def read_prompts(path: Path) -> list[str]:
     )  # splitlines() would also cut at U+2028 and the like, which JSON strings may hold
     entries = _json_entries(path.suffix.lower(), content, lines, label)
     if entries is not None:
-        prompts = [prompt for where, entry in entries if (prompt := _prompt_of(entry, where)) is not None]
+        chats = [chat for where, entry in entries if (chat := _chat_of(entry, where))]
     elif any(_HEADER.match(line) for line in lines):
-        prompts = _blocks(lines, label)
+        chats = [user_says(prompt) for prompt in _blocks(lines, label)]
     else:
-        prompts = [prompt for line in lines if (prompt := line.strip())]
-    if not prompts:
+        chats = [user_says(prompt) for line in lines if (prompt := line.strip())]
+    if not chats:
         raise UnusableInput(f"{label} holds no prompt")
-    return prompts
+    return chats
 
 
 def _json_entries(suffix: str, content: bytes, lines: Sequence[str], label: str) -> list[tuple[str, Any]] | None:
@@ -83,15 +96,30 @@ def _of_document(content: bytes, label: str) -> list[tuple[str, Any]]:
     return [(f"{label}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
 
 
-def _prompt_of(entry: Any, where: str) -> str | None:
-    """The prompt of an entry; None for a conversation in which the user says nothing."""
+def _chat_of(entry: Any, where: str) -> list[Message]:
+    """The chat of an entry; empty for a conversation in which the user says nothing."""
     if isinstance(entry, dict) and isinstance(turns := entry.get("conversations"), list):
         asked = (turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") in _ASKING)
-        return next((text for text in asked if isinstance(text, str) and text.strip()), None)
+        return next((user_says(text) for text in asked if isinstance(text, str) and text.strip()), [])
+    if isinstance(entry, dict) and isinstance(messages := entry.get("messages"), list):
+        return _up_to_the_user([_message_of(message, where) for message in messages])
     found = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else entry
     if not isinstance(found, str):
         raise UnusableInput(f"{where} holds no prompt: {_EXPECTED}")
-    return _not_empty(found, where)
+    return user_says(_not_empty(found, where))
+
+
+def _message_of(message: Any, where: str) -> Message:
+    role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UnusableInput(f'{where}: a message is not {{"role": "…", "content": "…"}} with texts')
+    return {"role": role, "content": content}
+
+
+def _up_to_the_user(messages: list[Message]) -> list[Message]:
+    """Without the answers behind the user's last message, for the model is to give that one."""
+    asked = [n for n, message in enumerate(messages, 1) if message["role"] == "user" and message["content"].strip()]
+    return messages[: asked[-1]] if asked else []
 
 
 def _not_empty(prompt: str, where: str) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options.run_flags import RunOptions
-from bench.run.prompt_files import read_prompts
+from bench.run.prompt_files import read_chats, read_prompts, user_says
+from llama.chat import chat_template_of, encode_chats
 from llama.config import ModelConfig
 from llama.tokenizer import Tokenizer, encode_prompt, keep_last
 from wsm.errors import UnusableInput
@@ -42,8 +43,12 @@ def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None
         count = min(options.batch_size, MOST_RANDOM_PROMPTS)
         whole = random_prompts(inputs.checkpoint.config, options.prompt_len, count, options.seed)
     else:
-        texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts or DEFAULT_FILE)
-        whole = [encode_prompt(inputs.tokenizer, text) for text in texts[: options.batch_size]]
+        path = options.prompts or DEFAULT_FILE
+        if options.chat:
+            whole = _chats(options, inputs, path)
+        else:
+            texts = [options.prompt] if options.prompt is not None else read_prompts(path)
+            whole = [encode_prompt(inputs.tokenizer, text) for text in texts[: options.batch_size]]
         if [] in whole:
             raise UnusableInput(f"prompt {whole.index([])} gives no token with the model's tokenizer: leave it out")
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
@@ -51,6 +56,12 @@ def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None
     if options.prompt_len is not None:
         return [prompt[-most:] for prompt in whole]
     return [keep_last(inputs.tokenizer, prompt, most) for prompt in whole]
+
+
+def _chats(options: RunOptions, inputs: Inputs, path: Path) -> list[list[int]]:
+    template = chat_template_of(inputs.checkpoint)
+    chats = read_chats(path) if options.prompt is None else [user_says(options.prompt)]
+    return encode_chats(inputs.tokenizer, template, chats[: options.batch_size])
 
 
 def shape_of(prompts: Sequence[Sequence[int]], options: RunOptions) -> RunShape:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from bench.options.verb_flags import QualityOptions
 from bench.result.quality import WindowQuality
-from llama.inputs import Inputs, open_inputs, plan_run
+from llama.inputs import Inputs
 from llama.llm import LLaMA
 from llama.loading import Reporter
+from llama.opening import open_inputs
 from llama.options import BuildOptions
+from llama.plans import plan_run
 from llama.sources import find_store
 from llama.tokenizer import Tokenizer
 from wsm.disk.files import read_file, text_of

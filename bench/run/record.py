@@ -36,7 +36,9 @@ from bench.run import warnings
 from bench.run.conditions import Watch
 from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
+from bench.run.speculation import agreement_warnings, speculation_of
 from llama.llm import LLaMA
+from llama.sampling import SAMPLER
 from wsm.option import options_of
 from wsm.plan.decoding import decoded_layouts
 from wsm.plan.time import Ceiling, predicted_pass_ms
@@ -69,6 +71,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     chosen = got.rounds[got.chosen]
     generation = chosen.generation
     phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
+    speculation = speculation_of(llm, chosen, got.prompts, phases.decode)
     memory, store = _memory(llm), llm.inputs.description
     drive = Path(store.targets[0]) if store is not None else None
     provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, drive)
@@ -104,19 +107,24 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
         checks=_checks(llm, chosen),
         kv=_kv(options, llm),
+        speculation=speculation,
         config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
         output=_output(options, llm, generation.tokens),
         repeats=repeats_of(got.rounds),
         parallel=None,
-        warnings=list(_warnings(options, llm, got, phases, missing)),
+        warnings=[
+            *_warnings(options, llm, got, phases, missing),
+            *agreement_warnings(speculation, generation.decode_tokens),
+        ],
     )
 
 
 def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
     sha256 = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
-    return Output(sha256=sha256, texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None)
+    texts = [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None
+    return Output(sha256=sha256, sampler=SAMPLER, texts=texts)
 
 
 def _warnings(
@@ -139,7 +147,7 @@ def _warnings(
 
 
 def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:
-    if options.prompt_len is not None:
+    if options.prompt_len is not None or options.chat:
         return SpecialTokens(before=[], after=[])
     return SpecialTokens(before=list(llm.tokenizer.prefix), after=list(llm.tokenizer.suffix))
 

@@ -2,8 +2,8 @@
 
 A viewer nests bars that overlap on one lane, so what overlaps is on lanes side by side. What a program wants to know of
 an event is in its ``args``: ``kind`` (phase, ssd_read, cpu_tier, weight_h2d, weight_wait, kv_wait, compute,
-weight_decode, or what of KV moved: kv_h2d, kv_d2h, kv_read, kv_write), ``group``, ``layer`` of KV, ``step`` of the pass
-order, and ``bytes``.
+weight_decode, draft, or what of KV moved: kv_h2d, kv_d2h, kv_read, kv_write), ``group``, ``layer`` of KV, ``step`` of
+the pass order, and ``bytes``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from wsm.engine.records import Interval, Records, Transfer
 from wsm.layout.groups import GroupId
 
-LANES = ("phase", "SSD reads", "CPU tier", "H2D", "compute waits", "compute", "decode", "KV")
+LANES = ("phase", "SSD reads", "CPU tier", "H2D", "compute waits", "compute", "decode", "draft", "KV")
 _MOST_SIDE_BY_SIDE = 1000
 """Room in the numbering of lanes; far more than there are slots or reads in flight."""
 _SHORTEST_WAIT_S = 1e-6
@@ -73,6 +73,8 @@ def _stays(records: Records, phases: dict[str, Interval], trace_end: float) -> I
     for made in records.decodings:
         args = {"kind": "weight_decode", "group": str(made.group), "bytes": made.nbytes}
         yield Stay("decode", str(made.group), (made.start, made.end), args)
+    for drafted in records.drafts:
+        yield Stay("draft", "draft", drafted, {"kind": "draft"})
     for waited in records.kv_waits:
         if waited[1] - waited[0] > _SHORTEST_WAIT_S:
             yield Stay("compute waits", "wait KV", waited, {"kind": "kv_wait"})

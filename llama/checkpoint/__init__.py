@@ -10,20 +10,24 @@ from llama.checkpoint.builtin import builtin_checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, gguf_files
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.synthetic import SyntheticCheckpoint, synthetic_checkpoint
+from llama.checkpoint.synthetic import SyntheticCheckpoint
+from llama.checkpoint.synthetic_spec import SYNTHETIC_DRAFT, is_of_pair, synthetic_checkpoint, synthetic_draft
 from llama.config import ModelConfig
 from llama.files import read_json
 from llama.names import Cut
 from wsm.errors import UnusableInput
 
 __all__ = [
+    "SYNTHETIC_DRAFT",
     "Checkpoint",
     "SyntheticCheckpoint",
     "WeightlessCheckpoint",
     "builtin_checkpoint",
     "has_weights",
+    "is_of_pair",
     "open_checkpoint",
     "synthetic_checkpoint",
+    "synthetic_draft",
 ]
 
 

@@ -48,9 +48,19 @@ class Checkpoint(ABC):
         return None
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a text by the weights' own files, where they name it, whether their tokenizer is read or not."""
+        return frozenset()
+
+    @property
     def chat_template(self) -> str | None:
         """The template of a conversation in the weights' own files, if there is one."""
         return None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of ``bos_token`` and its like in the weights' own files, for such a template."""
+        return {}
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -60,6 +70,10 @@ class Checkpoint(ABC):
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""
         return tuple(map(_source_file, self._paths))
+
+    def own_files(self) -> list[Path]:
+        """All files of the checkpoint, what is beside the weights included: nothing may be written over them."""
+        return [] if self.directory is None else [path for path in self.directory.iterdir() if path.is_file()]
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out``, any float dtype, with the tensor of that full name and shape, or UnusableInput; thread-safe."""

@@ -14,7 +14,7 @@ from llama.checkpoint import base
 from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors, stretch
 from llama.checkpoint.gguf_config import gguf_config, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
-from llama.checkpoint.gguf_vocabulary import Vocabulary
+from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
 from llama.names import Cut
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import registry
@@ -36,6 +36,8 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
@@ -74,6 +76,16 @@ def _parts(path: Path) -> list[Path]:
     return [path.with_name(f"{match['stem']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
 
 
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+}
+"""As a chat template names a token, and as GGUF does."""
+
+
 class GGUFCheckpoint(Checkpoint):
     """Files are mapped; matrices of the layers in block types lie at rest as they are, all else is decoded when read.
 
@@ -91,7 +103,7 @@ class GGUFCheckpoint(Checkpoint):
             metadata,
             str(first),
             _PART.sub(r"\g<stem>", first.stem),
-            vocab_size=embedding.shape[0] if embedding is not None else 0,
+            vocab_size=embedding.shape[0] if embedding is not None else None,
             tied=_HEAD not in self._tensors,
             rope_factors=self._rope_factors(),
         )
@@ -109,10 +121,27 @@ class GGUFCheckpoint(Checkpoint):
     def vocabulary(self) -> Vocabulary | None:
         return Vocabulary.from_metadata(self._first.fields, self._first.path)
 
+    def own_files(self) -> list[Path]:
+        """Only its own, and other models': stores of them may be in the same directory."""
+        return [path for path in super().own_files() if path.suffix == ".gguf" or path.name in _BESIDE]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        named = (self._first.fields.get(f"tokenizer.ggml.{which}_token_id") for which in STOPS)
+        return frozenset(token for token in named if type(token) is int and 0 <= token < self.config.vocab_size)
+
     @property
     def chat_template(self) -> str | None:
         template = self._first.fields.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        tokens = self._first.fields.get("tokenizer.ggml.tokens")
+        ids = {name: self._first.fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _SPECIAL.items()}
+        if not isinstance(tokens, list):
+            return {}
+        return {name: str(tokens[n]) for name, n in ids.items() if type(n) is int and 0 <= n < len(tokens)}
 
     def _check(self, name: str, shape: tuple[int, ...], first: Path) -> Stored:
         theirs = gguf_name(name)

@@ -35,7 +35,7 @@ def gguf_config(
     file: str,
     name: str,
     *,
-    vocab_size: int,
+    vocab_size: int | None,
     tied: bool,
     rope_factors: Sequence[float] | None,
 ) -> ModelConfig:

@@ -15,6 +15,8 @@ from wsm.errors import UnusableInput
 _LLAMA3, _SMOLLM = "llama-bpe", "smollm"
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 BESIDE = "put the model's tokenizer.json beside it"
+STOPS = ("eos", "eot", "eom")
+"""Ends of a text, of a turn and of a message: ``tokenizer.ggml.…_token_id``."""
 _SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -151,7 +153,7 @@ class _Read:
         merges = [pair for text in (self._list("merges", str) if bpe else []) for pair in [self._pair(text)]]
         begin = self._id("bos") if self._flag("add_bos_token", pre in (None, _LLAMA3)) else None
         end = self._id("eos") if self._flag("add_eos_token", False) else None
-        named = {self._id(which) for which in ("eos", "eot", "eom")}
+        named = {self._id(which) for which in STOPS}
         if pre == _LLAMA3:
             named |= {number for number, token in enumerate(tokens) if token in _LLAMA3_STOPS}
         return Vocabulary(

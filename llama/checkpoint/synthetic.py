@@ -6,7 +6,6 @@ that no two rows of a matrix are alike, and filling is a copy: as fast as memory
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import threading
@@ -18,14 +17,12 @@ from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, RankCheckpoint
 from llama.checkpoint.tiled import PlaneBlocks, TiledExact, start_of
-from llama.config import PRESETS, ModelConfig
+from llama.config import ModelConfig
 from llama.names import BY_COLUMNS, Cut
-from wsm.errors import UnusableInput
 from wsm.formats.exact import Exact
 from wsm.formats.format import Plane, WeightFormat
 from wsm.layout.groups import Encoded
 from wsm.layout.model import Shard, SourceFile
-from wsm.option import meant
 
 BLOCK_VALUES = (1 << 20) + 1
 """2 MiB in bfloat16: stays in a core's cache while it is copied out."""
@@ -182,19 +179,3 @@ def _unit_block(seed: int) -> Tensor:
     drawn = torch.empty(_SUMMED, BLOCK_VALUES, dtype=torch.int16).random_(generator=generator)  # 0 … 2^15 - 1
     middle, std = _SUMMED * (2**15 - 1) // 2, 2**15 * math.sqrt(_SUMMED / 12)
     return (drawn.sum(0, dtype=torch.int32) - middle).to(torch.float32) / std
-
-
-def synthetic_checkpoint(spec: str, *, seed: int, dtype: torch.dtype) -> SyntheticCheckpoint:
-    """``NAME`` or ``NAME:layers=N``, NAME a known model's in any case; UnusableInput for an unknown name or option."""
-    asked, colon, option = spec.partition(":")
-    config = {name.lower(): config for name, config in PRESETS.items()}.get(asked.lower())
-    if config is None:
-        raise UnusableInput(
-            f"--synthetic {spec}: {asked!r} is no known model{meant(asked, PRESETS)} (see bench_infer.py --list-models)"
-        )
-    if colon:
-        key, _, count = option.partition("=")
-        if key != "layers" or not (count.isascii() and count.isdecimal()) or len(count) > 6 or int(count) < 1:
-            raise UnusableInput(f"--synthetic {spec}: after the name only :layers=N is understood, N at least 1")
-        config = dataclasses.replace(config, name=f"{config.name}:layers={int(count)}", n_layers=int(count))
-    return SyntheticCheckpoint(config, seed=seed, dtype=dtype)

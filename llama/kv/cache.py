@@ -137,6 +137,42 @@ class KVCache:
             self._decoding = all(segment.length == 1 for segment in segments)
             self.tier.schedule.begin(list(used), self.lengths, after, self.topk if self._decoding else 0)
 
+    def begin_nodes(self, rows: int, nodes: int) -> None:
+        """A pass over so many nodes of each of the first ``rows`` begins; ValueError where a row has no room for them.
+
+        Their keys and values go behind the row's tokens, and a row grows by :meth:`keep_nodes` and :meth:`grow` alone.
+        """
+        if self.tier is not None:
+            raise ValueError("nodes are computed where all KV is on the device")
+        longest = max(self.lengths[:rows])
+        if longest + nodes > self.tokens:
+            raise ValueError(
+                f"a row of the KV cache holds {longest} of {self.tokens} tokens: no room for {nodes} nodes"
+            )
+        self.passes += 1
+
+    def keep_nodes(self, starts: Tensor, path: Tensor, counts: Tensor) -> None:
+        """Move keys and values of accepted nodes to their positions, in all layers at once; nothing is uploaded.
+
+        Args:
+            starts: int64 ``[B]``: where the trees' roots stand in the first B rows.
+            path: int64 ``[B, n]``: the nodes that become positions ``start``, ``start + 1``, … of their row.
+            counts: int64 ``[B]``: how many of them do; the others stay where they are.
+        """
+        places = torch.arange(path.shape[1], device=path.device)
+        begins = starts.unsqueeze(1)
+        kept = torch.where(places < counts.unsqueeze(1), path, places)
+        rows = torch.arange(path.shape[0], device=path.device).unsqueeze(1)
+        # Every layer has its rows one after the other, however they are cut into stretches.
+        words = self._data.view(word_of(self.record.record_bytes)).unflatten(0, (-1, self.batch))
+        moved = words[:, rows, :, begins + kept]  # a copy: a node may stand where another one goes
+        words[:, rows, :, begins + places] = moved
+
+    def grow(self, counts: Sequence[int]) -> None:
+        """Count the nodes that :meth:`keep_nodes` has moved in the first rows."""
+        for row, count in enumerate(counts):
+            self.lengths[row] += count
+
     def compact(self, stretch: int) -> bool:
         """Whether the coming decode step of a stretch brings chosen blocks alone from below the device."""
         longest = max(self.lengths[row] for row in self.layout.rows_of(stretch))

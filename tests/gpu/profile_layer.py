@@ -148,9 +148,9 @@ def head(hbm: float) -> None:
         floor = held.globals["output"].nbytes / hbm / 1e6
 
         def measure(which: str, h: Tensor = h, rows: int = rows, floor: float = floor) -> None:
-            ms = milliseconds(lambda: model._head(h, CHUNK))
+            ms = milliseconds(lambda: model.head(h, CHUNK))
             print(f"  head B={rows:2} {which}: {ms * 1e3:.1f} us, {ms / floor:.3f} x its bytes", flush=True)
-            kernels_of(lambda: model._head(h, CHUNK), 1)
+            kernels_of(lambda: model.head(h, CHUNK), 1)
 
         both_ways(measure)
 

@@ -1,4 +1,4 @@
-"""Generation: its end, its marks and counts, its sampling, and that a pass never waits for the device."""
+"""Generation: its end, its marks and counts, its seed, and that a pass never waits for the device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from llama.batch import decode_batch, prefill_batch
@@ -15,7 +13,6 @@ from llama.checkpoint import open_checkpoint
 from llama.generation import GenerationOptions, generate
 from llama.kv.cache import KVCache
 from llama.model import Transformer
-from llama.sampling import nucleus, sample
 from llama.weights import TensorWeights
 from tests.llama.test_model import CPU, PROMPTS, assert_close, run
 from tests.tiny import hf_directory, hf_model
@@ -163,44 +160,6 @@ def test_sampling_follows_its_seed(model: Transformer) -> None:
     assert run(model, PROMPTS, temperature=1.5, top_p=0.95, seed=3).tokens == first.tokens
     assert run(model, PROMPTS, temperature=1.5, top_p=0.95, seed=3, wave_rows=1).tokens == first.tokens
     assert run(model, PROMPTS, temperature=1.5, top_p=0.95, seed=4).tokens != first.tokens
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
-def test_sampling_next_to_temperature_0_is_greedy(temperature: float) -> None:
-    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
-    drawn = sample(logits, temperature=temperature, top_p=1.0, generator=torch.Generator().manual_seed(0))
-    assert drawn.tolist() == logits.argmax(-1).tolist()
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(-40, 40), min_size=1, max_size=40), st.floats(0.001, 1.0))
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(sixteenths: list[int], top_p: float) -> None:
-    probs = torch.softmax(torch.tensor(sixteenths) / 16, dim=-1).sort(descending=True).values.unsqueeze(0)
-    kept = nucleus(probs, top_p)[0]
-    count = int(kept.sum())
-    assert count >= 1
-    assert kept[:count].all(), "the likeliest tokens come first"
-    exact = probs[0].double()
-    assert exact[:count].sum() >= top_p - 1e-6
-    assert exact[: count - 1].sum() < top_p + 1e-6
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.05, 1.0))
-def test_only_tokens_of_the_nucleus_are_drawn(seed: int, top_p: float) -> None:
-    logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(seed)) * 2
-    drawn = sample(logits, temperature=0.7, top_p=top_p, generator=torch.Generator().manual_seed(seed))
-    probs = torch.softmax(logits.double() / 0.7, dim=-1)
-    likelier = (probs * (probs > probs.gather(-1, drawn.unsqueeze(-1)))).sum(-1)
-    assert (likelier < top_p + 1e-6).all()
-
-
-def test_drawn_tokens_have_the_frequencies_of_their_probabilities() -> None:
-    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    rows = probs.log().repeat(20_000, 1)
-    drawn = sample(rows, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(0))
-    frequencies = torch.bincount(drawn, minlength=4) / 20_000
-    assert torch.allclose(frequencies, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.015)
 
 
 def test_what_cannot_be_generated_is_refused(model: Transformer) -> None:

@@ -14,9 +14,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from llama.chat import chat_template_of, encode_chats
 from llama.checkpoint.gguf_vocabulary import Vocabulary
 from llama.config import ModelConfig
-from llama.inputs import open_inputs
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.splits import LLAMA3_SPLIT
 from llama.tokenizer import Llama3Tokenizer, Tokenizer, _read_ranks, encode_prompt, load_tokenizer
@@ -230,16 +231,27 @@ def test_a_tokenizer_json_beside_the_file_wins_and_the_template_is_the_files(tmp
 
     own = opened()
     assert own.checkpoint.chat_template == "{{ messages }}"
+    assert own.checkpoint.special_tokens == {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
     assert own.stop_ids == own.tokenizer.stop_ids == {258}
     assert own.tokenizer.prefix == (257,)
     hf_tokenizer(tmp_path, CONFIG.vocab_size)
     assert opened().tokenizer.prefix == ()
 
 
+def test_a_chat_is_rendered_with_the_file_s_own_template_and_tokens(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
+    fields = {**bpe_fields(CONFIG.vocab_size), "tokenizer.chat_template": template}
+    path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields=fields)
+    inputs = open_inputs(BuildOptions(checkpoints=path, device="cpu", cache_dir=tmp_path))
+    chat = [{"role": "user", "content": "ab"}]
+    (ids,) = encode_chats(inputs.tokenizer, chat_template_of(inputs.checkpoint), [chat])
+    assert ids == [257, *inputs.tokenizer.encode("ab"), 258]
+
+
 def test_a_tokenizer_not_read_here_stops_nobody_who_needs_none(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields=bpe_fields(CONFIG.vocab_size, pre="qwen2"))
     inputs = open_inputs(BuildOptions(checkpoints=path, device="cpu", cache_dir=tmp_path))
-    assert inputs.stop_ids == frozenset()
+    assert inputs.stop_ids == frozenset({258})
     with pytest.raises(
         UnusableInput, match="a pre-tokenizer 'qwen2', which is not read here; llama-bpe and smollm are"
     ):

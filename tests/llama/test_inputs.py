@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama.inputs import Inputs, open_inputs
+from llama.inputs import Inputs
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from wsm.errors import UnusableInput

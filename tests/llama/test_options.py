@@ -60,10 +60,10 @@ def test_flag_and_python_agree_on_every_least_number(value: str) -> None:
     for name, declared in options_of(BuildOptions).items():
         if declared.by_variable or not declared.kind.says.startswith("a whole number"):
             continue
-        refused = []
+        refused, beside = [], ["--draft=ngram"] if name == "draft_width" else []  # which says nothing alone
         for build in (
             lambda name=name: BuildOptions(**{name: int(value) if value != "x" else value}),
-            lambda flag=declared.spelled: parse([f"{flag}={value}"]),
+            lambda flag=declared.spelled, beside=beside: parse([*beside, f"{flag}={value}"]),
         ):
             try:
                 build()

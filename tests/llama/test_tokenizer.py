@@ -18,13 +18,11 @@ from tiktoken.load import load_tiktoken_bpe
 
 from llama.checkpoint import builtin_checkpoint
 from llama.config import PRESETS, ModelConfig
+from llama.splits import LONGEST_RUN, MOST_CHARS, digestible_pieces
 from llama.tokenizer import (
-    LONGEST_RUN,
-    MOST_CHARS,
     ByteTokenizer,
     HFTokenizer,
     Llama3Tokenizer,
-    digestible_pieces,
     encode_prompt,
     load_tokenizer,
 )

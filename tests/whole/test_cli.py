@@ -399,3 +399,27 @@ def test_ctrl_c_in_a_run_saves_the_repeats_that_were_finished(home: Path, tmp_pa
             break
     assert result(mark)["interrupted"] is True
     assert 0 < result(mark)["repeats"]["n"] < 100000
+
+
+def test_chat_renders_the_checkpoint_s_own_template(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    hf_tokenizer(hf_directory(tmp_path / "m", hf_model(num_hidden_layers=2)))
+    given = ["--checkpoints", tmp_path / "m", "--mode", "full", "--prompt", "ab", *SMALL, "--out-json", tmp_path / "o"]
+    code, _, err = run(*given, "--chat")
+    assert code == 2
+    assert "base models have none" in sentence(err)
+    template = "{{ bos_token }}[{{ messages[0].content }}]{% if add_generation_prompt %}>{% endif %}"
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    assert run(*given, "--chat")[0] == 0
+    found = json.loads((tmp_path / "o").read_text())
+    assert found["prompt_lens"] == [6]  # <s> once, four characters, and where the answer begins
+    assert found["special_tokens"] == {"before": [], "after": []}
+    assert found["config"]["resolved"]["chat"] is True
+    assert run(*given)[0] == 0
+    assert json.loads((tmp_path / "o").read_text())["prompt_lens"] == [2]
+
+
+def test_chat_needs_messages_and_a_model_that_was_trained(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = run("--chat", "--prompt-len", "4")
+    assert (code, "random ids are no message" in sentence(err)) == (2, True)
+    code, _, err = run("--chat", "--synthetic", "Llama-3.2-1B:layers=1", "--prompt", "a", *SMALL)
+    assert (code, "random weights have none" in sentence(err)) == (2, True)

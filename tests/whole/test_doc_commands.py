@@ -16,7 +16,14 @@ from bench.sweep import sweep as sweep_module
 from bench_infer import command_line as main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/QUICKSTART.md", "docs/QUICKSTART.zh-CN.md", "docs/TUNING.md", "docs/COMPARING.md")
+PAGES = (
+    "README.md",
+    "docs/QUICKSTART.md",
+    "docs/QUICKSTART.zh-CN.md",
+    "docs/TUNING.md",
+    "docs/COMPARING.md",
+    "docs/SPECULATION.md",
+)
 ELSEWHERE = re.compile(r"/dev/|~/|Llama-|70b|prompts\.txt")
 """A device, a checkpoint or a prompt file that is not here."""
 STAND_IN = """

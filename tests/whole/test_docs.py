@@ -14,6 +14,7 @@ from bench.options.flags import VERBS, build_parser
 from bench.options.run_flags import RunOptions
 from bench.result.schema import document
 from bench.result.types import FIXED_KEYS
+from bench.result.types_speculation import Speculation
 from bench.run import job as cli
 from bench.run.signals import ENDING, exit_code
 from wsm.option import options_of
@@ -26,6 +27,7 @@ QUICKSTART = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "docs" / "QUICKSTART.zh-CN.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 COMPARING = (ROOT / "docs" / "COMPARING.md").read_text(encoding="utf-8")
+SPECULATION = (ROOT / "docs" / "SPECULATION.md").read_text(encoding="utf-8")
 TUNING = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
 
 
@@ -102,7 +104,7 @@ def test_both_quick_starts_and_the_contract_explain_every_exit_code(code: int) -
         assert re.search(rf"^\| {code} \| \w", page, re.MULTILINE), f"{name} lacks exit code {code}"
 
 
-@pytest.mark.parametrize("page", [README, QUICKSTART, CHINESE, TUNING, COMPARING, ARCHITECTURE, FLAGS])
+@pytest.mark.parametrize("page", [README, QUICKSTART, CHINESE, TUNING, COMPARING, ARCHITECTURE, FLAGS, SPECULATION])
 def test_no_page_names_a_flag_or_variable_that_does_not_exist(page: str) -> None:
     known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
     foreign = {"--user", "--nproc-per-node"}  # of pip and of torchrun
@@ -119,6 +121,11 @@ def test_the_tuning_guide_names_only_keys_that_the_json_has() -> None:
     named = [word for word in re.findall(r"`([a-z][\w]*(?:\.[\w]+)+)`", TUNING) if not word.endswith((".py", ".json"))]
     assert len(named) >= 8
     assert [word for word in named if not set(word.split(".")) <= keys] == []
+
+
+def test_the_page_on_speculation_names_every_key_of_its_part_of_the_json() -> None:
+    missing = [key for key in Speculation.__struct_fields__ if f"`{key}`" not in SPECULATION and key != "passes"]
+    assert missing == []
 
 
 def _names(key: str) -> list[str]:

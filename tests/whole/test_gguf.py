@@ -179,3 +179,34 @@ def test_plan_names_the_mix_and_no_format_that_the_file_is_not_in(run: Run, mode
     assert code == 0
     rows = said.split("the same in each weight format")[1].splitlines()[2:]
     assert [row.split()[0] for row in rows if row.strip()] == ["q4_K+q6_K"]
+
+
+def test_prompts_are_made_with_the_files_tokenizer(run: Run, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.jsonl"
+    assert run("prompts", "--checkpoints", model, "--count", 2, "--tokens", 12, "--out", out)[0] == 0
+    code, _, _ = run(
+        "--checkpoints",
+        model,
+        "--cache-dir",
+        tmp_path,
+        "--prompts",
+        out,
+        "--mode",
+        "full",
+        *SMALL,
+        "--out-json",
+        tmp_path / "r.json",
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["prompt_lens"] == [13]  # BOS before
+
+
+def test_a_store_beside_the_file_is_packed_again_and_the_file_itself_never_written(run: Run, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_tensors(), CONFIG)
+    before = path.read_bytes()
+    pack = ["pack", "--checkpoints", path, "--manifest", tmp_path / "s.json", "--yes", "--to"]
+    assert [run(*pack, tmp_path / "s.wsm")[0] for _ in range(2)] == [0, 0]
+    code, _, said = run(*pack, path)
+    assert code == 2
+    assert "tiny.gguf is a file of the checkpoint itself" in said
+    assert path.read_bytes() == before

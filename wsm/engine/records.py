@@ -62,7 +62,8 @@ class KVTransfer:
 @dataclass(slots=True)
 class Records:
     """Records of every kind: ``reads`` are SSD -> CPU, ``copies`` CPU -> GPU, a group in as many parts as it was broken
-    into; ``starved`` is when the link waited for reads, ``kv_waits`` when the computation waited for KV.
+    into; ``starved`` is when the link waited for reads, ``kv_waits`` when the computation waited for KV, ``drafts``
+    when it was with the draft.
     """
 
     reads: list[Transfer] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Records:
     kv_waits: list[Interval] = field(default_factory=list)
     collectives: list[Interval] = field(default_factory=list)
     decodings: list[Decoding] = field(default_factory=list)
+    drafts: list[Interval] = field(default_factory=list)
 
     def __add__(self, other: Records) -> Records:
         """Those of two stretches, what is of both once."""

@@ -28,8 +28,9 @@ class PhaseStats:
     computation for the link's weights (``h2d``) or KV (``kv``). ``idle_ms`` is the time that a tier did nothing,
     waited for or not; the link is idle while neither weights nor KV are copied, and ``compute`` between its passes:
     embedding, head, sampling and read-back, so its busy time, the stalls of ``h2d`` and ``kv`` and its idle time make
-    up the phase. ``decoding_ms`` is the part of computing in which matrices were decoded, to ``decoded_bytes``. What
-    was not measured is None.
+    up the phase. ``decoding_ms`` is the part of computing in which matrices were decoded, to ``decoded_bytes``.
+    ``drafting_ms`` is the time in which a draft computed, ``drafting_link_ms`` the part of it in which the link copied.
+    What was not measured is None.
     """
 
     passes: int
@@ -43,6 +44,8 @@ class PhaseStats:
     hbm_bytes: int = 0
     decoding_ms: float | None = None
     decoded_bytes: int = 0
+    drafting_ms: float | None = None
+    drafting_link_ms: float | None = None
 
 
 class ReadRate(NamedTuple):
@@ -106,6 +109,7 @@ class Stretch:
         self._bytes, self._moved = Counter[str](), dict.fromkeys(TIERS, 0.0)
         self._busy = {tier: Cover() for tier in (*TIERS, "link")}
         self._starved, self._kv_waits, self._held = Cover(), Cover(), Cover()
+        self._drafts, self._link_or_draft = Cover(), Cover()
         self._waited_s = self._used_s = 0.0
         self._uses = 0
         self._decoding_s, self._decoded_bytes = 0.0, 0
@@ -117,7 +121,8 @@ class Stretch:
 
     def settle(self, before: float) -> None:
         """No record comes any more of anything that began earlier."""
-        for cover in (*self._busy.values(), self._starved, self._kv_waits, self._held, self.collectives_cover):
+        waits, drafts = (self._starved, self._kv_waits, self._held), (self._drafts, self._link_or_draft)
+        for cover in (*self._busy.values(), *waits, *drafts, self.collectives_cover):
             cover.settle(before)
 
     # -- what is folded in
@@ -131,8 +136,11 @@ class Stretch:
             self._add_moves(tier, moves, [t for t in moves if t.pass_no in self.passes])
         self._add_uses([use for use in new.uses if use.step in self.steps])
         on_link: list[Transfer | KVTransfer] = [*new.copies, *(t for t in new.kv if t.tier == "kv_h2d")]
+        copying = [(t.start, t.end) for t in on_link]
         for cover, spans in (
-            (self._busy["link"], [(t.start, t.end) for t in on_link]),
+            (self._busy["link"], copying),
+            (self._drafts, new.drafts),
+            (self._link_or_draft, [*copying, *new.drafts]),
             (self._starved, new.starved),
             (self._kv_waits, new.kv_waits),
         ):
@@ -177,6 +185,7 @@ class Stretch:
         kept.kv += [t for t in new.kv if overlap(t.start, t.end)]
         kept.decodings += [found for found in new.decodings if overlap(found.start, found.end)]
         kept.kv_waits += [span for span in new.kv_waits if overlap(*span)]
+        kept.drafts += [span for span in new.drafts if overlap(*span)]
 
     # -- what it comes to
 
@@ -192,6 +201,7 @@ class Stretch:
         busy_ms = {name: self._busy[tier].ms or None for name, tier in _BUSY.items()}
         link_ms, kv_stall_ms = self._busy["link"].ms, self._kv_waits.ms
         waits = self._uses and "copies" in self._seen
+        drafting_ms = self._drafts.ms if "drafts" in self._seen else None
         return PhaseStats(
             passes=len(self.passes),
             wall_ms=wall_ms,
@@ -210,4 +220,6 @@ class Stretch:
             },
             decoding_ms=1e3 * self._decoding_s if self._decoded_bytes else None,
             decoded_bytes=self._decoded_bytes,
+            drafting_ms=drafting_ms,
+            drafting_link_ms=None if drafting_ms is None else drafting_ms + link_ms - self._link_or_draft.ms,
         )

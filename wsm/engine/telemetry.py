@@ -75,6 +75,7 @@ class Telemetry:
         self.uses, self.kv = _Log[Use](device), _Log[KVTransfer](device)
         self.starved, self.kv_waits = _Log[Interval](device), _Log[Interval](device)
         self.collectives, self.decodings = _Log[Interval](device), _Log[Decoding](device)
+        self.drafts = _Log[Interval](device)
         self.loading = False
         self.load_reads: list[Transfer] = []
         self._loaded_at = 0.0
@@ -120,6 +121,10 @@ class Telemetry:
     def decoded(self, group: GroupId, nbytes: int, start: Event | None, end: Event | None) -> None:
         """Matrices were decoded between two marks of the computation."""
         self.decodings.add(partial(Decoding, group, nbytes), start, end)
+
+    def drafted(self, start: Event | None, end: Event | None) -> None:
+        """A draft computed between two marks of the computation."""
+        self.drafts.add(_interval, start, end)
 
     def took(self, start: object, end: object) -> None:
         """The computation was with other ranks between two marks; waiting for the slowest of them counts."""
@@ -167,6 +172,7 @@ class Telemetry:
             kv_waits=self.kv_waits.take(lambda _: True),
             collectives=self.collectives.take(lambda _: True),
             decodings=self.decodings.take(lambda _: True),
+            drafts=self.drafts.take(lambda _: True),
         )
         self._seen.update(field.name for field in fields(taken) if getattr(taken, field.name))
         for stretch in self._stretches:

@@ -98,6 +98,9 @@ class TensorSource(Protocol):
     def sources(self) -> tuple[SourceFile, ...]:
         """The files behind it; for synthetic weights, their recipe."""
 
+    def own_files(self) -> list[Path]:
+        """All files of the checkpoint, what is beside the weights included: nothing may be written over them."""
+
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill ``out`` (the tensor's shape, any float dtype) with the tensor of that full name; thread-safe.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from wsm.layout.groups import KINDS, GroupId, GroupLayout, Kind, round_up, without
@@ -39,7 +39,8 @@ class PlanInputs:
     ``layouts`` are the images of all groups, and of the globals under None. ``chunk_tokens`` and ``micro_batch`` (rows
     whose KV is moved and attended together) are chosen where they are None. ``kv_record_bytes`` are those of one head's
     keys or values of a token; None: as the model computes them. With several ``ranks``, ``config``, ``layouts`` and
-    ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host.
+    ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host. A decode pass computes
+    ``verify_rows`` nodes a row.
     """
 
     config: ModelShape
@@ -55,6 +56,21 @@ class PlanInputs:
     kv_device: str | None = None
     ranks: int = 1
     ranks_here: int = 1
+    draft: DraftInputs | None = None
+    verify_rows: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Of all rows, in a decode pass."""
+        return self.shape.batch * self.verify_rows
+
+    @property
+    def draft_model(self) -> PlanInputs | None:
+        """What is beside this model as if it ran alone, for as many rows, each longer by the nodes of its tree."""
+        if self.draft is None or self.draft.model is None:
+            return None
+        shape = replace(self.shape, new_tokens=self.shape.new_tokens + self.draft.columns)
+        return replace(self.draft.model, shape=shape, hardware=self.hardware)
 
     def layers_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of the images of so many layers."""
@@ -99,8 +115,8 @@ class PlanInputs:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV per row, in whole blocks."""
-        return round_up(self.shape.prompt_tokens + self.shape.new_tokens, KV_BLOCK_TOKENS)
+        """Tokens of KV per row, the nodes of a pass among them, in whole blocks."""
+        return round_up(self.shape.prompt_tokens + self.shape.new_tokens + self.verify_rows - 1, KV_BLOCK_TOKENS)
 
     @property
     def plain_record_bytes(self) -> int:
@@ -118,3 +134,17 @@ class PlanInputs:
         return KVLayout(
             self.config.n_layers, self.shape.batch, stretch_rows, self.config.n_kv_heads, self.kv_tokens, record_bytes
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInputs:
+    """What proposes tokens beside a model, wholly on the device: a ``model``, or without one a table of tokens.
+
+    ``columns`` of KV a row are for its tree's nodes, ``nodes`` of a row are computed at once, and ``token_bytes`` are
+    taken for each token that a row may have. The model's own shape and hardware do not count.
+    """
+
+    model: PlanInputs | None = None
+    columns: int = 0
+    nodes: int = 1
+    token_bytes: int = 0

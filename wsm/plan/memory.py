@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from wsm.layout.groups import BLOCK, KINDS, GroupId, bytes_apart, round_up
-from wsm.layout.kv import WINDOWS
+from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS
 from wsm.layout.model import ModelShape
 from wsm.plan.decoding import NOTHING_DECODED, Decoding, decoded_layouts, decoding_extra_bytes
 from wsm.plan.hardware import MIB
@@ -18,16 +18,18 @@ from wsm.plan.placement import Placement, cpu_home_bytes
 MOST_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 2048, 16
 WORKSPACE_BYTES = 64 * MIB
 """What cuBLAS and the attention kernels keep for themselves in torch's allocator."""
+NODE_SPLITS = 16
+"""Of a row's KV blocks (``llama.nodes.kernels``): enough programs for a few nodes, little to add up for many."""
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
-SORTED_BYTES = 56
-"""Bytes per logit on a GPU while it is sampled: sorting, the nucleus's sums in whole numbers, and a sort's scratch."""
+SORTED_BYTES, SCRATCH_BYTES = 54, 16
+"""Bytes per logit while it is sampled: sorting and sums in whole numbers; and a sort's scratch on a GPU."""
 
 
 MemoryKind = IntEnum(
     "MemoryKind",
     "WEIGHTS POOLS GLOBALS LOADING_TENSOR LOADING SCRATCH KV KV_WINDOWS KV_BOUNDS KV_DISK "
-    "ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
+    "DRAFT ACTIVATIONS GRAPHS CONTEXT WORKSPACE SLACK",
 )
 """What takes memory, in the order in which it is shown; LOADING_TENSOR alone of the CPU's is ordinary memory."""
 
@@ -93,15 +95,14 @@ def chunk_bytes(config: ModelShape, tokens: int, itemsize: int) -> int:
 
 def activation_bytes(inputs: PlanInputs, portions: Portions) -> int:
     """An upper bound of the activations: what a whole wave keeps, and the largest of a chunk, the head and sampling."""
-    config, itemsize, rows = inputs.config, inputs.dtype.itemsize, inputs.shape.batch
+    config, itemsize, rows = inputs.config, inputs.dtype.itemsize, inputs.nodes
     tokens = max(portions.wave_tokens(inputs), rows)
-    chunk = min(portions.chunk_tokens, tokens)
+    chunk = max(min(portions.chunk_tokens, tokens), inputs.nodes if inputs.verify_rows > 1 else 0)
     logits = rows * config.vocab_size * 4
     # The residual, the rotations of its positions (complex64), token ids and positions; and the rotary table.
     kept = tokens * (config.dim * itemsize + 4 * config.head_dim + 16) + 4 * config.head_dim * inputs.kv_tokens
     head = 2 * logits + min(chunk, rows) * (config.vocab_size * itemsize + 8 * config.dim)
-    # On the CPU a sort needs no scratch.
-    each = SORTED_BYTES if inputs.hardware.has_gpu else 40
+    each = SORTED_BYTES + (SCRATCH_BYTES if inputs.hardware.has_gpu else 0)
     sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * each
     computing = chunk_bytes(config, chunk, itemsize) + _attention_extra(inputs, portions, chunk) + logits
     return kept + max(computing, head, sampling)
@@ -111,12 +112,28 @@ def _attention_extra(inputs: PlanInputs, portions: Portions, chunk: int) -> int:
     """What attention needs besides its inputs and output, where the kernel is not flash attention alone."""
     itemsize, longest = inputs.dtype.itemsize, inputs.shape.prompt_tokens
     # The mask of a decode pass, and the comparison that it is made from.
-    padding = inputs.shape.batch * inputs.kv_tokens * (1 + 2 * itemsize)
+    padding = inputs.shape.batch * inputs.kv_tokens * (1 + 2 * itemsize) + _node_bytes(inputs)
     if inputs.hardware.has_gpu:
         repeated = 2 * inputs.config.n_heads * inputs.config.head_dim * longest * itemsize if itemsize == 4 else 0
         return max(padding, repeated)
     goes_on = portions.wave_tokens(inputs) > chunk  # a row may be cut: its later part needs a mask of its own
     return max(padding, 12 * min(chunk, longest) * longest if goes_on else 0)
+
+
+def _node_bytes(inputs: PlanInputs) -> int:
+    """What passes over several nodes a row need: their windows, and the KV that is moved of those that are accepted."""
+    if inputs.verify_rows == 1:
+        return 0
+    config, nodes = inputs.config, inputs.nodes
+    window = nodes * KV_BLOCK_TOKENS * 8 * 3 + 8 * nodes * inputs.verify_rows * 4
+    # On the CPU a KV head's scores and keys are in float32, a row at a time.
+    per_row = inputs.verify_rows * (config.n_heads // config.n_kv_heads) * 4 * (inputs.kv_tokens + KV_BLOCK_TOKENS) * 4
+    keys = 8 * config.head_dim * (inputs.kv_tokens + inputs.verify_rows * KV_BLOCK_TOKENS)
+    # On a GPU each split of the keys leaves its sums, of at least 16 query heads a KV head.
+    splits = min(inputs.kv_tokens // KV_BLOCK_TOKENS, NODE_SPLITS) + 1
+    tile = max(16, config.n_heads // config.n_kv_heads) * (1 << (config.head_dim - 1).bit_length()) * 4
+    computing = nodes * config.n_kv_heads * splits * tile if inputs.hardware.has_gpu else per_row + keys
+    return window + 2 * nodes * inputs.kv_token_bytes + computing
 
 
 def gpu_lines(
@@ -130,8 +147,8 @@ def gpu_lines(
     attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
     copied = 0 if placement.mode == "full" else max(bytes_apart(layout, inputs.config.fused) for layout in attn)
     # Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both.
-    rows, elsewhere = inputs.shape.batch, inputs.config.vocab_size * (inputs.ranks - 1)
-    gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * SORTED_BYTES
+    rows, elsewhere = inputs.nodes, inputs.config.vocab_size * (inputs.ranks - 1)
+    gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * (SORTED_BYTES + SCRATCH_BYTES)
     activations = activation_bytes(inputs, portions) + copied + gathered + converted + decoding_extra_bytes(inputs)
     embedding = "" if inputs.embedding_on_cpu else "embedding, "
     computing = f"activations, {portions.wave_tokens(inputs)} tokens in chunks of {chunk}"

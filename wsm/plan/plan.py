@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from wsm.layout.kv import KVPlacement
 from wsm.plan.decoding import MANY_CHUNKS, Decoding, decoded_bytes, decoded_layouts, ways_to_decode
+from wsm.plan.draft import DraftPlan, plan_draft
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.kv import KVCosts, kv_bytes_per_pass, kv_cpu_lines, kv_device_bytes, kv_gpu_lines, place_kv
@@ -20,7 +21,7 @@ class Plan:
 
     ``bytes_per_pass`` has ``ssd_read``, ``weight_h2d`` and ``hbm_read`` (weights only) of a pass in the steady state,
     and ``kv_h2d`` and ``kv_read`` (of ``--kv-device``) of a decode pass half-way; ``decoding`` is how matrices in a
-    weight format are decoded.
+    weight format are decoded; ``draft`` is the plan of a draft that is a model.
     """
 
     inputs: PlanInputs
@@ -35,6 +36,12 @@ class Plan:
     bytes_per_pass: Mapping[str, int]
     notes: tuple[str, ...]
     decoding: Decoding
+    draft: DraftPlan | None = None
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the one scratch that the model and its draft share."""
+        return max(self.decoding.scratch_bytes, self.draft.scratch_bytes if self.draft is not None else 0)
 
     @property
     def bytes_a_weight(self) -> float:
@@ -46,7 +53,7 @@ class Plan:
         """Bytes that decoding matrices makes in a pass of each phase."""
         return {
             "prefill": decoded_bytes(self.inputs, self.decoding, self.chunk_tokens, self.chunks),
-            "decode": decoded_bytes(self.inputs, self.decoding, self.shape.batch),
+            "decode": decoded_bytes(self.inputs, self.decoding, self.inputs.nodes),
         }
 
     @property
@@ -130,14 +137,23 @@ def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
     if inputs.ranks > 1:
         notes.append(f"one of {inputs.ranks} ranks: each figure is its share")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
-    portions = portions_for(inputs, gpu_budget if gpu_budget is not None else cpu_budget)
+    budget = gpu_budget if gpu_budget is not None else cpu_budget
+    portions = portions_for(inputs, budget)
     on_gpu, on_cpu = gpu_lines(inputs, placement, portions, decoding), cpu_lines(inputs, placement)
-    gpu_room = None if gpu_budget is None else gpu_budget - total(on_gpu)
+    draft, beside = plan_draft(inputs, budget, decoding.scratch_bytes)
+    on_gpu += beside
+    # Passes over several nodes a row need all KV on the device: if that does not fit, the run does not.
+    gpu_room = None if gpu_budget is None or inputs.verify_rows > 1 else gpu_budget - total(on_gpu)
     shared = 0 if has_gpu or gpu_budget is None else gpu_budget
     costs = KVCosts.of(inputs)
     kv = place_kv(inputs.kv_layout(portions.stretch_rows), gpu_room, cpu_budget - shared - total(on_cpu), costs)
     if inputs.kv_device is not None and not kv.disk:
-        notes.append("--kv-device is not used: there is room for all KV above it")
+        why = (
+            "--verify-rows needs all KV on the device"
+            if inputs.verify_rows > 1
+            else "there is room for all KV above it"
+        )
+        notes.append(f"--kv-device is not used: {why}")
     moved = _bytes_per_pass(inputs, placement)
     half_way = inputs.shape.prefill_tokens // inputs.shape.batch + inputs.shape.new_tokens // 2
     moved["kv_h2d"] = kv_bytes_per_pass(kv, half_way, inputs.topk_blk)
@@ -154,6 +170,7 @@ def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
         cpu_budget_bytes=cpu_budget,
         bytes_per_pass=moved,
         decoding=decoding,
+        draft=draft,
         notes=(*placement.notes, *notes),
     )
 

@@ -96,21 +96,26 @@ class _Search:
     def _with_layers(self, inputs: PlanInputs) -> Plan | None:
         """As many layers on the GPU and in CPU memory as fit, at most as many as asked; None if none fit.
 
-        What is too much is given up at once, a layer at most for each layer's bytes: no number that fits is passed by.
+        What is too much is given up at once, a layer at most for each layer's bytes. What goes with a layer (a chunk's
+        activations may) can free more than that: then layers are taken back as long as they fit.
         """
-        mode, layer = inputs.settings.mode, inputs.slot_bytes()
+        mode, layer, too_many = inputs.settings.mode, inputs.slot_bytes(), 0
         while not self.good(plan := make_plan(inputs)):
             on_gpu, in_cpu = RESIDENTS.value(inputs), CPU_LAYERS.value(inputs)
             over_gpu, over_cpu = self._over_gpu(plan), plan.cpu_bytes - plan.cpu_budget_bytes
             alone = inputs.hardware.has_gpu or in_cpu == 1
             if on_gpu and mode in RESIDENTS.modes and (over_gpu > 0 or (not inputs.hardware.has_gpu and alone)):
                 # Each of a layer's two images is rounded up by the allocator, to 2 MiB at most.
-                fewer = max(1, over_gpu // (layer + 4 * MIB))
+                fewer, too_many = max(1, over_gpu // (layer + 4 * MIB)), on_gpu
                 inputs = RESIDENTS.at(inputs, max(0, on_gpu - fewer), self._original)
             elif over_gpu <= 0 and in_cpu > 1 and mode in CPU_LAYERS.modes:
                 inputs = CPU_LAYERS.at(inputs, max(1, in_cpu - max(1, over_cpu // layer)), self._original)
             else:
                 return None
+        for on_gpu in range(RESIDENTS.value(plan.inputs) + 1, too_many):
+            if not self.good(more := make_plan(RESIDENTS.at(plan.inputs, on_gpu, self._original))):
+                break
+            plan = more
         return plan
 
     def over_rows(self, choice: PlanInputs, best: _Found | None) -> _Found | None:

@@ -120,12 +120,15 @@ def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, ite
 
 
 def decode_work(
-    config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: float, kv_token_bytes: float
+    config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: float, kv_token_bytes: float, nodes: int = 1
 ) -> Work:
-    """As for the prefill; a decode pass also reads all KV so far, ``kv_token_bytes`` per token of all layers."""
+    """As for the prefill; a decode pass also reads all KV so far, ``kv_token_bytes`` per token of all layers.
+
+    It computes so many ``nodes`` of a row. Of the tokens that it may add one is counted: the others' KV is little.
+    """
     tokens = sum(rows.values()) * passes
     pairs = sum(count * (n * passes + passes * (passes + 1) / 2) for n, count in rows.items())
-    work = _work(config, passes * itemsize, tokens, tokens, pairs)
+    work = _work(config, passes * itemsize, nodes * tokens, nodes * tokens, nodes * pairs)
     return work._replace(hbm_bytes=work.hbm_bytes + kv_token_bytes * pairs)
 
 
@@ -143,10 +146,11 @@ def pass_work(plan: Plan) -> dict[str, Work]:
     """A mean pass of each phase, ``prefill`` and ``decode``."""
     config, shape, moved = plan.inputs.config, plan.shape, plan.bytes_per_pass
     rows, itemsize = {shape.prefill_tokens / shape.batch: shape.batch}, plan.bytes_a_weight
+    nodes = plan.inputs.verify_rows
     passes = {phase: max(1, count) for phase, count in _passes(plan).items()}
     of_phase = {
         "prefill": prefill_work(config, rows, passes["prefill"], itemsize),
-        "decode": decode_work(config, rows, passes["decode"], itemsize, plan.inputs.kv_token_bytes),
+        "decode": decode_work(config, rows, passes["decode"], itemsize, plan.inputs.kv_token_bytes, nodes),
     }
     on_device, prompt = plan.kv.layout.rows_in(plan.kv.disk), shape.prefill_tokens // shape.batch
     kv_written = {

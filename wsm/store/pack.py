@@ -161,7 +161,7 @@ def _check_places(checkpoint: TensorSource, request: PackRequest) -> None:
         raise UnusableInput(f"--manifest {request.manifest}: no permission to write in its directory")
     if manifest.exists():
         load_json(manifest)  # raises where a file that is no manifest would be lost
-    own = [] if checkpoint.directory is None else [path for path in checkpoint.directory.iterdir() if path.is_file()]
+    own = checkpoint.own_files()
     for target in map(Path, request.targets):
         if os.path.realpath(target) == str(manifest):
             raise UnusableInput(f"--to and --manifest both name {target}: the store and its manifest are two files")

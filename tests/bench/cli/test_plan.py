@@ -139,3 +139,49 @@ def test_the_docs_have_the_table_as_it_is() -> None:
         ):
             assert figure in rows[machine.name]
         assert machine.source in rows[machine.name]
+
+
+DRAFTED = ["--machine", "rtx4090", "--cpu-mem-gb", 128, "--ssd-gbps", 7, "--weight-format", "int4", "--mode", "stream"]
+DRAFTED += ["--draft", "synthetic:Llama-3.2-1B", "--draft-depth", 8, "--draft-width", 1, "--gpu-cached-layers", 20]
+
+
+def test_tokens_a_second_are_predicted_at_the_acceptance_that_is_named(planned: Planned) -> None:
+    code, plan, _ = planned(*DRAFTED, "--acceptance", 0.8)
+    assert code == 0
+    found, pass_ms = plan["speculation"], plan["predicted_pass_ms"]["decode"]
+    assert found["tokens_a_pass"] == pytest.approx((1 - 0.8**9) / 0.2, rel=1e-4)
+    # Nine times the draft's 2.47 GB at 1008 GB/s, its KV and what it multiplies aside; the slots take 70 ms to fill.
+    assert found["drafting_ms"] == pytest.approx(9 * 2.47e9 / 1008e6, rel=0.02)
+    assert found["drafting_hidden_ms"] == found["drafting_ms"]
+    assert found["pass_ms"] == pytest.approx(pass_ms)
+    assert found["tokens_per_s"] == pytest.approx(1e3 * found["tokens_a_pass"] / pass_ms, rel=1e-4)
+
+
+def test_what_the_slots_cannot_hide_of_drafting_lengthens_the_pass(planned: Planned) -> None:
+    deep = ["--draft-depth", 48, "--verify-rows", 49, "--group-prefetch-depth", 1]
+    _, plan, _ = planned(*DRAFTED, *deep, "--tokens-a-pass", 5)
+    found = plan["speculation"]
+    assert found["tokens_a_pass"] == 5
+    assert 0 < found["drafting_hidden_ms"] < found["drafting_ms"]
+    beside = found["drafting_ms"] - found["drafting_hidden_ms"]
+    assert found["pass_ms"] == pytest.approx(plan["predicted_pass_ms"]["decode"] + beside, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--acceptance", 0.5], "--acceptance without --draft"),
+        ([*DRAFTED, "--acceptance", 0.5, "--tokens-a-pass", 2], "exclude each other"),
+        ([*DRAFTED, "--tokens-a-pass", 9.5], "gives at most 9"),
+        ([*DRAFTED, "--acceptance", 1.5], "--acceptance"),
+        ([*DRAFTED, "--tokens-a-pass", 0.5], "--tokens-a-pass"),
+    ],
+)
+def test_an_acceptance_that_cannot_be_is_refused(planned: Planned, given: list[object], said: str) -> None:
+    code, _, err = planned(*given)
+    assert code == 2
+    assert said in err
+
+
+def test_without_an_acceptance_nothing_is_predicted_of_a_draft(planned: Planned) -> None:
+    assert planned(*DRAFTED)[1]["speculation"] is None

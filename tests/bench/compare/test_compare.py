@@ -81,6 +81,18 @@ def test_other_tokens_explain_another_output(side: Callable[..., Side]) -> None:
     assert against.obstacles == ("prompt tokens: [8] against [9]",)
 
 
+def test_another_way_to_draw_tokens_is_named_only_where_tokens_were_drawn(
+    side: Callable[..., Side], measured: Mapping[str, Any]
+) -> None:
+    assert measured["output"]["sampler"] == 2
+    older = {"output__sampler": 1, "output__sha256": "0" * 64}
+    for temperature, said in ((0.0, "unequal outputs"), (0.8, "sampler: 2 against 1")):
+        drawn = {"config__resolved__temperature": temperature}
+        [against] = compare([side("a", BASE, **drawn), side("b", BASE, **drawn, **older)]).against
+        assert len(against.obstacles) == 1
+        assert said in against.obstacles[0]
+
+
 def test_outputs_that_differ_within_a_side_forbid_comparing(measured: Mapping[str, Any], tmp_path: Path) -> None:
     two = typed(varied(measured, BASE)), typed(varied(measured, BASE, output__sha256="0" * 64))
     [against] = compare([Side("a", two, tmp_path), Side("b", two, tmp_path)]).against

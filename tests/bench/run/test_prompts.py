@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from bench.options.flags import parse
 from bench.options.run_flags import RunOptions
 from bench.run import prompt_files
-from bench.run.prompt_files import read_prompts
+from bench.run.prompt_files import read_chats, read_prompts, user_says
 from bench.run.prompts import (
     DEFAULT_FILE,
     fill_batch,
@@ -163,6 +163,32 @@ def test_of_a_sharegpt_conversation_the_user_s_first_turn_is_taken(tmp_path: Pat
     text = json.dumps([{"id": str(number), "conversations": talk} for number, talk in enumerate(talks)])
     for name in ("ShareGPT_V3.json", "share.txt"):
         assert read_prompts(written(tmp_path / name, text)) == ["one", "three"]
+
+
+def test_of_a_chat_all_up_to_the_user_s_last_message_is_taken(tmp_path: Path) -> None:
+    said = [("system", "brief"), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    lines = [{"messages": messages}, {"messages": messages[:1]}, {"prompt": "three"}]
+    path = written(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
+    assert read_chats(path) == [messages[:4], user_says("three")]
+    assert read_prompts(path) == ["one", "three"]  # without --chat, as of ShareGPT
+
+
+@pytest.mark.parametrize("name", ["p.txt", "blocks.txt", "p.jsonl", "p.json", "share.json"])
+def test_each_prompt_of_every_kind_of_file_is_a_message_of_the_user(tmp_path: Path, name: str) -> None:
+    texts = {
+        "p.txt": "one\ntwo\n",
+        "blocks.txt": "===== PROMPT 1 =====\none\n\n===== PROMPT 2 =====\ntwo\n",
+        "p.jsonl": '{"prompt": "one"}\n{"text": "two"}\n',
+        "p.json": '["one", "two"]',
+        "share.json": json.dumps([{"conversations": [{"from": "human", "value": text}]} for text in ("one", "two")]),
+    }
+    assert read_chats(written(tmp_path / name, texts[name])) == [user_says("one"), user_says("two")]
+
+
+@pytest.mark.parametrize("message", ["hello", {"role": "user"}, {"role": "user", "content": [{"type": "image"}]}])
+def test_a_message_that_is_no_text_is_refused(tmp_path: Path, message: object) -> None:
+    assert "entry 1: a message is not" in refusal(written(tmp_path / "p.json", json.dumps([{"messages": [message]}])))
 
 
 @pytest.mark.parametrize("text", ["[1, 2, 3]", "[x] a box", "{curly", '{"a": 1}', "[]", "{}"])

@@ -19,7 +19,8 @@ from bench.run import measure
 from bench.run.ceilings import recall_for, recall_near, remember
 from bench.run.warnings import early_ends
 from bench_infer import command_line as main
-from llama.inputs import Inputs, open_inputs
+from llama.inputs import Inputs
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.tokenizer import ByteTokenizer
 from tests.results import typed, varied

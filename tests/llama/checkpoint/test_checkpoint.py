@@ -676,7 +676,7 @@ def test_layers_are_counted_as_asked() -> None:
     [":", ":layers", ":layers=", ":layers=0", ":layers=-1", ":layers=2.0", ":layers=²", ":heads=2", ":layers=1:"],
 )
 def test_other_options_than_layers_are_refused(option: str) -> None:
-    with pytest.raises(UnusableInput, match="only :layers=N is understood"):
+    with pytest.raises(UnusableInput, match="only :layers=N and :cycle are understood"):
         synthetic("Llama-3.1-8B" + option)
 
 

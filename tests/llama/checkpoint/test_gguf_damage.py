@@ -170,7 +170,7 @@ def test_changed_bytes_of_the_header_give_a_model_or_a_sentence(sound: bytes, tm
         with contextlib.suppress(UnusableInput):
             refused += 1
             checkpoint = open_checkpoint(path)
-            _ = checkpoint.vocabulary, checkpoint.chat_template
+            _ = checkpoint.vocabulary, checkpoint.chat_template, checkpoint.special_tokens
             tensors_of(checkpoint)
             refused -= 1
     assert 10 < refused < 150

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama.inputs import open_inputs, read_manifest
+from llama.inputs import read_manifest
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from tests.stores import CONFIG, assert_equals, checkpoint, loop_device, pack_tiny, write_v1
 from wsm.disk import blockdev, safety

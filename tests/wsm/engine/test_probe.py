@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.run import ceilings
 from bench.run.ceilings import recall_for, recall_near, remember
-from llama.inputs import open_inputs
+from llama.opening import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
 from wsm.engine.device import Device

@@ -43,6 +43,7 @@ def pass_of(telemetry: Telemetry, number: int, rng: random.Random) -> None:
         telemetry.kv_waited(Event(used + 0.3), Event(used + 0.35))
         telemetry.took(Event(used + 0.5), Event(used + 0.6))
         telemetry.decoded(group, 30, Event(used + 0.6), Event(used + 0.7))
+        telemetry.drafted(Event(used - 0.2), Event(used + 0.05))
 
 
 def measured(rounds: int, *, folding: bool, records: bool = False) -> tuple[list[PhaseStats], list[Stretch], Telemetry]:
@@ -82,6 +83,7 @@ def test_sums_that_grow_pass_by_pass_are_those_of_all_records_at_once() -> None:
     assert decode.bytes["kv_h2d"] == (ROUND - 1) * GROUPS * 40
     assert decode.decoded_bytes == (ROUND - 1) * GROUPS * 30
     assert decode.decoding_ms == pytest.approx((ROUND - 1) * GROUPS * 100)
+    assert decode.drafting_ms == pytest.approx((ROUND - 1) * GROUPS * 250)
     assert decode.stall_ms["kv"] == pytest.approx((ROUND - 1) * GROUPS * 50)
 
 
@@ -100,6 +102,27 @@ def test_what_is_over_is_let_go_and_what_is_ahead_is_kept_for_its_pass() -> None
     telemetry.fold(at=3.0)
     assert [s.stats().bytes["weight_h2d"] for s in (prefill, decode)] == [10, 20]
     assert [s.stats().bytes_moved["weight_h2d"] for s in (prefill, decode)] == [35, 0]
+
+
+def test_the_link_is_seen_to_go_on_while_a_draft_computes() -> None:
+    telemetry = Telemetry(Device())
+    stretch = telemetry.begin(0.0, 0, 0)
+    telemetry.copied(GroupId(0, "attn"), 0, 10, Event(0.5), Event(2.0))
+    telemetry.kv_moved("kv_h2d", 0, 0, 10, Event(1.5), Event(2.5))
+    telemetry.drafted(Event(1.0), Event(4.0))
+    telemetry.drafted(Event(5.0), Event(5.5))
+    telemetry.begin(6.0, 8, 1)
+    telemetry.fold(at=6.0)
+    stats = stretch.stats()
+    assert stats.drafting_ms == pytest.approx(3500.0)
+    assert stats.drafting_link_ms == pytest.approx(1500.0)
+
+
+def test_without_a_draft_its_time_is_unknown_and_not_0() -> None:
+    telemetry = Telemetry(Device())
+    stretch = telemetry.begin(0.0, 0, 0)
+    telemetry.begin(6.0, 8, 1)
+    assert (stretch.stats().drafting_ms, stretch.stats().drafting_link_ms) == (None, None)
 
 
 def test_records_and_events_that_live_do_not_grow_with_the_rounds() -> None:

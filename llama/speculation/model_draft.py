@@ -1,0 +1,119 @@
+"""A LLaMA as a draft: wholly on the device, with KV of its own that is kept in step with what was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.batch import prefill_batch
+from llama.kv.cache import KVCache
+from llama.model import Transformer
+from llama.nodes.forward import node_layers
+from llama.nodes.tree import Tree, node_batch
+from llama.products import Acquire
+from llama.speculation.shape import TreeShape
+from llama.speculation.tree import children, grown_tree, likeliest, padded
+
+
+class _Proposal(NamedTuple):
+    """A tree, and where each of its nodes was in the grown one: int64 ``[B, shape.nodes]``."""
+
+    tree: Tree
+    places: Tensor
+
+
+class _Captured(NamedTuple):
+    """The growth of as many trees as there are ``roots``, as one CUDA graph; all tensors stay where they are."""
+
+    graph: torch.cuda.CUDAGraph
+    roots: Tensor
+    starts: Tensor
+    proposal: _Proposal
+
+
+class ModelDraft:
+    """Grows trees from the probabilities of ``model``, whose weights are resident.
+
+    Every level is computed, the last one too, so what is accepted has its keys and values in ``kv`` already: they are
+    moved to where the row's tokens are. On a GPU the growth of a whole tree is one captured graph.
+
+    Args:
+        kv: has room for ``shape.grown`` columns behind a row's last token.
+        nodes: of a proposal, padding included.
+        chunk_tokens: prompt tokens that are computed at once.
+        wave_rows: rows of a pass of the prefill.
+    """
+
+    def __init__(
+        self, model: Transformer, kv: KVCache, shape: TreeShape, nodes: int, *, chunk_tokens: int, wave_rows: int
+    ) -> None:
+        self.shape, self.depth, self.nodes = shape, shape.depth, nodes
+        self.model, self.kv = model, kv
+        self._chunk_tokens, self._wave_rows = chunk_tokens, wave_rows
+        self._captured: dict[int, _Captured] = {}
+        self._last: _Proposal | None = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.kv.reset()
+        if self.model.device.type == "cuda" and len(prompts) not in self._captured:
+            self._captured[len(prompts)] = self._capture(len(prompts))  # it writes into the cache
+        for first in range(0, len(prompts), self._wave_rows):
+            rows = range(first, min(first + self._wave_rows, len(prompts)))
+            batch = prefill_batch([prompts[row] for row in rows], rows, self.model.device)
+            self.model.forward(batch, self.kv, chunk_tokens=self._chunk_tokens, logits="last")
+
+    def propose(self, roots: Tensor, starts: Tensor) -> Tree:
+        captured = self._captured.get(len(roots))
+        if captured is None:
+            self._last = self._grow(roots, starts, self.model.groups.acquire)
+        else:
+            captured.roots.copy_(roots)
+            captured.starts.copy_(starts)
+            with self.model.groups.acquire_all():
+                captured.graph.replay()
+            self._last = captured.proposal
+        return self._last.tree
+
+    def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
+        assert self._last is not None
+        self.kv.keep_nodes(starts, self._last.places.gather(1, path), counts)
+
+    def reshaped(self, shape: TreeShape) -> ModelDraft:
+        """The same draft, growing other trees."""
+        portions = {"chunk_tokens": self._chunk_tokens, "wave_rows": self._wave_rows}
+        return ModelDraft(self.model, self.kv, shape, self.nodes, **portions)
+
+    def _grow(self, roots: Tensor, starts: Tensor, acquire: Acquire) -> _Proposal:
+        depth, width, nodes = self.shape
+        grown = grown_tree(roots, depth, width)
+        sums = torch.zeros(grown.tokens.shape, dtype=torch.float32, device=roots.device)
+        level = slice(0, 1)
+        for _ in range(depth):
+            logits = self._level(grown, starts, level, acquire)
+            below = slice(level.stop, level.stop + width)
+            grown.tokens[:, below], parents, sums[:, below] = children(logits, sums[:, level], width)
+            grown.parents[:, below] = parents + level.start
+            level = below
+        node_layers(self.model, node_batch(grown, starts, level), self.kv, acquire)
+        tree, places = likeliest(grown, sums, starts, nodes)
+        return _Proposal(padded(tree, self.nodes), places)
+
+    def _level(self, grown: Tree, starts: Tensor, level: slice, acquire: Acquire) -> Tensor:
+        """float32 ``[B, m, vocab]`` behind each node of a level."""
+        rows, nodes = len(starts), level.stop - level.start
+        h = node_layers(self.model, node_batch(grown, starts, level), self.kv, acquire)[: rows * nodes]
+        return self.model.head(h, len(h)).view(rows, nodes, -1)
+
+    def _capture(self, rows: int) -> _Captured:
+        device = self.model.device
+        roots, starts = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
+        with self.model.groups.acquire_all() as acquire:
+            self._grow(roots, starts, acquire)  # libraries take their workspaces outside the graph
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                proposal = self._grow(roots, starts, acquire)
+        return _Captured(graph, roots, starts, proposal)

@@ -1,0 +1,33 @@
+"""How long drafting takes, as the telemetry has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llama.nodes.tree import Tree
+from llama.speculation.draft import Draft
+from wsm.engine.telemetry import Telemetry
+
+
+class TimedDraft:
+    """A draft whose time on the device goes into ``telemetry``."""
+
+    def __init__(self, draft: Draft, telemetry: Telemetry) -> None:
+        self.depth, self.nodes = draft.depth, draft.nodes
+        self.draft, self._telemetry = draft, telemetry
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.draft.prefill(prompts)
+
+    def propose(self, roots: Tensor, starts: Tensor) -> Tree:
+        start = self._telemetry.mark()
+        tree = self.draft.propose(roots, starts)
+        self._telemetry.drafted(start, self._telemetry.mark())
+        return tree
+
+    def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
+        start = self._telemetry.mark()
+        self.draft.accepted(starts, path, counts, tokens)
+        self._telemetry.drafted(start, self._telemetry.mark())

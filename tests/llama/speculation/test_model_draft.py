@@ -1,0 +1,107 @@
+"""A model as a draft: it changes no token, and one that agrees with the target is accepted whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llama.checkpoint import open_checkpoint
+from llama.generation import Generation, GenerationOptions, generate
+from llama.kv.cache import KVCache
+from llama.model import Transformer
+from llama.speculation.draft import Draft
+from llama.speculation.model_draft import ModelDraft
+from llama.speculation.ngram import NgramDraft
+from llama.speculation.shape import TreeShape
+from llama.weights import TensorWeights
+from tests.tiny import hf_directory, hf_model
+from wsm.layout.kv import KV_BLOCK_TOKENS
+
+CPU = torch.device("cpu")
+NEW, NODES = 20, 17
+RAGGED = [list(range(5, 245)), [256, 3, 99], [256, *range(1, 60)], [7, 8, 9] * 80]
+"""Two of them cross a border between KV blocks while they grow, one says the same again and again."""
+SHAPES = [TreeShape(4, 1, 5), TreeShape(16, 1, 17), TreeShape(3, 4, 8), TreeShape(5, 6, 17)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Transformer]:
+    """The target, ``same``, and a smaller and ``other`` draft."""
+    made = {}
+    for name, layers in (("same", 2), ("other", 1)):
+        directory = hf_directory(tmp_path_factory.mktemp(name), hf_model(num_hidden_layers=layers))
+        checkpoint = open_checkpoint(directory)
+        made[name] = Transformer(checkpoint.config, TensorWeights(checkpoint, CPU, torch.float32), CPU, 768)
+    return made
+
+
+def a_draft(model: Transformer, shape: TreeShape, rows: int) -> ModelDraft:
+    room = max(map(len, RAGGED)) + NEW + shape.grown
+    kv = KVCache(model.config, rows, room, CPU, torch.float32)
+    return ModelDraft(model, kv, shape, NODES, chunk_tokens=64, wave_rows=2)
+
+
+def run(model: Transformer, prompts: list[list[int]], draft: Draft | None, **changes: Any) -> Generation:
+    kv = KVCache(model.config, len(prompts), max(map(len, prompts)) + NEW + NODES, CPU, model.dtype)
+    fields: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": NEW, **changes}
+    options = GenerationOptions(
+        top_p=0.95,
+        seed=5,
+        stop_ids=frozenset(),
+        ignore_eos=True,
+        chunk_tokens=4096,
+        wave_rows=4,
+        verify_rows=NODES,
+        **fields,
+    )
+    return generate(model, kv, prompts, options, draft=draft)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("prompts", [RAGGED[:1], RAGGED], ids=["one row", "ragged rows"])
+def test_no_draft_changes_a_token(models: dict[str, Transformer], prompts: list[list[int]], temperature: float) -> None:
+    model, rows = models["same"], len(prompts)
+    plain = run(model, prompts, None, temperature=temperature)
+    for name, shape in zip(("other", "same", "same", "other"), SHAPES, strict=True):
+        drafted = run(model, prompts, a_draft(models[name], shape, rows), temperature=temperature)
+        assert drafted.tokens == plain.tokens, (name, shape)
+    assert run(model, prompts, NgramDraft(4, NODES, 512, CPU), temperature=temperature).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_draft_that_always_agrees_is_accepted_whole_but_at_the_end_of_a_block(
+    models: dict[str, Transformer], shape: TreeShape
+) -> None:
+    model = models["same"]
+    found = run(model, RAGGED, a_draft(model, shape, len(RAGGED)))
+    for prompt, accepted in zip(RAGGED, found.accepted, strict=True):
+        start, left = len(prompt), NEW - 1
+        for count in accepted:
+            assert count == min(shape.depth + 1, left, KV_BLOCK_TOKENS - start % KV_BLOCK_TOKENS)
+            start, left = start + count, left - count
+
+
+def test_the_draft_keeps_in_step_with_what_was_accepted(models: dict[str, Transformer]) -> None:
+    """After trees of which siblings were accepted, its probabilities are those of a fresh prefill."""
+    model = models["other"]
+    draft = a_draft(model, TreeShape(3, 4, 8), 1)
+    row = list(range(40))
+    draft.prefill([row[:-1]])
+    for _ in range(5):
+        starts = torch.tensor([len(row) - 1])
+        tree = draft.propose(torch.tensor([row[-1]]), starts)
+        leaf = int(torch.where(tree.real[0], tree.depths[0] * 100 + torch.arange(NODES), -1).argmax())
+        path = [leaf]
+        while path[0]:
+            path.insert(0, int(tree.parents[0, path[0]]))
+        new = [*(int(tree.tokens[0, node]) for node in path[1:]), 11]
+        counts, more = torch.tensor([len(path)]), draft.depth + 1 - len(path)
+        draft.accepted(starts, torch.tensor([path + [0] * more]), counts, torch.tensor([new + [0] * more]))
+        row += new
+        fresh = a_draft(model, TreeShape(3, 4, 8), 1)
+        fresh.prefill([row[:-1]])
+        root, starts = torch.tensor([row[-1]]), torch.tensor([len(row) - 1])
+        for mine, theirs in zip(draft.propose(root, starts), fresh.propose(root, starts), strict=True):
+            assert torch.equal(mine, theirs)

@@ -1,0 +1,102 @@
+"""With any draft, in every mode, a run gives the tokens of the run without it; and the link goes on while it drafts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from llama.llm import LLaMA
+from llama.nodes.tree import Tree
+from llama.speculation.model_draft import ModelDraft
+from tests.tiny import hf_directory, hf_model
+
+PROMPTS = [list(range(5, 255)), [7, 8, 9] * 5, [3, 4]]
+PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 2, "warmup_layers": 1}
+ROWS, NEW = 17, 8
+DRAFTS: dict[str, dict[str, Any]] = {
+    "ngram": {"draft": "ngram"},
+    "int4 chain": {"draft_weight_format": "int4", "draft_depth": 4, "draft_width": 1},
+    "int8 chain": {"draft_weight_format": "int8", "draft_depth": 16},
+    "int8 tree": {"draft_weight_format": "int8", "draft_depth": 3, "draft_width": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_directory(tmp_path_factory.mktemp("model"), hf_model(num_hidden_layers=3))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def built(directory: Path, cache: Path, mode: str, **config: Any) -> LLaMA:
+    config = {"cache_dir": cache, **PLACES, "verify_rows": ROWS, **config}
+    if config.get("draft_weight_format"):
+        config["draft"] = str(directory)
+    return LLaMA.build(directory, mode=mode, mode_config=config, device="cpu", max_seq_len=300, max_batch_size=3)
+
+
+def tokens(llm: LLaMA, temperature: float, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    return llm.generate(prompts, max_new_tokens=NEW, temperature=temperature, seed=3, ignore_eos=True).tokens
+
+
+@pytest.fixture(scope="module")
+def plain(directory: Path, cache: Path) -> dict[float, list[list[int]]]:
+    with built(directory, cache, "full") as llm:
+        return {temperature: tokens(llm, temperature) for temperature in (0.0, 0.8)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [("mixed", ["int8 tree"]), ("stream", [*DRAFTS]), ("preload", ["int4 chain"]), ("full", ["ngram", "int8 tree"])],
+)
+def test_no_draft_changes_a_token_in_any_mode(
+    mode: str, names: list[str], directory: Path, cache: Path, plain: dict[float, list[list[int]]]
+) -> None:
+    for name in names:
+        with built(directory, cache, mode, **DRAFTS[name]) as llm:
+            assert tokens(llm, 0.8) == plain[0.8], name
+            assert tokens(llm, 0.8, PROMPTS[:1]) == plain[0.8][:1], name
+            assert tokens(llm, 0.0) == plain[0.0], name
+            assert llm.drafting is not None
+            counts = llm.drafting.speculation.counts
+            assert sum(n * times for n, times in counts.tokens.items()) == len(PROMPTS) * (NEW - 1)
+            if name.startswith("int8"):  # the model itself, but for what 8 bits lose
+                assert (counts.tokens_a_pass or 0) > 1.3
+
+
+def test_a_chain_of_the_model_itself_is_accepted_whole(directory: Path, cache: Path) -> None:
+    own = {"draft": str(directory), "draft_depth": 4, "verify_rows": None}
+    with built(directory, cache, "stream", **own) as llm:
+        assert llm.drafting is not None
+        assert (llm.drafting.speculation.nodes, llm.drafting.speculation.width) == (5, 1)
+        tokens(llm, 0.0, PROMPTS[1:2])
+        assert dict(llm.drafting.speculation.counts.tokens) == {5: 1, 2: 1}
+
+
+@pytest.mark.parametrize("mode", ["mixed", "stream"])
+def test_slots_are_filled_for_the_next_pass_while_the_draft_computes(
+    mode: str, directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow, filled = ModelDraft.propose, list[list[bool]]()
+
+    def slowly(self: ModelDraft, roots: Tensor, starts: Tensor) -> Tree:
+        assert llm.manager is not None
+        slots = [slot for pool in llm.manager.memory.gpu_pools.values() for slot in pool.slots]
+        until = time.monotonic() + 10
+        while not all(slot.state == "ready" for slot in slots) and time.monotonic() < until:
+            time.sleep(0.001)
+        filled.append([slot.state == "ready" for slot in slots])
+        return grow(self, roots, starts)
+
+    monkeypatch.setattr(ModelDraft, "propose", slowly)
+    with built(directory, cache, mode, draft=str(directory), draft_depth=2, group_prefetch_depth=2) as llm:
+        llm.generate(PROMPTS[2:3], max_new_tokens=8, temperature=0.0, ignore_eos=True)
+    assert len(filled) > 1
+    assert all(map(all, filled))

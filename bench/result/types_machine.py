@@ -43,7 +43,12 @@ class Weights(Part, frozen=True, kw_only=True):
     weight_format: Annotated[
         str, says("the weight format, or the dtype where they are plain (docs/FORMATS.md); of a mix a+b")
     ]
-    by_format: Later[Annotated[list[MatricesInFormat], says("each format that matrices lie in")]] = UNSET
+    by_format: Later[
+        Annotated[
+            list[Annotated[MatricesInFormat, says("a format and its matrices")]],
+            says("each format that matrices lie in"),
+        ]
+    ] = UNSET
     exact: Annotated[bool, says("whether they are the checkpoint's, converted to the dtype, bit for bit")]
     rest_bytes: Annotated[Count, says("bytes of all layers at rest")]
     decoded_bytes: Annotated[Count, says("bytes of the same in the dtype that is computed in")]
@@ -97,7 +102,7 @@ class LoadSeconds(Part, frozen=True, kw_only=True):
     """seconds before the first timed round, and of what; null for what did not take place"""
 
     kv_s: Annotated[Amount | None, says("s: allocating the KV cache")]
-    draft_s: Annotated[Amount | None, says("s: loading the draft")] = None
+    draft_s: Later[Annotated[Amount | None, says("s: loading the draft")]] = UNSET
     open_store_s: Annotated[Amount | None, says("s: opening the packed store or the checkpoint")]
     allocate_s: Annotated[Amount | None, says("s: taking pools and residents in CPU and GPU memory")]
     populate_s: Annotated[Amount | None, says("s: of that, touching the CPU pages")]

@@ -110,13 +110,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, batch: NodeBatch) -> Tensor:
     sizes = {"N_REP": n_rep, "REPS": reps, "HEAD_DIM": head_dim, "DIMS": dims}
     q = q if q.stride()[1:] == (q.stride(1), head_dim, 1) and q.stride(0) == nodes * q.stride(1) else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grid = rows * nodes, n_kv_heads
-    split_kernel[(*grid, splits)](
+    split_kernel[(rows * nodes, n_kv_heads, splits)](
         q, keys, values, batch.window.contiguous(), batch.prefix, tops, sums, parts,
         nodes, q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), split_blocks * KV_BLOCK_TOKENS,
         1 / math.sqrt(head_dim), **sizes, TILE=tile(dims, q.dtype), BLOCK=KV_BLOCK_TOKENS, num_warps=WARPS,
     )  # fmt: skip
-    join_kernel[grid](tops, sums, parts, out, splits, **sizes, num_warps=WARPS)
+    join_kernel[(rows * nodes, n_kv_heads)](tops, sums, parts, out, splits, **sizes, num_warps=WARPS)
     return out
 
 

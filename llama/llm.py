@@ -151,9 +151,7 @@ class LLaMA:
                 weights = self.manager = self._start_manager(reporter, before_load, progress)
         collective = inputs.world.collective(self.telemetry)
         self.model = Transformer(self.config, weights, inputs.device, plan.inputs.kv_tokens, collective, self.scratch)
-        # NCCL in a captured graph is not tried: several ranks run their passes kernel by kernel (docs/PARALLEL.md).
-        one = inputs.world.shard.size == 1
-        if inputs.device.type == "cuda" and weights.resident and self.kv.tier is None and one:
+        if inputs.device.type == "cuda" and weights.resident and self.kv.tier is None:
             self.graphs = self.model.graphs = DecodeGraphs(self.model.groups, self.kv, inputs.device)
 
     def _make_kv(self) -> KVCache:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from llama.batch import Segment, TokenBatch, cut
 from llama.config import ModelConfig
+from llama.fused.ops import attend_rows, gate_, rms_norm, rotate_
 from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
-from llama.products import Acquire, Products, ProductSource, Scratch, rms_norm
+from llama.products import Acquire, Products, ProductSource, Scratch
 from llama.rope import RopeScaling
 from llama.weights import WeightSource
 from wsm import stop
@@ -48,14 +49,6 @@ def rotary_table(config: ModelConfig, tokens: int, device: torch.device) -> Tens
         freqs = scaled_frequencies(freqs, config.rope_scaling)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float32), freqs)
     return torch.polar(torch.ones_like(angles), angles).to(device)
-
-
-def rotate_(x: Tensor, freqs_cis: Tensor) -> None:
-    """RoPE of ``x [n, heads, head_dim]`` in place, in float32; ``freqs_cis`` is ``[n, 1, head_dim / 2]``."""
-    wide = x.float()
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(freqs_cis)
-    if wide is not x:
-        x.copy_(wide)
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -224,21 +217,26 @@ class Transformer:
         """Add a chunk's attention to its residual ``[n, dim]``; its keys and values go into the cache."""
         qkv = w.linear(w.norm(h, "attention_norm"), *QKV)
         heads = qkv.unflatten(1, (-1, self.config.head_dim))  # [n, n_heads + 2 * n_kv_heads, head_dim]
-        q = heads[:, : self.config.n_heads]
-        rotate_(heads[:, : self.config.n_heads + self.config.n_kv_heads], chunk.freqs_cis)
-        new = heads[:, self.config.n_heads :].unflatten(1, (2, -1))  # [n, 2, n_kv_heads, head_dim]
-        outs = [self._attend(q, new, part, chunk, kv, layer) for part in chunk.parts]
+        outs = [self._attend(heads, part, chunk, kv, layer) for part in chunk.parts]
         w.add_linear_(h, outs[0] if len(outs) == 1 else torch.cat(outs), "wo")
 
-    def _attend(self, q: Tensor, new: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
-        """What a part of a chunk attends to, ``[n, n_heads * head_dim]``; may take the place of its queries."""
-        window, q_part, new_part = kv.enter(layer, part.stretch), q[part.tokens], new[part.tokens]
+    def _attend(self, heads: Tensor, part: Part, chunk: Chunk, kv: KVCache, layer: int) -> Tensor:
+        """What a part of a chunk attends to, ``[n, n_heads * head_dim]``; may take the place of its queries.
+
+        Queries and keys among ``heads [n, n_heads + 2 * n_kv_heads, head_dim]`` are rotated here.
+        """
+        window, n_heads = kv.enter(layer, part.stretch), self.config.n_heads
+        own, freqs_cis = heads[part.tokens], chunk.freqs_cis[part.tokens]
+        q, new = heads[:, :n_heads], heads[:, n_heads:].unflatten(1, (2, -1))  # [n, 2, n_kv_heads, head_dim]
         rows = part.compact if window.compact else part.rows
         if rows is None:
+            rotate_(own, n_heads + self.config.n_kv_heads, freqs_cis)
             out = self._attend_segments(q, new, part, chunk, kv, layer, window.data)
         else:
-            out = self._attend_rows(q_part, new_part, rows, kv, window.data)
-            kv.wrote_tokens(layer, part.stretch, rows, chunk.positions[part.tokens], new_part[:, 0], q_part)
+            kv.record.rotate_and_write_(window.data, rows.places, rows.positions, own, n_heads, freqs_cis)
+            out = self._attend_rows(q[part.tokens], rows, kv, window.data)
+            positions = chunk.positions[part.tokens]
+            kv.wrote_tokens(layer, part.stretch, rows, positions, new[part.tokens, 0], q[part.tokens])
         if part.last:
             kv.leave(layer, part.stretch)
         return out
@@ -259,18 +257,16 @@ class Transformer:
             q[tokens] = attend_causally(q[tokens].transpose(0, 1), keys, values).transpose(0, 1)
         return q[part.tokens].flatten(1)
 
-    def _attend_rows(self, q: Tensor, new: Tensor, rows: Rows, kv: KVCache, window: Tensor) -> Tensor:
-        """One query a row over all its KV: the query heads that share a KV head stand where positions would."""
-        kv.record.write_(window, rows.places, rows.positions, new)
-        grouped = q.unflatten(1, (self.config.n_kv_heads, -1))  # [n, n_kv_heads, n_rep, head_dim]
+    def _attend_rows(self, q: Tensor, rows: Rows, kv: KVCache, window: Tensor) -> Tensor:
+        """One query a row over all its KV."""
         keys, values = kv.record.read(window[rows.first : rows.first + q.shape[0]], rows.tokens)
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask).reshape(q.shape[0], -1)
+        return attend_rows(q, keys, values, rows.mask)
 
     def _feed_forward_(self, h: Tensor, w: Products) -> None:
         """Add the feed-forward block to a chunk's residual ``[n, dim]``."""
         x = w.norm(h, "ffn_norm")
-        gate = F.silu(w.linear(x, "w1"), inplace=True)  # [n, ffn_dim]
-        gate.mul_(w.linear(x, "w3"))
+        gate = w.linear(x, "w1")  # [n, ffn_dim]
+        gate_(gate, w.linear(x, "w3"))
         del x
         w.add_linear_(h, gate, "w2")
 

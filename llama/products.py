@@ -14,16 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.fused.ops import rms_norm
 from llama.parallel.world import Collective
 from llama.weights import WeightSource
 from wsm.engine.telemetry import Telemetry
 from wsm.formats import registry
 from wsm.layout.groups import TENSOR_ALIGNMENT, Encoded, GroupId, Stored, round_up
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm, in float32 and rounded once: one kernel where torch has it fused."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -124,7 +124,10 @@ class Ceilings(Part, frozen=True, kw_only=True):
     """best rates of this machine, measured in the run's own memory; what the mode does not use is left out"""
 
     hbm: Annotated[Later[Rate], says("reading the device's memory")] = UNSET
-    matmul: Annotated[Later[Rate], says("matrix products on the device")] = UNSET
+    matmul: Annotated[Later[Rate], says("matrix products on the device; on a GPU back to back for seconds")] = UNSET
+    matmul_burst: Annotated[
+        Later[Rate], says("a few of them from rest: floors count the first half second of arithmetic at this rate")
+    ] = UNSET
     h2d: Annotated[Later[Rate], says("copies from CPU to GPU memory")] = UNSET
     d2h: Annotated[Later[Rate], says("copies from GPU to CPU memory")] = UNSET
     h2d_d2h: Annotated[Later[Rate], says("copies both ways at once, their sum")] = UNSET
@@ -147,8 +150,11 @@ class RankPhase(Part, frozen=True, kw_only=True):
     idle_ms: Annotated[Idle, says("ms in which a tier did nothing, as in `phases`")]
     floor_ms: Annotated[Amount | None, says("ms: as in `phases`, from this rank's own bytes and ceilings")]
     bound_by: Annotated[Bound | None, says("the resource that sets this rank's floor_ms")]
-    collectives_ms: Annotated[Amount, says("ms in sums and gathers over the ranks, with waiting for the slowest rank")]
-    collectives: Annotated[Count, says("sums and gathers in the phase")]
+    collectives_ms: Annotated[
+        Amount | None,
+        says("ms in sums and gathers over the ranks, with waiting for the slowest rank; null in CUDA graphs"),
+    ]
+    collectives: Annotated[Count, says("sums and gathers in the phase, but for those in CUDA graphs")]
 
 
 class JobPhase(Part, frozen=True, kw_only=True):
@@ -160,8 +166,11 @@ class JobPhase(Part, frozen=True, kw_only=True):
     bound_by: Annotated[Bound | None, says("the resource that sets floor_ms")]
     bound_rank: Annotated[Count | None, says("the rank that sets floor_ms")]
     roofline_pct: Annotated[Above0 | None, says(_ROOFLINE.format("rank 0's wall_ms"))]
-    collectives: Annotated[Count, says("sums and gathers of a rank")]
-    collectives_ms: Annotated[Amount, says("ms in them on the rank that waits least: what they take themselves")]
+    collectives: Annotated[Count, says("sums and gathers of a rank, but for those in CUDA graphs")]
+    collectives_ms: Annotated[
+        Amount | None,
+        says("ms in them on the rank that waits least: what they take themselves; null in CUDA graphs"),
+    ]
     collectives_pct: Annotated[Amount | None, says("percent of rank 0's wall_ms: 100 * collectives_ms / wall_ms")]
 
     def __post_init__(self) -> None:

@@ -20,7 +20,8 @@ from llama.inputs import Inputs
 from llama.llm import LLaMA
 from llama.options import BuildOptions
 from llama.parallel.world import World
-from wsm.engine.probe import probe_compute, probe_link, probe_ssd
+from wsm.engine.probe import probe_link, probe_ssd
+from wsm.engine.probe_compute import probe_compute
 from wsm.engine.probe_decoding import Part, probe_decoding
 from wsm.formats import registry
 from wsm.formats.mix import Mix

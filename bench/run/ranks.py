@@ -70,7 +70,8 @@ def _rank(llm: LLaMA, timed: Round, result: Result) -> Rank:
     phases = {}
     for (name, whole), stretch in zip(msgspec.structs.asdict(result.phases).items(), timed.stretches, strict=True):
         shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
-        collectives_ms = stretch.collectives_cover.ms
+        in_graphs = name == "decode" and llm.graphs is not None
+        collectives_ms = None if in_graphs else stretch.collectives_cover.ms
         phases[name] = RankPhase(**shared, collectives_ms=collectives_ms, collectives=stretch.collectives)
     return Rank(
         rank=world.shard.rank,
@@ -128,7 +129,8 @@ def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:
     wall_ms = parts[0].wall_ms
     floors = [(part.floor_ms, rank, part.bound_by) for rank, part in ranks if part.floor_ms is not None]
     floor_ms, rank, bound_by = max(floors) if len(floors) == len(ranks) else (None, None, None)
-    collectives_ms = min(part.collectives_ms for part in parts)
+    known = [part.collectives_ms for part in parts if part.collectives_ms is not None]
+    collectives_ms = min(known) if len(known) == len(parts) else None
     return JobPhase(
         bytes=Traffic(**{key: sum(getattr(part.bytes, key) for part in parts) for key in Traffic.__struct_fields__}),
         floor_ms=floor_ms,
@@ -137,5 +139,5 @@ def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:
         roofline_pct=None if floor_ms is None or not wall_ms else 100 * floor_ms / wall_ms,
         collectives=parts[0].collectives,
         collectives_ms=collectives_ms,
-        collectives_pct=100 * collectives_ms / wall_ms if wall_ms else None,
+        collectives_pct=100 * collectives_ms / wall_ms if wall_ms and collectives_ms is not None else None,
     )

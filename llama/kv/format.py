@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llama.fused.ops import launchers_for, rotate_
 from llama.kv import KV_DTYPES
 from wsm.errors import UnusableInput
 from wsm.formats.backend import kernels_for
@@ -35,6 +36,18 @@ class KVFormat:
         ``[n, 2, n_kv_heads, head_dim]``, keys before values.
         """
         window.view(self._word)[rows, :, positions] = self._packed(new).transpose(1, 2)
+
+    def rotate_and_write_(
+        self, window: Tensor, rows: Tensor, positions: Tensor, heads: Tensor, n_heads: int, freqs_cis: Tensor
+    ) -> None:
+        """Rotate queries and keys of ``heads [n, n_heads + 2 * n_kv_heads, head_dim]``, then :meth:`write_`."""
+        launch = launchers_for(heads)
+        if launch is not None and self._word == self._dtype:
+            launch.rotate_and_write_(heads, n_heads, freqs_cis, window.view(self._dtype), rows, positions)
+            return
+        n_kv_heads = window.shape[1]
+        rotate_(heads, n_heads + n_kv_heads, freqs_cis)
+        self.write_(window, rows, positions, heads[:, n_heads:].unflatten(1, (2, n_kv_heads)))
 
     def write_span_(self, row: Tensor, begin: int, new: Tensor) -> None:
         """Put ``new``, as for :meth:`write_`, into one row ``[n_kv_heads, tokens, 2, record]`` from ``begin`` on."""

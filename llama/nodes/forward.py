@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.fused.ops import gate_, rotate_
 from llama.kv.cache import KVCache
-from llama.model import Transformer, rotate_
+from llama.model import Transformer
 from llama.names import QKV
 from llama.nodes.attention import ALIKE_ROWS, attend_nodes
 from llama.nodes.tree import NodeBatch
@@ -81,7 +82,8 @@ def _attention_(
     """Add the nodes' attention to their residual ``h [n, dim]``; their keys and values go into the cache."""
     config = model.config
     heads = w.linear(w.norm(h, "attention_norm"), *QKV).unflatten(1, (-1, config.head_dim))
-    _row_by_row(rotate_, heads[:, : config.n_heads + config.n_kv_heads], freqs_cis)
+    rotated = config.n_heads + config.n_kv_heads
+    _row_by_row(lambda own, turns: rotate_(own, rotated, turns), heads, freqs_cis)
     out = h.new_zeros(h.shape[0], config.n_heads * config.head_dim)
     for stretch in stretches:
         nodes = stretch.batch.tokens.shape[1]
@@ -100,8 +102,7 @@ def _feed_forward_(h: Tensor, w: Products) -> None:
     """Add the feed-forward block to the nodes' residual."""
     x = w.norm(h, "ffn_norm")
     gate = w.linear(x, "w1")  # [n, ffn_dim]
-    _row_by_row(lambda part: F.silu(part, inplace=True), gate)
-    gate.mul_(w.linear(x, "w3"))
+    _row_by_row(gate_, gate, w.linear(x, "w3"))
     w.add_linear_(h, gate, "w2")
 
 

@@ -38,8 +38,8 @@ exact24() { # as many residents in both formats
 
 resident() { # nothing streams: the 8B shape
   local flags="--synthetic Llama-3.1-8B --mode full --prompt-len 128 --max-new-tokens 64 --repeats 3"
-  for rows in 1 8 32; do
-    for format in auto exact int8 int4; do
+  for rows in ${ROWS:-1 8 32}; do
+    for format in ${FORMATS:-auto exact int8 int4}; do
       step ${format}_8b_b$rows 60 $flags --weight-format $format --batch-size $rows
     done
   done

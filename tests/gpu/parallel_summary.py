@@ -24,7 +24,8 @@ def decode_line(name: str, result: Result) -> str:
         line += f", {ratio:.3f} x the floor ({phase['bound_by']})"
     if parallel is not None:
         job = parallel["phases"]["decode"]
-        line += f", collectives {job['collectives_ms']:.1f} ms = {job['collectives_pct']:.1f} % of the phase"
+        if job["collectives_ms"] is not None:
+            line += f", collectives {job['collectives_ms']:.1f} ms = {job['collectives_pct']:.1f} % of the phase"
         links = [rank["ceilings_MBps"].get("h2d") for rank in parallel["ranks"]]
         line += f", links at once {[round(link / 1e3, 1) for link in links if link]} GB/s"
     return line

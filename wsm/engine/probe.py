@@ -8,7 +8,6 @@ size of the run's own pieces, the SSD reads its own chunks and depth, and the SS
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import threading
 import time
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from wsm import stop
@@ -42,11 +40,12 @@ class ProbeSizes(NamedTuple):
     copy_s: float  # of a sample over a slow link
     hbm_bytes: int
     matmul_n: int
+    matmul_s: float  # of products back to back; 0: none
     ssd_s: float  # of all reads of the SSD
 
 
-ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, ssd_s=1.5)
-ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, ssd_s=0.25)
+ON_CUDA = ProbeSizes(copy_bytes=512 << 20, copy_s=0.1, hbm_bytes=1 << 30, matmul_n=8192, matmul_s=2.0, ssd_s=1.5)
+ON_CPU = ProbeSizes(copy_bytes=32 << 20, copy_s=0.05, hbm_bytes=64 << 20, matmul_n=512, matmul_s=0.0, ssd_s=0.25)
 
 
 def ceiling_from(rates: Sequence[float], unit: str, how: str) -> Ceiling:
@@ -79,67 +78,6 @@ def steadied(measure: Callable[[int], Ceiling], anyone: Anyone = bool) -> Ceilin
 
 def sizes_for(device: Device) -> ProbeSizes:
     return ON_CUDA if device.torch_device.type == "cuda" else ON_CPU
-
-
-def _seconds(device: Device, work: Callable[[], object]) -> float:
-    """Time of ``work`` on the compute stream."""
-    stop.check()
-    device.synchronize()
-    stream = device.compute_stream()
-    start = device.record(stream)
-    work()
-    end = device.record(stream)
-    device.synchronize()
-    return device.seconds(end) - device.seconds(start)
-
-
-def probe_compute(device: Device, dtype: torch.dtype, scratch: Tensor | None = None) -> dict[str, Ceiling]:
-    """``hbm``: a read of device memory (a sum); ``matmul``: a square product of random matrices in ``dtype``.
-
-    The second matrix is transposed, as the model's are: CPUs multiply such a one several times as fast. ``scratch`` is
-    ``uint8`` on the device, overwritten; where it is large enough, a probe takes no memory of its own.
-    """
-    sizes = sizes_for(device)
-    data = _room(device, sizes.hbm_bytes, scratch).view(torch.float32).zero_()
-    hbm = repeated(device, data.sum, 2, data.nbytes / 1e6, "MBps", f"sum of {data.nbytes >> 20} MiB")
-    n = sizes.matmul_n
-    room = _room(device, 3 * n * n * dtype.itemsize, scratch)
-    n = math.isqrt(room.nbytes // (3 * dtype.itemsize)) // 128 * 128
-    a, b, out = room.view(dtype)[: 3 * n * n].view(3, n, n)
-    a.normal_()
-    b.normal_()
-    how = f"{n}^3 product of random {dtype} matrices"
-    matmul = repeated(device, lambda: torch.mm(a, b.t(), out=out), 3, 2 * n**3 / 1e12, "TFLOPs", how)
-    return {"hbm": hbm, "matmul": matmul}
-
-
-def repeated(device: Device, work: Callable[[], object], warm_ups: int, amount: float, unit: str, how: str) -> Ceiling:
-    """The rate of ``work`` that does so much of ``unit``."""
-    for _ in range(warm_ups):
-        _seconds(device, work)
-
-    def measure(times: int) -> Ceiling:
-        def sample() -> None:
-            for _ in range(times):
-                work()
-
-        rates = [times * amount / _seconds(device, sample) for _ in range(SAMPLES)]
-        return ceiling_from(rates, unit, f"{how}, {SAMPLES} samples" + (f" of {times}" if times > 1 else ""))
-
-    return steadied(measure)
-
-
-def _room(device: Device, nbytes: int, scratch: Tensor | None) -> Tensor:
-    """``uint8`` memory for a sample: the scratch memory if it holds half of it, else new, as much as there is."""
-    if scratch is not None and scratch.nbytes >= nbytes // 2:
-        return scratch[: min(nbytes, scratch.nbytes) // 4096 * 4096]
-    while True:
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
-        except torch.OutOfMemoryError:
-            if nbytes < 1 << 20:
-                raise
-            nbytes //= 2
 
 
 def _walk(memory: Tensor, piece: int) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wsm.engine.device import Device
-from wsm.engine.probe import repeated
+from wsm.engine.probe_compute import repeated
 from wsm.formats.backend import decoder
 from wsm.formats.format import Shape, WeightFormat
 from wsm.formats.gguf_blocks import BlockType

@@ -15,6 +15,7 @@ from torch import Tensor
 
 MOST_ROWS = 16
 """Of ``x`` in a packed product: the smallest tile of the tensor cores, so 16 rows take the time of one."""
+COUNTERS = 1 << 16
 
 
 class ProductTuning(NamedTuple):
@@ -162,5 +163,8 @@ def splits_of(tuning: ProductTuning, programs: int, steps: int) -> int:
 
 @cache
 def arrivals_on(device: torch.device) -> Tensor:
-    """Counters, 0 between launches: how many splits of a program's rows have left their part."""
-    return torch.zeros(4096, dtype=torch.int32, device=device)
+    """int32 ``[COUNTERS]``, 0 between launches: how many splits of a program's rows have left their part.
+
+    All launches are of the one compute stream. To be made before any capture: what is made inside belongs to its graph.
+    """
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

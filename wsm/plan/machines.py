@@ -106,7 +106,10 @@ def rates_elsewhere(
     if given.keys() & {"h2d", "ssd"}:  # how the link does beside a drive was measured with others
         found.pop("h2d_with_ssd", None)
     found |= {name: _exact(1e3 * gbps, "MBps", "as given") for name, gbps in given.items()}
-    return found if matmul is None else {**found, "matmul": _exact(matmul, "TFLOPs", "as given")}
+    if matmul is not None:
+        found.pop("matmul_burst", None)
+        found["matmul"] = _exact(matmul, "TFLOPs", "as given")
+    return found
 
 
 def _exact(value: float, unit: str, how: str) -> Ceiling:

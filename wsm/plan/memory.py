@@ -169,7 +169,7 @@ def gpu_lines(
         lines.append(MemoryLine(MemoryKind.SCRATCH, "scratch for decoded matrices", decoding.scratch_bytes))
     if not inputs.hardware.has_gpu:
         return lines
-    if placement.mode in ("full", "preload") and inputs.ranks == 1:
+    if placement.mode in ("full", "preload"):
         graphs = chunk_bytes(inputs.config, inputs.shape.batch, inputs.dtype.itemsize) + converted
         lines.append(MemoryLine(MemoryKind.GRAPHS, "decode graphs", graphs))
     slack = _rounding(held, placement) + activations // 8 + 32 * MIB

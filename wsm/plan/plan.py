@@ -135,8 +135,7 @@ def _plan_for(inputs: PlanInputs, decoding: Decoding) -> Plan:
         why = "it is the head too" if inputs.config.tied_embeddings else "mode full pages nothing"
         notes.append(f"--embedding cpu has no effect: {why}")
     if inputs.ranks > 1:
-        graphs = ", and passes run without CUDA graphs" if has_gpu else ""
-        notes.append(f"one of {inputs.ranks} ranks: each figure is its share{graphs}")
+        notes.append(f"one of {inputs.ranks} ranks: each figure is its share")
     gpu_budget, cpu_budget = _budgets(inputs, notes)
     budget = gpu_budget if gpu_budget is not None else cpu_budget
     portions = portions_for(inputs, budget)

@@ -75,6 +75,10 @@ KV_DEVICE: tuple[Bound, ...] = ("kv_read", "kv_write")
 """Both ways of ``--kv-device``, each with a ceiling of its name."""
 
 
+BURST_S = 0.5
+"""How long a card may compute above its lasting clocks, at most: a floor may not be beaten."""
+
+
 def ceiling_of(bound: Bound) -> str:
     """The name of the ceiling that is behind a bound."""
     return "matmul" if bound == "compute" else bound
@@ -86,14 +90,25 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
     Their maximum is the floor (docs/ARCHITECTURE.md): T >= max(B_ssd / bw_ssd, B_h2d / bw_h2d, B_d2h / bw_d2h,
     B_hbm / bw_hbm, FLOPs / peak), and the same of each way of ``--kv-device``. The link's ceiling is its best rate,
     alone: a floor may not be beaten. ``ceilings`` are ``ssd``, ``h2d``, ``d2h``, ``hbm``, ``kv_read``, ``kv_write`` and
-    ``weight_decode`` (of decoded bytes) in MBps (10^6 bytes per second), ``matmul`` in TFLOPs.
+    ``weight_decode`` (of decoded bytes) in MBps (10^6 bytes per second), ``matmul`` and ``matmul_burst`` in
+    TFLOPs: what lasts, and what a card does in its first ``BURST_S``.
     """
     parts: dict[Bound, float | None] = {}
     for bound, amount in zip(_BOUNDS, work, strict=True):
         if amount:
             rate = ceilings.get(ceiling_of(bound))
-            parts[bound] = 1e3 * amount / (rate * (1e12 if bound == "compute" else 1e6)) if rate else None
+            if bound == "compute":
+                parts[bound] = 1e3 * _compute_s(amount / 1e12, rate, ceilings.get("matmul_burst")) if rate else None
+            else:
+                parts[bound] = amount / rate / 1e3 if rate else None
     return parts
+
+
+def _compute_s(teraflops: float, lasting: float, burst: float | None) -> float:
+    if burst is None or burst <= lasting:
+        return teraflops / lasting
+    first = min(teraflops, BURST_S * burst)
+    return first / burst + (teraflops - first) / lasting
 
 
 def prefill_work(config: ModelShape, rows: Mapping[float, int], passes: int, itemsize: float) -> Work:

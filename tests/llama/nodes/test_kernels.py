@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from tests.wsm.formats.test_kernels import run
+from tests.without_gpu import GENERATIONS, needs_triton, run_part
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 SCRIPT = Path(__file__).with_name("without_a_gpu.py")
 
 
-@pytest.mark.parametrize("generation", ["80", "86", "89", "90"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_kernels_compile_for(generation: str, tmp_path: Path) -> None:
-    run(generation, SCRIPT, TRITON_CACHE_DIR=str(tmp_path))
+    run_part(SCRIPT, generation, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_interpreted_kernels_attend_as_torch_does_and_depend_on_no_place() -> None:
-    run("interpret", SCRIPT, TRITON_INTERPRET="1")
+    run_part(SCRIPT, "interpret", TRITON_INTERPRET="1")

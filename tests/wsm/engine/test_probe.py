@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from llama.opening import open_inputs
 from llama.options import BuildOptions
 from tests.wsm.engine.test_engine import SLOT, FakeSource
 from wsm.engine.device import Device
-from wsm.engine.probe import ON_CPU, _window_rates, ceiling_from, probe_compute, probe_link, probe_ssd
+from wsm.engine.probe import ON_CPU, _window_rates, ceiling_from, probe_link, probe_ssd
+from wsm.engine.probe_compute import probe_compute, sustained
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
 from wsm.plan.time import Ceiling
@@ -41,6 +43,34 @@ def test_every_ceiling_has_its_best_sample_its_median_and_its_spread() -> None:
         assert ceiling.value >= ceiling.median > 0
         assert ceiling.spread_pct >= 100 * (ceiling.value - ceiling.median) / ceiling.median
     assert 0 < found["ssd"].value < 1.05 * SLOT["attn"] / 0.002 / 1e6
+
+
+def test_products_of_seconds_are_measured_after_the_clocks_came_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a card that makes 1000 products in its first 0.3 s of work, and 800 a second from then on."""
+    made = [0]
+
+    def seconds(device: Device, work: Callable[[], object]) -> float:
+        before = made[0]
+        work()
+        fast = max(0, min(made[0], 300) - before)
+        return fast / 1000 + (made[0] - before - fast) / 800
+
+    def product() -> None:
+        made[0] += 1
+
+    monkeypatch.setattr("wsm.engine.probe_compute._seconds", seconds)
+    found = sustained(Device(), product, 1.0, 1.0, "TFLOPs", "products")
+    assert (found.value, found.median) == (pytest.approx(800.0), pytest.approx(800.0))
+    assert found.how == "products back to back, the last 5 of 8 samples of 125"
+    assert made[0] >= 1000
+
+
+def test_a_gpu_has_a_lasting_rate_of_products_and_one_from_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsm.engine.probe.ON_CPU", ON_CPU._replace(matmul_s=0.05, matmul_n=128))
+    found = probe_compute(Device(), torch.float32)
+    assert set(found) == {"hbm", "matmul", "matmul_burst"}
+    assert "back to back" in found["matmul"].how
+    assert "back to back" not in found["matmul_burst"].how
 
 
 @pytest.mark.usefixtures("undisturbed")

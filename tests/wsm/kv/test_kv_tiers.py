@@ -354,7 +354,7 @@ class ByMask(Transformer):
         self.queries[layer] = last
         return out
 
-    def _attend_rows(self, q: Tensor, new: Tensor, rows: Rows, kv: KVCache, window: Tensor) -> Tensor:
+    def _attend_rows(self, q: Tensor, rows: Rows, kv: KVCache, window: Tensor) -> Tensor:
         layer = self._layer = (self._layer + 1) % self.config.n_layers if self.queries_seen else 0
         self.queries_seen = True
         before = self.queries[layer]
@@ -374,7 +374,7 @@ class ByMask(Transformer):
                 mask[0, head, 0, block * 256 : (block + 1) * 256] = 0
         mask[..., position + 1 :] = -torch.inf
         self.queries[layer] = q.clone()
-        return super()._attend_rows(q, new, rows._replace(mask=mask), kv, window)
+        return super()._attend_rows(q, rows._replace(mask=mask), kv, window)
 
     queries_seen = False
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.plans import H70B, inputs_for
+from wsm.plan.machines import rates_elsewhere
 from wsm.plan.plan import make_plan
-from wsm.plan.time import Ceiling, predicted_pass_ms
+from wsm.plan.time import Ceiling, Work, parts_ms, predicted_pass_ms
 from wsm.settings import Settings
 
 LAYER_BYTES = 1_711_308_800  # of 70B in bfloat16, each image padded to 4 096 bytes
@@ -61,3 +62,18 @@ def test_without_streams_or_rates_nothing_is_predicted() -> None:
 def test_where_arithmetic_takes_longest_nothing_is_predicted() -> None:
     assert decode_ms(STREAM, h2d=50_000.0, matmul=0.01) is None
     assert decode_ms(STREAM, h2d=50_000.0, matmul=800.0) is not None
+
+
+@pytest.mark.parametrize(("teraflops", "ms"), [(100, 100), (500, 500), (1000, 1500)])
+def test_long_arithmetic_is_counted_at_the_rate_that_lasts(teraflops: float, ms: float) -> None:
+    """1000 TFLOPs in the first half second, 500 from then on."""
+    work, found = Work(flops=teraflops * 1e12), {"matmul": 500.0, "matmul_burst": 1000.0}
+    assert parts_ms(work, found) == {"compute": pytest.approx(ms)}
+    assert parts_ms(work, {"matmul": 500.0}) == {"compute": pytest.approx(teraflops * 2)}
+    assert parts_ms(work, {**found, "matmul_burst": 400.0}) == {"compute": pytest.approx(teraflops * 2)}
+
+
+def test_a_rate_of_arithmetic_that_is_given_is_not_mixed_with_the_one_here() -> None:
+    here = rates(matmul=700.0, matmul_burst=800.0)
+    assert rates_elsewhere(here, None, {}, None) == here
+    assert set(rates_elsewhere(here, None, {}, 100.0)) == {"matmul"}

@@ -1,0 +1,99 @@
+"""Launches of the kernels. CUDA alone; tests/gpu/profile_layer.py measures them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from llama.fused import kernels
+from wsm.formats.product_kernels import COUNTERS, arrivals_on
+
+GATE_TILE, HEADS_AT_ONCE = 2048, 8
+LONGEST_NORM = 1 << 16
+"""Values of a row: a program holds all of them."""
+KEYS, MOST_SPLITS = 64, 64
+"""Of decode attention: keys that are read at once, and splits that one program joins."""
+_HALVES = (torch.bfloat16, torch.float16)
+_LIBRARY = isinstance(kernels.gate_kernel, triton.JITFunction)  # not where Triton interprets
+
+
+def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
+    """See :func:`llama.fused.ops.rotate_`."""
+    _rotary(heads, rotated, rotated, 0, freqs_cis, None)
+
+
+def rotate_and_write_(
+    heads: Tensor, n_heads: int, freqs_cis: Tensor, window: Tensor, places: Tensor, positions: Tensor
+) -> None:
+    """Rotate queries and keys of ``heads [n, n_heads + 2 * n_kv_heads, head_dim]`` in place, and put keys and values
+    into ``window [rows, n_kv_heads, tokens, 2, head_dim]``: token i into row ``places[i]`` at ``positions[i]``."""
+    n_kv_heads = window.shape[1]
+    _rotary(heads, n_heads + n_kv_heads, n_heads, n_kv_heads, freqs_cis, (window, places, positions))
+
+
+def _rotary(
+    heads: Tensor,
+    rotated: int,
+    queries: int,
+    kv_heads: int,
+    freqs_cis: Tensor,
+    into: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    freqs, dim = torch.view_as_real(freqs_cis), heads.shape[2]
+    window, places, positions = (heads, freqs, freqs) if into is None else into
+    strides = (0, 0, 0) if into is None else window.stride()[:3]
+    every = rotated if into is None else queries + 2 * kv_heads
+    kernels.rotary_kernel[(heads.shape[0], triton.cdiv(every, HEADS_AT_ONCE))](
+        heads, freqs, window, places, positions,
+        rotated, queries, kv_heads, heads.stride(0), *strides,
+        DIM=dim, PAIRS=triton.next_power_of_2(dim // 2), HEADS=HEADS_AT_ONCE, WRITE=into is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def gate_(gate: Tensor, up: Tensor) -> Tensor:
+    """See :func:`llama.fused.ops.gate_`."""
+    kernels.gate_kernel[(triton.cdiv(gate.numel(), GATE_TILE),)](
+        gate, up, gate.numel(), TILE=GATE_TILE, LIBRARY=_LIBRARY, num_warps=4
+    )
+    return gate
+
+
+def can_norm(x: Tensor) -> bool:
+    """Whether :func:`rms_norm` takes them: all rows are aligned alike, on which the order of a sum could depend."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] % 8 == 0 and x.shape[1] <= LONGEST_NORM
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`llama.fused.ops.rms_norm`."""
+    (n, dim), out = x.shape, x.new_empty(x.shape)
+    cols = int(triton.next_power_of_2(dim))
+    warps = min(16, max(1, cols // 512))
+    kernels.norm_kernel[(n,)](x, weight, out, dim, x.stride(0), eps, COLS=cols, num_warps=warps)
+    return out
+
+
+def can_attend(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether :func:`attend_rows` takes them: 16-bit values, keys and values of one layout."""
+    in_order = keys.stride() == values.stride() and q.stride()[1:] == (q.shape[2], 1)
+    return q.dtype in _HALVES and in_order and q.shape[0] * keys.shape[1] <= COUNTERS
+
+
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """See :func:`llama.fused.ops.attend_rows`. Splits are as wide as the tokens say, however many the rows are."""
+    (n, n_heads, dim), (_, kv_heads, tokens, _) = q.shape, keys.shape
+    width = max(KEYS, int(triton.next_power_of_2(triton.cdiv(tokens, MOST_SPLITS))))
+    splits, shared = triton.cdiv(tokens, width), max(16, int(triton.next_power_of_2(n_heads // kv_heads)))
+    cols = max(16, int(triton.next_power_of_2(dim)))
+    out = q.new_empty(n, n_heads * dim)
+    left = (n * kv_heads * splits * shared * (cols + 2)) if splits > 1 else 0
+    parts, facts = q.new_empty(left, dtype=torch.float32).split((left // (cols + 2) * cols, left // (cols + 2) * 2))
+    kernels.attention_kernel[(n * kv_heads, splits)](
+        q, keys, values, mask, out, parts, facts, arrivals_on(q.device),
+        1 / math.sqrt(dim), tokens, kv_heads, q.stride(0), *keys.stride()[:3], mask.stride(0), splits,
+        SHARED=shared, REP=n_heads // kv_heads, DIM=dim, COLS=cols, BLOCK=KEYS, WIDTH=width, SPLIT=splits > 1,
+        num_warps=4,
+    )  # fmt: skip
+    return out

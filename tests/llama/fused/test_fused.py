@@ -1,0 +1,21 @@
+"""The fused kernels without a GPU: they compile for each generation, and interpreted do what torch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.without_gpu import GENERATIONS, needs_triton, run_part
+
+pytestmark = needs_triton
+SCRIPT = Path(__file__).with_name("without_a_gpu.py")
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_fused_kernels_compile_for(generation: str, tmp_path: Path) -> None:
+    run_part(SCRIPT, generation, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_interpreted_fused_kernels_do_what_torch_does() -> None:
+    run_part(SCRIPT, "interpret", TRITON_INTERPRET="1")

@@ -1,0 +1,124 @@
+"""The fused kernels where there is no GPU: python without_a_gpu.py interpret | 80 | 86 | 89 | 90
+
+``interpret`` (with TRITON_INTERPRET=1) compares their launches with torch on the CPU, in float16, since the interpreter
+rounds bfloat16 otherwise than a GPU. A number compiles them for that compute capability.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from llama.fused import kernels, launch, ops
+
+LEAST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a program may have, by compute capability."""
+SEED = torch.Generator().manual_seed(3)
+
+
+def compile_for(capability: int) -> None:
+    """Each kernel with constants that have little in common."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def made(name: str, warps: int, to: str, **constants: Any) -> None:
+        kernel = getattr(kernels, name)
+        floats, whole = ("freqs", "parts", "facts"), ("places", "positions")
+        values = ("heads", "window", "gate", "up", "x", "weight", "out", "q", "keys", "values", "mask")
+        types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i64") | dict.fromkeys(values, to)
+        types |= {"scale": "fp32", "eps": "fp32", "arrivals": "*i32"}
+        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
+        source = ASTSource(
+            kernel, signature, {(kernel.arg_names.index(arg),): given for arg, given in constants.items()}
+        )
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        assert made.asm["cubin"]
+        assert made.metadata.shared <= LEAST_SHARED[capability], (name, made.metadata.shared)
+
+    import triton
+
+    for to, written in (("*bf16", True), ("*fp16", False), ("*fp32", True)):
+        made("rotary_kernel", 4, to, DIM=128 if written else 96, PAIRS=64, HEADS=launch.HEADS_AT_ONCE, WRITE=written)
+        made("gate_kernel", 4, to, TILE=launch.GATE_TILE, LIBRARY=True)
+        made("norm_kernel", 16, to, COLS=16384 if written else 64)
+    for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64)):
+        shared = {"SHARED": 16, "REP": rep, "DIM": dim, "COLS": 128 if dim > 64 else 64}
+        made("attention_kernel", 4, "*bf16", BLOCK=launch.KEYS, WIDTH=width, SPLIT=width == 64, **shared)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=SEED).half()
+
+
+def interpret() -> None:
+    norm()
+    rotate()
+    gate()
+    attend()
+
+
+def norm() -> None:
+    """As torch's; the rows of ``x`` may lie apart."""
+    for n, dim in ((1, 64), (3, 576), (2, 7)):
+        x, weight = random(n, dim + 3)[:, :dim], random(dim)
+        found, expected = launch.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5)
+        assert ((found - expected).abs() <= 2e-3 * expected.abs() + 1e-6).all()
+
+
+def rotate() -> None:
+    """Turned and written as torch does; values and everything beside them stay as they were."""
+    for n, n_heads, n_kv_heads, dim in ((3, 8, 2, 64), (1, 3, 3, 6), (2, 9, 3, 96)):
+        heads = random(n, n_heads + 2 * n_kv_heads, dim)
+        freqs_cis = torch.polar(torch.ones(n, 1, dim // 2), torch.rand(n, 1, dim // 2, generator=SEED) * 9)
+        expected, rotated = heads.clone(), n_heads + n_kv_heads
+        ops.rotate_(expected, rotated, freqs_cis)
+        turned = heads.clone()
+        launch.rotate_(turned, rotated, freqs_cis)
+        assert torch.equal(turned, expected)
+        window, places, positions = random(n + 2, n_kv_heads, 5, 2, dim), torch.arange(n) + 1, torch.arange(n) % 5
+        filled = window.clone()
+        filled[places, :, positions] = expected[:, n_heads:].unflatten(1, (2, n_kv_heads)).transpose(1, 2)
+        launch.rotate_and_write_(heads, n_heads, freqs_cis, window, places, positions)
+        assert torch.equal(heads, expected)
+        assert torch.equal(window, filled)
+
+
+def gate() -> None:
+    one, up = random(3, 1000), random(3, 1000)
+    expected = ops.gate_(one.clone(), up)
+    assert ((launch.gate_(one, up) - expected).abs() <= 2e-3 * expected.abs() + 1e-6).all()
+
+
+def attend() -> None:
+    """As a plain softmax; a row's bits depend neither on other rows nor on how many hidden keys follow."""
+    for n, n_heads, n_kv_heads, dim, tokens in ((2, 8, 2, 64, 100), (3, 4, 4, 128, 64), (2, 6, 2, 96, 330)):
+        q = random(n, n_heads + 5, dim)[:, :n_heads]
+        window = random(n, n_kv_heads, tokens + 70, 2, dim)
+        lengths = torch.tensor([tokens, 7, 1])[:n, None]
+        shown = torch.arange(tokens + 70) < lengths
+        shown[0, :65] &= tokens != 330  # the first split of a row may have nothing to be seen
+        mask = torch.zeros(shown.shape).half().masked_fill_(~shown, -torch.inf)[:, None, None]
+        keys, values = window[:, :, :tokens].unbind(3)
+        found = launch.attend_rows(q, keys, values, mask[..., :tokens])
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q.unflatten(1, (n_kv_heads, -1)).float(), keys.float(), values.float(), attn_mask=mask[..., :tokens].float()
+        )
+        assert (found.float() - expected.reshape(n, -1)).abs().max() < 4e-3, (n_heads, tokens)
+        wider = launch.attend_rows(q, *window.unbind(3), mask)
+        assert torch.equal(wider, found)
+        alone = launch.attend_rows(q[1:2], keys[1:2], values[1:2], mask[1:2, ..., :tokens])
+        assert torch.equal(alone[0], found[1])
+    with mock.patch.object(launch, "MOST_SPLITS", 2):  # some blocks a split
+        again = launch.attend_rows(q, keys, values, mask[..., :tokens])
+    assert (again.float() - expected.reshape(n, -1)).abs().max() < 4e-3
+
+
+if __name__ == "__main__":
+    interpret() if sys.argv[1] == "interpret" else compile_for(int(sys.argv[1]))

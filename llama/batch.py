@@ -70,12 +70,15 @@ def prefill_batch(prompts: Sequence[Sequence[int]], rows: Sequence[int], device:
     return TokenBatch(tokens, positions, last, tuple(segments))
 
 
-def decode_batch(tokens: Tensor, lengths: Sequence[int], device: torch.device) -> TokenBatch:
-    """One new token (int64 ``[B]``, on the device) for each of the first B rows; ``lengths``: the tokens before it."""
+def decode_batch(tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> TokenBatch:
+    """One new token for each of the first B rows, at its position: int64 ``[B]`` each, on the device.
+
+    ``lengths`` are the same positions, the tokens before each, as the host knows them. Nothing is uploaded.
+    """
     return TokenBatch(
         tokens=tokens,
-        positions=_upload(torch.tensor(lengths, dtype=torch.int64), device),
-        last=torch.arange(len(lengths), device=device),
+        positions=positions,
+        last=torch.arange(len(lengths), device=tokens.device),
         segments=tuple(Segment(row, length, 1, row) for row, length in enumerate(lengths)),
     )
 

@@ -59,9 +59,9 @@ class TokenPasses:
     def next(self) -> list[list[int]]:
         model, kv, _, chunk_tokens, observer = self._decoding
         observer("pass")
-        picked, self._positions = self._picked, self._positions + 1
-        lengths = kv.lengths[: len(picked)]
-        self._batch = self._batch.followed_by(picked) if self._batch else decode_batch(picked, lengths, model.device)
+        picked, positions, lengths = self._picked, self._positions, kv.lengths[: len(self._picked)]
+        self._batch = self._batch.followed_by(picked) if self._batch else decode_batch(picked, positions, lengths)
+        self._positions = positions + 1
         logits = model.forward(self._batch, kv, chunk_tokens=chunk_tokens, logits="last")
         observer("queued")
         return self.first(logits)
@@ -90,8 +90,6 @@ class NodePasses:
         starts, draft = self._starts, self._draft
         tree = root_alone(self._roots, self._nodes) if draft is None else draft.propose(self._roots, starts)
         tree = within_block(tree, starts)
-        if draft is not None:
-            observer("drafted")
         batch = node_batch(tree, starts)
         drawn, sound = self._draw(node_logits(model, batch, kv), batch.positions + 1, tree.real)
         path, counts, tokens = accept(tree, drawn, draft.depth if draft is not None else 0, self._ends - starts)

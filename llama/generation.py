@@ -18,8 +18,8 @@ from wsm import stop
 from wsm.errors import UnusableInput
 
 Observer = Callable[[str], None]
-"""Called with "start", "pass" (before each pass), "drafted" (in it, behind a draft's proposal), "queued" (after it,
-while the device may still compute), "prefill_done", "token" (after each read-back), "done".
+"""Called with "start", "pass" (before each pass), "queued" (after it, while the device may still compute),
+"prefill_done", "token" (after each read-back), "done".
 """
 
 

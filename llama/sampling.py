@@ -6,6 +6,7 @@ and on whatever device, the same logits give the same token.
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 import torch
@@ -73,7 +74,8 @@ def masses(probs: Tensor) -> Tensor:
 
 def nucleus(mass: Tensor, running: Tensor, top_p: float) -> Tensor:
     """Which masses ``[n, vocab]``, largest first and with their ``running`` sums, are the fewest to reach ``top_p``."""
-    return running - mass < top_p * MASS
+    # A whole number: torch compares whole numbers with a float as float32, which has 24 bits.
+    return running - mass < math.ceil(top_p * MASS)
 
 
 def uniform(seed: int, rows: Tensor, positions: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def decode() -> None:
             graphs = DecodeGraphs(model.groups, kv, GPU)
             graphs.prepare(model.layers, rows, PROMPT + 1, PROMPT + 1, CHUNK)
             (graph, _), *_ = graphs.captured.values()
-            batch = decode_batch(torch.zeros(rows, dtype=torch.int64, device=GPU), [PROMPT] * rows, GPU)
+            zeros = torch.zeros(rows, dtype=torch.int64, device=GPU)
+            batch = decode_batch(zeros, zeros + PROMPT, [PROMPT] * rows)
             graphs.replayed(batch)  # its positions
             ms = replayed_ms(graph) / LAYERS
             floor = held.nbytes() / LAYERS / hbm / 1e6

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import llama.batch
 from llama.batch import decode_batch, prefill_batch
 from llama.checkpoint import open_checkpoint
 from llama.generation import GenerationOptions, generate
@@ -94,7 +96,7 @@ def test_prefill_then_decode_gives_the_logits_of_one_long_prefill(model: Transfo
     kv = KVCache(model.config, 3, 64, CPU, torch.float32)
     model.forward(prefill_batch([row[:-1] for row in whole], range(3), CPU), kv, chunk_tokens=64)
     last = torch.tensor([row[-1] for row in whole])
-    decoded = model.forward(decode_batch(last, kv.lengths, CPU), kv, chunk_tokens=64)
+    decoded = model.forward(decode_batch(last, torch.tensor(kv.lengths), kv.lengths), kv, chunk_tokens=64)
     fresh = KVCache(model.config, 3, 64, CPU, torch.float32)
     assert_close(decoded, model.forward(prefill_batch(whole, range(3), CPU), fresh, chunk_tokens=64))
     assert kv.lengths == fresh.lengths == [40, 25, 2]
@@ -114,7 +116,7 @@ def test_a_decode_in_chunks_of_rows_gives_the_logits_of_one(model: Transformer) 
 def test_a_pass_that_does_not_go_on_where_its_row_ends_is_refused(model: Transformer) -> None:
     kv = KVCache(model.config, 1, 64, CPU, torch.float32)
     with pytest.raises(ValueError, match="holds 0 of 256 tokens"):
-        model.forward(decode_batch(torch.tensor([1]), [5], CPU), kv, chunk_tokens=64)
+        model.forward(decode_batch(torch.tensor([1]), torch.tensor([5]), [5]), kv, chunk_tokens=64)
 
 
 WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
@@ -153,6 +155,25 @@ def test_on_a_gpu_a_pass_never_waits_and_gives_the_logits_of_the_cpu(directory: 
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     difference = (logits[cuda] - logits[CPU]).abs().max()
     assert difference <= tolerance * logits[CPU].abs().max()
+
+
+@pytest.mark.parametrize("verify_rows", [1, 4])
+def test_nothing_is_uploaded_behind_the_prefill(
+    verify_rows: int, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload would wait behind the weights on the copy engine."""
+    uploads, upload = list[str](), llama.batch._upload
+
+    def seen(values: Tensor, device: torch.device) -> Tensor:
+        uploads.append("upload")
+        return upload(values, device)
+
+    monkeypatch.setattr(llama.batch, "_upload", seen)
+    kv = KVCache(model.config, len(PROMPTS), 64, CPU, torch.float32)
+    options = GenerationOptions(4, 0.0, 1.0, 0, frozenset(), True, 64, len(PROMPTS), verify_rows)
+    generate(model, kv, PROMPTS, options, uploads.append)
+    assert uploads.index("upload") < uploads.index("prefill_done")
+    assert "upload" not in uploads[uploads.index("prefill_done") :]
 
 
 def test_sampling_follows_its_seed(model: Transformer) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.sampling import masses, nucleus, philox, sample, uniform
+from llama.sampling import MASS, masses, nucleus, philox, sample, uniform
 
 
 def draw(logits: Tensor, *, temperature: float, top_p: float, seed: int) -> Tensor:
@@ -80,6 +82,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(sixteenths: list[int
     exact = probs[0].double()
     assert exact[:count].sum() >= top_p - 1e-6
     assert exact[: count - 1].sum() < top_p + 1e-6
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
+def test_the_nucleus_is_exact_to_the_unit(top_p: float) -> None:
+    reaches = math.ceil(top_p * MASS)
+    for first, count in ((reaches - 1, 2), (reaches, 1), (reaches + 1, 1)):
+        mass = torch.tensor([[first, 1, 1]])
+        assert int(nucleus(mass, mass.cumsum(-1), top_p).sum()) == count
 
 
 @settings(deadline=None)

@@ -128,8 +128,11 @@ def test_logits_are_bit_equal_wherever_kv_lies(dtype: str, model: Transformer) -
     found = []
     for below in (EVERYWHERE, EVERY_OTHER, lambda place: place == 0):
         with cache(model, 2, below, dtype=dtype) as (kv, _):
-            logits = model.forward(prefill_batch(PROMPTS, range(5), model.device), kv, chunk_tokens=64)
-            decoded = model.forward(decode_batch(logits.argmax(-1), kv.lengths, model.device), kv, chunk_tokens=64)
+            batch = prefill_batch(PROMPTS, range(5), model.device)
+            logits = model.forward(batch, kv, chunk_tokens=64)
+            decoded = model.forward(
+                decode_batch(logits.argmax(-1), batch.positions[batch.last] + 1, kv.lengths), kv, chunk_tokens=64
+            )
             found.append(torch.cat((logits, decoded)))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

@@ -81,7 +81,7 @@ def generate(
     place in the batch, for fixed shapes, but their tokens are dropped. UnusableInput for an empty prompt, one that
     ``kv`` has no room for, or impossible options.
     """
-    _check(model, kv, prompts, options)
+    _check(model, kv, prompts, options, draft)
     if draft is not None and draft.nodes != options.verify_rows:
         raise ValueError(f"a draft of {draft.nodes} nodes a row, where {options.verify_rows} are verified")
     kv.reset()
@@ -143,7 +143,13 @@ class _Rows:
             self.accepted[row].append(len(self.tokens[row]) - before[row])
 
 
-def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
+def _check(
+    model: Transformer,
+    kv: KVCache,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    draft: Draft | None,
+) -> None:
     check_sampling(options.temperature, options.top_p)
     for flag, value in (
         ("--max-new-tokens", options.max_new_tokens),
@@ -156,6 +162,7 @@ def _check(model: Transformer, kv: KVCache, prompts: Sequence[Sequence[int]], op
     if not 0 < len(prompts) <= kv.batch:
         raise UnusableInput(f"{len(prompts)} prompts for a KV cache of {kv.batch} rows")
     room = min(kv.tokens - (options.verify_rows - 1), model.max_tokens)
+    room = room if draft is None else min(room, draft.room)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UnusableInput(f"prompt {row} is empty")

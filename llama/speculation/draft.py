@@ -13,11 +13,13 @@ from llama.nodes.tree import Tree
 class Draft(Protocol):
     """Proposes a tree of tokens for each of B rows; ``depth`` is the most below the root, ``nodes`` are those of a row.
 
+    ``room`` is the most tokens that a row may have, prompt and new ones together.
     All tensors are on the device, of fixed shapes, and nothing is uploaded or read back after :meth:`prefill`.
     """
 
     depth: int
     nodes: int
+    room: int
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """A generation begins: forget all, and take in the prompts, one a row."""

@@ -52,6 +52,7 @@ class ModelDraft:
     ) -> None:
         self.shape, self.depth, self.nodes = shape, shape.depth, nodes
         self.model, self.kv = model, kv
+        self.room = min(kv.tokens - (shape.grown - 1), model.max_tokens)
         self._chunk_tokens, self._wave_rows = chunk_tokens, wave_rows
         self._captured: dict[int, _Captured] = {}
         self._last: _Proposal | None = None

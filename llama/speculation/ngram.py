@@ -26,19 +26,19 @@ class NgramDraft:
     """
 
     def __init__(self, depth: int, nodes: int, room: int, device: torch.device) -> None:
-        self.depth, self.nodes = depth, nodes
-        self._room, self._device = room, device
+        self.depth, self.nodes, self.room = depth, nodes, room
+        self._device = device
         self._history = torch.empty(0, room + 1, dtype=torch.int64, device=device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         rows = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], True, _NO_TOKEN)
-        shape = len(prompts), self._room + 1  # the last place takes what is not to be kept
+        shape = len(prompts), self.room + 1  # the last place takes what is not to be kept
         self._history = torch.full(shape, _NO_TOKEN, dtype=torch.int64, device=self._device)
         self._history[:, : rows.shape[1]] = rows.to(self._device)
 
     def propose(self, roots: Tensor, starts: Tensor) -> Tree:
         self._history.scatter_(1, starts.unsqueeze(1), roots.unsqueeze(1))
-        tokens, found = continued(self._history[:, : self._room], starts, self.depth)
+        tokens, found = continued(self._history[:, : self.room], starts, self.depth)
         nodes = torch.arange(self.depth + 1, device=starts.device).expand(len(roots), -1)
         real = found.unsqueeze(1) | (nodes == 0)
         tree = Tree(torch.cat((roots.unsqueeze(1), tokens), 1), (nodes - 1).clamp(min=0), nodes, real)
@@ -47,7 +47,7 @@ class NgramDraft:
     def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
         new = torch.arange(tokens.shape[1], device=starts.device)
         places = starts.unsqueeze(1) + 1 + new
-        self._history.scatter_(1, places.where(new < counts.unsqueeze(1), self._room).clamp(max=self._room), tokens)
+        self._history.scatter_(1, places.where(new < counts.unsqueeze(1), self.room).clamp(max=self.room), tokens)
 
 
 def continued(history: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ class TimedDraft:
     """A draft whose time on the device goes into ``telemetry``."""
 
     def __init__(self, draft: Draft, telemetry: Telemetry) -> None:
-        self.depth, self.nodes = draft.depth, draft.nodes
+        self.depth, self.nodes, self.room = draft.depth, draft.nodes, draft.room
         self.draft, self._telemetry = draft, telemetry
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:

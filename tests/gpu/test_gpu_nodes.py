@@ -44,7 +44,7 @@ class Uploaded:
     """A test's draft, its trees brought to the device."""
 
     def __init__(self, draft: RandomTreeDraft) -> None:
-        self.draft, self.depth, self.nodes = draft, draft.depth, draft.nodes
+        self.draft, self.depth, self.nodes, self.room = draft, draft.depth, draft.nodes, draft.room
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.draft.prefill(prompts)

@@ -16,6 +16,7 @@ from llama.speculation.model_draft import ModelDraft
 from llama.speculation.record import Counts
 from tests.tiny import hf_directory, hf_model
 from wsm.engine.stretch import PhaseStats
+from wsm.errors import UnusableInput
 
 PROMPTS = [list(range(5, 255)), [7, 8, 9] * 5, [3, 4]]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 2, "warmup_layers": 1}
@@ -76,6 +77,20 @@ def test_no_draft_changes_a_token_in_any_mode(
             assert sum(n * times for n, times in counts.tokens.items()) == len(PROMPTS) * (NEW - 1)
             if name.startswith("int8"):  # the model itself, but for what 8 bits lose
                 assert (counts.tokens_a_pass or 0) > 1.3
+
+
+def test_a_row_longer_than_the_draft_has_room_for_is_refused_and_the_longest_is_not(
+    directory: Path, cache: Path
+) -> None:
+    """A tree of 37 grown nodes takes more columns of the draft's KV than the 17 verified ones of the model's."""
+    with built(directory, cache, "full", draft=str(directory), draft_depth=6) as llm:
+        assert llm.drafting is not None
+        room = 512 - 36
+        assert (llm.kv.tokens, llm.drafting.draft.room) == (512, room)
+        (longest,) = tokens(llm, 0.0, [[5] * (room - NEW)])
+        assert len(longest) == NEW
+        with pytest.raises(UnusableInput, match=f"more than the {room} that the KV cache holds"):
+            tokens(llm, 0.0, [[5] * (room - NEW + 1)])
 
 
 def test_a_chain_of_the_model_itself_is_accepted_whole(directory: Path, cache: Path) -> None:

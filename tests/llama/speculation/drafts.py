@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ class RandomTreeDraft:
     """Any tree, of tokens that mean nothing; some of its nodes are padding."""
 
     def __init__(self, nodes: int, depth: int, vocab: int, seed: int = 0) -> None:
-        self.nodes, self.depth, self._vocab = nodes, depth, vocab
+        self.nodes, self.depth, self.room, self._vocab = nodes, depth, sys.maxsize, vocab
         self._random = torch.Generator().manual_seed(seed)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:

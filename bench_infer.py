@@ -155,7 +155,7 @@ def _warm_up(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRe
             what, tokens = f"warm-up {number}/{options.warmup_rounds}", warm_up_tokens(options)
             with reporter.bar(tokens, "tok", what, partial(prefill_place, llm)) as advance:
                 llm.inputs.world.barrier()
-                warm_up(llm, got.prompts, options, advance)
+                warm_up(llm, got.prompts, options, advance, last=number == options.warmup_rounds)
     if llm.manager is not None and options.warmup_rounds:
         with reporter.doing("loading what stays in memory"):
             llm.manager.tiers.wait_loaded()

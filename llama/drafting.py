@@ -53,7 +53,10 @@ class Drafting:
 def load_draft(
     opened: OpenedDraft, plan: Plan, kv: KVCache, scratch: Scratch, telemetry: Telemetry, reporter: Reporter
 ) -> Drafting:
-    """The draft of a run; ``kv`` is the model's, ``scratch`` of both models. StoreError for a store that is damaged."""
+    """The draft of a run; ``kv`` is the model's, ``scratch`` of both models. StoreError for a store that is damaged.
+
+    What it decodes is drafting, and not recorded besides: a graph would not record it either.
+    """
     asked, inputs, device = opened.speculating, opened.inputs, scratch.room.device
     if inputs is None:
         return Drafting(NgramDraft(asked.first.depth, asked.nodes, kv.tokens, device), asked, telemetry)
@@ -63,7 +66,7 @@ def load_draft(
     with reporter.bar(config.n_layers, "layer", "loading the draft") as advance:
         loaded = lambda group: advance(group.kind == "ffn")  # noqa: E731 - the second group of a layer
         weights = ImageWeights(source, config.n_layers, device, decoded=False, on_loaded=loaded)
-    model = Transformer(config, weights, device, room, scratch=scratch)
+    model = Transformer(config, weights, device, room, scratch=scratch.unrecorded())
     own_kv = KVCache(config, kv.batch, room, device, inputs.dtype, record=inputs.kv_format)
     portions = {"chunk_tokens": plan.draft.chunk_tokens, "wave_rows": plan.draft.wave_rows}
     draft = ModelDraft(model, own_kv, asked.first, asked.nodes, **portions)

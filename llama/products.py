@@ -6,6 +6,7 @@ product, is decided here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -44,6 +45,12 @@ class Scratch:
         self.telemetry = telemetry
         room = torch.empty(nbytes + TENSOR_ALIGNMENT * (nbytes > 0), dtype=torch.uint8, device=device)
         self.room = room[-room.data_ptr() % TENSOR_ALIGNMENT :][:nbytes]
+
+    def unrecorded(self) -> Scratch:
+        """The same room, for a model whose decoding is another part of the record."""
+        other = copy.copy(self)
+        other.telemetry = None
+        return other
 
     def taken(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A matrix in the room from ``offset`` on."""

@@ -114,12 +114,12 @@ def _next_step(llm: LLaMA) -> int:
 
 
 def warm_up(
-    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_tokens: Callable[[int], None]
+    llm: LLaMA, prompts: Sequence[Sequence[int]], options: RunOptions, on_tokens: Callable[[int], None], *, last: bool
 ) -> None:
-    """One untimed round: the prefill and two decode passes."""
+    """One untimed round: the prefill and two decode passes. By the times of the ``last`` a draft settles its depth."""
     short = replace(options, max_new_tokens=warm_up_tokens(options), ignore_eos=True, trace=None)
     warm = run_round(llm, prompts, short, on_tokens)
-    if llm.drafting is not None:
+    if last and llm.drafting is not None:
         llm.device.synchronize()
         llm.telemetry.fold(_next_step(llm), llm.kv.passes)  # what was copied ahead is of the next round
         llm.drafting.settle(llm.plan, warm.stretches[1].stats())

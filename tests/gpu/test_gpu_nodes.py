@@ -130,9 +130,21 @@ def test_drafts_change_no_token_in_any_mode(
                 assert tokens_of(llm, prompts, temperature, Uploaded(guessing)) == plain, mode
 
 
-@pytest.mark.parametrize("draft", [None, "ngram"])
+DRAFT = {"draft": "synthetic:Llama-3.2-1B:layers=1"}
+DRAFTS: dict[str, dict[str, Any]] = {
+    "no draft, one node": {"verify_rows": 1},
+    "no draft": {},
+    "ngram": {"draft": "ngram"},
+    "chain": {**DRAFT, "draft_depth": 7, "draft_width": 1},
+    "tree": {**DRAFT, "draft_depth": 3, "draft_width": 4},
+    "tree of an int4 draft": {**DRAFT, "draft_depth": 3, "draft_width": 4, "draft_weight_format": "int4"},
+}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("mode", ["full", "stream"])
-def test_decoding_uploads_weights_and_nothing_else(mode: str, draft: str | None, cache: Path, tmp_path: Path) -> None:
+def test_decoding_uploads_weights_and_nothing_else(mode: str, draft: str, cache: Path, tmp_path: Path) -> None:
+    """Copies from host to device in a profiler's trace, from the end of the prefill on."""
     repeating = [[5, 6, 7, 8] * 20, [11, 12, 13] * 9]
     seen = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
@@ -143,7 +155,7 @@ def test_decoding_uploads_weights_and_nothing_else(mode: str, draft: str | None,
             torch.cuda.synchronize()
             seen.stop()
 
-    with build(mode, cache, 8, draft=draft) as llm:
+    with build(mode, cache, 8, **DRAFTS[draft]) as llm:
         for observer in (lambda mark: None, decode_alone):  # once before, for what is made at the first pass
             llm.generate(repeating, max_new_tokens=NEW, temperature=0.7, ignore_eos=True, observer=observer)
     seen.export_chrome_trace(str(tmp_path / "trace.json"))

@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from bench.run import measure
+from bench_infer import command_line
+from llama.drafting import Drafting
 from llama.generation import Generation
 from llama.llm import LLaMA
+from llama.loading import Reporter
 from llama.nodes.tree import Tree
+from llama.opening import open_inputs
+from llama.options import build_options
+from llama.plans import plan_run
+from llama.sources import find_store
 from llama.speculation.model_draft import ModelDraft
 from llama.speculation.record import Counts
 from tests.tiny import hf_directory, hf_model
 from wsm.engine.stretch import PhaseStats
 from wsm.errors import UnusableInput
+from wsm.plan.inputs import RunShape
 
 PROMPTS = [list(range(5, 255)), [7, 8, 9] * 5, [3, 4]]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 2, "warmup_layers": 1}
@@ -79,6 +88,17 @@ def test_no_draft_changes_a_token_in_any_mode(
                 assert (counts.tokens_a_pass or 0) > 1.3
 
 
+def test_what_a_draft_decodes_is_drafting_and_no_decoding_of_the_model(directory: Path, cache: Path) -> None:
+    config = {"cache_dir": cache, "draft": str(directory), "draft_weight_format": "int8", "draft_depth": 2}
+    options, shape = build_options(config, mode="full", device="cpu", checkpoints=directory), RunShape(1, 8, NEW, 8)
+    inputs = open_inputs(options)
+    find_store(options, inputs, shape, Reporter())
+    with LLaMA.assemble(inputs, plan_run(options, inputs, shape), Reporter()) as llm:
+        generation(llm, 0.0, [[1, 2, 3]])
+        assert llm.telemetry.drafts()
+        assert not llm.telemetry.decodings()
+
+
 def test_a_row_longer_than_the_draft_has_room_for_is_refused_and_the_longest_is_not(
     directory: Path, cache: Path
 ) -> None:
@@ -114,6 +134,24 @@ def test_a_depth_of_auto_is_settled_by_a_warm_up_and_changes_no_token(
             llm.drafting.settle(llm.plan, warm)
             assert (llm.drafting.speculation.depth, llm.drafting.draft.depth) == (depth, depth)
             assert tokens(llm, 0.8) == plain[0.8]
+
+
+def test_a_depth_of_auto_is_settled_once_behind_the_last_warm_up(
+    directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, run_round = list[str](), measure.run_round
+
+    def counted(*args: Any, **more: Any) -> measure.Round:
+        rounds.append("round")
+        return run_round(*args, **more)
+
+    monkeypatch.setattr(measure, "run_round", counted)
+    monkeypatch.setattr(Drafting, "settle", lambda self, plan, decode: rounds.append("settled"))
+    argv = ["--device", "cpu", "--mode", "full", "--checkpoints", str(directory), "--cache-dir", str(cache), "--quiet"]
+    argv += ["--draft", str(directory), "--verify-rows", "3", "--prompt-len", "8", "--max-new-tokens", "3"]
+    argv += ["--no-probe", "--warmup-rounds", "2", "--out-json", str(cache / "settled.json")]
+    assert command_line(argv) == 0
+    assert rounds == ["round", "round", "settled", "round"]
 
 
 @pytest.mark.parametrize("mode", ["mixed", "stream"])

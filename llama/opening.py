@@ -80,7 +80,7 @@ def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
     except UnusableInput as error:
         said = str(error).removeprefix(f"--draft {name}: ").removeprefix(f"--checkpoints {path}: ")
         raise UnusableInput(f"--draft {name}: {said}") from error
-    check_vocabulary(name, checkpoint.config, target.checkpoint.config)
+    check_vocabulary(name, checkpoint.config, target.checkpoint.config, max(s.width for s in speculating.possible))
     tokenizers = [_tokenizer_of(each) for each in (inputs, target)]
     if tokenizers[0] is not None and tokenizers[1] is not None:
         check_tokenizers(name, tokenizers[0], tokenizers[1])

@@ -87,11 +87,12 @@ def speculating(
     nodes = nodes_for(draft, depth, rows)
     if nodes < 2:
         raise UnusableInput(f"--verify-rows {nodes} has no room for a draft's tokens: with --draft give at least 2")
-    if depth != "auto" and depth >= nodes:
-        raise UnusableInput(
-            f"--draft-depth {depth} does not go into --verify-rows {nodes}: raise the second to {depth + 1}, or lower "
-            "the first"
-        )
     if draft == NGRAM and width not in (None, 1):
         raise UnusableInput(f"--draft-width {width}: ngram proposes a chain, no tree; leave the flag out")
+    for flag, value in (("--draft-depth", 0 if depth == "auto" else depth), ("--draft-width", width or 0)):
+        if value >= nodes:
+            raise UnusableInput(
+                f"{flag} {value} does not go into --verify-rows {nodes}: raise the second to {value + 1}, or lower the "
+                "first"
+            )
     return Speculating(draft, None if depth == "auto" else depth, width, nodes)

@@ -14,12 +14,16 @@ _SPREAD = 256
 """So many ids, spread over the vocabulary, are looked at one by one."""
 
 
-def check_vocabulary(draft: str, config: ModelConfig, target: ModelConfig) -> None:
-    """Raises UnusableInput unless both have as many token ids."""
+def check_vocabulary(draft: str, config: ModelConfig, target: ModelConfig, width: int) -> None:
+    """Raises UnusableInput unless both have as many token ids, and a level of ``width`` nodes has one for each."""
     if config.vocab_size != target.vocab_size:
         raise UnusableInput(
             f"--draft {draft}: {config.name} has a vocabulary of {config.vocab_size} tokens, {target.name} one of "
             f"{target.vocab_size}: take a draft of the same family"
+        )
+    if width > config.vocab_size:
+        raise UnusableInput(
+            f"--draft-width {width} is more than the {config.vocab_size} tokens of the vocabulary: give fewer"
         )
 
 

@@ -97,6 +97,12 @@ def test_what_cannot_draft_is_one_sentence_that_names_it(
     assert "--checkpoints" not in str(refused.value)
 
 
+def test_a_level_wider_than_the_vocabulary_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match="--draft-width 301 is more than the 300 tokens of the vocabulary"):
+        opened(folders, tmp_path, folders["draft"], draft_width=301, verify_rows=400)
+    assert opened(folders, tmp_path, folders["draft"], draft_width=300, verify_rows=400)[1].draft is not None
+
+
 def test_a_draft_without_a_tokenizer_is_compared_by_size_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     bare = hf_directory(tmp_path / "bare", hf_model(num_hidden_layers=1))
     assert opened(folders, tmp_path, bare)[1].draft is not None

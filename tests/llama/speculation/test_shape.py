@@ -55,6 +55,8 @@ def test_a_depth_of_auto_may_become_any_that_the_nodes_hold(nodes: int, width: i
         ((None, "auto", 2, None), "--draft-width without --draft"),
         (("d", "auto", None, 1), "--verify-rows 1 has no room"),
         (("d", 8, None, 8), "--draft-depth 8 does not go into --verify-rows 8: raise the second to 9"),
+        (("d", 3, 8, 8), "--draft-width 8 does not go into --verify-rows 8: raise the second to 9"),
+        (("d", 1, 2, None), "--draft-width 2 does not go into --verify-rows 2: raise the second to 3"),
         (("ngram", 8, 2, None), "--draft-width 2: ngram proposes a chain"),
     ],
 )

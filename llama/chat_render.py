@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import resource
 import sys
 from typing import Any
@@ -18,7 +19,8 @@ MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 30, 32
 
 def main() -> None:
     job = sys.stdin.read()
-    most = MEMORY_BYTES + MEMORY_PER_BYTE * len(job)
+    most, hard = MEMORY_BYTES + MEMORY_PER_BYTE * len(job), resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)  # a shell's own limit may be lower
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
         answer: dict[str, Any] = {"texts": _render(**json.loads(job))}
@@ -69,5 +71,6 @@ def _render(template: str, chats: list[list[dict[str, str]]], special: dict[str,
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this file's folder, whose names are not for others to import
+    own = os.path.dirname(os.path.realpath(__file__))  # its names are not for others to import
+    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != own]
     main()

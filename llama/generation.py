@@ -91,6 +91,8 @@ def generate(
         longest = max(map(len, prompts))
         last = longest + options.max_new_tokens - 1
         model.graphs.prepare(model.layers, len(prompts), longest + 1, last, options.chunk_tokens)
+    if draft is not None:
+        draft.prepare(len(prompts))
     observer("start")
     logits, positions, waves = _prefill(model, kv, prompts, options, observer)
     if draft is not None:

@@ -15,10 +15,7 @@ from torch import Tensor
 from llama.nodes.tree import NodeBatch
 from wsm.formats.backend import kernels_for
 from wsm.layout.groups import round_up
-
-ALIKE_ROWS = 8
-"""A product of a multiple of so many rows gives each row the same bits wherever it stands: measured for float32 on CPUs
-with 1 to 32 threads, where 5 to 7 rows do not; a multiple of 4 would do. On GPUs any number did."""
+from wsm.plan.inputs import ALIKE_ROWS
 
 
 def attend_nodes(q: Tensor, keys: Tensor, values: Tensor, batch: NodeBatch) -> Tensor:

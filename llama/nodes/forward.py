@@ -13,11 +13,12 @@ from llama.fused.ops import gate_, rotate_
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.names import QKV
-from llama.nodes.attention import ALIKE_ROWS, attend_nodes
+from llama.nodes.attention import attend_nodes
 from llama.nodes.tree import NodeBatch
 from llama.products import Acquire, Products
 from wsm import stop
 from wsm.layout.groups import GroupId, round_up
+from wsm.plan.inputs import ALIKE_ROWS
 
 
 class _Stretch(NamedTuple):

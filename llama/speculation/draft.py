@@ -21,6 +21,9 @@ class Draft(Protocol):
     nodes: int
     room: int
 
+    def prepare(self, rows: int) -> None:
+        """What is made once for so many rows is made now, before anything is timed."""
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """A generation begins: forget all, and take in the prompts, one a row."""
 

@@ -55,12 +55,17 @@ class ModelDraft:
         self.room = min(kv.tokens - (shape.grown - 1), model.max_tokens)
         self._chunk_tokens, self._wave_rows = chunk_tokens, wave_rows
         self._captured: dict[int, _Captured] = {}
+        # Of all graphs: only the last proposal is asked for, so they may use each other's memory.
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._last: _Proposal | None = None
+
+    def prepare(self, rows: int) -> None:
+        """On a GPU growth is captured here; that writes into the cache."""
+        if self.model.device.type == "cuda" and rows not in self._captured:
+            self._captured[rows] = self._capture(rows)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.kv.reset()
-        if self.model.device.type == "cuda" and len(prompts) not in self._captured:
-            self._captured[len(prompts)] = self._capture(len(prompts))  # it writes into the cache
         for first in range(0, len(prompts), self._wave_rows):
             rows = range(first, min(first + self._wave_rows, len(prompts)))
             batch = prefill_batch([prompts[row] for row in rows], rows, self.model.device)
@@ -86,11 +91,12 @@ class ModelDraft:
     def reshaped(self, shape: TreeShape) -> ModelDraft:
         """The same draft, growing other trees, as ready as this one was; this one is of no use any more."""
         portions = {"chunk_tokens": self._chunk_tokens, "wave_rows": self._wave_rows}
-        other = ModelDraft(self.model, self.kv, shape, self.nodes, **portions)
         counts = list(self._captured)
         self._captured.clear()  # their memory is free for the others
         self._last = None
-        other._captured = {rows: other._capture(rows) for rows in counts}
+        other = ModelDraft(self.model, self.kv, shape, self.nodes, **portions)
+        for rows in counts:
+            other.prepare(rows)
         return other
 
     def _grow(self, roots: Tensor, starts: Tensor, acquire: Acquire) -> _Proposal:
@@ -121,6 +127,6 @@ class ModelDraft:
             self._grow(roots, starts, acquire)  # libraries take their workspaces outside the graph
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 proposal = self._grow(roots, starts, acquire)
         return _Captured(graph, roots, starts, proposal)

@@ -30,6 +30,9 @@ class NgramDraft:
         self._device = device
         self._history = torch.empty(0, room + 1, dtype=torch.int64, device=device)
 
+    def prepare(self, rows: int) -> None:
+        """Nothing is made once."""
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         rows = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], True, _NO_TOKEN)
         shape = len(prompts), self.room + 1  # the last place takes what is not to be kept

@@ -18,6 +18,9 @@ class TimedDraft:
         self.depth, self.nodes, self.room = draft.depth, draft.nodes, draft.room
         self.draft, self._telemetry = draft, telemetry
 
+    def prepare(self, rows: int) -> None:
+        self.draft.prepare(rows)
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.draft.prefill(prompts)
 

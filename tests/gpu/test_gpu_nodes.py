@@ -46,6 +46,9 @@ class Uploaded:
     def __init__(self, draft: RandomTreeDraft) -> None:
         self.draft, self.depth, self.nodes, self.room = draft, draft.depth, draft.nodes, draft.room
 
+    def prepare(self, rows: int) -> None:
+        pass
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.draft.prefill(prompts)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jinja2
 import pytest
 from transformers import AutoTokenizer
 
+from llama import chat_render
 from llama.chat import Chat, ChatTemplate, chat_template_of, encode_chats
 from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.config import ModelConfig
@@ -191,6 +196,15 @@ def test_a_bad_template_is_refused_with_its_own_words(template: str, said: str) 
     assert told.startswith("here: the chat template cannot be used here (")
     assert said in told
     assert "\n" not in told
+
+
+def test_a_shell_with_a_limit_of_its_own_renders_too() -> None:
+    """Safe path: then Python puts no folder of the program's in front of the others, and none may be taken away."""
+    job = json.dumps({"template": "{{ messages[0].content }}", "chats": ONE, "special": {}})
+    command = ["bash", "-c", f"ulimit -v 900000; exec {sys.executable} {chat_render.__file__}"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.path.dirname(os.path.dirname(jinja2.__file__))}
+    done = subprocess.run(command, input=job, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"texts": ["hello"]}
 
 
 def test_a_template_that_does_not_end_is_given_up() -> None:

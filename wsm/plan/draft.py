@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from wsm.layout.groups import round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS
 from wsm.plan.decoding import ways_to_decode
-from wsm.plan.inputs import PlanInputs
+from wsm.plan.inputs import ALIKE_ROWS, PlanInputs
 from wsm.plan.memory import MemoryKind, MemoryLine, allocator_bytes, chunk_bytes, gpu_lines, portions_for
 from wsm.plan.placement import place
 
@@ -51,10 +52,12 @@ def plan_draft(inputs: PlanInputs, budget: int, scratch_bytes: int) -> tuple[Dra
 
 
 def _level_bytes(inputs: PlanInputs, model: PlanInputs) -> int:
-    """What is alive while a level of all rows' trees is computed and the next one chosen."""
+    """What is alive while a level of all rows' trees is computed and the next one chosen, or accepted KV is moved."""
     assert inputs.draft is not None
     config, rows = model.config, inputs.shape.batch
     nodes, itemsize = rows * inputs.draft.nodes, model.dtype.itemsize
     window = 2 * nodes * KV_BLOCK_TOKENS * (config.n_kv_heads * config.head_dim * itemsize + 8)
     tree = 8 * rows * inputs.draft.columns * (inputs.draft.columns + 16)
-    return chunk_bytes(config, nodes, itemsize) + nodes * config.vocab_size * RANKED_BYTES + window + tree
+    moved = 2 * rows * inputs.draft.columns * model.kv_token_bytes  # KV of what was accepted
+    level = chunk_bytes(config, round_up(nodes, ALIKE_ROWS), itemsize) + window
+    return max(level + nodes * config.vocab_size * RANKED_BYTES + tree, moved)

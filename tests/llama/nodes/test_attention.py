@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llama.nodes.attention import ALIKE_ROWS, attend_nodes
+from llama.nodes.attention import attend_nodes
 from tests.llama.nodes.cases import GEOMETRIES, Case, permuted
+from wsm.plan.inputs import ALIKE_ROWS
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -32,6 +32,9 @@ class RandomTreeDraft:
         self.nodes, self.depth, self.room, self._vocab = nodes, depth, sys.maxsize, vocab
         self._random = torch.Generator().manual_seed(seed)
 
+    def prepare(self, rows: int) -> None:
+        pass
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         pass
 

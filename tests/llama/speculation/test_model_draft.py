@@ -124,6 +124,7 @@ def test_on_a_gpu_a_tree_grows_in_one_graph_waits_for_nothing_and_is_that_of_sin
         for captured in (True, False):
             kv = KVCache(model.config, len(RAGGED), 512, cuda, torch.bfloat16)
             draft = ModelDraft(model, kv, shape, NODES, chunk_tokens=64, wave_rows=2)
+            draft.prepare(len(RAGGED))
             draft.prefill(RAGGED)
             if not captured:
                 draft._captured.clear()

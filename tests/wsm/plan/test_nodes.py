@@ -19,7 +19,8 @@ def test_a_row_has_room_for_the_nodes_behind_its_last_token() -> None:
     inputs = inputs_for(shape=RunShape(1, 224, 32, 224))
     assert inputs.kv_tokens == 256
     assert replace(inputs, verify_rows=2).kv_tokens == 512
-    assert replace(inputs, verify_rows=24).nodes == 24
+    rows = {nodes: replace(inputs, verify_rows=nodes).nodes for nodes in (1, 2, 24, 25)}
+    assert rows == {1: 1, 2: 8, 24: 24, 25: 32}, "those that fill up a multiple are computed, and take memory, too"
     one, many = (make_plan(replace(inputs, verify_rows=nodes)).gpu_bytes for nodes in (1, 64))
     assert many - one > 63 * inputs.config.vocab_size * 4, "logits of every node"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llama.inputs import OpenedDraft
 from llama.kv.cache import KVCache
@@ -20,6 +20,8 @@ from llama.weights import ImageWeights
 from wsm.engine.stretch import PhaseStats
 from wsm.engine.telemetry import Telemetry
 from wsm.plan.plan import Plan
+from wsm.plan.speculated import speculated
+from wsm.plan.time import Ceiling
 
 LONGER = 0.05
 """A pass may take so much longer by drafting that the link does not hide, if nothing at all is accepted."""
@@ -71,6 +73,20 @@ def load_draft(
     portions = {"chunk_tokens": plan.draft.chunk_tokens, "wave_rows": plan.draft.wave_rows}
     draft = ModelDraft(model, own_kv, asked.first, asked.nodes, **portions)
     return Drafting(draft, asked, telemetry, source.warnings)
+
+
+def planned_shape(speculating: Speculating, plan: Plan, ceilings: Mapping[str, Ceiling]) -> TreeShape:
+    """The shape at the depth that is to be expected: where it is auto the deepest whose drafting lengthens a pass by
+    :data:`LONGER` at most, at these rates; that of the start where they are not known."""
+    if not speculating.may_change:
+        return speculating.first
+    fits = {
+        shape: speculated(plan, ceilings, shape.depth, shape.width, 1).longer_by_at_most(LONGER)
+        for shape in speculating.possible
+    }
+    if None in fits.values():
+        return speculating.first
+    return max((shape for shape in fits if fits[shape]), default=speculating.at(1))
 
 
 def depth_that_is_hidden(plan: Plan, decode: PhaseStats, shape: TreeShape) -> int:

@@ -24,6 +24,7 @@ from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
+from llama.drafting import planned_shape
 from llama.inputs import Inputs, read_manifest
 from llama.opening import open_inputs
 from llama.options import BuildOptions
@@ -104,7 +105,7 @@ def _drafted(options: PlanOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
     asked = options.acceptance if options.acceptance is not None else options.tokens_a_pass
     if asked is None or inputs.draft is None:
         return None
-    shape = inputs.draft.speculating.first
+    shape = planned_shape(inputs.draft.speculating, plan, ceilings)
     tokens = tokens_a_pass(asked, shape.depth) if options.acceptance is not None else asked
     if tokens > shape.depth + 1:
         raise UnusableInput(

@@ -82,6 +82,7 @@ def _in_format(found: FormatPlan) -> dict[str, Any]:
 
 def _speculated(found: Speculated) -> dict[str, Any]:
     return {
+        "depth": found.depth,
         "tokens_a_pass": found.tokens_a_pass,
         "drafting_ms": found.drafting_ms,
         "drafting_hidden_ms": found.hidden_ms,

@@ -11,17 +11,26 @@ from wsm.plan.time import Ceiling, Estimate, decode_work, floor_estimate, predic
 
 
 class Speculated(NamedTuple):
-    """``decode_pass`` has the drafting that is not hidden in it; None where not known, ``at_least``: a floor.
+    """A draft that looks ``depth`` tokens ahead. ``decode_pass`` has the drafting that is not hidden in it; None where
+    not known, ``at_least``: a floor.
 
     ``drafting_ms`` is None where the rate of the device's memory is not known: then it counts nothing.
     """
 
+    depth: int
     tokens_a_pass: float
     drafting_ms: float | None
     hidden_ms: float
     decode_pass: Estimate | None
     at_least: bool
     rows: int
+
+    def longer_by_at_most(self, share: float) -> bool | None:
+        """Whether what is not hidden of drafting makes a pass longer by that share at most; None where not known."""
+        if self.decode_pass is None or self.drafting_ms is None:
+            return None
+        beside = self.drafting_ms - self.hidden_ms
+        return beside <= share * (self.decode_pass.ms - beside)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -39,7 +48,7 @@ class Speculated(NamedTuple):
         if self.drafting_ms is not None:
             drafting = f"drafting {self.drafting_ms:.2f} ms, {self.hidden_ms:.2f} ms of it while the link copies"
         return (
-            f"predicted {most}{rate} tokens a second: {self.tokens_a_pass:.2f} tokens a pass of "
+            f"predicted {most}{rate} tokens a second at depth {self.depth}: {self.tokens_a_pass:.2f} tokens a pass of "
             f"{least}{self.decode_pass.shown()} ({drafting})"
         )
 
@@ -62,7 +71,7 @@ def speculated(plan: Plan, ceilings: Mapping[str, Ceiling], depth: int, width: i
         hidden_ms = min(drafting_ms, slots_bytes / ceilings["h2d"].median / 1e3)
     if known is not None and drafting_ms is not None:
         known = Estimate(*(ms + drafting_ms - hidden_ms for ms in known))
-    return Speculated(tokens, drafting_ms, hidden_ms, known, predicted is None, plan.shape.batch)
+    return Speculated(depth, tokens, drafting_ms, hidden_ms, known, predicted is None, plan.shape.batch)
 
 
 def _drafting_ms(plan: Plan, ceilings: Mapping[str, Ceiling], depth: int, width: int) -> float | None:

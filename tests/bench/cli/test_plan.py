@@ -167,6 +167,20 @@ def test_what_the_slots_cannot_hide_of_drafting_lengthens_the_pass(planned: Plan
     assert found["pass_ms"] == pytest.approx(plan["predicted_pass_ms"]["decode"] + beside, rel=1e-4)
 
 
+def test_a_depth_of_auto_is_planned_as_deep_as_the_link_hides_and_5_percent_of_a_pass(planned: Planned) -> None:
+    def found(depth: object) -> dict[str, Any]:
+        wide = ["--draft-depth", depth, "--verify-rows", 90, "--group-prefetch-depth", 1]
+        return dict(planned(*DRAFTED, *wide, "--tokens-a-pass", 1)[1]["speculation"])
+
+    def beside(plan: dict[str, Any]) -> float:
+        return float((plan["drafting_ms"] - plan["drafting_hidden_ms"]) / plan["pass_ms"])
+
+    chosen = found("auto")
+    assert 8 < chosen["depth"] < 89
+    assert chosen == found(chosen["depth"])
+    assert beside(chosen) <= 0.05 / 1.05 < beside(found(chosen["depth"] + 1))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

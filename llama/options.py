@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.kv import KV_DTYPES
-from llama.speculation.shape import Speculating, nodes_for, speculating
+from llama.speculation.shape import NGRAM, Speculating, nodes_for, speculating
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.option import NAME, PATH, SWITCH, TEXT, TRUTH, Kind, one_of, option, options_of, whole
@@ -115,6 +115,11 @@ class BuildOptions(Settings):
     def check_together(self) -> None:
         """Raises UnusableInput for flags that contradict each other."""
         _ = self.speculating
+        if self.draft_weight_format != "auto" and self.draft in (None, NGRAM):
+            why = "without --draft" if self.draft is None else "for ngram, which has no weights"
+            raise UnusableInput(
+                f"--draft-weight-format {self.draft_weight_format} {why}: name a draft, or leave it out"
+            )
         if self.checkpoints is not None and self.synthetic is not None:
             raise UnusableInput("--checkpoints and --synthetic exclude each other: give one")
         named = PLAIN_FORMATS.get(self.weight_format, "bfloat16" if self.weight_format == "exact" else None)

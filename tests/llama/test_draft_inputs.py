@@ -97,6 +97,13 @@ def test_what_cannot_draft_is_one_sentence_that_names_it(
     assert "--checkpoints" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("draft", "why"), [(None, "without --draft"), ("ngram", "for ngram, which has no weights")])
+def test_a_weight_format_of_no_draft_is_refused(draft: str | None, why: str, tmp_path: Path) -> None:
+    options = BuildOptions(device="cpu", cache_dir=tmp_path, draft=draft, draft_weight_format="int4")
+    with pytest.raises(UnusableInput, match=f"--draft-weight-format int4 {why}: name a draft"):
+        open_inputs(options)
+
+
 def test_a_level_wider_than_the_vocabulary_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match="--draft-width 301 is more than the 300 tokens of the vocabulary"):
         opened(folders, tmp_path, folders["draft"], draft_width=301, verify_rows=400)

@@ -97,12 +97,14 @@ def depth_that_is_hidden(plan: Plan, decode: PhaseStats, shape: TreeShape) -> in
     passes, moved_ms = decode.passes, decode.busy_ms["h2d"]
     if not passes or not decode.drafting_ms:
         return shape.depth
-    hidden_ms = 0.0
+    hidden_ms, pass_ms = 0.0, decode.wall_ms / passes
     if moved_ms and decode.bytes_moved["weight_h2d"]:
         rate = decode.bytes_moved["weight_h2d"] / moved_ms
         slots_ms = plan.placement.gpu_slots * plan.inputs.slot_bytes() / rate
         waits_ms = ((decode.stall_ms["h2d"] or 0.0) + (decode.drafting_link_ms or 0.0)) / passes
         hidden_ms = min(slots_ms, waits_ms)
+        # A warm-up's pass also takes what is done once, such as compiling kernels; the link's share of it does not.
+        pass_ms = min(pass_ms, (moved_ms + (decode.stall_ms["ssd"] or 0.0)) / passes)
     level_ms = decode.drafting_ms / passes / (shape.depth + 1)
-    levels = (hidden_ms + LONGER * decode.wall_ms / passes) / level_ms
+    levels = (hidden_ms + LONGER * pass_ms) / level_ms
     return max(1, int(levels) - 1)

@@ -61,6 +61,7 @@ class LLaMA:
         self.scratch: Scratch
         self.drafting: Drafting | None = None
         self._packed = True
+        self._lift_limit: Callable[[], None] = lambda: None
 
     # -- construction
 
@@ -123,8 +124,10 @@ class LLaMA:
             on_failure.callback(inputs.close)
             check_fits(plan)
             budget = None if plan.gpu_budget_bytes is None else plan.gpu_budget_bytes + beside_bytes
-            limit_device_memory(inputs.device, budget, plan.inputs.hardware.gpu_context_bytes)
+            lift_limit = limit_device_memory(inputs.device, budget, plan.inputs.hardware.gpu_context_bytes)
+            on_failure.callback(lift_limit)
             llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
+            llm._lift_limit = lift_limit
             on_failure.callback(llm.close)
             llm._packed = packed
             llm._load(reporter, before_load)
@@ -298,6 +301,7 @@ class LLaMA:
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""
         with contextlib.ExitStack() as parts:
+            parts.callback(self._lift_limit)
             parts.callback(self._forget)
             parts.callback(self.inputs.close)
             for part in (self.kv_tiers, self.manager):

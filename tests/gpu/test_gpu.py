@@ -139,6 +139,7 @@ def test_device_memory_stays_within_the_budget(cache: Path) -> None:
         llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0)
         taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
     assert taken <= 4 * 2**30
+    assert torch.empty(6 << 30, dtype=torch.uint8, device="cuda").nbytes == 6 << 30  # the budget went with the model
 
 
 @pytest.mark.parametrize("depth", [2, 4])

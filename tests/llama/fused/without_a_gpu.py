@@ -17,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from llama.fused import kernels, launch, ops
+from wsm.plan.memory import decode_split_bytes
 
 LEAST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory that a program may have, by compute capability."""
@@ -50,7 +51,7 @@ def compile_for(capability: int) -> None:
         made("norm_kernel", 16, to, COLS=16384 if written else 64)
     for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64)):
         shared = {"SHARED": 16, "REP": rep, "DIM": dim, "COLS": 128 if dim > 64 else 64}
-        made("attention_kernel", 4, "*bf16", BLOCK=launch.KEYS, WIDTH=width, SPLIT=width == 64, **shared)
+        made("attention_kernel", 4, "*bf16", BLOCK=launch.DECODE_KEYS, WIDTH=width, SPLIT=width == 64, **shared)
 
 
 def random(*shape: int) -> Tensor:
@@ -62,6 +63,7 @@ def interpret() -> None:
     rotate()
     gate()
     attend()
+    attend_within_its_plan()
 
 
 def norm() -> None:
@@ -115,9 +117,26 @@ def attend() -> None:
         assert torch.equal(wider, found)
         alone = launch.attend_rows(q[1:2], keys[1:2], values[1:2], mask[1:2, ..., :tokens])
         assert torch.equal(alone[0], found[1])
-    with mock.patch.object(launch, "MOST_SPLITS", 2):  # some blocks a split
+    with mock.patch.object(launch, "DECODE_SPLITS", 2):  # some blocks a split
         again = launch.attend_rows(q, keys, values, mask[..., :tokens])
     assert (again.float() - expected.reshape(n, -1)).abs().max() < 4e-3
+
+
+def attend_within_its_plan() -> None:
+    """What the splits leave is what memory is planned for, to the byte where each split is of 64 keys."""
+    taken, new_empty = list[int](), Tensor.new_empty
+
+    def noted(like: Tensor, *shape: Any, **more: Any) -> Tensor:
+        found = new_empty(like, *shape, **more)
+        taken.append(found.nbytes)
+        return found
+
+    for n, n_heads, n_kv_heads, dim, tokens in ((2, 8, 2, 64, 128), (1, 20, 1, 24, 100), (1, 2, 2, 16, 64)):
+        q, (keys, values) = random(n, n_heads, dim), random(2, n, n_kv_heads, tokens, dim)
+        taken.clear()
+        with mock.patch.object(Tensor, "new_empty", noted):
+            out = launch.attend_rows(q, keys, values, torch.zeros(n, 1, 1, tokens).half())
+        assert sum(taken) == out.nbytes + decode_split_bytes(n, n_heads, n_kv_heads, dim, tokens)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from llama.weights import TensorWeights
 from tests.plans import inputs_for
 from wsm.plan.hardware import GIB, CgroupMemory, Hardware, cgroup_memory, cpu_available, limit_device_memory
 from wsm.plan.inputs import RunShape
-from wsm.plan.memory import Portions, activation_bytes
+from wsm.plan.memory import MemoryKind, Portions, activation_bytes, decode_split_bytes, gpu_lines
+from wsm.plan.placement import place
+from wsm.settings import Settings
 
 
 def peak_bytes(config: ModelConfig, prompts: list[list[int]], chunk_tokens: int) -> int:
@@ -69,6 +71,20 @@ def test_activations_are_bounded_and_not_by_far(lengths: list[int], chunk_tokens
     inputs = inputs_for(config, shape=shape, hardware=Hardware("cpu", None, None, 0, GIB))
     bound = activation_bytes(inputs, Portions(chunk_tokens, len(lengths), len(lengths)))
     assert peak <= bound <= 1.5 * peak + (1 << 20), (peak, bound)
+
+
+def test_what_the_splits_of_long_rows_leave_is_planned() -> None:
+    """128 rows that grow to 8 192 tokens from short prompts: attention leaves more than a chunk's activations take."""
+    config = ModelConfig("m", 512, 2, 8, 2, 64, 1536, 500)
+    short, long = (RunShape(128, 8, new_tokens, 128 * 8) for new_tokens in (8, 8184))
+    portions = Portions(1024, 128, 128)
+    bounds = [activation_bytes(inputs_for(config, shape=shape), portions) for shape in (short, long)]
+    splits = 128 * 2 * 64 * 16 * (64 + 2) * 4
+    assert decode_split_bytes(128, 8, 2, 64, 8192) == splits
+    assert bounds[0] < splits < bounds[1]
+    inputs = inputs_for(config, Settings(mode="full"), long)
+    lines = gpu_lines(inputs, place(2, inputs.settings), portions)
+    assert sum(line.nbytes for line in lines if line.kind == MemoryKind.GRAPHS) > splits
 
 
 # -- limits of this machine

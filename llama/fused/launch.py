@@ -62,7 +62,8 @@ def gate_(gate: Tensor, up: Tensor) -> Tensor:
 
 def can_norm(x: Tensor) -> bool:
     """Whether :func:`rms_norm` takes them: all rows are aligned alike, on which the order of a sum could depend."""
-    return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] % 8 == 0 and x.shape[1] <= LONGEST_NORM
+    alike = x.dim() == 2 and x.stride(1) == 1 and x.stride(0) % 8 == x.shape[1] % 8 == 0
+    return alike and x.shape[1] <= LONGEST_NORM
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -49,8 +49,9 @@ def compile_for(capability: int) -> None:
         made("rotary_kernel", 4, to, DIM=128 if written else 96, PAIRS=64, HEADS=launch.HEADS_AT_ONCE, WRITE=written)
         made("gate_kernel", 4, to, TILE=launch.GATE_TILE, LIBRARY=True)
         made("norm_kernel", 16, to, COLS=16384 if written else 64)
-    for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64)):
-        shared = {"SHARED": 16, "REP": rep, "DIM": dim, "COLS": 128 if dim > 64 else 64}
+    for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64), (20, 256, 64)):
+        cols = int(triton.next_power_of_2(dim))
+        shared = {"SHARED": 32 if rep > 16 else 16, "REP": rep, "DIM": dim, "COLS": cols}
         made("attention_kernel", 4, "*bf16", BLOCK=launch.DECODE_KEYS, WIDTH=width, SPLIT=width == 64, **shared)
 
 
@@ -63,11 +64,14 @@ def interpret() -> None:
     rotate()
     gate()
     attend()
+    operands()
     attend_within_its_plan()
 
 
 def norm() -> None:
-    """As torch's; the rows of ``x`` may lie apart."""
+    """As torch's; the rows of ``x`` may lie apart, but the model's have to be aligned alike."""
+    takes = {apart: launch.can_norm(random(3, 64 + apart)[:, :64]) for apart in (0, 3, 8)}
+    assert takes == {0: True, 3: False, 8: True}
     for n, dim in ((1, 64), (3, 576), (2, 7)):
         x, weight = random(n, dim + 3)[:, :dim], random(dim)
         found, expected = launch.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5)
@@ -120,6 +124,14 @@ def attend() -> None:
     with mock.patch.object(launch, "DECODE_SPLITS", 2):  # some blocks a split
         again = launch.attend_rows(q, keys, values, mask[..., :tokens])
     assert (again.float() - expected.reshape(n, -1)).abs().max() < 4e-3
+
+
+def operands() -> None:
+    """Keys whose heads are not in one piece are left to torch."""
+    q, keys = random(2, 4, 64), random(2, 2, 30, 64)
+    assert launch.can_attend(q, keys, keys)
+    assert not launch.can_attend(q, *[random(2, 2, 64, 30).transpose(2, 3)] * 2)
+    assert not launch.can_attend(q.transpose(1, 2).contiguous().transpose(1, 2), keys, keys)
 
 
 def attend_within_its_plan() -> None:

@@ -49,6 +49,23 @@ def test_the_kernel_reads_page_locked_memory_as_it_is(
     arena.close()
 
 
+def test_blocks_beyond_2_gib_are_gathered_as_they_are() -> None:
+    """A home of more than 2^31 bytes, of which the last row's blocks are wanted, in words of one byte each."""
+    device, shape = open_device(torch.device("cuda")), (36, 8 * 32, 256 * 2 * 480)
+    arena = PageLockedArena(shape[0] * shape[1] * shape[2], device)
+    host = arena.take(shape[0] * shape[1] * shape[2])
+    home = device.mapped(host).view(shape)
+    host.view(shape)[-1].view(torch.int64).random_()
+    wanted = torch.randint(0, 32, (36, 8, 2), device="cuda")
+    found, expected = (torch.zeros(36, 16, shape[2], dtype=torch.uint8, device="cuda") for _ in range(2))
+    gather_on(device)(home, wanted, found)
+    gather(home, wanted, expected)
+    device.synchronize()
+    assert expected[-1].any()
+    assert torch.equal(found[-1], expected[-1])
+    arena.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("shape", "tokens", "dim"), [((5, 8, 512), 512, 128), ((3, 2, 256), 70, 24), ((2, 768), 601, 64)]
@@ -64,6 +81,17 @@ def test_8_bits_are_read_by_the_kernel_bit_by_bit_as_by_torch(
     by_kernel = torch.stack(form.read(window, tokens))
     monkeypatch.setattr(kv_formats, "kernels_for", lambda tensor: None)
     assert torch.equal(by_kernel, torch.stack(form.read(window, tokens)))
+
+
+def test_8_bits_are_read_to_the_end_of_a_window_beyond_2_gib() -> None:
+    """2.3 GB of records, and 4.4 GB of values: the last row is read as by itself."""
+    form = kv_format("int8", torch.bfloat16, 128)
+    window = torch.zeros(130, 8, 8192, 2, form.record_bytes, dtype=torch.uint8, device="cuda")
+    form.write_span_(window[-1], 0, torch.randn(8192, 2, 8, 128, device="cuda").bfloat16())
+    for whole, alone in zip(form.read(window, 8192), form.read(window[-1], 8192), strict=True):
+        assert alone.any()
+        assert torch.equal(whole[-1], alone)
+        assert not whole[0].any()
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

@@ -80,7 +80,7 @@ def norm() -> None:
 
 def rotate() -> None:
     """Turned and written as torch does; values and everything beside them stay as they were."""
-    for n, n_heads, n_kv_heads, dim in ((3, 8, 2, 64), (1, 3, 3, 6), (2, 9, 3, 96)):
+    for n, n_heads, n_kv_heads, dim in ((3, 8, 2, 64), (1, 3, 3, 6), (2, 9, 3, 96), (2, 5, 1, 80)):
         heads = random(n, n_heads + 2 * n_kv_heads, dim)
         freqs_cis = torch.polar(torch.ones(n, 1, dim // 2), torch.rand(n, 1, dim // 2, generator=SEED) * 9)
         expected, rotated = heads.clone(), n_heads + n_kv_heads
@@ -104,7 +104,12 @@ def gate() -> None:
 
 def attend() -> None:
     """As a plain softmax; a row's bits depend neither on other rows nor on how many hidden keys follow."""
-    for n, n_heads, n_kv_heads, dim, tokens in ((2, 8, 2, 64, 100), (3, 4, 4, 128, 64), (2, 6, 2, 96, 330)):
+    for n, n_heads, n_kv_heads, dim, tokens in (
+        (2, 8, 2, 64, 100),
+        (3, 4, 4, 128, 64),
+        (2, 20, 1, 80, 70),
+        (2, 6, 2, 96, 330),
+    ):
         q = random(n, n_heads + 5, dim)[:, :n_heads]
         window = random(n, n_kv_heads, tokens + 70, 2, dim)
         lengths = torch.tensor([tokens, 7, 1])[:n, None]

@@ -53,6 +53,8 @@ def test_gating_gives_the_bits_of_torch(dtype: torch.dtype) -> None:
     found = gate.clone()
     assert ops.gate_(found, up) is found
     assert torch.equal(found, expected)
+    apart = torch.cat((gate, up), dim=1)[:, : gate.shape[1]]
+    assert torch.equal(ops.gate_(apart, up), expected)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.run.ceilings import probe
 from llama.kv import format as kv_formats
 from llama.kv.format import kv_format
 from llama.llm import LLaMA
@@ -16,6 +18,7 @@ from wsm.engine.device import open_device
 from wsm.formats.backend import kernels_for
 from wsm.kv import tiers
 from wsm.kv.gather import gather, gather_on
+from wsm.plan.time import Ceiling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,29 +97,51 @@ def test_8_bits_are_read_to_the_end_of_a_window_beyond_2_gib() -> None:
         assert not whole[0].any()
 
 
+PROMPTS = [[(7 * row + place) % 5000 + 100 for place in range(700 + 150 * row)] for row in range(8)]
+"""Eight ragged rows."""
+
+
+def answered(cache: Path, topk_blk: int, **more: Any) -> tuple[LLaMA, list[list[int]]]:
+    """With rows of up to 8 blocks, three of them moved at a time."""
+    config = {"synthetic": "Llama-3.2-1B:layers=8", "cache_dir": cache, "gpu_cached_layers": 2, **more}
+    config |= {"micro_batch": 3, "prefill_chunk_tokens": 512}
+    sizes: dict[str, Any] = {"device": "cuda", "max_seq_len": 2048, "max_batch_size": 8, "topk_blk": topk_blk}
+    with LLaMA.build(None, mode="stream", mode_config=config, **sizes) as llm:
+        return llm, llm.generate(PROMPTS, max_new_tokens=12, temperature=0.0, ignore_eos=True).tokens
+
+
+def less_kv(llm: LLaMA, share: float) -> float:
+    """Bytes of so much of the KV, in GiB."""
+    layout = llm.plan.kv.layout
+    return share * layout.batch * layout.row_bytes * layout.n_layers / 2**30
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_the_kernel_changes_no_token(kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight ragged rows of up to 8 blocks, 3 brought a step; all KV but a part of it below the GPU."""
-    prompts = [[(7 * row + place) % 5000 + 100 for place in range(700 + 150 * row)] for row in range(8)]
-    config: dict[str, Any] = {"synthetic": "Llama-3.2-1B:layers=8", "cache_dir": tmp_path, "gpu_cached_layers": 2}
-    config |= {"kv_dtype": kv_dtype, "micro_batch": 3, "prefill_chunk_tokens": 512}
-
-    def tokens(**more: Any) -> tuple[LLaMA, list[list[int]]]:
-        with LLaMA.build(
-            None,
-            mode="stream",
-            mode_config={**config, **more},
-            device="cuda",
-            max_seq_len=2048,
-            max_batch_size=8,
-            topk_blk=3,
-        ) as llm:
-            return llm, llm.generate(prompts, max_new_tokens=12, temperature=0.0, ignore_eos=True).tokens
-
-    whole, _ = tokens()
-    layout = whole.plan.kv.layout
-    budget = (whole.plan.gpu_bytes - 0.5 * layout.batch * layout.row_bytes * layout.n_layers) / 2**30
-    below, by_kernel = tokens(gpu_mem_gb=budget)
+    """3 of 8 blocks are brought a step; all KV but a part of it below the GPU."""
+    whole, _ = answered(tmp_path, 3, kv_dtype=kv_dtype)
+    budget = whole.plan.gpu_bytes / 2**30 - less_kv(whole, 0.5)
+    below, by_kernel = answered(tmp_path, 3, kv_dtype=kv_dtype, gpu_mem_gb=budget)
     assert len(below.plan.kv.below) > 4
     monkeypatch.setattr(tiers, "gather_on", lambda device: gather)
-    assert tokens(gpu_mem_gb=budget)[1] == by_kernel
+    assert answered(tmp_path, 3, kv_dtype=kv_dtype, gpu_mem_gb=budget)[1] == by_kernel
+
+
+@pytest.mark.parametrize("topk_blk", [0, 3])
+def test_kv_on_a_device_is_that_of_cpu_memory_and_its_rates_are_probed(
+    topk_blk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = answered(tmp_path, topk_blk)
+    budget = whole.plan.gpu_bytes / 2**30 - less_kv(whole, 0.5)
+    below, in_memory = answered(tmp_path, topk_blk, gpu_mem_gb=budget)
+    found = dict[str, Ceiling]()
+    probing = partial(LLaMA.assemble, before_load=lambda llm: found.update(probe(llm)))
+    monkeypatch.setattr(LLaMA, "assemble", probing)
+    short = below.plan.cpu_bytes / 2**30 - less_kv(whole, 0.4)
+    device = tmp_path / "kv"
+    llm, tokens = answered(tmp_path, topk_blk, gpu_mem_gb=budget, cpu_mem_gb=short, kv_device=str(device))
+    assert llm.plan.kv.disk
+    assert tokens == in_memory
+    assert not device.exists()
+    assert {"h2d", "matmul", "matmul_burst", "kv_read", "kv_write"} <= found.keys()
+    assert all(ceiling.value >= ceiling.median > 0 for ceiling in found.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from wsm.layout.groups import KINDS
 from wsm.layout.model import ModelShape
@@ -67,7 +67,7 @@ class Floor(NamedTuple):
     passes: int
 
 
-_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute", "weight_decode", "kv_read", "kv_write")
+_BOUNDS: tuple[Bound, ...] = get_args(Bound)
 """The resources, in the order of :class:`Work`."""
 
 

@@ -217,7 +217,7 @@ DAMAGE: list[tuple[Change, str]] = [
     (_set(*W1, "planes", 0, "name", to="codes"), "w1: its planes are not those of int4"),
     (_set(*W1, "planes", 1, "shape", to=[96, 0]), "w1: plane scales: field nbytes"),
     (_set(*W1, "planes", 1, "shape", to=[1 << 62] * 2000), r"planes\[1\].shape: Expected `array` of length <= 2"),
-    (_set("weight_format", to="int4" * 1000), "field weight_format: Expected `str` of length <= 32"),
+    (_set("weight_format", to="int4" * 1000), "field weight_format: Expected `str` of length <= 1024"),
     (lambda content: encode_embedding(content), "globals: tok_embeddings: a 'int4' of 3 planes cannot be here"),
 ]
 

@@ -19,6 +19,7 @@ from llama.llm import LLaMA
 from tests.gguf_files import CONFIG, bpe_fields, random_tensors, write_gguf
 from tests.ranks import answers, started
 from tests.tiny import hf_model, tensors_of
+from wsm.formats import registry
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 1, "prefetch_distance": 1, "warmup_layers": 1}
@@ -160,7 +161,23 @@ def test_a_store_of_another_format_is_not_taken_for_the_files(run: Run, model: P
     assert run("pack", "--checkpoints", plain, "--weight-format", "int8", "--to", tmp_path / "s.wsm", *store)[0] == 0
     code, _, said = run("--checkpoints", model, *store, "--cache-dir", tmp_path, *SMALL)
     assert code == 2
-    assert "holds the weights in int8, the checkpoint is quantised in q4_K+q6_K: give the checkpoint that was" in said
+    assert "was made of an unquantised checkpoint, and this one is quantised in q4_K+q6_K: give the checkpoint" in said
+    assert run("pack", "--checkpoints", model, "--to", tmp_path / "s.wsm", *store, "--yes")[0] == 0
+    code, _, said = run("--checkpoints", plain, *store, "--cache-dir", tmp_path, *SMALL)
+    assert code == 2
+    assert "was made of a checkpoint that is quantised in q4_K+q6_K, and this one is not quantised" in said
+
+
+def test_a_model_in_every_block_type_is_packed_and_read_back(tmp_path: Path) -> None:
+    tensors, kinds = random_tensors(), dict[str, str]()
+    for number, name in enumerate(name for name, tensor in tensors.items() if tensor.dim() == 2):
+        kinds[name] = registry.BLOCK_TYPES[number % len(registry.BLOCK_TYPES)]
+    home = tmp_path / ("long" * 50)
+    home.mkdir()
+    path = write_gguf(home / f"{'long' * 60}.gguf", tensors, CONFIG, lambda name: kinds.get(name, "F32"))
+    mixed, full = (answer_of(path, mode, tmp_path) for mode in ("mixed", "full"))
+    assert mixed[0] == full[0]
+    assert torch.equal(mixed[1], full[1])
 
 
 def test_ranks_that_would_part_blocks_are_refused_with_those_that_do_not(run: Run, model: Path, tmp_path: Path) -> None:

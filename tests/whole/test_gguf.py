@@ -191,6 +191,23 @@ def test_ranks_that_would_part_blocks_are_refused_with_those_that_do_not(run: Ru
     assert not (tmp_path / "s").exists()
 
 
+def test_calibration_and_a_quality_against_itself_are_named(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abc " * 40)
+    store = ["--to", tmp_path / "s.wsm", "--manifest", tmp_path / "s.json", "--cache-dir", tmp_path]
+    code, _, said = run("pack", "--checkpoints", model, "--calibrate", tmp_path / "t.txt", *store)
+    assert code == 2
+    assert "--calibrate has no use for tiny, which is quantised already, in q4_K+q6_K, and packed as it is" in said
+    assert not (tmp_path / "s.wsm").exists()
+    read = ["quality", "--checkpoints", model, "--text", tmp_path / "t.txt", "--window", 16, "--windows", 1]
+    read += ["--cache-dir", tmp_path, "--device", "cpu"]
+    told = "the reference is this quantised model itself: --reference names the unquantised one"
+    code, said, _ = run(*read)
+    assert (code, told in said) == (0, True)
+    plain = write_gguf(tmp_path / "plain.gguf", random_tensors(), CONFIG, lambda name: "F32")
+    code, said, _ = run(*read, "--reference", plain)
+    assert (code, told in said) == (0, False)
+
+
 def test_plan_names_the_mix_and_no_format_that_the_file_is_not_in(run: Run, model: Path, tmp_path: Path) -> None:
     code, said, _ = run("plan", "--checkpoints", model, "--cache-dir", tmp_path, *SMALL[:-1])
     assert code == 0

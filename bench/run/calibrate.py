@@ -65,8 +65,8 @@ def _check(options: PackOptions, inputs: Inputs) -> None:
     name, config, brought = options.weight_format, inputs.checkpoint.config, inputs.checkpoint.formats
     if brought is not None:
         raise UnusableInput(
-            f"--calibrate has no use for {config.name}, which is quantised already, in {brought.name}, and packed as it "
-            "is: leave it out, or take the unquantised checkpoint"
+            f"--calibrate has no use for {config.name}, which is quantised already, in {brought.name}, and packed as "
+            "it is: leave it out, or take the unquantised checkpoint"
         )
     if name in ("auto", "bfloat16", "float16", "float32") or not isinstance(registry.get(name), Integer):
         raise UnusableInput(f"--calibrate has no use for --weight-format {name}: int4 and int8 are quantised with it")

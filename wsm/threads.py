@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
 import resource
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -43,8 +43,12 @@ class Thread(threading.Thread):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was started, and is over or gone."""
-        return self._over or (self.ident is not None and self.ident not in sys._current_frames())
+        """Whether it was started, and is over or gone.
+
+        The system is asked, not Python: ``sys._current_frames`` may collect garbage while it holds a lock that a
+        starting thread waits for with the interpreter's own, and then neither goes on.
+        """
+        return self._over or (self.native_id is not None and not os.path.exists(f"/proc/self/task/{self.native_id}"))
 
 
 def limits() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -141,3 +143,37 @@ def test_nothing_waits_by_a_condition_on_the_main_thread() -> None:
     folder = Path(stop.__file__).parent
     found = [path.name for path in folder.rglob("*.py") if "threading.Condition" in path.read_text()]
     assert found == ["device.py"]
+
+
+_LOOKING = """
+import gc, sys, threading, time
+import torch
+from wsm.threads import Thread, start
+
+def garbage():
+    tensor = torch.zeros(1)
+    tensor.itself = tensor  # a cycle, whose end lets go of the interpreter
+
+def spawn():
+    while time.monotonic() < end:
+        thread = threading.Thread(target=garbage)
+        thread.start()
+        thread.join()
+
+gc.set_threshold(1)
+sys.setswitchinterval(1e-6)
+end = time.monotonic() + 1
+waiting = Thread(target=lambda: time.sleep(9), daemon=True)
+start(waiting)
+threading.Thread(target=spawn, daemon=True).start()
+while time.monotonic() < end:
+    garbage()
+    assert not waiting.has_ended
+print("alive")
+"""
+
+
+def test_to_ask_for_a_threads_end_locks_no_thread_that_starts() -> None:
+    """With garbage collected and threads started all the while: `sys._current_frames` hung here at once."""
+    done = subprocess.run([sys.executable, "-c", _LOOKING], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "alive\n", done.stderr

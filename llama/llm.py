@@ -265,7 +265,7 @@ class LLaMA:
         found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
-        kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
+        kept = [[token for token in row if token not in self.inputs.stop_ids] for row in found.tokens]
         return dataclasses.replace(found, texts=[self.tokenizer.decode(row) for row in kept])
 
     @own_torch()

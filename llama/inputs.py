@@ -104,9 +104,12 @@ class Inputs:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """What ends a row. Token ids need no tokenizer: without one, what the files name, or nothing."""
+        """What ends a row: what the tokenizer's files name, else the weights' own.
+
+        Token ids need no tokenizer: without one, what any of the files name, or nothing.
+        """
         try:
-            return self.tokenizer.stop_ids
+            return self.tokenizer.stop_ids or self.checkpoint.stop_ids
         except UnusableInput:
             directory = self.checkpoint.directory
             if named := self.checkpoint.stop_ids:
@@ -215,6 +218,8 @@ def open_model(options: BuildOptions, checkpoint: Checkpoint, world: World) -> I
         named = {"--checkpoints": options.checkpoints, "--synthetic": options.synthetic}
         flags = " ".join(f"{flag} {value}" for flag, value in named.items() if value is not None)
         brought = native.name if native is not None else None
+        if native is None and checkpoint.has_weights and checkpoint.directory is not None:
+            brought = "plain"
         check_suits(description, Asked(checkpoint.config, wanted, world.shard.size, asked, brought), flags)
         weight_format = native or formats_of(description)
     dtype = description.dtype if description is not None else wanted or checkpoint.dtype

@@ -61,6 +61,7 @@ class LLaMA:
         self.scratch: Scratch
         self.drafting: Drafting | None = None
         self._packed = True
+        self._lift_limit: Callable[[], None] = lambda: None
 
     # -- construction
 
@@ -123,9 +124,9 @@ class LLaMA:
             on_failure.callback(inputs.close)
             check_fits(plan)
             budget = None if plan.gpu_budget_bytes is None else plan.gpu_budget_bytes + beside_bytes
-            limit_device_memory(inputs.device, budget, plan.inputs.hardware.gpu_context_bytes)
             llm = cls(inputs, plan, open_device(inputs.device), plan.inputs.settings, measured)
             on_failure.callback(llm.close)
+            llm._lift_limit = limit_device_memory(inputs.device, budget, plan.inputs.hardware.gpu_context_bytes)
             llm._packed = packed
             llm._load(reporter, before_load)
             on_failure.pop_all()
@@ -264,7 +265,7 @@ class LLaMA:
         found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
-        kept = [[token for token in row if token not in self.tokenizer.stop_ids] for row in found.tokens]
+        kept = [[token for token in row if token not in self.inputs.stop_ids] for row in found.tokens]
         return dataclasses.replace(found, texts=[self.tokenizer.decode(row) for row in kept])
 
     @own_torch()
@@ -298,8 +299,8 @@ class LLaMA:
     def close(self) -> None:
         """Join every thread, free every page and the device's memory, close every file."""
         with contextlib.ExitStack() as parts:
-            parts.callback(self._forget)
-            parts.callback(self.inputs.close)
+            for undo in (self._lift_limit, self._forget, self.inputs.close):
+                parts.callback(undo)
             for part in (self.kv_tiers, self.manager):
                 if part is not None:
                     parts.callback(part.close)

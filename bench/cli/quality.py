@@ -32,6 +32,8 @@ def run_quality(options: QualityOptions, argv: Sequence[str]) -> int:
         "window_tokens": options.window,
         "argv": list(argv),
     }
+    if inputs.checkpoint.formats is not None and reference.checkpoints == model.checkpoints:
+        reporter.say("[WARNING] the reference is this quantised model itself: --reference names the unquantised one")
     inputs.close()
     with reporter.bar(sum(len(window) - 1 for window in windows), "tok", "quality") as advance:
         found = summed(compare_windows(options, windows, reporter, advance), **facts)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+from msgspec import UNSET
+
 from bench.compare.sides import Side, device_of, differing, mixed_within, once, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
 from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
@@ -219,6 +221,20 @@ def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
             said.append(
                 f"{shared} of its results are those of {sides[0].name}: a process on both sides compares nothing"
             )
+        said += _other_matmul(sides[0].typical, side.typical)
         for warning in said:
             named.setdefault(warning, []).append(side.name)
     return named
+
+
+def _other_matmul(base: Result | None, side: Result | None) -> Iterator[str]:
+    """A line where arithmetic bounds a phase and only one of two has the rate that lasts apart from that from rest."""
+    both = [result for result in (base, side) if result is not None]
+    if len({result.ceilings.matmul_burst is UNSET for result in both}) < 2:
+        return
+    for phase in ("prefill", "decode"):
+        if any(getattr(result.phases, phase).bound_by == "compute" for result in both):
+            yield (
+                f"its {phase} floor counts arithmetic at another kind of ceiling (an older program's `matmul` was "
+                "measured from rest): compare times, not roofline_pct"
+            )

@@ -13,7 +13,6 @@ Amount = Annotated[float, Meta(ge=0)]
 Above0 = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
 FromOne = Annotated[int, Meta(ge=1)]
-Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute", "weight_decode", "kv_read", "kv_write"]
 Mode = Literal["mixed", "stream", "preload", "full"]
 
 

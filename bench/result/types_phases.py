@@ -11,7 +11,6 @@ from bench.result.fields import (
     MOST_BELIEVED_PCT,
     Above0,
     Amount,
-    Bound,
     ByPhase,
     Count,
     Later,
@@ -20,6 +19,7 @@ from bench.result.fields import (
     believed,
     says,
 )
+from wsm.plan.time import Bound
 
 _ROOFLINE = "percent, at most 100: 100 * floor_ms / {}; null without a floor, and where the run beat it by over 5 %"
 Range = Annotated[list[Annotated[Amount, says("an end, in ms")]], Meta(min_length=2, max_length=2)]

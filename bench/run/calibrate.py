@@ -40,8 +40,8 @@ def calibrated(options: PackOptions, reporter: Reporter) -> Iterator[Calibration
         return
     named = ("checkpoints", "synthetic", "cache_dir", "dtype", "device", "gpu_mem_gb", "cpu_mem_gb")
     build = BuildOptions(mode="mixed", auto=True, **{name: getattr(options, name) for name in named})
-    _check(options)
     inputs = open_inputs(build)
+    _check(options, inputs)
     text = read_text(options.calibrate, "--calibrate")
     windows = windows_of(inputs.tokenizer, text, options.window, options.windows, f"--calibrate {options.calibrate}")
     feedback, plan, taken = _planned(build, inputs, windows)
@@ -61,8 +61,13 @@ def calibrated(options: PackOptions, reporter: Reporter) -> Iterator[Calibration
         yield Calibration(prefill.moments, told)
 
 
-def _check(options: PackOptions) -> None:
-    name = options.weight_format
+def _check(options: PackOptions, inputs: Inputs) -> None:
+    name, config, brought = options.weight_format, inputs.checkpoint.config, inputs.checkpoint.formats
+    if brought is not None:
+        raise UnusableInput(
+            f"--calibrate has no use for {config.name}, which is quantised already, in {brought.name}, and packed as "
+            "it is: leave it out, or take the unquantised checkpoint"
+        )
     if name in ("auto", "bfloat16", "float16", "float32") or not isinstance(registry.get(name), Integer):
         raise UnusableInput(f"--calibrate has no use for --weight-format {name}: int4 and int8 are quantised with it")
     if (options.tp or 1) > 1:

@@ -25,7 +25,9 @@ class Probe(msgspec.Struct):
     ceilings: dict[str, Ceiling]
 
 
-class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 1"):
+class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 2"):
+    """Of version 1, ``matmul`` was what a card does from rest, which is ``matmul_burst`` now: it is measured anew."""
+
     machine: str
     probes: dict[str, Probe]
 

@@ -141,14 +141,21 @@ class Job:
 
     def _cause(self, error: BaseException | None) -> Ending | None:
         """Another rank's end, where this one's follows from it."""
-        from llama.parallel.ranks import CollectiveBroken
-
         assert self._joined is not None
         if isinstance(error, RankFailed):
             return error.ending
-        if isinstance(error, CollectiveBroken) or (isinstance(error, Stopped) and error.number == signal.SIGTERM):
+        if _broke_a_collective(error) or (isinstance(error, Stopped) and error.number == signal.SIGTERM):
             return self._joined.watch.wait_for_failure(LOST_S + 2)
         return None if error is None or isinstance(error, (*_CODES, Stopped)) else self._joined.watch.failure
+
+
+def _broke_a_collective(error: BaseException | None) -> bool:
+    """Also where a capture that the collective was in says afterwards, in its own words, that it is of no use."""
+    from llama.parallel.ranks import CollectiveBroken
+
+    while error is not None and not isinstance(error, CollectiveBroken):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _end_at_once(code: int, sentence: str | None) -> NoReturn:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from bench.options.run_flags import RunOptions
-from bench.result.fields import Bound, ByPhase, believed
+from bench.result.fields import ByPhase, believed
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
 from bench.result.types_machine import LoadRate
@@ -22,7 +22,7 @@ from wsm.disk.checks import CheckCost, Checks
 from wsm.engine.records import Interval, Transfer, moved_bytes
 from wsm.engine.stretch import PhaseStats, Stretch
 from wsm.layout.groups import KINDS
-from wsm.plan.time import Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
+from wsm.plan.time import Bound, Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
 from wsm.store.packed_store import PackedStore
 
 

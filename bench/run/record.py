@@ -86,11 +86,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         gpu_mem_GB=gpu_peak(memory.gpu_peak_allocated_bytes, memory.gpu_peak_reserved_bytes),
         mode=cast(Mode, llm.settings.mode),
         device=str(llm.inputs.device),
-        wsm=Manager(
-            enabled=llm.manager is not None,
-            ssd_enabled="SSD" in llm.plan.way,
-            gpu_max_groups=llm.settings.gpu_max_groups,
-        ),
+        wsm=_manager(llm),
         total_tok_s=chosen.total_tok_s,
         schema_version=SCHEMA_VERSION,
         interrupted=got.interrupted,
@@ -119,6 +115,11 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
             *agreement_warnings(speculation, generation.decode_tokens),
         ],
     )
+
+
+def _manager(llm: LLaMA) -> Manager:
+    from_ssd, most = "SSD" in llm.plan.way, llm.settings.gpu_max_groups
+    return Manager(enabled=llm.manager is not None, ssd_enabled=from_ssd, gpu_max_groups=most)
 
 
 def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:

@@ -277,8 +277,9 @@ def refuse_foreign_tensors(path: Path, names: Iterable[str]) -> None:
     for name in names:
         if name.endswith((".qweight", ".qzeros", ".weight_packed")):
             raise UnusableInput(
-                f"{path}: tensor {name} belongs to a quantised model, but no quantization_config in config.json says "
-                "how; download it again, or take the same model in bfloat16 or float16 weights"
+                f"{path}: tensor {name} belongs to a quantised model, but quantization_config in config.json is "
+                "missing or has no place for it; download it again, or take the same model in bfloat16 or float16 "
+                "weights"
             )
         if name.endswith(".bias") or "lora_" in name:
             raise UnusableInput(

@@ -8,7 +8,7 @@ from llama.checkpoint.base import Checkpoint
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.formats.gguf_blocks import NOT_ENCODED
-from wsm.formats.mix import Formats, Mix, formats_named
+from wsm.formats.mix import Formats, Mix
 from wsm.store.cuts import check_cuts
 from wsm.store.description import StoreDescription
 
@@ -28,9 +28,8 @@ def formats_of(description: StoreDescription) -> Formats | None:
     """How the matrices of a store lie there, without the checkpoint's word."""
     if description.weight_format is None:
         return None
-    found = formats_named(description.weight_format)
-    if len(found) == 1 and description.weight_format not in registry.BLOCK_TYPES:  # those are a checkpoint's own
-        return found[description.weight_format]
+    if not description.native:
+        return registry.get(description.weight_format)
     full_name = description.config.full_name
     tensors = ((full_name(group, t.name), t) for group, s in description.groups.items() for t in s.layout.encoded)
     return Mix({name: tensor.format for name, tensor in tensors if tensor.format is not None})

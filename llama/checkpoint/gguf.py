@@ -1,17 +1,17 @@
-"""GGUF models, of one file or split: metadata, mapped tensors, and blocks that stay as they are."""
+"""GGUF models, of one file or split: metadata, tensors, and blocks that stay as they are."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama.checkpoint import base
-from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors, stretch
+from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors
 from llama.checkpoint.gguf_config import gguf_config, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
 from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
@@ -36,7 +36,14 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+}
+"""As a chat template names a token, and as GGUF does."""
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
@@ -76,18 +83,8 @@ def _parts(path: Path) -> list[Path]:
     return [path.with_name(f"{match['stem']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
 
 
-_SPECIAL = {
-    "bos_token": "bos",
-    "eos_token": "eos",
-    "unk_token": "unknown",
-    "pad_token": "padding",
-    "sep_token": "seperator",
-}
-"""As a chat template names a token, and as GGUF does."""
-
-
 class GGUFCheckpoint(Checkpoint):
-    """Files are mapped; matrices of the layers in block types lie at rest as they are, all else is decoded when read.
+    """Matrices of the layers in block types lie at rest as they are, all else is decoded when read.
 
     q and k are in Meta's order already: llama.cpp's converter puts Hugging Face's back into it for this architecture.
     UnusableInput for a damaged file, a missing tensor, or a model or a tensor type that does not run here.
@@ -157,42 +154,46 @@ class GGUFCheckpoint(Checkpoint):
             return None
         if tensor.type != "F32":
             raise UnusableInput(f"{tensor.path}: {_ROPE} is of type {tensor.type}, not F32")
-        factors: list[float] = self._files[tensor.path].bytes_of(tensor).view(torch.float32).tolist()
-        return factors
+        factors = torch.empty(math.prod(tensor.shape))
+        self._files[tensor.path].read_into(tensor, factors)
+        return list(factors.tolist())
 
     def native(self, name: str) -> str | None:
         return _BLOCKS.get(self._tensors[gguf_name(name)].type)
 
     def fill_planes(self, name: str, planes: Mapping[str, Tensor], weight_format: WeightFormat, cut: Cut) -> None:
-        tensor, content = self._content(name)
-        # A row's bytes stand for its columns, and no cut parts a block.
-        begin, end = (at * content.shape[1] // tensor.shape[-1] for at in (cut.column, cut.column + cut.columns))
-        planes["blocks"].copy_(content[cut.row : cut.row + cut.rows, begin:end])
+        tensor, blocks = self._tensors[gguf_name(name)], planes["blocks"]
+        if cut.columns == tensor.shape[-1]:
+            self._files[tensor.path].read_into(tensor, blocks, cut.row * tensor.row_bytes)
+        else:  # a row's bytes stand for its columns, and no cut parts a block
+            begin = cut.column * tensor.row_bytes // tensor.shape[-1]
+            for rows, content in self._rows(tensor, cut):
+                blocks[rows] = content[:, begin : begin + blocks.shape[1]]
         try:
             weight_format.check((cut.rows, cut.columns), planes)
         except StoreError as error:
             raise damaged(tensor.path, f"{tensor.name}: {error}") from error
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
-        tensor, content = self._content(name)
-        if tensor.type in _PLAIN:
-            out.copy_(stretch(content.view(FLOATS[_PLAIN[tensor.type]]), cut))
-            return
-        weight_format, columns = registry.get(_BLOCKS[tensor.type]), slice(cut.column, cut.column + cut.columns)
-        for piece in pieces(cut.rows, out.device, tensor.shape[-1]):
-            blocks = content[cut.row + piece.start : cut.row + piece.stop]
-            decoded = out.new_empty(len(blocks), tensor.shape[-1])
-            weight_format.decode_({"blocks": blocks.contiguous()}, decoded)
-            out[piece].copy_(decoded[:, columns])
+        tensor, columns = self._tensors[gguf_name(name)], slice(cut.column, cut.column + cut.columns)
+        for rows, content in self._rows(tensor, cut):
+            if tensor.type in _PLAIN:
+                out[rows] = content.view(FLOATS[_PLAIN[tensor.type]])[:, columns]
+            else:
+                decoded = out.new_empty(len(content), tensor.shape[-1])
+                registry.get(_BLOCKS[tensor.type]).decode_({"blocks": content}, decoded)
+                out[rows] = decoded[:, columns]
 
-    def _content(self, name: str) -> tuple[GGUFTensor, Tensor]:
-        """A tensor, and its bytes as a matrix, row by row: a view of the mapped file."""
-        tensor = self._tensors[gguf_name(name)]
-        rows = math.prod(tensor.shape[:-1])
-        return tensor, self._files[tensor.path].bytes_of(tensor).view(rows, -1)
+    def _rows(self, tensor: GGUFTensor, cut: Cut) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of a cut, a piece at a time: which of the cut's they are, and their bytes, all columns."""
+        for rows in pieces(cut.rows, torch.device("cpu"), tensor.shape[-1]):
+            content = torch.empty(rows.stop - rows.start, tensor.row_bytes, dtype=torch.uint8)
+            self._files[tensor.path].read_into(tensor, content, (cut.row + rows.start) * tensor.row_bytes)
+            yield rows, content
 
     def close(self) -> None:
-        self._files = {}
+        for file in self._files.values():
+            file.close()
 
 
 def _merged(files: Sequence[GGUFFile]) -> dict[str, GGUFTensor]:

@@ -20,14 +20,11 @@ _READ = (
 """Behind ``llama.``: what is read here, or tells nothing that the tensors do not."""
 _FOREIGN = (
     *("expert_count", "expert_used_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv"),
-    *("attention.max_alibi_bias", "logit_scale", "residual_scale", "embedding_scale", "use_parallel_residual"),
-    *(
-        "final_logit_softcapping",
-        "attn_logit_softcapping",
-        "rope.scaling.attn_factor",
-        "rope.scaling.yarn_log_multiplier",
-    ),
+    *("attention.max_alibi_bias", "use_parallel_residual", "final_logit_softcapping", "attn_logit_softcapping"),
+    "rope.scaling.yarn_log_multiplier",
 )
+_FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "rope.scaling.attn_factor")
+"""What would change a result, but for 0 or, of factors, 1."""
 
 
 def gguf_config(
@@ -75,7 +72,7 @@ def gguf_config(
 def unknown_fields(metadata: Mapping[str, Any], file: str) -> str | None:
     """The warning where the metadata says something of the model that is not known here."""
     unknown = [key for key in metadata if key.startswith("llama.") and key.removeprefix("llama.") not in _READ]
-    if not (unknown := [key for key in unknown if key.removeprefix("llama.") not in _FOREIGN]):
+    if not (unknown := [key for key in unknown if key.removeprefix("llama.") not in (*_FOREIGN, *_FACTORS)]):
         return None
     return f"{file}: {', '.join(unknown)[:200]} is not known here and has no effect"
 
@@ -91,15 +88,16 @@ def _refuse_foreign(metadata: Mapping[str, Any], file: str) -> None:
         raise UnusableInput(f"{file} holds a mixture of experts (llama.expert_count), which does not run here")
     if metadata.get("llama.attention.causal") not in (None, True):
         raise UnusableInput(f"{file}: llama.attention.causal is not set: only causal models run here")
-    for field in _FOREIGN:
-        if metadata.get(f"llama.{field}") not in (None, 0, False):
+    for field in (*_FOREIGN, *_FACTORS):
+        if metadata.get(f"llama.{field}") not in (None, 0, 1 if field in _FACTORS else 0):
             raise UnusableInput(f"{file} sets llama.{field}, which no plain LLaMA has, and which does not run here")
 
 
 def _rope(fields: Fields, factors: Sequence[float] | None) -> Rope:
-    """As llama.cpp has it: one factor for all frequencies, or a tensor with a divisor for each."""
+    """As llama.cpp has it: one factor for all frequencies, also where no type is named, or a tensor with a divisor for
+    each."""
     theta = fields.number("rope.freq_base", 10000.0)
-    kind = fields.values.get("rope.scaling.type") or ("linear" if "rope.scale_linear" in fields.values else "none")
+    kind = fields.values.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise UnusableInput(
             f"{fields.file}: RoPE scaling of type {kind!r:.40} does not run here; none, linear and the factors of the "

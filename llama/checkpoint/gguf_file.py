@@ -1,23 +1,27 @@
-"""GGUF files, as ggml's docs/gguf.md describes them: metadata, and where each tensor lies; the rest is only mapped.
+"""GGUF files, as ggml's docs/gguf.md describes them: metadata, and where each tensor lies, to be read when asked.
 
-The ``gguf`` package's own reader makes arrays of every string (15 s for a vocabulary of 128 256) and follows any count
-that a file names, so the header is read here, within bounds; the package names the types and their sizes.
+The ``gguf`` package's own reader makes an array of every string and follows any count that a file names; here the
+header is read within bounds. Nothing is mapped: of a file that shrinks, or a drive that fails, a read tells, and a map
+would end the process.
 """
 
 from __future__ import annotations
 
-import mmap
+import math
+import os
 import struct
-import warnings
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama.fields import MOST_WHOLE
 from llama.files import AGAIN, refuse_pointer
-from wsm.errors import UnusableInput
+from wsm.disk.io_threads import transfer_fully
+from wsm.errors import StoreError, UnusableInput
+from wsm.formats.gguf_blocks import TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -26,6 +30,16 @@ MOST_TENSORS, MOST_FIELDS, MOST_ITEMS, MOST_DIMENSIONS = 1 << 17, 1 << 16, 1 << 
 MOST_STRING = 16 << 20
 MOST_HEADER = 256 << 20
 DEFAULT_ALIGNMENT, LEAST_ALIGNMENT, MOST_ALIGNMENT = 32, 8, 1 << 20
+NAMES = (
+    *("F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S"),
+    *("IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M"),
+    *("BF16", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4"),
+    *("NVFP4", "Q1_0"),
+)
+"""Of ggml's tensor types (ggml.h), by their numbers; some are in no file any more."""
+SIZES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)} | {t.name.upper(): (t.weights, t.nbytes) for t in TYPES.values()}
+"""Of the types that run here: the weights of a block, and its bytes."""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -33,7 +47,7 @@ _STRING, _ARRAY = 8, 9
 
 class GGUFTensor(NamedTuple):
     """A tensor of a file: ``type`` as ggml spells it, ``shape`` with the row length last, ``offset`` and ``nbytes`` in
-    the file."""
+    the file; 0 bytes of a type that does not run here."""
 
     path: Path
     name: str
@@ -42,76 +56,90 @@ class GGUFTensor(NamedTuple):
     offset: int
     nbytes: int
 
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[-1] // SIZES[self.type][0] * SIZES[self.type][1]
+
 
 class GGUFFile:
-    """A file, mapped; UnusableInput for one that is damaged, cut short, or no GGUF file of a version known here."""
+    """A file, open; UnusableInput for one that is damaged, cut short, or no GGUF file of a version known here."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_pointer(path)
-        self.data = _mapped(path)
-        reader = _Reader(path, self.data.numpy().data)
+        try:
+            self._file = path.open("rb")
+            self._nbytes = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> None:
+        reader = _Reader(self.path, self._file, self._nbytes)
         tensors, fields = reader.begin()
-        self.fields = _unique([reader.field() for _ in range(fields)], path, "metadata field")
+        self.fields = _unique([reader.field() for _ in range(fields)], self.path, "metadata field")
         found = [reader.tensor() for _ in range(tensors)]
-        begin = _aligned(reader.place, self._alignment())
-        self.tensors = {tensor.name: self._placed(tensor, begin) for tensor in found}
-        _unique([(name, None) for name, *_ in found], path, "tensor")
+        _unique([(name, None) for name, *_ in found], self.path, "tensor")
+        alignment = self._alignment()
+        begin = -(-reader.place // alignment) * alignment
+        self.tensors = {tensor.name: self._placed(tensor, begin, alignment) for tensor in found}
         self._check_apart()
 
     def _alignment(self) -> int:
         alignment = self.fields.get("general.alignment", DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or alignment & (alignment - 1) or not 8 <= alignment <= MOST_ALIGNMENT:
-            raise damaged(self.path, f"general.alignment is {alignment!r:.40}, no power of two from 8 on")
-        return alignment
+        is_power = type(alignment) is int and alignment & (alignment - 1) == 0
+        if not is_power or not LEAST_ALIGNMENT <= alignment <= MOST_ALIGNMENT:
+            raise damaged(
+                self.path, f"general.alignment is {alignment!r:.40}, no power of two from {LEAST_ALIGNMENT} on"
+            )
+        return int(alignment)
 
-    def _placed(self, tensor: _Entry, begin: int) -> GGUFTensor:
+    def _placed(self, tensor: _Entry, begin: int, alignment: int) -> GGUFTensor:
         name, shape, number, offset = tensor
-        type_name, block, nbytes_of_block = _type(number, self.path, name)
-        count = 1
-        for size in shape:
-            count *= size
+        type_name = NAMES[number] if number < len(NAMES) else f"number {number}"
+        if type_name not in SIZES:  # whoever wants it refuses it by name
+            return GGUFTensor(self.path, name, type_name, shape, begin, 0)
+        block, nbytes_of_block = SIZES[type_name]
         if shape[-1] % block:
             raise damaged(self.path, f"{name}: rows of {shape[-1]} are no whole blocks of {type_name}")
-        nbytes = count // block * nbytes_of_block
-        if offset % self._alignment() or begin + offset + nbytes > len(self.data):
+        nbytes = math.prod(shape) // block * nbytes_of_block
+        if offset % alignment or begin + offset + nbytes > self._nbytes:
             raise damaged(
                 self.path,
                 f"{name}: {nbytes} bytes at {offset} of the tensors' part are not aligned, or end beyond the file's "
-                f"{len(self.data)} bytes: it is cut short, or was changed",
+                f"{self._nbytes} bytes: it is cut short, or was changed",
             )
         return GGUFTensor(self.path, name, type_name, shape, begin + offset, nbytes)
 
     def _check_apart(self) -> None:
         end, last = 0, ""
-        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+        for tensor in sorted(filter(attrgetter("nbytes"), self.tensors.values()), key=attrgetter("offset")):
             if tensor.offset < end:
                 raise damaged(self.path, f"{tensor.name} lies within {last}")
             end, last = tensor.offset + tensor.nbytes, tensor.name
 
-    def bytes_of(self, tensor: GGUFTensor) -> Tensor:
-        """The bytes of a tensor, ``uint8``: a view of the mapped file."""
-        return self.data[tensor.offset : tensor.offset + tensor.nbytes]
+    def read_into(self, tensor: GGUFTensor, out: Tensor, at: int = 0) -> None:
+        """Fill ``out``, contiguous, with a tensor's bytes from its byte ``at`` on; thread-safe. StoreError where the
+        file has become shorter, or the drive fails."""
+        part = out.view(-1).view(torch.uint8).numpy().data
+        transfer_fully(os.preadv, self._file.fileno(), [part], tensor.offset + at, self._failed)
+
+    def _failed(self, offset: int, error: OSError | int) -> StoreError:
+        if isinstance(error, int):
+            return StoreError(f"{self.path} ends at byte {offset + error}: it became shorter since it was opened")
+        return StoreError(f"{self.path}: read error at byte {offset}: {error.strerror}")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def damaged(path: Path, reason: str) -> UnusableInput:
     """The error for a file that cannot be right."""
     return UnusableInput(f"{path} is damaged ({reason}); {AGAIN}")
-
-
-def _mapped(path: Path) -> Tensor:
-    try:
-        with path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise UnusableInput(f"{path} cannot be mapped: {getattr(error, 'strerror', None) or error}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that nobody may write to it, which nobody does
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _aligned(place: int, alignment: int) -> int:
-    return -(-place // alignment) * alignment
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path, what: str) -> dict[str, Any]:
@@ -121,18 +149,6 @@ def _unique(pairs: list[tuple[str, Any]], path: Path, what: str) -> dict[str, An
             raise damaged(path, f"{what} {name!r:.80} comes twice")
         found[name] = value
     return found
-
-
-def _type(number: int, path: Path, name: str) -> tuple[str, int, int]:
-    """A tensor's type: its name, weights in a block and bytes of one."""
-    import gguf
-
-    try:
-        found = gguf.GGMLQuantizationType(number)
-        weights, nbytes = gguf.GGML_QUANT_SIZES[found]
-    except (ValueError, KeyError):
-        raise damaged(path, f"{name}: no tensor type has the number {number}") from None
-    return found.name, weights, nbytes
 
 
 class _Entry(NamedTuple):
@@ -147,15 +163,14 @@ class _Entry(NamedTuple):
 class _Reader:
     """Goes through the header once. What it takes is in the file, so its work is bounded by counts that are checked."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
+    def __init__(self, path: Path, file: BinaryIO, nbytes: int) -> None:
         self.place, self._items = 0, 0
-        self._path, self._data = path, data[:MOST_HEADER]
+        self._path, self._file, self._end = path, file, min(nbytes, MOST_HEADER)
 
     def begin(self) -> tuple[int, int]:
         """How many tensors and fields there are."""
-        if bytes(self._data[:4]) != MAGIC:
+        if self._take(len(MAGIC)) != MAGIC:
             raise damaged(self._path, "it does not begin as a GGUF file does")
-        self.place = 4
         version = self._number("<I")
         if version not in VERSIONS:
             big_endian = ", for machines of the other byte order" if version and not version & 0xFFFF else ""
@@ -215,9 +230,14 @@ class _Reader:
     def _number(self, code: str) -> Any:
         return struct.unpack(code, self._take(struct.calcsize(code)))[0]
 
-    def _take(self, nbytes: int) -> memoryview:
-        end = self.place + nbytes
-        if end > len(self._data):
+    def _take(self, nbytes: int) -> bytes:
+        taken = b""
+        if self.place + nbytes <= self._end:
+            try:
+                taken = self._file.read(nbytes)
+            except OSError as error:
+                raise UnusableInput(f"{self._path} cannot be read: {error.strerror}") from error
+        if len(taken) < nbytes:
             raise damaged(self._path, "it ends within its header: it is cut short, or was changed")
-        taken, self.place = self._data[self.place : end], end
+        self.place += nbytes
         return taken

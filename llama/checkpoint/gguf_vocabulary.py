@@ -14,9 +14,13 @@ from wsm.errors import UnusableInput
 
 _LLAMA3, _SMOLLM = "llama-bpe", "smollm"
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+_SPM_IDS = {"bos": 1, "eos": 2}
+"""Where a SentencePiece vocabulary names none, as llama.cpp has it."""
 BESIDE = "put the model's tokenizer.json beside it"
 STOPS = ("eos", "eot", "eom")
 """Ends of a text, of a turn and of a message: ``tokenizer.ggml.…_token_id``."""
+MOST_PIECE, MOST_PIECES = 512, 1 << 23
+"""Characters of a SentencePiece token, and of all together: what is joined is found by cutting each anywhere."""
 _SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -151,9 +155,12 @@ class _Read:
         if not bpe and self._flag("remove_extra_whitespaces", False):
             raise self._refused("a tokenizer that removes spaces, which is not done here", BESIDE)
         merges = [pair for text in (self._list("merges", str) if bpe else []) for pair in [self._pair(text)]]
-        begin = self._id("bos") if self._flag("add_bos_token", pre in (None, _LLAMA3)) else None
-        end = self._id("eos") if self._flag("add_eos_token", False) else None
-        named = {self._id(which) for which in STOPS}
+        if not bpe and (max(map(len, tokens)) > MOST_PIECE or sum(map(len, tokens)) > MOST_PIECES):
+            raise self._refused(f"a token of more than {MOST_PIECE} characters, or {MOST_PIECES} in all")
+        defaults = {} if bpe else _SPM_IDS
+        begin = self._around("bos", defaults) if self._flag("add_bos_token", pre in (None, _LLAMA3)) else ()
+        end = self._around("eos", defaults) if self._flag("add_eos_token", False) else ()
+        named = {self._id(which, defaults) for which in STOPS}
         if pre == _LLAMA3:
             named |= {number for number, token in enumerate(tokens) if token in _LLAMA3_STOPS}
         return Vocabulary(
@@ -163,8 +170,8 @@ class _Read:
             types,
             scores,
             merges,
-            prefix=() if begin is None else (begin,),
-            suffix=() if end is None else (end,),
+            prefix=begin,
+            suffix=end,
             stop_ids=frozenset(token for token in named if token is not None),
             add_space_prefix=self._flag("add_space_prefix", not bpe),
         )
@@ -193,8 +200,14 @@ class _Read:
             raise self._refused(f"{len(found)} of tokenizer.ggml.{field} for {length} tokens")
         return found
 
-    def _id(self, which: str) -> int | None:
-        found = self._metadata.get(f"tokenizer.ggml.{which}_token_id")
+    def _around(self, which: str, defaults: Mapping[str, int]) -> tuple[int]:
+        """The id that belongs before or behind a text."""
+        if (found := self._id(which, defaults)) is None:
+            raise self._refused(f"a tokenizer that puts {which.upper()} around a text, and no id of it", BESIDE)
+        return (found,)
+
+    def _id(self, which: str, defaults: Mapping[str, int]) -> int | None:
+        found = self._metadata.get(f"tokenizer.ggml.{which}_token_id", defaults.get(which))
         if found is not None and not (type(found) is int and 0 <= found < len(self._tokens)):
             raise self._refused(f"{found!r:.40} as tokenizer.ggml.{which}_token_id, which is no token's id")
         return found

@@ -16,7 +16,8 @@ from wsm.errors import UnusableInput
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files of old releases, and the method of one that names none."""
 _ON_CONFIG = ("quantization_config", "compression_config")
-_MOST_REPEATS = 4
+_MOST_REPEATS, _MOST_CHOICES, _MOST_PATTERNS = 4, 8, 32
+"""Of a pattern, and the patterns of a description: what a hostile one can make a match cost is bounded by them."""
 _WHAT_RUNS = (
     "AWQ (gemm) in 4 bits, GPTQ in 4 or 8, compressed-tensors in int4, int8 and fp8, and fp8 with a scale a tensor or "
     "row run here, and so does the same model in bfloat16 or float16"
@@ -194,6 +195,8 @@ def _compressed(fields: Fields) -> tuple[Schemes, bool]:
         if found is not None and (found.values.get("format") != "dense" or field == "transform_config"):
             raise _refused(fields, field)
     groups = fields.part("config_groups")
+    if groups is not None and len(groups.values) > _MOST_PATTERNS:
+        raise UnusableInput(f"{groups.file} has {len(groups.values)} groups, more than {_MOST_PATTERNS}")
     if groups is None:
         raise UnusableInput(f"{fields.file}: field config_groups is missing or empty; take the file again")
     schemes, activations = [], fields.part("kv_cache_scheme") is not None
@@ -216,10 +219,14 @@ def _compressed(fields: Fields) -> tuple[Schemes, bool]:
 
 def _patterns(file: str, targets: list[str]) -> tuple[str, ...]:
     """``targets``, the patterns among them simple enough to be matched in no time whatever they are."""
-    for pattern in (target[3:] for target in targets if target.startswith("re:")):
+    patterns = [target[3:] for target in targets if target.startswith("re:")]
+    if len(patterns) > _MOST_PATTERNS:
+        raise UnusableInput(f"{file}: field targets has {len(patterns)} patterns, more than {_MOST_PATTERNS}")
+    for pattern in patterns:
         try:
             re.compile(pattern)
-            simple = len(re.findall(r"[*+?{]", pattern)) <= _MOST_REPEATS and not re.search(r"\)[*+{]", pattern)
+            repeats, choices = len(re.findall(r"[*+?{]", pattern)), pattern.count("|")
+            simple = repeats <= _MOST_REPEATS and choices <= _MOST_CHOICES and not re.search(r"\)[*+{]", pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UnusableInput(f"{file}: the target {pattern!r:.60} is no pattern ({error})") from error
         if not simple:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from llama.fused import kernels
 from wsm.formats.product_kernels import COUNTERS, arrivals_on
+from wsm.plan.memory import DECODE_KEYS, DECODE_SPLITS
 
 GATE_TILE, HEADS_AT_ONCE = 2048, 8
 LONGEST_NORM = 1 << 16
 """Values of a row: a program holds all of them."""
-KEYS, MOST_SPLITS = 64, 64
-"""Of decode attention: keys that are read at once, and splits that one program joins."""
 _HALVES = (torch.bfloat16, torch.float16)
 _LIBRARY = isinstance(kernels.gate_kernel, triton.JITFunction)  # not where Triton interprets
 
@@ -63,7 +62,8 @@ def gate_(gate: Tensor, up: Tensor) -> Tensor:
 
 def can_norm(x: Tensor) -> bool:
     """Whether :func:`rms_norm` takes them: all rows are aligned alike, on which the order of a sum could depend."""
-    return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] % 8 == 0 and x.shape[1] <= LONGEST_NORM
+    alike = x.dim() == 2 and x.stride(1) == 1 and x.stride(0) % 8 == x.shape[1] % 8 == 0
+    return alike and x.shape[1] <= LONGEST_NORM
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,15 +76,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def can_attend(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether :func:`attend_rows` takes them: 16-bit values, keys and values of one layout."""
-    in_order = keys.stride() == values.stride() and q.stride()[1:] == (q.shape[2], 1)
+    """Whether :func:`attend_rows` takes them: 16-bit values, keys and values of one layout, a head in one piece."""
+    in_order = keys.stride() == values.stride() and keys.stride(3) == 1 and q.stride()[1:] == (q.shape[2], 1)
     return q.dtype in _HALVES and in_order and q.shape[0] * keys.shape[1] <= COUNTERS
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """See :func:`llama.fused.ops.attend_rows`. Splits are as wide as the tokens say, however many the rows are."""
     (n, n_heads, dim), (_, kv_heads, tokens, _) = q.shape, keys.shape
-    width = max(KEYS, int(triton.next_power_of_2(triton.cdiv(tokens, MOST_SPLITS))))
+    width = max(DECODE_KEYS, int(triton.next_power_of_2(triton.cdiv(tokens, DECODE_SPLITS))))
     splits, shared = triton.cdiv(tokens, width), max(16, int(triton.next_power_of_2(n_heads // kv_heads)))
     cols = max(16, int(triton.next_power_of_2(dim)))
     out = q.new_empty(n, n_heads * dim)
@@ -93,7 +93,7 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     kernels.attention_kernel[(n * kv_heads, splits)](
         q, keys, values, mask, out, parts, facts, arrivals_on(q.device),
         1 / math.sqrt(dim), tokens, kv_heads, q.stride(0), *keys.stride()[:3], mask.stride(0), splits,
-        SHARED=shared, REP=n_heads // kv_heads, DIM=dim, COLS=cols, BLOCK=KEYS, WIDTH=width, SPLIT=splits > 1,
+        SHARED=shared, REP=n_heads // kv_heads, DIM=dim, COLS=cols, BLOCK=DECODE_KEYS, WIDTH=width, SPLIT=splits > 1,
         num_warps=4,
     )  # fmt: skip
     return out

@@ -54,7 +54,7 @@ def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
 
 def gate_(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` in the memory of ``gate``, both ``[n, ffn_dim]``; the same bits on either way."""
-    if (launch := launchers_for(gate)) is not None:
+    if (launch := launchers_for(gate)) is not None and gate.is_contiguous() and up.is_contiguous():
         return launch.gate_(gate, up)  # type: ignore[no-any-return]
     return F.silu(gate, inplace=True).mul_(up)
 

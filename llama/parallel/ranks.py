@@ -59,12 +59,12 @@ class FairscaleCollective(Collective):
         return self._timed(gather_from_model_parallel_region, x)
 
     def _timed(self, operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return operation(x)
-        start = self._timer.mark()
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        start = None if captured else self._timer.mark()
         with _broken_if_it_fails():
             found = operation(x)
-        self._timer.took(start, self._timer.mark())
+        if not captured:
+            self._timer.took(start, self._timer.mark())
         return found
 
 

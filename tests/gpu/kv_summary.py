@@ -39,7 +39,7 @@ def lines(name: str, result: Result) -> list[str]:
     rates = (
         f"{way} {rate['value'] / 1e3:.1f} ({rate['spread_pct']:.0f} %)"
         for way, rate in ceilings.items()
-        if way != "matmul"
+        if rate["unit"] == "MBps"
     )
     found.append(f"    ceilings, GB/s and spread: {', '.join(rates)}")
     return found + [f"    warning: {warning}" for warning in result["warnings"]]

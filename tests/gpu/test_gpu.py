@@ -139,6 +139,19 @@ def test_device_memory_stays_within_the_budget(cache: Path) -> None:
         llm.generate(PROMPTS, max_new_tokens=8, temperature=0.0)
         taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
     assert taken <= 4 * 2**30
+    assert torch.empty(6 << 30, dtype=torch.uint8, device="cuda").nbytes == 6 << 30  # the budget went with the model
+
+
+@pytest.mark.parametrize("mode", ["full", "stream"])
+def test_decode_attention_of_many_long_rows_takes_what_was_planned(mode: str, cache: Path) -> None:
+    """All rows attend over as many positions as the longest one has: the others are short, for a quick prefill."""
+    prompts = [list(range(100, 108)) for _ in range(127)] + [[place % 5000 + 100 for place in range(4000)]]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with build(mode, cache, rows=128, tokens=4096) as llm:
+        llm.generate(prompts, max_new_tokens=4, temperature=0.0, ignore_eos=True)
+        taken = torch.cuda.max_memory_reserved() + llm.plan.inputs.hardware.gpu_context_bytes
+        assert taken <= llm.plan.gpu_bytes
 
 
 @pytest.mark.parametrize("depth", [2, 4])

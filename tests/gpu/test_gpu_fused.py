@@ -53,10 +53,14 @@ def test_gating_gives_the_bits_of_torch(dtype: torch.dtype) -> None:
     found = gate.clone()
     assert ops.gate_(found, up) is found
     assert torch.equal(found, expected)
+    apart = torch.cat((gate, up), dim=1)[:, : gate.shape[1]]
+    assert torch.equal(ops.gate_(apart, up), expected)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "dim"), [(8, 2, 128), (9, 3, 64), (4, 4, 96)])
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "dim"), [(8, 2, 128), (9, 3, 64), (4, 4, 96), (5, 1, 80), (3, 3, 256)]
+)
 def test_heads_are_rotated_and_written_as_by_torch(n_heads: int, n_kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     n, rotated, form = 3, n_heads + n_kv_heads, kv_format("auto", dtype, dim)
     heads = random(n, rotated + n_kv_heads, dim, dtype=dtype)
@@ -83,7 +87,9 @@ def test_heads_are_rotated_and_written_as_by_torch(n_heads: int, n_kv_heads: int
     assert not window.any()
 
 
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "dim"), [(32, 8, 128), (64, 8, 128), (9, 3, 64), (4, 4, 96)])
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "dim"), [(32, 8, 128), (64, 8, 128), (9, 3, 64), (4, 4, 96), (5, 1, 80), (20, 1, 256)]
+)
 @pytest.mark.parametrize("tokens", [256, 2048, 9000])
 def test_attention_of_a_row_depends_neither_on_others_nor_on_hidden_keys(
     n_heads: int, n_kv_heads: int, dim: int, tokens: int
@@ -107,6 +113,23 @@ def test_attention_of_a_row_depends_neither_on_others_nor_on_hidden_keys(
     hidden[2, :, 1:] = 7.0
     keys, values = hidden.unbind(3)
     assert torch.equal(ops.attend_rows(q, keys, values, mask)[2], found[2])
+
+
+def test_a_window_of_more_than_2_gib_values_is_written_and_attended_to_its_end() -> None:
+    n, n_kv_heads, tokens, dim = 130, 8, 8192, 128
+    window = torch.zeros(n, n_kv_heads, tokens, 2, dim, dtype=torch.bfloat16, device="cuda")
+    assert window.numel() > 1 << 31
+    heads, form = random(n, 16 + 2 * n_kv_heads, dim, dtype=torch.bfloat16), kv_format("auto", torch.bfloat16, dim)
+    freqs_cis = torch.polar(torch.ones(n, 1, dim // 2), torch.rand(n, 1, dim // 2)).cuda()
+    places, positions = torch.arange(n, device="cuda"), torch.full((n,), tokens - 1, device="cuda")
+    form.rotate_and_write_(window.view(torch.uint8), places, positions, heads, 16, freqs_cis)
+    assert torch.equal(window[:, :, -1].transpose(1, 2).flatten(1, 2), heads[:, 16:])
+    assert not window[:, :, :-1].any()
+    mask, (keys, values) = torch.zeros(n, 1, 1, tokens, device="cuda").bfloat16(), window.unbind(3)
+    found = ops.attend_rows(heads[:, :16], keys, values, mask)
+    last = slice(n - 1, n)
+    assert found[last].any()
+    assert torch.equal(ops.attend_rows(heads[last, :16], keys[last], values[last], mask[last]), found[last])
 
 
 def test_fused_kernels_replay_their_bits_from_a_graph() -> None:

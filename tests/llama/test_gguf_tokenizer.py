@@ -236,6 +236,9 @@ def test_a_tokenizer_json_beside_the_file_wins_and_the_template_is_the_files(tmp
     assert own.tokenizer.prefix == (257,)
     hf_tokenizer(tmp_path, CONFIG.vocab_size)
     assert opened().tokenizer.prefix == ()
+    (tmp_path / "tokenizer_config.json").unlink()  # tokenizer.json alone names no end of a text: the weights' file does
+    assert opened().tokenizer.stop_ids == frozenset()
+    assert opened().stop_ids == {258}
 
 
 def test_a_chat_is_rendered_with_the_file_s_own_template_and_tokens(tmp_path: Path) -> None:
@@ -267,6 +270,8 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "a merge of three": ({"merges": ["a b c"]}, "a merge that is no pair of tokens: 'a b c'"),
     "a merge of no tokens": ({"merges": ["\u0120 \u0120", "zz yy"]}, "its vocabulary contradicts itself"),
     "an id beyond all tokens": ({"eos_token_id": 300}, "300 as tokenizer.ggml.eos_token_id, which is no token's id"),
+    "no BOS to put in front": ({"bos_token_id": None}, "puts BOS around a text, and no id of it"),
+    "no EOS to put behind": ({"eos_token_id": None, "add_eos_token": True}, "puts EOS around a text, and no id of it"),
     "a flag that is a number": ({"add_bos_token": 1}, "1 as tokenizer.ggml.add_bos_token, not true or false"),
 }
 
@@ -285,6 +290,20 @@ def test_scores_are_needed_where_they_say_what_is_joined() -> None:
         of_fields(spm_fields(scores=None))
     with pytest.raises(UnusableInput, match="removes spaces"):
         of_fields(spm_fields(remove_extra_whitespaces=True))
+
+
+def test_sentencepiece_names_bos_and_eos_by_their_places_where_the_file_does_not() -> None:
+    fields = spm_fields()
+    del fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]
+    ours = of_fields(fields)
+    assert (ours.prefix, ours.stop_ids) == ((1,), frozenset({2}))
+
+
+def test_endless_pieces_are_refused_before_any_is_cut() -> None:
+    fields = spm_fields()
+    fields["tokenizer.ggml.tokens"][300] = "\u2581" * (4 << 20)
+    with pytest.raises(UnusableInput, match="a token of more than 512 characters"):
+        of_fields(fields)
 
 
 def test_a_vocabulary_of_another_size_than_the_embedding_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,18 +150,26 @@ def test_what_quantising_takes_is_allowed_beside_the_plan(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed: list[int] = []
-    monkeypatch.setattr("llama.llm.limit_device_memory", lambda device, nbytes, context: allowed.append(nbytes))
+    monkeypatch.setattr("llama.llm.limit_device_memory", noting(allowed))
     packed(home, tmp_path, "--calibrate", str(home.parent / "other.txt"), "--gpu-mem-gb", "1", *CPU)
     config = json.loads((home / "config.json").read_text())
     moments = 4 * config["intermediate_size"] ** 2
     assert 2**30 + 3 * moments < allowed[0] < 2**30 + 3 * moments + 2**23
 
 
+def noting(allowed: list[int]) -> Callable[[object, int, int], Callable[[], None]]:
+    def limit(device: object, nbytes: int, context: int) -> Callable[[], None]:
+        allowed.append(nbytes)
+        return lambda: None
+
+    return limit
+
+
 def test_both_models_of_quality_and_their_logits_are_allowed_what_was_asked(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed: list[int] = []
-    monkeypatch.setattr("llama.llm.limit_device_memory", lambda device, nbytes, context: allowed.append(nbytes))
+    monkeypatch.setattr("llama.llm.limit_device_memory", noting(allowed))
     text = ["--text", str(home.parent / "text.txt"), "--window", str(WINDOW), "--windows", "1", "--mode", "full"]
     assert main(["quality", "--checkpoints", str(home), *text, *CPU, "--gpu-mem-gb", "1"]) == 0
     logits = 4 * 512 * (2 * WINDOW + 3 * 128)  # of the CPU's memory here

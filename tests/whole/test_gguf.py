@@ -19,6 +19,7 @@ from llama.llm import LLaMA
 from tests.gguf_files import CONFIG, bpe_fields, random_tensors, write_gguf
 from tests.ranks import answers, started
 from tests.tiny import hf_model, tensors_of
+from wsm.formats import registry
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 1, "prefetch_distance": 1, "warmup_layers": 1}
@@ -160,7 +161,23 @@ def test_a_store_of_another_format_is_not_taken_for_the_files(run: Run, model: P
     assert run("pack", "--checkpoints", plain, "--weight-format", "int8", "--to", tmp_path / "s.wsm", *store)[0] == 0
     code, _, said = run("--checkpoints", model, *store, "--cache-dir", tmp_path, *SMALL)
     assert code == 2
-    assert "holds the weights in int8, the checkpoint is quantised in q4_K+q6_K: give the checkpoint that was" in said
+    assert "was made of an unquantised checkpoint, and this one is quantised in q4_K+q6_K: give the checkpoint" in said
+    assert run("pack", "--checkpoints", model, "--to", tmp_path / "s.wsm", *store, "--yes")[0] == 0
+    code, _, said = run("--checkpoints", plain, *store, "--cache-dir", tmp_path, *SMALL)
+    assert code == 2
+    assert "was made of a checkpoint that is quantised in q4_K+q6_K, and this one is not quantised" in said
+
+
+def test_a_model_in_every_block_type_is_packed_and_read_back(tmp_path: Path) -> None:
+    tensors, kinds = random_tensors(), dict[str, str]()
+    for number, name in enumerate(name for name, tensor in tensors.items() if tensor.dim() == 2):
+        kinds[name] = registry.BLOCK_TYPES[number % len(registry.BLOCK_TYPES)]
+    home = tmp_path / ("long" * 50)
+    home.mkdir()
+    path = write_gguf(home / f"{'long' * 60}.gguf", tensors, CONFIG, lambda name: kinds.get(name, "F32"))
+    mixed, full = (answer_of(path, mode, tmp_path) for mode in ("mixed", "full"))
+    assert mixed[0] == full[0]
+    assert torch.equal(mixed[1], full[1])
 
 
 def test_ranks_that_would_part_blocks_are_refused_with_those_that_do_not(run: Run, model: Path, tmp_path: Path) -> None:
@@ -172,6 +189,23 @@ def test_ranks_that_would_part_blocks_are_refused_with_those_that_do_not(run: Ru
     assert "blocks of 256 weights" in said
     assert "--nproc-per-node 1" in said
     assert not (tmp_path / "s").exists()
+
+
+def test_calibration_and_a_quality_against_itself_are_named(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abc " * 40)
+    store = ["--to", tmp_path / "s.wsm", "--manifest", tmp_path / "s.json", "--cache-dir", tmp_path]
+    code, _, said = run("pack", "--checkpoints", model, "--calibrate", tmp_path / "t.txt", *store)
+    assert code == 2
+    assert "--calibrate has no use for tiny, which is quantised already, in q4_K+q6_K, and packed as it is" in said
+    assert not (tmp_path / "s.wsm").exists()
+    read = ["quality", "--checkpoints", model, "--text", tmp_path / "t.txt", "--window", 16, "--windows", 1]
+    read += ["--cache-dir", tmp_path, "--device", "cpu"]
+    told = "the reference is this quantised model itself: --reference names the unquantised one"
+    code, said, _ = run(*read)
+    assert (code, told in said) == (0, True)
+    plain = write_gguf(tmp_path / "plain.gguf", random_tensors(), CONFIG, lambda name: "F32")
+    code, said, _ = run(*read, "--reference", plain)
+    assert (code, told in said) == (0, False)
 
 
 def test_plan_names_the_mix_and_no_format_that_the_file_is_not_in(run: Run, model: Path, tmp_path: Path) -> None:

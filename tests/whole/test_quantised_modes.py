@@ -23,6 +23,7 @@ from tests.quantised import (
 )
 from tests.ranks import answers as ranks_answers
 from tests.ranks import started
+from tests.tiny import hf_directory, hf_model
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]
 PLACES: dict[str, Any] = {"gpu_cached_layers": 1, "cpu_cache_layers": 2, "prefetch_distance": 1, "warmup_layers": 1}
@@ -99,6 +100,26 @@ def test_another_description_of_the_same_codes_is_packed_anew(tmp_path: Path) ->
     second = answers(tmp_path / "model", "mixed", tmp_path / "cache")[1]
     assert not torch.equal(second, first)
     assert torch.equal(second, answers(tmp_path / "model", "full", tmp_path / "other")[1])
+
+
+def test_a_store_of_imported_codes_is_exact_also_without_the_checkpoint(tmp_path: Path) -> None:
+    quantised_directory(tmp_path / "model", METHODS["packed, asymmetric"])
+    store, out = ["--manifest", str(tmp_path / "s.json")], tmp_path / "r.json"
+    pack = ["pack", "--checkpoints", str(tmp_path / "model"), "--to", str(tmp_path / "s.wsm"), *store]
+    assert command_line([*pack, "--quiet"]) == 0
+    (tmp_path / "empty").mkdir()
+    for place in ("model", "empty"):
+        run = ["--checkpoints", str(tmp_path / place), *store, "--prompt-len", "4", "--max-new-tokens", "2"]
+        assert command_line([*run, "--device", "cpu", "--no-probe", "--out-json", str(out)]) == 0
+        weights = json.loads(out.read_text())["weights"]
+        assert (weights["weight_format"], weights["exact"]) == ("int4-g32", True)
+    # The same name, and not the same weights: these are encoded.
+    plain = hf_directory(tmp_path / "plain", hf_model())
+    pack[2] = str(plain)
+    assert command_line([*pack, "--weight-format", "int4-g32", "--yes", "--quiet"]) == 0
+    run = ["--checkpoints", str(plain), *store, "--prompt-len", "4", "--max-new-tokens", "2"]
+    assert command_line([*run, "--device", "cpu", "--no-probe", "--out-json", str(out)]) == 0
+    assert json.loads(out.read_text())["weights"]["exact"] is False
 
 
 def test_another_weight_format_beside_a_quantised_model_is_refused(

@@ -31,7 +31,7 @@ SAMPLES = 5
 
 
 class ProbeSizes(NamedTuple):
-    """How much work a sample is at most: in all some seconds (at most 5, undisturbed) on a GPU, little on the CPU.
+    """How much work a sample is at most: in all some seconds (at most 7, undisturbed) on a GPU, little on the CPU.
 
     The slowest links and drives give smaller samples, not longer probes.
     """

@@ -32,4 +32,4 @@ def get(name: str) -> WeightFormat:
             return found
     close = difflib.get_close_matches(name, ALL, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise UnusableInput(f"the weight format {name} is not known; there are {', '.join(ALL)}{hint}")
+    raise UnusableInput(f"the weight format {name:.60} is not known; there are {', '.join(ALL)}{hint}")

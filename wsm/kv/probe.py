@@ -29,22 +29,25 @@ def probe_kv_device(
     """``kv_write`` and ``kv_read``, while the link is busy between page-locked ``host`` and ``slot``.
 
     Random bytes are written, as many as a sample's time allows, and read back into the slots that the run reads into,
-    a request for each of them at a time. Afterwards the slots are zeros and the device is as if nothing was written.
-    ``anyone`` asks all ranks whether to measure again.
+    a request for each of them at a time. Afterwards the slots are zeros and the device is as if nothing was written;
+    not after a failure, when requests may be under way and the run ends. ``anyone`` asks all ranks whether to measure
+    again.
     """
     unit = disk.layout.block_bytes
-    size = min(LARGEST_REQUEST, disk.down.nbytes, disk.nbytes) // unit * unit
-    down, up = disk.down[:size], [slot.buffer[:size] for slot in disk.slots]
-    places = range(0, disk.nbytes - size + 1, size)
-    try:
-        down[: size // 8 * 8].view(torch.int64).random_()
-        with link_busy(device, host, slot, min(LARGEST_REQUEST, host.nbytes, slot.nbytes)):
-            kv_write, written = _rate(device, disk.device.write, [down], places, anyone)
-            kv_read, _ = _rate(device, disk.device.read, up, places[:written], anyone)
-    finally:
-        for buffer in (down, *up):
-            buffer.zero_()  # what a mask hides must be finite
-        disk.device.forget()
+    down = disk.down[: min(LARGEST_REQUEST, disk.down.nbytes, disk.nbytes) // unit * unit]
+    down[: down.nbytes // 8 * 8].view(torch.int64).random_()
+    with link_busy(device, host, slot, min(LARGEST_REQUEST, host.nbytes, slot.nbytes)):
+        began = time.perf_counter()
+        stop.result(disk.device.write([(0, down)]))
+        # A slow drive gets smaller requests, not a longer probe.
+        share = min(1.0, sizes_for(device).copy_s / max(time.perf_counter() - began, 1e-9))
+        size = max(1, int(share * down.nbytes) // unit) * unit
+        places, up = range(0, disk.nbytes - size + 1, size), [slot.buffer[:size] for slot in disk.slots]
+        kv_write, written = _rate(device, disk.device.write, [down[:size]], places, anyone)
+        kv_read, _ = _rate(device, disk.device.read, up, places[:written], anyone)
+    for buffer in (down, *up):
+        buffer.zero_()  # what a mask hides must be finite
+    disk.device.forget()
     return {"kv_read": kv_read, "kv_write": kv_write}
 
 
@@ -72,10 +75,11 @@ def _rate(
             stop.result(last)
         return time.perf_counter() - began
 
-    seconds(1)  # the first of all is slower
+    seconds(1)  # the first of each way is slower
     count = max(1, min(MOST_REQUESTS, int(sizes_for(device).copy_s / max(seconds(1), 1e-9))))
 
     def measure(times: int) -> Ceiling:
+        times = min(times, 2)
         rates = [times * count * size / seconds(times * count) / 1e6 for _ in range(SAMPLES)]
         how = f"{times * count} x {size / 2**20:.3g} MiB, {len(buffers)} at a time, while H2D runs, {SAMPLES} samples"
         return ceiling_from(rates, "MBps", how)

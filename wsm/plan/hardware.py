@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
@@ -122,10 +122,32 @@ def tightest(mine: Hardware, all_ranks: Sequence[Hardware]) -> Hardware:
     )
 
 
-def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> None:
-    """Make torch fail beyond ``allowed_bytes``: a large GPU stands in for a small one."""
-    if device.type == "cuda" and allowed_bytes is not None:
-        import torch
+_limits: dict[str, dict[object, float]] = {}
+"""By device: the fractions of it that are allowed, what was before them first; the last one counts."""
 
-        _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (allowed_bytes - context_bytes) / total)), device)
+
+def limit_device_memory(device: torch.device, allowed_bytes: int | None, context_bytes: int) -> Callable[[], None]:
+    """Make torch fail beyond ``allowed_bytes``: a large GPU stands in for a small one.
+
+    What is returned lifts the limit, once: then the last one counts of those that are left, in whatever order they go.
+    """
+    if device.type != "cuda" or allowed_bytes is None:
+        return lambda: None
+    import torch
+
+    set_fraction, mine, held = torch.cuda.set_per_process_memory_fraction, object(), _limits.setdefault(str(device), {})
+    if not held:
+        # Younger than the setter: where it is missing, torch's default is taken for what was before.
+        read = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+        held[None] = read(device)
+    _, total = torch.cuda.mem_get_info(device)
+    held[mine] = min(1.0, max(0.0, (allowed_bytes - context_bytes) / total))
+    set_fraction(held[mine], device)
+
+    def lift() -> None:
+        if held.pop(mine, None) is not None:
+            set_fraction([*held.values()][-1], device)
+            if len(held) == 1:
+                held.clear()
+
+    return lift

@@ -159,7 +159,7 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
 
     A pass is bound by the SSD or by the link, and both carry fewer bytes the more layers are resident, on the GPU above
     all; but a layer there may drive out as many bytes of KV. The embedding moves to CPU memory where that lets a pass
-    move fewer bytes: first from the SSD, then over the link. The mode stays as it is: ``full`` and ``preload`` have
+    move fewer bytes: first from the drives, then over the link. The mode stays as it is: ``full`` and ``preload`` have
     nothing to choose. Where nothing fits, it is the smallest choice, for the advice to explain.
     """
     if inputs.settings.mode not in _PAGED:
@@ -173,9 +173,11 @@ _KV_COSTS = 1.05
 
 
 def _moved(plan: Plan) -> tuple[bool, int, int]:
-    """What ``--auto`` keeps small: bytes of a pass from the SSD, then over the link; what fits comes first."""
+    """What ``--auto`` keeps small: bytes of a pass from the drive that gives more, then over the link; what fits comes
+    first. The store and ``--kv-device`` are read side by side, and either is far slower than the link."""
     moved = plan.bytes_per_pass
-    return not plan.fits, moved["ssd_read"], moved["weight_h2d"] + int(moved["kv_h2d"] * _KV_COSTS)
+    drives = max(moved["ssd_read"], moved["kv_read"])
+    return not plan.fits, drives, moved["weight_h2d"] + int(moved["kv_h2d"] * _KV_COSTS)
 
 
 def _most_layers(inputs: PlanInputs) -> Plan:
@@ -205,11 +207,16 @@ def _with_kv(good: Good) -> Good:
 
 
 def _most_in_cpu(plan: Plan, layers: int) -> Plan:
-    """The same with as many layers in CPU memory as fit."""
+    """The same with as many layers in CPU memory as fit, or as many as make the drives' reads shortest."""
     if plan.inputs.settings.mode == "stream":
         return plan
     in_cpu = range(1, max(1, layers - plan.inputs.settings.gpu_cached_layers) + 1)
-    return largest(CPU_LAYERS, plan.inputs, in_cpu, lambda plan: plan.fits) or plan
+    found = largest(CPU_LAYERS, plan.inputs, in_cpu, lambda plan: plan.fits) or plan
+    if not found.kv.disk:
+        return found
+    # Then a layer more in CPU memory drives as many bytes of KV to the device.
+    fewer = (make_plan(CPU_LAYERS.at(plan.inputs, count)) for count in reversed(in_cpu))
+    return min(found, *fewer, key=_moved)
 
 
 def auto_flags(plan: Plan) -> list[str]:

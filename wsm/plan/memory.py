@@ -20,6 +20,8 @@ WORKSPACE_BYTES = 64 * MIB
 """What cuBLAS and the attention kernels keep for themselves in torch's allocator."""
 NODE_SPLITS = 16
 """Of a row's KV blocks (``llama.nodes.kernels``): enough programs for a few nodes, little to add up for many."""
+DECODE_KEYS, DECODE_SPLITS = 64, 64
+"""Of one query a row (``llama.fused.launch``): keys that are read at once, and splits of a row's keys at most."""
 SAMPLED_AT_ONCE = 16
 """Rows that are sampled together (``llama.sampling``)."""
 SORTED_BYTES, SCRATCH_BYTES = 54, 16
@@ -105,19 +107,43 @@ def activation_bytes(inputs: PlanInputs, portions: Portions) -> int:
     each = SORTED_BYTES + (SCRATCH_BYTES if inputs.hardware.has_gpu else 0)
     sampling = logits + min(rows, SAMPLED_AT_ONCE) * config.vocab_size * each
     computing = chunk_bytes(config, chunk, itemsize) + _attention_extra(inputs, portions, chunk) + logits
-    return kept + max(computing, head, sampling)
+    decoding = chunk_bytes(config, min(chunk, rows), itemsize) + _decode_extra(inputs, portions) + logits
+    return kept + max(computing, decoding, head, sampling)
 
 
 def _attention_extra(inputs: PlanInputs, portions: Portions, chunk: int) -> int:
     """What attention needs besides its inputs and output, where the kernel is not flash attention alone."""
     itemsize, longest = inputs.dtype.itemsize, inputs.shape.prompt_tokens
-    # The mask of a decode pass, and the comparison that it is made from.
-    padding = inputs.shape.batch * inputs.kv_tokens * (1 + 2 * itemsize) + _node_bytes(inputs)
+    padding = _mask_bytes(inputs) + _node_bytes(inputs)
     if inputs.hardware.has_gpu:
         repeated = 2 * inputs.config.n_heads * inputs.config.head_dim * longest * itemsize if itemsize == 4 else 0
         return max(padding, repeated)
     goes_on = portions.wave_tokens(inputs) > chunk  # a row may be cut: its later part needs a mask of its own
     return max(padding, 12 * min(chunk, longest) * longest if goes_on else 0)
+
+
+def _mask_bytes(inputs: PlanInputs) -> int:
+    """The mask of a decode pass, and the comparison that it is made from."""
+    return inputs.shape.batch * inputs.kv_tokens * (1 + 2 * inputs.dtype.itemsize)
+
+
+def _decode_extra(inputs: PlanInputs, portions: Portions) -> int:
+    """What attention of one query a row needs, where that is what a decode pass does."""
+    config = inputs.config
+    if not inputs.hardware.has_gpu or inputs.dtype.itemsize != 2 or inputs.verify_rows > 1:
+        return _mask_bytes(inputs)
+    rows = min(portions.chunk_tokens, portions.stretch_rows)
+    return _mask_bytes(inputs) + decode_split_bytes(
+        rows, config.n_heads, config.n_kv_heads, config.head_dim, inputs.kv_tokens
+    )
+
+
+def decode_split_bytes(rows: int, n_heads: int, n_kv_heads: int, head_dim: int, tokens: int) -> int:
+    """At most: each split of up to so many ``tokens`` leaves its sums of values, its largest score and its sum of
+    weights, in float32 and of at least 16 query heads a KV head."""
+    splits = min(-(-tokens // DECODE_KEYS), DECODE_SPLITS)
+    shared, cols = (max(16, 1 << (n - 1).bit_length()) for n in (n_heads // n_kv_heads, head_dim))
+    return rows * n_kv_heads * splits * shared * (cols + 2) * 4 if splits > 1 else 0
 
 
 def _node_bytes(inputs: PlanInputs) -> int:
@@ -171,6 +197,7 @@ def gpu_lines(
         return lines
     if placement.mode in ("full", "preload"):
         graphs = chunk_bytes(inputs.config, inputs.shape.batch, inputs.dtype.itemsize) + converted
+        graphs += _decode_extra(inputs, portions)
         lines.append(MemoryLine(MemoryKind.GRAPHS, "decode graphs", graphs))
     slack = _rounding(held, placement) + activations // 8 + 32 * MIB
     return [

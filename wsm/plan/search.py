@@ -26,11 +26,26 @@ from wsm.plan.levers import (
     largest,
 )
 from wsm.plan.plan import Plan, make_plan
-from wsm.plan.time import Ceiling, row_ms
+from wsm.plan.time import ONE_SLOT, Ceiling, lasting, least_ms, pass_work, passes_of
 
 _OTHER_MODES = {"full": ("stream", "mixed"), "preload": ("stream", "mixed"), "stream": ("mixed",), "mixed": ()}
 _ALIKE_MS = 1.001
 """Times this near each other are the same: then the plan with fewer changes is better."""
+_TYPICAL = {"ssd": 5e3, "kv_read": 5e3, "kv_write": 3e3, "h2d": 25e3, "d2h": 25e3, "hbm": 1e6, "matmul": 100.0}
+"""Of a card on PCIe 4 and a good drive: they only order plans while the machine's own rates are not known."""
+
+
+def row_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> float:
+    """What a row of the run takes at least: to choose between plans, of other batches too, by known or typical rates.
+
+    A pass is shared by the rows of a wave in the prefill, and by all rows in the decode.
+    """
+    rates = _TYPICAL | {name: ceiling.median for name, ceiling in lasting(ceilings).items()}
+    factor = ONE_SLOT if plan.placement.gpu_slots == 1 else 1.0
+    rows = {"prefill": min(plan.wave_rows, plan.shape.batch), "decode": plan.shape.batch}
+    count = {"prefill": 1, "decode": passes_of(plan)["decode"]}
+    work = pass_work(plan)
+    return factor * sum(count[phase] * least_ms(work[phase], rates) / rows[phase] for phase in rows)
 
 
 def smallest_change(

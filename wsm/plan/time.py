@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from wsm.layout.groups import KINDS
 from wsm.layout.model import ModelShape
@@ -67,7 +67,7 @@ class Floor(NamedTuple):
     passes: int
 
 
-_BOUNDS: tuple[Bound, ...] = ("ssd", "h2d", "d2h", "hbm", "compute", "weight_decode", "kv_read", "kv_write")
+_BOUNDS: tuple[Bound, ...] = get_args(Bound)
 """The resources, in the order of :class:`Work`."""
 
 
@@ -147,7 +147,7 @@ def pass_work(plan: Plan) -> dict[str, Work]:
     config, shape, moved = plan.inputs.config, plan.shape, plan.bytes_per_pass
     rows, itemsize = {shape.prefill_tokens / shape.batch: shape.batch}, plan.bytes_a_weight
     nodes = plan.inputs.verify_rows
-    passes = {phase: max(1, count) for phase, count in _passes(plan).items()}
+    passes = {phase: max(1, count) for phase, count in passes_of(plan).items()}
     of_phase = {
         "prefill": prefill_work(config, rows, passes["prefill"], itemsize),
         "decode": decode_work(config, rows, passes["decode"], itemsize, plan.inputs.kv_token_bytes, nodes),
@@ -172,7 +172,8 @@ def pass_work(plan: Plan) -> dict[str, Work]:
     }
 
 
-def _passes(plan: Plan) -> dict[str, int]:
+def passes_of(plan: Plan) -> dict[str, int]:
+    """Of each phase."""
     return {"prefill": plan.waves, "decode": max(0, plan.shape.new_tokens - 1)}
 
 
@@ -183,7 +184,7 @@ def predicted_floor(plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Floo
         parts = {bound: ms for bound, ms in parts_ms(work, ceilings).items() if ms is not None}
         if parts:
             bound = max(parts, key=lambda part: parts[part])
-            floors[phase] = Floor(parts[bound], bound, parts, _passes(plan)[phase])
+            floors[phase] = Floor(parts[bound], bound, parts, passes_of(plan)[phase])
     return floors
 
 
@@ -216,7 +217,7 @@ class Estimate(NamedTuple):
         return " to ".join(f"{1e3 * amount / ms:.4g}" for ms in ends)
 
 
-_ONE_SLOT = 1.07
+ONE_SLOT = 1.07
 """With one slot a kind a group is copied once the last one is computed: 1.06 and 1.08 were measured (docs/LOG.md)."""
 
 
@@ -232,16 +233,27 @@ def predict(work: Work, ceilings: Mapping[str, Ceiling], gpu_slots: int) -> Esti
     one decides; while the SSD is read, the link has only its rate beside it. None where no weights are streamed, or
     where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
     """
-    needed = {"h2d": work.h2d_bytes, "ssd": work.ssd_bytes, "kv_read": work.kv_read_bytes}
+    needed = {
+        "h2d": work.h2d_bytes,
+        "ssd": work.ssd_bytes,
+        "kv_read": work.kv_read_bytes,
+        "kv_write": work.kv_write_bytes,
+    }
     if not work.h2d_bytes or any(nbytes and rate not in ceilings for rate, nbytes in needed.items()):
         return None
+    ceilings = lasting(ceilings)
     medians = {name: ceiling.median for name, ceiling in ceilings.items()}
     if _on_gpu_ms(work, medians) > _streaming_ms(work, medians):
         return None
     best = {name: ceiling.value for name, ceiling in ceilings.items()}
     slowest = {name: ceiling.lowest for name, ceiling in ceilings.items()}
-    factor = _ONE_SLOT if gpu_slots == 1 else 1.0
+    factor = ONE_SLOT if gpu_slots == 1 else 1.0
     return Estimate(*(factor * least_ms(work, rates) for rates in (medians, best, slowest)))
+
+
+def lasting(ceilings: Mapping[str, Ceiling]) -> dict[str, Ceiling]:
+    """Without what a card does in its first half second alone: a steady pass comes after many others."""
+    return {name: ceiling for name, ceiling in ceilings.items() if name != "matmul_burst"}
 
 
 def least_ms(work: Work, rates: Mapping[str, float]) -> float:
@@ -305,20 +317,3 @@ def floor_estimate(plan: Plan, ceilings: Mapping[str, Ceiling]) -> dict[str, Est
     for phase, floor in best.items():
         found[phase] = Estimate(floor.ms, floor.ms, slowest[phase].ms)
     return found
-
-
-_TYPICAL = {"ssd": 5e3, "kv_read": 5e3, "kv_write": 3e3, "h2d": 25e3, "d2h": 25e3, "hbm": 1e6, "matmul": 100.0}
-"""Of a card on PCIe 4 and a good drive: they only order plans while the machine's own rates are not known."""
-
-
-def row_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> float:
-    """What a row of the run takes at least: to choose between plans, of other batches too, by known or typical rates.
-
-    A pass is shared by the rows of a wave in the prefill, and by all rows in the decode.
-    """
-    rates = _TYPICAL | {name: ceiling.median for name, ceiling in ceilings.items()}
-    factor = _ONE_SLOT if plan.placement.gpu_slots == 1 else 1.0
-    rows = {"prefill": min(plan.wave_rows, plan.shape.batch), "decode": plan.shape.batch}
-    count = {"prefill": 1, "decode": _passes(plan)["decode"]}
-    work = pass_work(plan)
-    return factor * sum(count[phase] * least_ms(work[phase], rates) / rows[phase] for phase in rows)

@@ -23,6 +23,9 @@ from wsm.store.manifest import read_manifest
 from wsm.store.pack import PackRequest, Progress, pack
 from wsm.store.packed_store import PackedStore
 
+_SHOWN = 64
+"""Characters of a model's and of a mix's name in a file's, which has room for 255; the digest knows all of them."""
+
 
 def store_path(
     checkpoint: TensorSource,
@@ -41,9 +44,9 @@ def store_path(
     content = [VERSION, DTYPE_NAMES[dtype], checkpoint.config.to_json(), files, *([tp] if tp > 1 else [])]
     form = ""
     if weight_format is not None:
-        content, form = [*content, FORMATTED, weight_format.name], f"{weight_format.name}-"
+        content, form = [*content, FORMATTED, weight_format.name], f"{weight_format.name[:_SHOWN]}-"
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name)
+    name = "".join(c if c.isalnum() or c in "-._" else "_" for c in checkpoint.config.name[:_SHOWN])
     return cache_dir / f"{name}-{DTYPE_NAMES[dtype]}-{form}{f'tp{tp}-' if tp > 1 else ''}{digest}.wsm"
 
 

@@ -69,7 +69,7 @@ class StoreDescription:
     """A manifest, read and checked: what ``shard`` of it holds. ``config`` is the whole model's.
 
     ``content`` is a digest of what was packed, the same wherever it was packed to; ``weight_format`` is None where all
-    lies there in its dtype.
+    lies there in its dtype, ``native`` is whether it is what the checkpoint itself was quantised in.
     """
 
     version: int
@@ -83,6 +83,7 @@ class StoreDescription:
     shard: Shard = WHOLE
     content: str | None = None
     weight_format: str | None = None
+    native: bool = False
 
     @property
     def nbytes(self) -> int:

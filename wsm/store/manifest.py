@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from wsm.disk.files import read_json
 from wsm.errors import UnusableInput
+from wsm.formats.mix import Mix
 from wsm.layout.groups import BLOCK, KINDS, GroupId
 from wsm.layout.model import ReadShape, Shard, SourceFile, TensorSource
 from wsm.store.description import DTYPE_NAMES, DTYPES, Name, StoreDescription, StoredGroup, typed
@@ -70,6 +71,7 @@ def new_manifest(
         **({"tp": plan.tp} if plan.tp > 1 else {}),
         "dtype": DTYPE_NAMES[plan.dtype],
         **({"weight_format": plan.weight_format.name} if plan.weight_format is not None else {}),
+        **({"native": True} if isinstance(plan.weight_format, Mix) else {}),
         "model": plan.config.to_json(),
         "source": msgspec.to_builtins(sources),
         "globals": entries[0],

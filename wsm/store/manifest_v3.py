@@ -45,6 +45,8 @@ Block = Annotated[int, Meta(ge=BLOCK, multiple_of=BLOCK)]
 Size = Annotated[int, Meta(ge=1)]
 Known = Annotated[str, Meta(max_length=32)]
 """What a list has: long enough for its names, short enough to be shown."""
+MixName = Annotated[str, Meta(max_length=1024)]
+"""The formats of a mix: of all that there are the names are shorter."""
 Shape = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=2)]
 
 
@@ -87,12 +89,13 @@ class _Manifest(msgspec.Struct):
     targets: Annotated[tuple[Name, ...], Meta(min_length=1)]
     block_size: int
     dtype: Known
-    weight_format: Known
+    weight_format: MixName
     model: dict[str, Any]
     source: tuple[SourceFile, ...]
     globals: _Group
     groups: list[_Group]
     tp: Annotated[int, Meta(ge=1)] = 1
+    native: bool = False
 
 
 # -- writing
@@ -153,6 +156,8 @@ def describe_v3(
         formats = formats_named(manifest.weight_format)
     except UnusableInput as error:
         raise UnusableInput(f"{said}: field weight_format: {error}") from error
+    if len(formats) > 1 and not manifest.native:
+        raise UnusableInput(f"{said}: field weight_format: only a quantised checkpoint's own are several; {AGAIN}")
     try:
         config = read_shape(manifest.model)
     except UnusableInput as error:
@@ -176,6 +181,7 @@ def describe_v3(
         shard=Shard(rank, manifest.tp),
         content=digest_of(content, ("targets", "store_id", "created")),
         weight_format=manifest.weight_format,
+        native=manifest.native,
     )
 
 

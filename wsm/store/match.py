@@ -17,7 +17,8 @@ HEAD_BYTES = 4096
 class Asked(NamedTuple):
     """What a run asks of a store; a ``dtype`` of None is any, ``plain`` is no weight format at all, ``auto`` any.
 
-    ``brought``: the formats of a checkpoint that is quantised already.
+    ``brought``: the formats of a checkpoint that is quantised already, ``plain`` of one that is not, None of one whose
+    weights are not there.
     """
 
     config: ModelShape
@@ -55,11 +56,12 @@ def check_suits(description: StoreDescription, asked: Asked, model_flags: str) -
             f"{pack} --dtype {DTYPE_NAMES[dtype]} --to TARGET --manifest FILE"
         )
     held = description.weight_format or PLAIN
-    if brought not in (None, held):
+    if brought not in (None, held if description.native else PLAIN):
+        made = f"a checkpoint that is quantised in {held}" if description.native else "an unquantised checkpoint"
+        this = "not quantised" if brought == PLAIN else f"quantised in {brought}"
         raise UnusableInput(
-            f"the store of {description.path} holds the weights in "
-            f"{DTYPE_FORMATS[description.dtype] if held == PLAIN else held}, the checkpoint is quantised in {brought}: "
-            f"give the checkpoint that was packed, or pack this one: {pack} --to TARGET --manifest FILE"
+            f"the store of {description.path} was made of {made}, and this one is {this}: give the checkpoint that was "
+            f"packed, or pack this one: {pack} --to TARGET --manifest FILE"
         )
     if weight_format not in ("auto", held):
         flag = DTYPE_FORMATS[description.dtype] if weight_format == PLAIN else weight_format

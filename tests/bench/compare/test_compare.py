@@ -349,3 +349,14 @@ def test_make_bench_runs_as_many_rounds_as_a_verdict_needs_and_fails_where_outpu
     recipe = makefile.partition("\nbench:")[2].partition("\ntest:")[0]
     assert "--repeats $(ROUNDS) " in recipe
     assert "bench_infer.py compare --equal-outputs " in recipe
+
+
+def test_floors_of_two_kinds_of_matmul_are_not_held_against_each_other(side: Callable[..., Side]) -> None:
+    rate = {"value": 700.0, "median": 690.0, "unit": "TFLOPs", "spread_pct": 1.0, "how": ""}
+    changes: dict[str, Any] = {"phases__prefill__bound_by": "compute", "phases__decode__bound_by": "h2d"}
+    older = side("older", BASE, **changes)
+    newer = side("newer", BASE, **changes, ceilings__matmul_burst=rate)
+    [(said, names)] = [(w, n) for w, n in compare([older, newer]).warnings.items() if "matmul" in w]
+    assert said.startswith("its prefill floor counts arithmetic")
+    assert names == ["newer"]
+    assert not [warning for warning in compare([newer, newer]).warnings if "matmul" in warning]

@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from bench.run import signals
+from bench.run.job import Job
+from llama.parallel.watch import Ending
 from wsm import stop
+from wsm.settings import Ranks
 from wsm.stop import Stopped
 
 
@@ -68,3 +73,17 @@ def test_a_second_ctrl_c_after_a_while_ends_a_command_that_is_stuck() -> None:
         "    import time; time.sleep(0.1)\n    print('stuck', flush=True)\n    signal.raise_signal(signal.SIGINT)\n"
     )
     assert (code, err) == (130, "bench_infer.py: ended at once, after the second signal\n")
+
+
+def test_a_rank_whose_capture_failed_with_a_collective_waits_to_hear_who_is_to_blame() -> None:
+    """torch says on the way out that the capture is invalid; the rank that failed may be heard of a second later."""
+    from llama.parallel.ranks import CollectiveBroken
+
+    late = Ending(1, "here", "out of memory", 3)
+    job = Job(Ranks(rank=0, size=2))
+    watch = SimpleNamespace(wait_for_failure=lambda seconds: late, failure=None)
+    job._joined = cast(Any, SimpleNamespace(watch=watch))
+    invalid = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    invalid.__context__ = CollectiveBroken("a collective failed: NCCL communicator was aborted")
+    assert job._cause(invalid) == late
+    assert job._cause(RuntimeError("a fault of our own")) is None

@@ -422,7 +422,7 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
     "AWQ of old": (lambda d: (d / "quant_config.json").write_text("{}"), "quant_config.json: field bits is missing"),
     "quantised without a word": (
         lambda d: change_tensors(d, lambda t: t.update({Q0.replace("weight", "qweight"): torch.zeros(2)})),
-        "q_proj.qweight belongs to a quantised model, but no quantization_config",
+        "q_proj.qweight belongs to a quantised model, but quantization_config in config.json is missing",
     ),
     "quantised otherwise": (
         lambda d: change_json(d / "config.json", quantization_config={"quant_method": "bitsandbytes", "bits": 4}),

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from llama.checkpoint import GGUFCheckpoint, open_checkpoint
 from llama.checkpoint.gguf import gguf_name
+from llama.checkpoint.gguf_file import NAMES, SIZES
 from llama.config import PRESETS
 from llama.llm import LLaMA
 from llama.model import rotary_table
@@ -150,9 +151,24 @@ def test_linear_scaling_is_read_in_both_spellings(tmp_path: Path) -> None:
     for fields in (
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
         {"llama.rope.scale_linear": 4.0},
+        {"llama.rope.scaling.factor": 4.0},  # llama.cpp: linear, where no type is named
     ):
         path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields=fields)
         assert open_checkpoint(path).config.rope_scaling == RopeScaling("linear", 4.0)
+    fields = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}
+    path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields=fields)
+    assert open_checkpoint(path).config.rope_scaling is None
+
+
+def test_factors_that_change_nothing_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    fields = {
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.logit_scale": 1.0,
+        "llama.expert_count": 0,
+        "llama.use_parallel_residual": False,
+    }
+    path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields=fields)
+    assert open_checkpoint(path).warnings == ()
 
 
 def test_what_the_metadata_leaves_out_is_taken_from_the_tensors(tmp_path: Path) -> None:
@@ -208,6 +224,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_does_not_run_here_is_refused_by_name(what: str, tmp_path: Path) -> None:
     given, said = REFUSED[what]
     assert said in refusal(write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, **given))
+
+
+def test_names_and_sizes_of_types_are_those_of_the_gguf_package() -> None:
+    numbers = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+    assert {number: name for number, name in enumerate(NAMES) if number in numbers} == {
+        number: name for number, name in numbers.items() if number < len(NAMES)
+    }
+    sizes = {kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for kind in SIZES}
+    assert sizes == SIZES
+
+
+def test_types_that_ggml_has_not_yet_are_refused_by_number(tiny: Path, tmp_path: Path) -> None:
+    content, name = bytearray(tiny.read_bytes()), b"blk.1.attn_output.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8
+    assert content[at] == gguf.GGMLQuantizationType.Q4_K
+    for number, said in ((99, "number 99"), (4, "Q4_2"), (2**32 - 1, "number 4294967295")):
+        content[at : at + 4] = number.to_bytes(4, "little")
+        (tmp_path / "m.gguf").write_bytes(content)
+        assert f"blk.1.attn_output.weight is of type {said}, which does not run here; F32," in refusal(
+            tmp_path / "m.gguf"
+        )
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q8_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "F64", "I8"])

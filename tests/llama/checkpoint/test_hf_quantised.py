@@ -256,6 +256,15 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
         _int() | {"config_groups": {"a": {"targets": ["re:("], "weights": {"num_bits": 4}}}},
         "the target '(' is no pattern",
     ),
+    "a pattern of many choices": (
+        _int() | {"config_groups": {"a": {"targets": ["re:" + "(a|.)" * 30 + "!"], "weights": {"num_bits": 4}}}},
+        "repeats too much",
+    ),
+    "many patterns": (
+        _int() | {"config_groups": {"a": {"targets": ["re:.*x"] * 99, "weights": {"num_bits": 4}}}},
+        "field targets has 99 patterns, more than 32",
+    ),
+    "many groups": (_int() | {"config_groups": {str(n): {} for n in range(99)}}, "has 99 groups, more than 32"),
     "an endless pattern": (
         _int() | {"config_groups": {"a": {"targets": ["re:(.+)+x"], "weights": {"num_bits": 4}}}},
         "repeats too much",

@@ -17,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from llama.fused import kernels, launch, ops
+from wsm.plan.memory import decode_split_bytes
 
 LEAST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory that a program may have, by compute capability."""
@@ -48,9 +49,10 @@ def compile_for(capability: int) -> None:
         made("rotary_kernel", 4, to, DIM=128 if written else 96, PAIRS=64, HEADS=launch.HEADS_AT_ONCE, WRITE=written)
         made("gate_kernel", 4, to, TILE=launch.GATE_TILE, LIBRARY=True)
         made("norm_kernel", 16, to, COLS=16384 if written else 64)
-    for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64)):
-        shared = {"SHARED": 16, "REP": rep, "DIM": dim, "COLS": 128 if dim > 64 else 64}
-        made("attention_kernel", 4, "*bf16", BLOCK=launch.KEYS, WIDTH=width, SPLIT=width == 64, **shared)
+    for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64), (20, 256, 64)):
+        cols = int(triton.next_power_of_2(dim))
+        shared = {"SHARED": 32 if rep > 16 else 16, "REP": rep, "DIM": dim, "COLS": cols}
+        made("attention_kernel", 4, "*bf16", BLOCK=launch.DECODE_KEYS, WIDTH=width, SPLIT=width == 64, **shared)
 
 
 def random(*shape: int) -> Tensor:
@@ -62,10 +64,14 @@ def interpret() -> None:
     rotate()
     gate()
     attend()
+    operands()
+    attend_within_its_plan()
 
 
 def norm() -> None:
-    """As torch's; the rows of ``x`` may lie apart."""
+    """As torch's; the rows of ``x`` may lie apart, but the model's have to be aligned alike."""
+    takes = {apart: launch.can_norm(random(3, 64 + apart)[:, :64]) for apart in (0, 3, 8)}
+    assert takes == {0: True, 3: False, 8: True}
     for n, dim in ((1, 64), (3, 576), (2, 7)):
         x, weight = random(n, dim + 3)[:, :dim], random(dim)
         found, expected = launch.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5)
@@ -74,7 +80,7 @@ def norm() -> None:
 
 def rotate() -> None:
     """Turned and written as torch does; values and everything beside them stay as they were."""
-    for n, n_heads, n_kv_heads, dim in ((3, 8, 2, 64), (1, 3, 3, 6), (2, 9, 3, 96)):
+    for n, n_heads, n_kv_heads, dim in ((3, 8, 2, 64), (1, 3, 3, 6), (2, 9, 3, 96), (2, 5, 1, 80)):
         heads = random(n, n_heads + 2 * n_kv_heads, dim)
         freqs_cis = torch.polar(torch.ones(n, 1, dim // 2), torch.rand(n, 1, dim // 2, generator=SEED) * 9)
         expected, rotated = heads.clone(), n_heads + n_kv_heads
@@ -98,7 +104,12 @@ def gate() -> None:
 
 def attend() -> None:
     """As a plain softmax; a row's bits depend neither on other rows nor on how many hidden keys follow."""
-    for n, n_heads, n_kv_heads, dim, tokens in ((2, 8, 2, 64, 100), (3, 4, 4, 128, 64), (2, 6, 2, 96, 330)):
+    for n, n_heads, n_kv_heads, dim, tokens in (
+        (2, 8, 2, 64, 100),
+        (3, 4, 4, 128, 64),
+        (2, 20, 1, 80, 70),
+        (2, 6, 2, 96, 330),
+    ):
         q = random(n, n_heads + 5, dim)[:, :n_heads]
         window = random(n, n_kv_heads, tokens + 70, 2, dim)
         lengths = torch.tensor([tokens, 7, 1])[:n, None]
@@ -115,9 +126,34 @@ def attend() -> None:
         assert torch.equal(wider, found)
         alone = launch.attend_rows(q[1:2], keys[1:2], values[1:2], mask[1:2, ..., :tokens])
         assert torch.equal(alone[0], found[1])
-    with mock.patch.object(launch, "MOST_SPLITS", 2):  # some blocks a split
+    with mock.patch.object(launch, "DECODE_SPLITS", 2):  # some blocks a split
         again = launch.attend_rows(q, keys, values, mask[..., :tokens])
     assert (again.float() - expected.reshape(n, -1)).abs().max() < 4e-3
+
+
+def operands() -> None:
+    """Keys whose heads are not in one piece are left to torch."""
+    q, keys = random(2, 4, 64), random(2, 2, 30, 64)
+    assert launch.can_attend(q, keys, keys)
+    assert not launch.can_attend(q, *[random(2, 2, 64, 30).transpose(2, 3)] * 2)
+    assert not launch.can_attend(q.transpose(1, 2).contiguous().transpose(1, 2), keys, keys)
+
+
+def attend_within_its_plan() -> None:
+    """What the splits leave is what memory is planned for, to the byte where each split is of 64 keys."""
+    taken, new_empty = list[int](), Tensor.new_empty
+
+    def noted(like: Tensor, *shape: Any, **more: Any) -> Tensor:
+        found = new_empty(like, *shape, **more)
+        taken.append(found.nbytes)
+        return found
+
+    for n, n_heads, n_kv_heads, dim, tokens in ((2, 8, 2, 64, 128), (1, 20, 1, 24, 100), (1, 2, 2, 16, 64)):
+        q, (keys, values) = random(n, n_heads, dim), random(2, n, n_kv_heads, tokens, dim)
+        taken.clear()
+        with mock.patch.object(Tensor, "new_empty", noted):
+            out = launch.attend_rows(q, keys, values, torch.zeros(n, 1, 1, tokens).half())
+        assert sum(taken) == out.nbytes + decode_split_bytes(n, n_heads, n_kv_heads, dim, tokens)
 
 
 if __name__ == "__main__":

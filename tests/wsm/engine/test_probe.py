@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.run import ceilings
+from bench.run import ceilings, ceilings_file
 from bench.run.ceilings import recall_for, recall_near, remember
 from llama.opening import open_inputs
 from llama.options import BuildOptions
@@ -244,3 +244,14 @@ def test_ceilings_are_remembered_for_this_hardware_alone(tmp_path: Path, monkeyp
             machine.setattr(ceilings, name, other)
             assert recall_for(options, inputs) == {}
     assert recall_for(replace(options, staging_mb=32), inputs) == {}
+
+
+def test_ceilings_of_an_older_program_are_measured_anew(tmp_path: Path) -> None:
+    """Its ``matmul`` was measured from rest."""
+    file, found = tmp_path / "ceilings.json", {"matmul": Ceiling(768.0, 760.0, "TFLOPs", 2.0, "8192^3")}
+    ceilings_file.remember(file, "here", "a model", {"key": found})
+    assert ceilings_file.recall(file)["key"].ceilings == found
+    file.write_text(file.read_text().replace("ceilings 2", "ceilings 1"))
+    assert ceilings_file.recall(file) == {}
+    ceilings_file.remember(file, "here", "a model", {"key": {"hbm": found["matmul"]}})
+    assert set(ceilings_file.recall(file)["key"].ceilings) == {"hbm"}

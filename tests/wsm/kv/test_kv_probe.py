@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from tests.stores import aligned
+from wsm.disk.io_threads import Transfer
 from wsm.engine.device import Device
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import KVDeviceError
+from wsm.kv import probe
 from wsm.kv.disk import KVDisk
 from wsm.kv.probe import probe_kv_device
 from wsm.layout.kv import KVLayout, KVPlacement
@@ -49,3 +55,30 @@ def test_a_device_of_one_small_unit_is_measured_too(tmp_path: Path) -> None:
     with disk_of(KVLayout(1, 1, 1, 1, 256, 8), tmp_path / "kv") as disk:
         host = torch.zeros(1 << 20, dtype=torch.uint8)
         assert all(ceiling.value > 0 for ceiling in probe_kv_device(Device(), disk, host, host.clone()).values())
+
+
+def test_a_slow_device_gets_smaller_requests_and_no_longer_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the clock of a drive of 20 MB/s, which needs 0.8 s for what a slot holds."""
+    clock, lock = SimpleNamespace(perf_counter=lambda: moved[0] / 20e6), Lock()
+    moved = [0]
+
+    def slow(call: Transfer) -> Transfer:
+        def transfer(file: int, parts: Sequence[memoryview], offset: int) -> int:
+            done = call(file, parts, offset)
+            with lock:
+                moved[0] += done
+            return done
+
+        return transfer
+
+    monkeypatch.setattr(probe, "time", clock)
+    with disk_of(KVLayout(2, 4, 4, 4, 1024, 512), tmp_path / "kv") as disk:
+        monkeypatch.setattr(disk.device, "_pread", slow(os.preadv))
+        monkeypatch.setattr(disk.device, "_pwrite", slow(os.pwritev))
+        host = torch.zeros(1 << 20, dtype=torch.uint8)
+        found = probe_kv_device(Device(), disk, host, host.clone())
+        assert disk.layout.window_bytes == 16 << 20
+    assert [ceiling.value for ceiling in found.values()] == pytest.approx([20, 20])
+    assert clock.perf_counter() < 2.0

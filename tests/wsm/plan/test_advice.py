@@ -19,8 +19,8 @@ from wsm.plan.hardware import GIB, Hardware
 from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import changed_flags
 from wsm.plan.plan import Plan, make_plan
-from wsm.plan.search import least_memory, smallest_change
-from wsm.plan.time import Ceiling, row_ms
+from wsm.plan.search import least_memory, row_ms, smallest_change
+from wsm.plan.time import Ceiling
 from wsm.settings import MODES, Settings
 
 machines = st.builds(

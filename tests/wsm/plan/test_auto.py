@@ -130,3 +130,30 @@ def test_what_auto_decides_is_named_in_one_place() -> None:
     inputs = inputs_for(EIGHT_LAYERS, Settings())
     plan = make_plan(replace(inputs, settings=replace(inputs.settings, embedding="cpu")))
     assert {flag.split()[0].removeprefix("--").replace("-", "_") for flag in auto_flags(plan)} == CHOSEN
+
+
+SIXTEEN_LAYERS, WIDE = replace(H70B, n_layers=16), RunShape(128, 2016, 32, 128 * 2016)
+
+
+def with_kv_device(mode: str, gpu_gib: int, cpu_gib: int) -> Plan:
+    hardware = Hardware("cuda:0", 80 * GIB, gpu_gib * GIB, GIB // 2, cpu_gib * GIB)
+    settings = Settings(mode=mode)
+    inputs = inputs_for(SIXTEEN_LAYERS, settings, WIDE, hardware, topk_blk=8, kv_device="/kv")
+    return make_plan(choose_settings(inputs))
+
+
+def test_auto_streams_weights_over_the_link_before_it_has_kv_read_from_a_device() -> None:
+    """With all 16 layers on the GPU 6.1 GB of KV would come from the device in each pass."""
+    plan = with_kv_device("stream", 40, 14)
+    assert plan.fits
+    assert plan.bytes_per_pass["kv_read"] == 0
+    assert 0 < plan.inputs.settings.gpu_cached_layers < 16
+
+
+def test_auto_shares_cpu_memory_between_weights_and_kv_where_both_have_a_drive() -> None:
+    """With as many layers there as fit, 13.6 GB of KV would be read in each pass, and none of the store."""
+    plan = with_kv_device("mixed", 20, 20)
+    moved, layer = plan.bytes_per_pass, plan.inputs.slot_bytes()
+    assert plan.fits
+    assert abs(moved["ssd_read"] - moved["kv_read"]) < 2 * layer
+    assert max(moved["ssd_read"], moved["kv_read"]) < 9e9

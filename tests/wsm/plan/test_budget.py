@@ -12,12 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 from llama.config import ModelConfig
 from llama.generation import GenerationOptions, generate
 from llama.kv.cache import KVCache
+from llama.llm import LLaMA
 from llama.model import Transformer
 from llama.weights import TensorWeights
 from tests.plans import inputs_for
-from wsm.plan.hardware import GIB, CgroupMemory, Hardware, cgroup_memory, cpu_available
+from wsm.plan.hardware import GIB, CgroupMemory, Hardware, cgroup_memory, cpu_available, limit_device_memory
 from wsm.plan.inputs import RunShape
-from wsm.plan.memory import Portions, activation_bytes
+from wsm.plan.memory import MemoryKind, Portions, activation_bytes, decode_split_bytes, gpu_lines
+from wsm.plan.placement import place
+from wsm.settings import Settings
 
 
 def peak_bytes(config: ModelConfig, prompts: list[list[int]], chunk_tokens: int) -> int:
@@ -70,6 +73,20 @@ def test_activations_are_bounded_and_not_by_far(lengths: list[int], chunk_tokens
     assert peak <= bound <= 1.5 * peak + (1 << 20), (peak, bound)
 
 
+def test_what_the_splits_of_long_rows_leave_is_planned() -> None:
+    """128 rows that grow to 8 192 tokens from short prompts: attention leaves more than a chunk's activations take."""
+    config = ModelConfig("m", 512, 2, 8, 2, 64, 1536, 500)
+    short, long = (RunShape(128, 8, new_tokens, 128 * 8) for new_tokens in (8, 8184))
+    portions = Portions(1024, 128, 128)
+    bounds = [activation_bytes(inputs_for(config, shape=shape), portions) for shape in (short, long)]
+    splits = 128 * 2 * 64 * 16 * (64 + 2) * 4
+    assert decode_split_bytes(128, 8, 2, 64, 8192) == splits
+    assert bounds[0] < splits < bounds[1]
+    inputs = inputs_for(config, Settings(mode="full"), long)
+    lines = gpu_lines(inputs, place(2, inputs.settings), portions)
+    assert sum(line.nbytes for line in lines if line.kind == MemoryKind.GRAPHS) > splits
+
+
 # -- limits of this machine
 
 
@@ -106,3 +123,54 @@ def test_cpu_budget_leaves_4_gib_or_5_percent() -> None:
     assert cpu_available(400 * GIB, 500 * GIB, None) == 375 * GIB
     assert cpu_available(400 * GIB, 500 * GIB, CgroupMemory(64 * GIB, 50 * GIB)) == 46 * GIB
     assert cpu_available(GIB, 2 * GIB, None) == 0
+
+
+@pytest.fixture
+def fraction(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The only element: what a fake GPU of 80 GiB lets this process take."""
+    allowed = [0.9]
+    cuda = {
+        "mem_get_info": lambda device: (1, 80 * GIB),
+        "get_per_process_memory_fraction": lambda device: allowed[0],
+        "set_per_process_memory_fraction": lambda fraction, device: allowed.__setitem__(0, fraction),
+    }
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return allowed
+
+
+def test_a_lifted_limit_leaves_what_was_before(fraction: list[float]) -> None:
+    lift = limit_device_memory(torch.device("cuda", 0), 21 * GIB, GIB)
+    assert fraction == [0.25]
+    lift()
+    assert fraction == [0.9]
+    fraction[0] = 0.8  # the user's own, since then
+    lift()
+    assert fraction == [0.8]
+    limit_device_memory(torch.device("cuda", 0), None, GIB)()
+    assert fraction == [0.8]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_limits_the_one_that_is_left_counts(first: int, fraction: list[float]) -> None:
+    lifts = [limit_device_memory(torch.device("cuda", 0), n * GIB, GIB) for n in (21, 41)]
+    assert fraction == [0.5]
+    lifts[first]()
+    assert fraction == [[0.5, 0.25][first]]
+    lifts[1 - first]()
+    assert fraction == [0.9]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_goes_lifts_its_limit(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lifted = list[bool]()
+    monkeypatch.setattr("llama.llm.limit_device_memory", lambda *of: lambda: lifted.append(True))
+    if fails:
+        monkeypatch.setattr(LLaMA, "_load", lambda *of: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            LLaMA.build(None, "full", load_model=True, device="cpu", max_seq_len=16)
+    else:
+        llm = LLaMA.build(None, "full", load_model=True, device="cpu", max_seq_len=16)
+        assert not lifted
+        llm.close()
+    assert lifted

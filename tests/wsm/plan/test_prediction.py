@@ -7,7 +7,7 @@ import pytest
 from tests.plans import H70B, inputs_for
 from wsm.plan.machines import rates_elsewhere
 from wsm.plan.plan import make_plan
-from wsm.plan.time import Ceiling, Work, parts_ms, predicted_pass_ms
+from wsm.plan.time import Ceiling, Work, parts_ms, predict, predicted_pass_ms
 from wsm.settings import Settings
 
 LAYER_BYTES = 1_711_308_800  # of 70B in bfloat16, each image padded to 4 096 bytes
@@ -77,3 +77,20 @@ def test_a_rate_of_arithmetic_that_is_given_is_not_mixed_with_the_one_here() -> 
     here = rates(matmul=700.0, matmul_burst=800.0)
     assert rates_elsewhere(here, None, {}, None) == here
     assert set(rates_elsewhere(here, None, {}, 100.0)) == {"matmul"}
+
+
+def test_a_steady_pass_is_not_predicted_at_what_a_card_does_from_rest() -> None:
+    """400 ms of arithmetic at the rate that lasts, 100 in the first half second; the link takes 200."""
+    work, found = Work(h2d_bytes=10e9, flops=200e12), rates(h2d=50_000.0, matmul=500.0, matmul_burst=2000.0)
+    assert predict(work, found, 2) is None  # arithmetic decides
+    assert predict(work, rates(h2d=20_000.0, matmul=500.0, matmul_burst=2000.0), 2) == predict(
+        work, rates(h2d=20_000.0, matmul=500.0), 2
+    )
+
+
+def test_nothing_is_predicted_of_a_prefill_that_writes_kv_at_an_unknown_rate() -> None:
+    work, found = Work(h2d_bytes=10e9, kv_write_bytes=1e9), rates(h2d=50_000.0)
+    assert predict(work, found, 2) is None
+    slow = predict(work, found | rates(kv_write=1_000.0), 2)
+    assert slow is not None
+    assert slow.ms == pytest.approx(1000)

@@ -195,6 +195,8 @@ W1 = ("groups", 3, "images", 0, "tensors", 1)
 DAMAGE: list[tuple[Change, str]] = [
     (_set("weight_format", to="int5"), "field weight_format: the weight format int5 is not known"),
     (_set("weight_format", to=4), "field weight_format"),
+    (_set("weight_format", to="int4+int8"), "weight_format: only a quantised checkpoint's own are several"),
+    (_set("native", to=1), "field native: Expected `bool`"),
     (_set("weight_format", to="int8"), "group L0.attn: wq: a 'int4' of 3 planes cannot be here"),
     (_set("dtype", to="float32"), "globals: tok_embeddings: field dtype"),
     (_set("groups", 3, "layer", to=0), "group L1.ffn: fields layer and kind"),
@@ -217,7 +219,7 @@ DAMAGE: list[tuple[Change, str]] = [
     (_set(*W1, "planes", 0, "name", to="codes"), "w1: its planes are not those of int4"),
     (_set(*W1, "planes", 1, "shape", to=[96, 0]), "w1: plane scales: field nbytes"),
     (_set(*W1, "planes", 1, "shape", to=[1 << 62] * 2000), r"planes\[1\].shape: Expected `array` of length <= 2"),
-    (_set("weight_format", to="int4" * 1000), "field weight_format: Expected `str` of length <= 32"),
+    (_set("weight_format", to="int4" * 1000), "field weight_format: Expected `str` of length <= 1024"),
     (lambda content: encode_embedding(content), "globals: tok_embeddings: a 'int4' of 3 planes cannot be here"),
 ]
 

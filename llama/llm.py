@@ -63,8 +63,6 @@ class LLaMA:
         self._packed = True
         self._lift_limit: Callable[[], None] = lambda: None
 
-    # -- construction
-
     @classmethod
     @own_torch()
     def build(
@@ -223,8 +221,6 @@ class LLaMA:
         with self.load_times.timed("stage_s"):
             manager.tiers.wait_staged()
         return manager
-
-    # -- use
 
     @property
     def page_locked_bytes(self) -> int:

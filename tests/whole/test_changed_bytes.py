@@ -37,8 +37,8 @@ def after_warm_up(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -
     """Do it when every group was read and checked, before the first timed round."""
     real = measure.warm_up
 
-    def then_change(*args: Any) -> None:
-        real(*args)
+    def then_change(*args: Any, **more: Any) -> None:
+        real(*args, **more)
         change()
 
     monkeypatch.setattr(measure, "warm_up", then_change)

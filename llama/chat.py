@@ -87,8 +87,8 @@ def chat_template_of(checkpoint: Checkpoint) -> ChatTemplate:
         text = _default_of(named, where)
     if text is None:
         raise UnusableInput(
-            f"--chat: {directory} has no chat template, in {_FILE}, {_CONFIG} or its weights; base models have none: "
-            "leave --chat out, or take the Instruct model"
+            f"--chat: {directory} has no chat template, in {_FILE}, {_CONFIG} or its weights; base models and "
+            "the built-in one have none: leave --chat out, or take an Instruct model"
         )
     return ChatTemplate(text, where, special)
 

@@ -22,7 +22,7 @@ from llama.speculation.vocabulary import check_tokenizers, check_vocabulary
 from llama.tokenizer import Tokenizer
 from wsm.disk.safety import refuse_in_dev
 from wsm.errors import UnusableInput
-from wsm.option import options_of
+from wsm.option import meant, options_of
 from wsm.settings import Settings
 from wsm.store.description import DTYPE_NAMES
 
@@ -79,6 +79,8 @@ def _open_draft(options: BuildOptions, target: Inputs) -> OpenedDraft | None:
         own.check_together()
     except UnusableInput as error:
         said = str(error).removeprefix(f"--draft {name}: ").removeprefix(f"--checkpoints {path}: ")
+        if is_file and not path.exists():
+            said += meant(name, (NGRAM, SYNTHETIC_DRAFT + name.partition(":")[2]))
         raise UnusableInput(f"--draft {name}: {said}") from error
     check_vocabulary(name, checkpoint.config, target.checkpoint.config, max(s.width for s in speculating.possible))
     tokenizers = [_tokenizer_of(each) for each in (inputs, target)]

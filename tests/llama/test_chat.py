@@ -223,7 +223,7 @@ def test_a_config_without_a_default_template_is_refused(template: Any, tmp_path:
 
 
 def test_a_checkpoint_without_a_template_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnusableInput, match="base models have none"):
+    with pytest.raises(UnusableInput, match="base models and the built-in one have none: leave --chat out"):
         chat_template_of(open_checkpoint(hf_directory(directory_of(tmp_path), hf_model())))
 
 

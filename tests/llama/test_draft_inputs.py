@@ -81,7 +81,9 @@ def test_a_draft_of_the_same_vocabulary_is_opened_in_a_format_of_its_own(
     [
         ("large", "has a vocabulary of 320 tokens, .* one of 300"),
         ("odd", "its tokenizer gives other ids"),
-        ("nowhere", "no such directory"),
+        ("nowhere", "no such directory or file; nothing is downloaded here, name one on this machine$"),
+        ("ngarm", "no such directory .*; did you mean ngram\\?$"),
+        ("sythetic:Llama-3.2-1B", "no such directory .*; did you mean synthetic:Llama-3.2-1B\\?$"),
         ("synthetic:Llama-3.2-1B", "has a vocabulary of 128256 tokens"),
         ("synthetic:Llama-9", "'Llama-9' is no known model"),
     ],

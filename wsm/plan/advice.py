@@ -71,12 +71,13 @@ def nothing_on_ssd(plan: Plan) -> list[str]:
     """A sentence where ``mixed`` has no layer to read from the SSD: its figures would pass for a drive's."""
     if plan.same_as is None:
         return []
-    residency, flags = plan.placement.residency, "--gpu-cached-layers"
+    residency, asked = plan.placement.residency, "fewer --gpu-cached-layers"
     if plan.same_as == "stream":
-        flags = f"--cpu-cache-layers (now {plan.inputs.settings.cpu_cache_layers}) below {residency.streamed_layers}"
+        now = plan.inputs.settings.cpu_cache_layers
+        asked = f"fewer than {residency.streamed_layers} --cpu-cache-layers (now {now})"
     return [
         f"no layer is left for the SSD: all {residency.n_layers} are on the GPU or in CPU memory, so this run equals "
-        f"--mode {plan.same_as}, and no figure is the drive's; to stream from it, give a smaller {flags}"
+        f"--mode {plan.same_as}, and no figure is the drive's; to stream from it, give {asked}"
     ]
 
 

@@ -86,7 +86,8 @@ class Watch:
         self.conditions.cpu_other_pct = share = min(100.0, max(0.0, share))
         if share > MOST_CPU_PCT and lasted_s >= LEAST_S:
             self.warnings.append(
-                f"other processes took {share:.0f} % of the CPU while the timed rounds ran: end them, or repeat later"
+                f"other processes took {share:.0f} % of the CPU while the timed rounds ran: end them, or repeat later; "
+                "on a CPU that stays shared OMP_WAIT_POLICY=PASSIVE lets torch's threads sleep while they wait"
             )
 
     def _judge_drive(self) -> None:

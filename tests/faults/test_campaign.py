@@ -18,10 +18,10 @@ def test_no_fault_gives_wrong_tokens_a_hang_a_traceback_or_another_exit_code(tmp
     for name, make in FAMILIES.items():
         (tmp_path / name).mkdir()
         families[name] = make(tmp_path / name)
-    report = run_campaign(families, 50, 20261127, tmp_path)
+    report = run_campaign(families, 60, 20261127, tmp_path)
     assert not report.findings, "\n\n".join(report.findings)
     assert all(sum(counts.values()) == 10 for counts in report.outcomes.values())
-    assert "| all | 50 |" in report.table()
+    assert "| all | 60 |" in report.table()
 
 
 @pytest.mark.parametrize(

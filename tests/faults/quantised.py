@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ _SMALL = dataclasses.replace(CONFIG, n_layers=2)
 _MEANING = {"dtype", "torch_dtype", "format", "checkpoint_format"}
 """Fields that make other numbers of the same codes."""
 _NUMBERS = (0, 1, 2, 3, 7, 31, 64, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1)
+_ALIKE = (("F32", "I32", "U32"), ("F16", "BF16", "I16"), ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), ("I64", "F64"))
+"""Types of safetensors of the same size."""
 _PLACES = ["--gpu-cached-layers", "1", "--cpu-cache-layers", "1", "--prefetch-distance", "1"]
 
 
@@ -69,14 +72,14 @@ class Quantised:
         elif file.suffix == ".safetensors":
             what = _damage_safetensors(rng, file)
         else:
-            what = (damage_json if rng.random() < 0.9 else damage_bytes)(rng, file)
+            what = _damage_config(rng, file)
         mode = rng.choice(["full", "stream", "preload", "mixed"])
         argv = ["--checkpoints", str(copy), "--mode", mode, *SHORT, *_PLACES, "--cache-dir", str(place / "c")]
         if text:
             argv = [word for word in argv if word not in ("--prompt-len", "9")] + ["--prompt", "a prompt"]
 
         def check(ran: Ran) -> str | None:
-            free = ran.code != 0 or text or _another_model(chosen, copy)
+            free = ran.code != 0 or text or another_model(chosen, copy)
             return None if free else right(out, self._expected[chosen])
 
         return Fault(f"{chosen.name}, {mode}, {what}", [Step([*argv, "--out-json", str(out)], check)])
@@ -107,21 +110,51 @@ def _numbers(reader: gguf.GGUFReader) -> Iterator[tuple[int, int, str]]:
 
 
 def _damage_safetensors(rng: random.Random, path: Path) -> str:
-    """Damage the header as bytes or as the JSON that it is, or anything."""
+    """Damage the header as bytes or as the JSON that it is, or anything; or call a tensor something of equal size."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         return damage_bytes(rng, path, *rng.choice([(0, 8), (0, end), (8, end), (0, len(content))]))
-    header = path.with_name("header.json")
-    header.write_bytes(content[8:end])
-    what = damage_json(rng, header)
-    changed = header.read_bytes()
-    header.unlink()
+    if rng.random() < 0.5:
+        header = json.loads(content[8:end])
+        name = rng.choice([name for name in header if name != "__metadata__"])
+        found = header[name]
+        if (what := rng.choice(["dtype", "shape", "name"])) == "dtype":
+            alike = [kind for size in _ALIKE if found["dtype"] in size for kind in size]
+            found["dtype"] = rng.choice(alike)
+        elif what == "shape":
+            found["shape"] = rng.choice([found["shape"][::-1], [*found["shape"], 1], [math.prod(found["shape"])]])
+        else:
+            header[rng.choice([name + "x", name.replace("1", "0"), name.rpartition(".")[0]])] = header.pop(name)
+        changed, what = json.dumps(header).encode(), f"another {what} of {name}"
+    else:
+        changed, what = _damaged_json(rng, path, content[8:end])
     path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[end:])
     return f"{path.name}, {what}"
 
 
-def _another_model(one: Path, other: Path) -> bool:
+def _damage_config(rng: random.Random, path: Path) -> str:
+    """Damage a field of config.json, most often of what it says of the quantisation."""
+    config = json.loads(path.read_text())
+    if "quantization_config" not in config or rng.random() < 0.4:
+        return (damage_json if rng.random() < 0.9 else damage_bytes)(rng, path)
+    changed, what = _damaged_json(rng, path, json.dumps(config["quantization_config"]).encode())
+    mark = "what it says of the quantisation"
+    path.write_text(json.dumps(config | {"quantization_config": mark}).replace(f'"{mark}"', changed.decode()))
+    return f"{path.name}, quantization_config, {what}"
+
+
+def _damaged_json(rng: random.Random, path: Path, text: bytes) -> tuple[bytes, str]:
+    """The text of a JSON object, damaged, and how."""
+    part = path.with_name("part.json")
+    part.write_bytes(text)
+    what = damage_json(rng, part)
+    changed = part.read_bytes()
+    part.unlink()
+    return changed, what
+
+
+def another_model(one: Path, other: Path) -> bool:
     """Whether a directory says something else of what the tokens follow from than the one it is a copy of."""
     for path in one.iterdir():
         copy = other / path.name

@@ -406,7 +406,7 @@ def test_chat_renders_the_checkpoint_s_own_template(run: Callable[..., tuple[int
     given = ["--checkpoints", tmp_path / "m", "--mode", "full", "--prompt", "ab", *SMALL, "--out-json", tmp_path / "o"]
     code, _, err = run(*given, "--chat")
     assert code == 2
-    assert "base models have none" in sentence(err)
+    assert "base models and the built-in one have none" in sentence(err)
     template = "{{ bos_token }}[{{ messages[0].content }}]{% if add_generation_prompt %}>{% endif %}"
     (tmp_path / "m" / "chat_template.jinja").write_text(template)
     assert run(*given, "--chat")[0] == 0

@@ -144,7 +144,7 @@ class ModelConfig:
         if scaling is None:
             return cls(**fields)
         if not isinstance(scaling, Mapping):
-            raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r}")
+            raise UnusableInput(f"a model description has a rope_scaling that is no object: {scaling!r:.60}")
         scaling = {"factors": (), **scaling}
         _same_fields(RopeScaling, scaling)
         if not isinstance(scaling["factors"], list | tuple):
@@ -178,11 +178,13 @@ def _meta_ffn_dim(dim: int, multiple_of: int, multiplier: float) -> int:
 def _refuse_hf(fields: Fields) -> None:
     config = fields.values
     architectures, model_type = config.get("architectures"), config.get("model_type")
-    if architectures not in (None, [], ["LlamaForCausalLM"]) or model_type not in (None, "llama"):
-        named = architectures if isinstance(architectures, list) and architectures else [model_type]
-        raise UnusableInput(
-            f"{fields.file}: architecture {', '.join(map(str, named))} does not run here; LlamaForCausalLM does"
-        )
+    if architectures is not None and not isinstance(architectures, list):
+        raise UnusableInput(f"{fields.file}: field architectures must be a list of names, not {architectures!r:.60}")
+    if architectures not in (None, [], ["LlamaForCausalLM"]):
+        named = ", ".join(map(str, architectures))
+        raise UnusableInput(f"{fields.file}: architecture {named:.60} does not run here; LlamaForCausalLM does")
+    if model_type not in (None, "llama"):
+        raise UnusableInput(f"{fields.file}: model_type {model_type!r:.60} does not run here; 'llama' does")
     if not architectures and not model_type:
         raise UnusableInput(f"{fields.file} names neither architectures nor model_type: it is no model's config.json")
     if config.get("quantization"):
@@ -198,7 +200,7 @@ def _refuse_hf(fields: Fields) -> None:
                 f"{fields.file} sets {field}, which does not run here; plain LLaMA models in float weights do"
             )
     if config.get("hidden_act", "silu") != "silu":
-        raise UnusableInput(f"{fields.file}: activation {config['hidden_act']!r} does not run here; silu does")
+        raise UnusableInput(f"{fields.file}: activation {config['hidden_act']!r:.60} does not run here; silu does")
 
 
 def _llama2(name: str, dim: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelConfig:

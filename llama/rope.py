@@ -30,7 +30,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3", "factors"):
-            raise UnusableInput(f"RoPE scaling of type {self.kind!r} does not run here; linear and llama3 do")
+            raise UnusableInput(f"RoPE scaling of type {self.kind!r:.60} does not run here; linear and llama3 do")
         factors = (self.factor, self.low_freq_factor, self.high_freq_factor)
         positive = all(map(is_positive, (*factors, self.original_max_position, *self.factors)))
         if not positive or factors[2] < factors[1] or bool(self.factors) != (self.kind == "factors"):
@@ -95,7 +95,7 @@ def hf_rope(fields: Fields, max_position: int) -> Rope:
         factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
         original = fields.whole("original_max_position_embeddings", inside)
         return Rope(theta, RopeScaling("llama3", factor, low, high, original))
-    raise UnusableInput(f"{rope.file}: scaling of type {kind!r} does not run here; default, linear and llama3 do")
+    raise UnusableInput(f"{rope.file}: scaling of type {kind!r:.60} does not run here; default, linear and llama3 do")
 
 
 def ambiguous_rope(config: Mapping[str, object], file: str) -> str | None:

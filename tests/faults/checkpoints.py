@@ -24,7 +24,7 @@ from tests.tiny import hf_directory, hf_model, hf_tokenizer, llama3_tokenizer, m
 from wsm.disk.files import parse_json
 from wsm.errors import UnusableInput
 
-_DECIDING = {
+DECIDING = {
     *("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "partial_rotary_factor"),
     *("original_max_position_embeddings", "max_position_embeddings", "norm_eps", "use_scaled_rope"),
     *("rope_scaling_factor", "rope_high_freq_factor", "model_type", "attention_bias", "mlp_bias", "head_dim"),
@@ -82,7 +82,7 @@ def _decides(before: Any, file: Path) -> bool:
         after = parse_json(file.read_bytes(), "", "")
     except UnusableInput:
         return False
-    return any(key in _DECIDING for key in _changed(before, after))
+    return any(key in DECIDING for key in _changed(before, after))
 
 
 def _changed(before: Any, after: Any, outer: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.faults.checkpoints import Checkpoints
 from tests.faults.prompts import Prompts
+from tests.faults.quantised import Quantised
 from tests.faults.results import Results
 from tests.faults.runner import Family
 from tests.faults.stores import Stores
@@ -15,6 +16,7 @@ from tests.faults.streams import Streams
 FAMILIES: Mapping[str, Callable[[Path], Family]] = {
     "stores": Stores,
     "checkpoints": Checkpoints,
+    "quantised": Quantised,
     "results": Results,
     "prompts": Prompts,
     "streams": Streams,

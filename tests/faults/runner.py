@@ -17,6 +17,8 @@ from typing import Protocol
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120.0
 """A command that takes longer hangs: one takes some tenths of a second, the first some ten seconds more."""
+LONGEST = 1000
+"""Characters of a sentence: what a file holds is quoted in it only so far."""
 DOCUMENTED = (0, 2, 3, 4)
 
 
@@ -104,6 +106,8 @@ def judged(step: Step, ran: Ran) -> str | None:
     hears = not step.streams or step.streams[2] == "open"
     if ran.code != 0 and hears and (not said or (len(said) != 1 and not step.sentences)):
         return f"{len(said)} sentences"
+    if any(len(line) > LONGEST for line in said):
+        return "a long sentence"
     return step.check(ran)
 
 

@@ -198,7 +198,12 @@ def test_a_field_missing_in_config_is_named_with_its_file(field: str) -> None:
     [
         ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM does not run here"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification does not run here"),
-        ({"architectures": None, "model_type": "gpt2"}, "gpt2 does not run here"),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' does not run here; 'llama' does"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' does not run here; 'llama' does"),
+        ({"model_type": ["x" * 9] * 99}, r"model_type \['xxxxxxxxx', .{46} does not run here; 'llama' does"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, not 'LlamaForCausalLM'"),
+        ({"architectures": ["Llama" * 99]}, "architecture (Llama){12} does not run here; LlamaForCausalLM does"),
+        ({"hidden_act": "gelu" * 99}, "activation '(gelu){14}gel does not run here; silu does"),
         ({"architectures": None, "model_type": None}, "neither architectures nor model_type"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),

@@ -6,7 +6,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +24,29 @@ def run_part(script: Path, part: str, **environment: str) -> None:
     if _INTERPRETER_FAILS in done.stderr:
         pytest.skip("this Triton's interpreter does not work with this NumPy")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compiled(
+    kernel: Any,
+    capability: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Sequence[int] = (),
+    **options: int,
+) -> Any:
+    """A Triton kernel, compiled for a compute capability: its assembly in ``asm``, its needs in ``metadata``.
+
+    Arguments that are neither in ``types`` nor among the ``constants`` are int32; those at the places ``aligned`` are
+    aligned to 16 bytes.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): given for name, given in constants.items()}
+    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(kernel, signature, places, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert made.asm["cubin"]
+    return made

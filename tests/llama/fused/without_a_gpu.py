@@ -17,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from llama.fused import kernels, launch, ops
+from tests.without_gpu import compiled
 from wsm.plan.memory import decode_split_bytes
 
 LEAST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -26,21 +27,13 @@ SEED = torch.Generator().manual_seed(3)
 
 def compile_for(capability: int) -> None:
     """Each kernel with constants that have little in common."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     def made(name: str, warps: int, to: str, **constants: Any) -> None:
-        kernel = getattr(kernels, name)
         floats, whole = ("freqs", "parts", "facts"), ("places", "positions")
         values = ("heads", "window", "gate", "up", "x", "weight", "out", "q", "keys", "values", "mask")
         types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i64") | dict.fromkeys(values, to)
         types |= {"scale": "fp32", "eps": "fp32", "arrivals": "*i32"}
-        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-        source = ASTSource(
-            kernel, signature, {(kernel.arg_names.index(arg),): given for arg, given in constants.items()}
-        )
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-        assert made.asm["cubin"]
+        made = compiled(getattr(kernels, name), capability, types, constants, num_warps=warps)
         assert made.metadata.shared <= LEAST_SHARED[capability], (name, made.metadata.shared)
 
     import triton

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from llama.kv import int8_kernel
 from llama.kv.format import kv_format
+from tests.without_gpu import compiled
 
 
 def interpret() -> None:
@@ -36,22 +36,10 @@ def interpret() -> None:
 
 
 def compile_for(capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = int8_kernel.read_kernel
     for to in (tl.bfloat16, tl.float16, tl.float32):
         types = {"values": "*i8", "scales": "*fp32", "out": f"*{to}"}
         constants = {"DIM": 128, "WIDTH": 128, "RECORD": 136, "RECORDS": int8_kernel.RECORDS, "TO": to}
-        names = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        places = {(kernel.arg_names.index(name),): given for name, given in constants.items()}
-        aligned = {(place,): [["tt.divisibility", 16]] for place in range(3)}
-        made = triton.compile(
-            ASTSource(kernel, names, places, attrs=aligned),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": int8_kernel.WARPS},
-        )
-        assert made.asm["cubin"]
+        compiled(int8_kernel.read_kernel, capability, types, constants, range(3), num_warps=int8_kernel.WARPS)
 
 
 if __name__ == "__main__":

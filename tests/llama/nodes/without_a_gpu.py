@@ -9,22 +9,19 @@ import sys
 from pathlib import Path
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from llama.nodes import kernels
 from llama.nodes.attention import attend_by_hand
 from tests.llama.nodes.cases import Case, permuted
+from tests.without_gpu import compiled
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
 POINTERS = {"window": "*i64", "prefix": "*i64", "tops": "*fp32", "sums": "*fp32", "parts": "*fp32"}
 
 
 def compile_for(capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     for (n_heads, n_kv_heads, head_dim), dtype in (((9, 3, 64), torch.float32), ((64, 8, 128), torch.bfloat16)):
         n_rep, dims = n_heads // n_kv_heads, head_dim
         sizes = {"N_REP": n_rep, "REPS": 16, "HEAD_DIM": head_dim, "DIMS": dims}
@@ -32,12 +29,7 @@ def compile_for(capability: int) -> None:
         element = "*fp32" if dtype == torch.float32 else "*bf16"
         types = POINTERS | dict.fromkeys(("q", "keys", "values", "out"), element) | {"scale": "fp32"}
         for kernel, constants in ((kernels.split_kernel, split), (kernels.join_kernel, sizes)):
-            signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-            places = {(kernel.arg_names.index(arg),): given for arg, given in constants.items()}
-            source = ASTSource(kernel, signature, places)
-            target, options = GPUTarget("cuda", capability, 32), {"num_warps": kernels.WARPS}
-            made = triton.compile(source, target=target, options=options)
-            assert made.asm["cubin"]
+            made = compiled(kernel, capability, types, constants, num_warps=kernels.WARPS)
             assert made.metadata.shared <= 99 << 10, "what a program may have of an RTX card's shared memory"
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from tests.without_gpu import compiled
 from tests.wsm.formats.matrices import FORMATS, matrix, planes_of, random_blocks
-from wsm.formats import exact, fp8, gguf_blocks, gguf_kernels, integer, kernels, product_kernels
+from wsm.formats import backend, exact, fp8, gguf_blocks, gguf_kernels, integer, kernels, product_kernels
 from wsm.formats.exact import Exact
 from wsm.formats.gguf_blocks import TYPES, BlockType
 from wsm.formats.registry import get
@@ -37,18 +37,11 @@ POINTERS = {
 
 def compile_for(capability: int) -> None:
     """Each kernel with the constants of formats that have little in common."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     def made(name: str, warps: int, stages: int = 3, pointers: dict[str, str] | None = None, **constants: Any) -> None:
         kernel = next(getattr(place, name) for place in PLACES if hasattr(place, name))
         types = POINTERS[name] | (pointers or {})
-        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-        source = ASTSource(
-            kernel, signature, {(kernel.arg_names.index(arg),): given for arg, given in constants.items()}
-        )
-        options = {"num_warps": warps, "num_stages": stages}
-        assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+        compiled(kernel, capability, types, constants, num_warps=warps, num_stages=stages)
 
     for size in (9, 10, 11, 12, 17, 72, 88, 105):
         to = {9: tl.float16, 88: tl.float16, 10: tl.float32, 105: tl.float32}.get(size, tl.bfloat16)
@@ -75,6 +68,7 @@ def compile_for(capability: int) -> None:
 def interpret() -> None:
     """The formats' own way to the kernels, on the CPU."""
     with (
+        mock.patch.object(backend, "kernels_for", return_value=kernels),
         mock.patch.object(exact, "kernels_for", return_value=kernels),
         mock.patch.object(fp8, "kernels_for", return_value=kernels),
         mock.patch.object(integer, "kernels_for", return_value=kernels),

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from tests.without_gpu import compiled
 from wsm.kv import gather_kernel
 from wsm.kv.gather import gather
 
@@ -35,22 +35,11 @@ def interpret() -> None:
 
 def compile_for(capability: int) -> None:
     """Blocks of 128 KiB, and of 68 KiB as int8 has them; in vectors of 16 bytes."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel = gather_kernel.gather_kernel
-    signature = {"home": "*i64", "wanted": "*i64", "window": "*i64", "pieces": "i32", "k": "i32", "blocks": "i32"}
+    types = dict.fromkeys(("home", "wanted", "window"), "*i64")
     for words in (16384, 8704):
         constants = {"WORDS": words, "TILE": gather_kernel.TILE_BYTES // 8}
-        names = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-        places = {(kernel.arg_names.index(name),): given for name, given in constants.items()}
-        aligned = {(place,): [["tt.divisibility", 16]] for place in range(3)}
-        made = triton.compile(
-            ASTSource(kernel, names, places, attrs=aligned),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": gather_kernel.WARPS},
-        )
-        assert made.asm["cubin"]
+        made = compiled(kernel, capability, types, constants, range(3), num_warps=gather_kernel.WARPS)
         assert "ld.global.v2.b64" in made.asm["ptx"]
         assert "st.global.v2.b64" in made.asm["ptx"]
 

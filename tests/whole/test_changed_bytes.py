@@ -12,25 +12,14 @@ from typing import Any
 import pytest
 
 from bench.run import measure
-from bench_infer import command_line as main
 from tests.stores import flip
+from tests.whole.conftest import Run
 from tests.whole.test_cli import sentence
 from wsm.layout.groups import BLOCK
 from wsm.store.packed_store import PackedStore
 
-Run = Callable[..., tuple[int, str, str]]
 TINY = ["--device", "cpu", "--no-probe", "--ignore-eos", "--temperature", 0]
 BUILT_IN = [*TINY, "--prompt-len", 8, "--max-new-tokens", 3]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*argv: object) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def after_warm_up(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from bench_infer import command_line as main
 from llama.llm import LLaMA
 from llama.parallel.world import ALONE
 from tests.ranks import answer, answers, started
 from tests.tiny import hf_directory, hf_model
+from tests.whole.conftest import Run
 from wsm.formats import registry
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]
@@ -135,21 +134,6 @@ def test_ranks_hold_a_share_of_each_format_and_agree(tmp_path: Path) -> None:
 
 
 # -- the program
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out, said.err
-
-    return run
-
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def test_the_result_says_format_bytes_and_decoding(run: Run, home: Path, tmp_path: Path) -> None:

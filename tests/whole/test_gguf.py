@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench_infer import command_line as main
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.hf import hf_name, to_halves
 from llama.llm import LLaMA
 from tests.gguf_files import CONFIG, bpe_fields, random_tensors, write_gguf
 from tests.ranks import answers, started
 from tests.tiny import hf_model, tensors_of
+from tests.whole.conftest import Run
 from wsm.formats import registry
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]
@@ -27,7 +26,6 @@ MODES = ("full", "preload", "stream", "mixed")
 SMALL = ["--max-new-tokens", "3", "--temperature", "0", "--ignore-eos", "--device", "cpu", "--no-probe"]
 RANKED = dataclasses.replace(CONFIG, head_dim=128)
 """Two ranks' columns are whole blocks."""
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +90,6 @@ def test_ranks_share_blocks_where_cuts_lie_between_them(tmp_path: Path) -> None:
 
 
 # -- the program
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out, said.err
-
-    return run
 
 
 def test_a_run_names_the_mix_and_reads_text_with_the_files_own_tokenizer(run: Run, model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -38,6 +39,23 @@ def packed_rows(dtype: torch.dtype, cuda: bool) -> int:
     from wsm.formats.product_kernels import MOST_ROWS
 
     return MOST_ROWS
+
+
+def packed_product(
+    x: Tensor, rows: int, out: Tensor | None, multiply_: Callable[[Tensor, Tensor], None]
+) -> Tensor | None:
+    """``out [n, rows]``, made where it is not given, that ``multiply_(x, out)`` has filled; None where no kernel takes
+    ``x [n, cols]``."""
+    if kernels_for(x) is None:
+        return None
+    from wsm.formats.product_kernels import can_multiply
+
+    if not can_multiply(x):
+        return None
+    if out is None:
+        out = x.new_empty(x.shape[0], rows)
+    multiply_(x, out)
+    return out
 
 
 def decoder(device: torch.device) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wsm.errors import StoreError, UnusableInput
-from wsm.formats.backend import kernels_for, packed_rows
+from wsm.formats.backend import kernels_for, packed_product, packed_rows
 from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
 
 _FINITE = 0x7C00
@@ -99,17 +99,12 @@ class BlockType:
         return packed_rows(dtype, cuda)
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
-        if kernels_for(x) is None:
-            return None
-        from wsm.formats.gguf_kernels import multiply_blocks_
-        from wsm.formats.product_kernels import can_multiply
+        def multiply_(x: Tensor, out: Tensor) -> None:
+            from wsm.formats.gguf_kernels import multiply_blocks_
 
-        if not can_multiply(x):
-            return None
-        if out is None:
-            out = x.new_empty(x.shape[0], shape[0])
-        multiply_blocks_(self.name, x, planes["blocks"], out)
-        return out
+            multiply_blocks_(self.name, x, planes["blocks"], out)
+
+        return packed_product(x, shape[0], out, multiply_)
 
 
 NOT_ENCODED = "blocks of {} come from a GGUF file, no other weights are put into them; use --weight-format int4 or int8"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsm.errors import StoreError
-from wsm.formats.backend import kernels_for, packed_rows
+from wsm.formats.backend import kernels_for, packed_product, packed_rows
 from wsm.formats.feedback import round_with_feedback
 from wsm.formats.format import (
     Plane,
@@ -131,16 +131,13 @@ class Integer:
         return packed_rows(dtype, cuda)
 
     def linear(self, x: Tensor, planes: Mapping[str, Tensor], shape: Shape, out: Tensor | None = None) -> Tensor | None:
-        if kernels_for(x) is None:
-            return None
-        from wsm.formats.product_kernels import can_multiply, multiply_
+        def multiply_(x: Tensor, out: Tensor) -> None:
+            from wsm.formats import product_kernels
 
-        if not can_multiply(x):
-            return None
-        if out is None:
-            out = x.new_empty(x.shape[0], shape[0])
-        multiply_(x, planes["values"], planes["scales"], planes.get("zeros"), out, bits=self.bits, group=self.group)
-        return out
+            given = planes["values"], planes["scales"], planes.get("zeros")
+            product_kernels.multiply_(x, *given, out, bits=self.bits, group=self.group)
+
+        return packed_product(x, shape[0], out, multiply_)
 
     def _groups(self, cols: int) -> int:
         return -(-cols // self.group) if self.group else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.nodes.forward import node_logits
 from llama.nodes.tree import node_batch, root_alone, within_block
-from llama.sampling import Sampling, sample
+from llama.sampling import Sampling, margins_, sample
 from llama.speculation.accept import accept
 from llama.speculation.draft import Draft
 from wsm.errors import UnusableInput
@@ -31,13 +32,23 @@ class Decoding(NamedTuple):
     observer: Mark
 
 
-class Decoder(Protocol):
-    """Gives the rows' next tokens, one list a row, read back from the device in one copy."""
+class New(NamedTuple):
+    """New tokens, one list a row.
 
-    def first(self, logits: Tensor) -> list[list[int]]:
+    ``margins``: of each, how far its logit was above the largest other; empty where nobody looked.
+    """
+
+    tokens: list[list[int]]
+    margins: list[list[float]]
+
+
+class Decoder(Protocol):
+    """Gives the rows' next tokens, read back from the device in one copy."""
+
+    def first(self, logits: Tensor) -> New:
         """Token 1 of each row, drawn from float32 ``[B, vocab]``."""
 
-    def next(self) -> list[list[int]]:
+    def next(self) -> New:
         """Those of the next pass; UnusableInput where its logits are not finite."""
 
 
@@ -50,13 +61,13 @@ class TokenPasses:
         self._picked = positions
         self._batch: TokenBatch | None = None
 
-    def first(self, logits: Tensor) -> list[list[int]]:
+    def first(self, logits: Tensor) -> New:
         sound = torch.isfinite(logits).all()
         logits.masked_fill_(~sound, 0.0)  # a draw from anything else would be the device's own failure
         self._picked = sample(logits, self._rows, self._positions, **self._decoding.sampling)
         return _read_back(self._decoding.model, self._picked.unsqueeze(1), torch.ones_like(self._rows), sound)
 
-    def next(self) -> list[list[int]]:
+    def next(self) -> New:
         model, kv, _, chunk_tokens, observer = self._decoding
         observer("pass")
         picked, positions, lengths = self._picked, self._positions, kv.lengths[: len(self._picked)]
@@ -67,8 +78,22 @@ class TokenPasses:
         return self.first(logits)
 
 
+class _Drawn(NamedTuple):
+    """The model's own token behind each of M nodes, int64 ``[B, M]``."""
+
+    tokens: Tensor
+    margins: Tensor | None
+    """float32 ``[B, M]``: how far their logits are above the largest other; None above temperature 0."""
+    sound: Tensor
+    """bool ``[]``: whether all real nodes' logits are finite."""
+
+
 class NodePasses:
-    """``nodes`` a row and pass, of one shape with a draft and without; each row may take ``new_tokens``."""
+    """``nodes`` a row and pass, of one shape with a draft and without; each row may take ``new_tokens``.
+
+    Margins are looked at here and not in :class:`TokenPasses`: beside all that a tree takes their few kernels are
+    nothing, and where another number of nodes gives other tokens they tell a near tie from an error.
+    """
 
     def __init__(
         self, decoding: Decoding, positions: Tensor, nodes: int, new_tokens: int, draft: Draft | None = None
@@ -78,21 +103,21 @@ class NodePasses:
         self._rows = torch.arange(len(positions), device=positions.device)
         self._roots = positions
 
-    def first(self, logits: Tensor) -> list[list[int]]:
+    def first(self, logits: Tensor) -> New:
         ones = torch.ones_like(self._rows)
-        drawn, sound = self._draw(logits.unsqueeze(1), self._starts.unsqueeze(1), ones.unsqueeze(1).bool())
-        self._roots = drawn.squeeze(1)
-        return _read_back(self._decoding.model, drawn, ones, sound)
+        drawn = self._draw(logits.unsqueeze(1), self._starts.unsqueeze(1), ones.unsqueeze(1).bool())
+        self._roots = drawn.tokens.squeeze(1)
+        return _read_back(self._decoding.model, drawn.tokens, ones, drawn.sound, drawn.margins)
 
-    def next(self) -> list[list[int]]:
+    def next(self) -> New:
         model, kv, _, _, observer = self._decoding
         observer("pass")
         starts, draft = self._starts, self._draft
         tree = root_alone(self._roots, self._nodes) if draft is None else draft.propose(self._roots, starts)
         tree = within_block(tree, starts)
         batch = node_batch(tree, starts)
-        drawn, sound = self._draw(node_logits(model, batch, kv), batch.positions + 1, tree.real)
-        path, counts, tokens = accept(tree, drawn, draft.depth if draft is not None else 0, self._ends - starts)
+        drawn = self._draw(node_logits(model, batch, kv), batch.positions + 1, tree.real)
+        path, counts, tokens = accept(tree, drawn.tokens, draft.depth if draft is not None else 0, self._ends - starts)
         kv.keep_nodes(starts, path, counts)
         if draft is not None:
             draft.accepted(starts, path, counts, tokens)
@@ -100,28 +125,41 @@ class NodePasses:
         self._roots = torch.where(counts > 0, last, self._roots)
         self._starts = starts + counts
         observer("queued")
-        new = _read_back(model, tokens, counts, sound)
-        kv.grow(list(map(len, new)))
+        margins = None if drawn.margins is None else drawn.margins.gather(1, path)
+        new = _read_back(model, tokens, counts, drawn.sound, margins)
+        kv.grow(list(map(len, new.tokens)))
         return new
 
-    def _draw(self, logits: Tensor, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's own token behind each node, int64 ``[B, M]``, and whether all real nodes' logits are finite."""
+    def _draw(self, logits: Tensor, positions: Tensor, real: Tensor) -> _Drawn:
         finite = torch.isfinite(logits).all(dim=-1)
         logits.masked_fill_(~finite.unsqueeze(-1), 0.0)  # as above; padding may be anything
         rows = self._rows.unsqueeze(1).expand_as(positions)
-        drawn = sample(logits.flatten(0, 1), rows.flatten(), positions.flatten(), **self._decoding.sampling)
-        return drawn.view(positions.shape), (finite | ~real).all()
+        logits, sampling = logits.flatten(0, 1), self._decoding.sampling
+        drawn = sample(logits, rows.flatten(), positions.flatten(), **sampling)
+        margins = None
+        if sampling["temperature"] == 0 and logits.shape[1] > 1:
+            margins = margins_(logits, drawn).view(positions.shape)
+        return _Drawn(drawn.view(positions.shape), margins, (finite | ~real).all())
 
 
-def _read_back(model: Transformer, tokens: Tensor, counts: Tensor, sound: Tensor) -> list[list[int]]:
-    """The first ``counts [B]`` of ``tokens [B, n]``, in one copy with whether their logits were finite."""
-    found = torch.cat((tokens, counts.unsqueeze(1)), dim=1).flatten()
+def _read_back(model: Transformer, tokens: Tensor, counts: Tensor, sound: Tensor, margins: Tensor | None = None) -> New:
+    """The first ``counts [B]`` of ``tokens`` and of ``margins``, ``[B, n]`` each, in one copy with whether their logits
+    were finite; floats travel as their bits."""
+    parts = (tokens,) if margins is None else (tokens, margins.view(torch.int32).to(tokens.dtype))
+    found = torch.cat((*parts, counts.unsqueeze(1)), dim=1).flatten()
     *numbers, finite = torch.cat((found, sound.view(1).to(found.dtype))).tolist()
     if not finite:
         raise UnusableInput(
             f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
             "dtype; take the checkpoint again, or another --dtype"
         )
-    width = tokens.shape[1] + 1
+    count = tokens.shape[1]
+    width = count * len(parts) + 1
     rows = [numbers[begin : begin + width] for begin in range(0, len(numbers), width)]
-    return [row[: row[-1]] for row in rows]
+    bits = [row[count : count + row[-1]] for row in rows] if margins is not None else []
+    return New([row[: row[-1]] for row in rows], [list(_as_floats(row)) for row in bits])
+
+
+def _as_floats(bits: list[int]) -> tuple[float, ...]:
+    """The float32 numbers of these bits, int32."""
+    return struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits))

@@ -179,6 +179,14 @@ def check_room(options: RunOptions, plan: Plan) -> None:
                     ) from error
 
 
+def write_figures(path: Path, text: str) -> None:
+    """The JSON text of a verb that measures no time, at ``--out-json``."""
+    try:
+        write_atomically(path, text + "\n")
+    except OSError as error:
+        raise UnusableInput(f"--out-json {path} cannot be written: {error.strerror}") from error
+
+
 def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> Written:
     """Write the result, and the timeline if one is asked for, each whatever became of the other.
 

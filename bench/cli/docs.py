@@ -33,7 +33,7 @@ names that `--synthetic` takes, in any case) answer and end.
 
 
 _OF_A_RUN = (
-    "It takes the flags above, so the command of a run is planned as it is: what says how a run draws, times and reports "
+    "It takes the flags above, so a run's command is planned as it is: what says how a run draws, times and reports "
     "(`--temperature`, `--repeats`, `--trace` and the like) changes no plan. Beside them:"
 )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llama.batch import prefill_batch
+from llama.batch import prefill_batch, waves
 from llama.decoding import Decoder, Decoding, New, NodePasses, TokenPasses
 from llama.kv.cache import KVCache
 from llama.model import Transformer
@@ -196,8 +196,7 @@ def _prefill(
     A wave of rows is one pass through all layers.
     """
     logits, positions = [], []
-    for first in range(0, len(prompts), options.wave_rows):
-        rows = range(first, min(first + options.wave_rows, len(prompts)))
+    for rows in waves(len(prompts), options.wave_rows):
         observer("pass")
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))

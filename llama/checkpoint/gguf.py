@@ -18,7 +18,7 @@ from llama.checkpoint.gguf_config import gguf_config, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
 from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
 from llama.checkpoint.spread import spread
-from llama.names import Cut
+from llama.names import Cut, renamed
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import WeightFormat, pieces
@@ -56,11 +56,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name for one of Meta's."""
-    short = name.removesuffix(".weight")
-    if short in _NAMES:
-        return f"{_NAMES[short]}.weight"
-    _, layer, rest = short.split(".", 2)
-    return f"blk.{layer}.{_NAMES[rest]}.weight"
+    return renamed(name, _NAMES, "blk")
 
 
 def gguf_files(where: Path) -> list[Path]:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from wsm.errors import StoreError
 from wsm.formats.backend import kernels_for
-from wsm.formats.format import Plane, Shape, check_finite, check_planes, finite_float, pieces, total_bytes
+from wsm.formats.format import Plane, Shape, SizedByShape, check_finite, check_planes, finite_float, pieces
 
 _LARGEST = 448.0
 _NAN = 0x7F
 
 
 @dataclass(frozen=True, slots=True)
-class Float8:
+class Float8(SizedByShape):
     """A value is ``float32(q) * scale``, rounded once to the compute dtype.
 
     ``values`` float8_e4m3fn ``[rows, cols]``; ``scales`` float32 ``[rows]``, or ``[1]`` for the whole matrix.
@@ -37,12 +37,6 @@ class Float8:
     def planes(self, shape: Shape, dtype: torch.dtype | None = None) -> tuple[Plane, ...]:
         scales = Plane("scales", torch.float32, (shape[0] if self.per_row else 1,))
         return Plane("values", torch.float8_e4m3fn, tuple(shape)), scales
-
-    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
-        return self.planes(shape)
-
-    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        return total_bytes(self.planes(shape))
 
     def encode(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
         n_rows, cols = weight.shape

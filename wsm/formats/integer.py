@@ -16,11 +16,11 @@ from wsm.formats.feedback import round_with_feedback
 from wsm.formats.format import (
     Plane,
     Shape,
+    SizedByShape,
     check_finite,
     check_planes,
     finite_float,
     pieces,
-    total_bytes,
 )
 from wsm.formats.search import Grid, weights_of
 
@@ -31,7 +31,7 @@ _SCALES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 @dataclass(frozen=True, slots=True)
-class Integer:
+class Integer(SizedByShape):
     """A value is ``float32(q - zero) * float32(scale)``, rounded once to the compute dtype, without a fused add.
 
     ``values`` uint8 ``[rows, cols]``, or for 4 bits ``[rows, cols / 2 rounded up]``, the even column in the low bits;
@@ -69,12 +69,6 @@ class Integer:
         values = Plane("values", torch.uint8, (rows, cols if self.bits == 8 else -(-cols // 2)))
         zeros = (Plane("zeros", torch.uint8, grouped),) if self.has_zero else ()
         return values, Plane("scales", _SCALES[self.scale], grouped), *zeros
-
-    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
-        return self.planes(shape)
-
-    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        return total_bytes(self.planes(shape))
 
     def encode(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
         rows, cols = weight.shape

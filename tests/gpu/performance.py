@@ -40,18 +40,12 @@ FORMS = {  # what a name says behind its format: rows of the batch, or a shape o
     "none64": ("--verify-rows 64", "none, 64 rows"),
 }
 FORMATS, DRAFTED = ("int4", "exact", "q4_K", "bf16", "int8", "fp8"), ("int4", "exact", "q4_K", "int8")
-STEPS = (
-    ("b1", FORMATS),
-    ("tree64", DRAFTED),
-    ("b32", FORMATS),
-    ("chain12", DRAFTED),
-    ("b128", FORMATS),
-    ("b8", FORMATS),
-)
-SAME = ("int4_none13", "int4_none64")  # the tokens of chain and tree, without a draft
-ORDER = [*(f"{name}_{form}" for form, names in STEPS for name in names), *SAME]  # by usefulness
+STEPS = ("b1", "tree64", "b32", "chain12", "b128", "b8")
+ORDER = [f"{name}_{form}" for form in STEPS for name in (DRAFTED if form in FORMS else FORMATS)]  # by usefulness
+ORDER += ["int4_none13", "int4_none64"]  # the tokens of chain and tree, without a draft
 IN_TABLE = [f"{name}_{form}" for name in LIMIT_S for form in ("b1", *FORMS, "b8", "b32", "b128")]
 MACHINE = ("gpu", "pcie_gen", "pcie_width", "driver", "torch", "cuda", "cpu", "cpu_cores", "ram_bytes")
+RATE = ("value", "median", "unit", "spread_pct")
 COLUMNS = ["format", "B", "draft", "s a token [a pass]", "tok/s", "floor, s a pass", "ratio", "link GB/s", "idle %"]
 COLUMNS += ["tokens a pass", "GB a token", "page-locked GiB", "GPU GiB", "run"]
 
@@ -73,10 +67,6 @@ class Row:
     @property
     def batch_size(self) -> int:
         return 1 if self.form in FORMS else int(self.form[1:])
-
-    @property
-    def draft(self) -> str:
-        return FORMS[self.form][1] if self.form in FORMS else "none"
 
     @property
     def limit_s(self) -> int:
@@ -102,34 +92,30 @@ def chosen(patterns: Iterable[str]) -> list[Row]:
     return [Row(name) for name in ORDER if any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
 
 
-def without_places(text: str, out: Path) -> str:
-    """``text`` in which the folders of this machine have no names: it is published."""
-    for place in {out, out.resolve(), ROOT, Path(tempfile.gettempdir()), Path.home()} - {Path("/")}:
-        text = text.replace(str(place), "…")
-    return text
-
-
-def run_row(row: Row, out: Path, known: argparse.Namespace, more: list[str]) -> Json:
+def run_row(row: Row, known: argparse.Namespace, more: list[str]) -> Json:
     """What is kept of the row's run: the figures of the table, or why there are none."""
     command = [*row.flags(known.target, known.draft), *more]
-    result, log = out / f"{row.name}.json", out / f"{row.name}.log"
+    result, log = known.out / f"{row.name}.json", known.out / f"{row.name}.log"
     result.unlink(missing_ok=True)
     began, utc = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    argv = [sys.executable, "bench_infer.py", *command, "--quiet", "--out-json", str(result.resolve())]
+    places = ["--cache-dir", str(known.cache.resolve()), "--out-json", str(result.resolve())]
+    argv = [sys.executable, "bench_infer.py", *command, "--quiet", *places]
     with open(log, "w", encoding="utf-8") as said:
-        process = subprocess.Popen(
-            [*argv, "--cache-dir", str(known.cache)], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         code = ended(process, row.limit_s)
     kept: Json = {"row": row.name, "weight_format": row.weight_format, "batch_size": row.batch_size}
-    kept |= {"draft": row.draft, "target": known.target, "command": shlex.join(["bench_infer.py", *command])}
+    kept |= {
+        "draft": FORMS.get(row.form, ("", "none"))[1],
+        "target": known.target,
+        "command": shlex.join(["bench_infer.py", *command]),
+    }
     kept |= {"utc": utc, "took_s": round(time.monotonic() - began, 1), "exit": code, "sentence": None}
     if code == 0:
-        kept |= figures(json.loads(result.read_text(encoding="utf-8")), out)
+        kept |= figures(json.loads(result.read_text(encoding="utf-8")))
         kept["machine"]["commit"] = known.commit or kept["machine"]["commit"]
     else:
-        limit = f"stopped at its limit of {row.limit_s} s" if code is None else f"exit {code}: {sentence_of(log)}"
-        kept["sentence"] = without_places(limit, out)
+        stopped = f"stopped at its limit of {row.limit_s} s"
+        kept["sentence"] = stopped if code is None else f"exit {code}: {sentence_of(log)}"
     return kept
 
 
@@ -154,7 +140,7 @@ def sentence_of(log: Path) -> str:
     return (own or lines or ["it said nothing"])[-1][:400]
 
 
-def figures(result: Json, out: Path) -> Json:
+def figures(result: Json) -> Json:
     """The figures of a result, times in ms of a mean decode pass, and where they come from."""
     decode, prefill, memory = result["phases"]["decode"], result["phases"]["prefill"], result["memory"]
     passes, wall, idle = decode["passes"], decode["wall_ms"], decode["idle_ms"]["h2d"]
@@ -188,23 +174,18 @@ def figures(result: Json, out: Path) -> Json:
         measured["agreement"] = speculation["synthetic_agreement"]
     origin = result["provenance"]
     commit = str(origin["git_commit"])[:10] + (" and changes" if origin["git_dirty"] else "")
-    rates = {
-        name: {key: rate[key] for key in ("value", "median", "unit", "spread_pct")}
-        for name, rate in result["ceilings"].items()
-    }
     return {
         "measured": measured,
-        "ceilings": rates,
+        "ceilings": {name: {key: rate[key] for key in RATE} for name, rate in result["ceilings"].items()},
         "conditions": result["conditions"],
-        "warnings": [without_places(warning, out) for warning in result["warnings"]],
+        "warnings": result["warnings"],
         "machine": {"commit": commit, **{name: origin[name] for name in MACHINE}},
     }
 
 
 def run_all(known: argparse.Namespace, more: list[str]) -> int:
     """Run the chosen rows until the time is over; a line for each. Returns the exit code."""
-    small = known.out / "small"
-    small.mkdir(parents=True, exist_ok=True)
+    (known.out / "small").mkdir(parents=True, exist_ok=True)
     began, kept, left = time.monotonic(), list[Json](), list[str]()
     for row in chosen(known.row):
         if known.but is not None and (known.but / f"{row.name}.json").exists():
@@ -212,20 +193,23 @@ def run_all(known: argparse.Namespace, more: list[str]) -> int:
         if time.monotonic() - began > known.seconds:
             left.append(row.name)
             continue
-        kept.append(run_row(row, known.out, known, more))
-        write(small, kept[-1])
+        kept.append(run_row(row, known, more))
+        write(known.out, {"machine": None, **kept[-1]})
         print(f"{row.name}: {kept[-1]['took_s']} s, {summary(kept[-1])}", flush=True)
     machines = [entry["machine"] for entry in kept if "machine" in entry]
     for entry in kept:  # where a run failed, the machine is that of the others of this call
-        if "machine" not in entry and machines:
-            write(small, {**entry, "machine": machines[0]})
+        write(known.out, {"machine": machines[0] if machines else None, **entry})
     if left:
         print(f"not started, the time being over: {' '.join(left)}")
     return 0 if machines or not kept else 1
 
 
-def write(folder: Path, entry: Json) -> None:
-    (folder / f"{entry['row']}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+def write(out: Path, entry: Json) -> None:
+    """The small file of a row. It is published, so the folders of this machine have no names in it."""
+    text = json.dumps(entry, indent=1, ensure_ascii=False)
+    for place in (out.resolve(), ROOT, Path.home(), Path(tempfile.gettempdir())):
+        text = text.replace(str(place), "…") if place != Path("/") else text
+    (out / "small" / f"{entry['row']}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def summary(entry: Json) -> str:
@@ -263,7 +247,7 @@ def line(entry: Json, letter: str) -> list[str]:
     """A row's cells; of one that failed the last is what the program said."""
     head = [entry["weight_format"], str(entry["batch_size"]), entry["draft"]]
     if entry["sentence"]:
-        return [*head, *["-"] * (len(COLUMNS) - len(head) - 1), f"{letter}: {entry['sentence']}"]
+        return [*head, *["-"] * (len(COLUMNS) - len(head) - 1), f"{letter}: {entry['sentence']}".replace("|", "\\|")]
     m = entry["measured"]
     a_pass, a_token = m["pass_ms"] / 1e3, m["pass_ms"] / m["tokens_a_pass"] / 1e3
     return [
@@ -288,7 +272,7 @@ def shown(value: float | None, digits: int, unit: float = 1.0) -> str:
 
 def place_of(entry: Json) -> str:
     """Machine, versions and code of a row, in a line."""
-    if (m := entry.get("machine")) is None:
+    if (m := entry["machine"]) is None:
         return f"{entry['target']}, on a machine where no row ran"
     link = f" (PCIe {m['pcie_gen']} x{m['pcie_width']}, driver {m['driver']})" if m["gpu"] else ""
     return (

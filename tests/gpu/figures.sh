@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind docs/PERFORMANCE.md: bash tests/gpu/figures.sh OUTDIR [part ...]
-# Parts: stream short mixed drive resident kv kv_kinds kv_short kv_drive all80 (the last takes 150 GB of CPU memory).
+# Runs behind docs/PERFORMANCE.md beside its table (performance.py): bash tests/gpu/figures.sh OUTDIR [part ...]
+# Parts: stream short mixed drive resident kv kv_kinds kv_short kv_drive.
 # Without a part: stream mixed drive resident. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two of the results side by side.
 # Stores go to /dev/shm (a stand-in for a fast drive) and to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
@@ -80,11 +80,6 @@ kv_drive() { # KV on the drive of $DRIVE, which bounds it
     --gpu-cached-layers 1 --cpu-mem-gb 5.3 --kv-device "$drive/kv" --batch-size 32 --micro-batch 8 --prompt-len 2016 \
     --max-new-tokens 12
   "$python" tests/gpu/kv_summary.py "$out"
-}
-
-all80() {
-  step stream80 240 --synthetic Llama-3.1-70B --gpu-mem-gb 24 --prompt-len 128 --mode stream --cache-dir "$drive" \
-    --gpu-cached-layers 6 --max-new-tokens 8 --repeats 3
 }
 
 kv() {

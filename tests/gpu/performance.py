@@ -234,8 +234,7 @@ def table(folder: Path) -> str:
         runs.setdefault(place_of(entry), []).append(entry)
     letters = {place: chr(ord("a") + number) for number, place in enumerate(runs)}
     cells = [line(entry, letters[place_of(entry)]) for entry in entries]
-    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
-    lines.append("")
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *cells)] + [""]
     for place, of_it in runs.items():
         times = [entry["utc"][:16].replace("T", " ") for entry in of_it]
         lines.append(f"* **{letters[place]}**: {place}; {times[0]} to {times[-1]} UTC")

@@ -38,11 +38,11 @@ int4() {
   local flags="--weight-format int4 --max-new-tokens ${TOKENS:-256}"
   step int4_tree64 150 $flags --auto $beside --draft $pair --draft-depth 12 --verify-rows 64
   flags="$flags $(kept int4_tree64)"
-  step int4_tree24 120 $flags $beside --draft $pair --draft-depth 12 --verify-rows 24
-  step int4_chain8 150 $flags $beside --draft $pair $(chain 8)
+  [ -n "${SHORT:-}" ] || step int4_tree24 120 $flags $beside --draft $pair --draft-depth 12 --verify-rows 24
+  [ -n "${SHORT:-}" ] || step int4_chain8 150 $flags $beside --draft $pair $(chain 8)
   step int4_chain12 150 $flags $beside --draft $pair $(chain 12)
   for rows in ${NONE:-9 13 24 64}; do
-    step int4_none$rows 200 $flags --verify-rows $rows
+    step int4_none$rows 200 $flags --verify-rows $rows --max-new-tokens ${NONE_TOKENS:-256}
   done
 }
 

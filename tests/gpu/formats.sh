@@ -47,13 +47,13 @@ prefill() { # a prefill that computes
   done
 }
 
-drive() { # mixed, from the drive
+drive() { # mixed, from the drive, whose rate wanders: the formats there and back
   local flags="--synthetic Llama-3.1-70B:layers=8 --mode mixed --gpu-cached-layers 0 --cpu-cache-layers 4"
-  flags="$flags --prefetch-distance 2 --prompt-len 128 --max-new-tokens 6"
-  for format in auto exact int4; do
-    step ${format}8_drive 150 $flags --weight-format $format
-    rm -rf "$drive"/*.wsm
+  flags="$flags --prefetch-distance 2 --prompt-len 128 --max-new-tokens 4 --warmup-rounds 0"
+  for turn in auto_1 exact_1 int4_1 exact_2 auto_2; do
+    step ${turn}_8_drive 150 $flags --weight-format ${turn%_*}
   done
+  rm -rf "$drive"/*.wsm
 }
 
 calibrate() { # the speed of quantising that looks at the inputs

@@ -77,7 +77,7 @@ class Row:
         """One short warm-up round (a prefill and two passes) stays: in it kernels are compiled and residents arrive."""
         shape, more, tokens = target, f"--batch-size {self.batch_size}", 8
         if self.form in FORMS:
-            shape, more, tokens = f"{target}:cycle", FORMS[self.form][0].format(draft=draft), 128
+            shape, more, tokens = f"{target}:cycle", FORMS[self.form][0].format(draft=draft), 256
         stored = "auto" if self.weight_format == "bf16" else self.weight_format
         work = f"--synthetic {shape} --weight-format {stored} --mode stream --gpu-mem-gb 24 --auto --embedding cpu"
         return f"{work} --temperature 0 --prompt-len 128 --max-new-tokens {tokens} {more}".split()

@@ -13,7 +13,7 @@ from llama.batch import TokenBatch, decode_batch
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.nodes.forward import node_logits
-from llama.nodes.tree import node_batch, root_alone, within_block
+from llama.nodes.tree import Tree, node_batch, root_alone, within_block
 from llama.sampling import Sampling, margins_, sample
 from llama.speculation.accept import accept
 from llama.speculation.draft import Draft
@@ -65,7 +65,7 @@ class TokenPasses:
         sound = torch.isfinite(logits).all()
         logits.masked_fill_(~sound, 0.0)  # a draw from anything else would be the device's own failure
         self._picked = sample(logits, self._rows, self._positions, **self._decoding.sampling)
-        return _read_back(self._decoding.model, self._picked.unsqueeze(1), torch.ones_like(self._rows), sound)
+        return _Coming(self._picked.unsqueeze(1), torch.ones_like(self._rows), sound).new(self._decoding.model)
 
     def next(self) -> New:
         model, kv, _, chunk_tokens, observer = self._decoding
@@ -102,19 +102,21 @@ class NodePasses:
         self._starts, self._ends = positions, positions + (new_tokens - 1)
         self._rows = torch.arange(len(positions), device=positions.device)
         self._roots = positions
+        self._tree: Tree | None = None
 
     def first(self, logits: Tensor) -> New:
         ones = torch.ones_like(self._rows)
         drawn = self._draw(logits.unsqueeze(1), self._starts.unsqueeze(1), ones.unsqueeze(1).bool())
         self._roots = drawn.tokens.squeeze(1)
-        return _read_back(self._decoding.model, drawn.tokens, ones, drawn.sound, drawn.margins)
+        coming = _Coming(drawn.tokens, ones, drawn.sound, drawn.margins)
+        self._propose()
+        return coming.new(self._decoding.model)
 
     def next(self) -> New:
         model, kv, _, _, observer = self._decoding
         observer("pass")
-        starts, draft = self._starts, self._draft
-        tree = root_alone(self._roots, self._nodes) if draft is None else draft.propose(self._roots, starts)
-        tree = within_block(tree, starts)
+        starts, draft, tree = self._starts, self._draft, self._tree
+        assert tree is not None
         batch = node_batch(tree, starts)
         drawn = self._draw(node_logits(model, batch, kv), batch.positions + 1, tree.real)
         path, counts, tokens = accept(tree, drawn.tokens, draft.depth if draft is not None else 0, self._ends - starts)
@@ -124,11 +126,22 @@ class NodePasses:
         last = tokens.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         self._roots = torch.where(counts > 0, last, self._roots)
         self._starts = starts + counts
-        observer("queued")
         margins = None if drawn.margins is None else drawn.margins.gather(1, path)
-        new = _read_back(model, tokens, counts, drawn.sound, margins)
+        coming = _Coming(tokens, counts, drawn.sound, margins)
+        self._propose()
+        observer("queued")
+        new = coming.new(model)
         kv.grow(list(map(len, new.tokens)))
         return new
+
+    def _propose(self) -> None:
+        """The next pass's trees: queued before the host waits for this one's tokens, so that it queues the next pass
+        while the device drafts. After the last pass nobody asks for them."""
+        if self._draft is None:
+            tree = root_alone(self._roots, self._nodes)
+        else:
+            tree = self._draft.propose(self._roots, self._starts)
+        self._tree = within_block(tree, self._starts)
 
     def _draw(self, logits: Tensor, positions: Tensor, real: Tensor) -> _Drawn:
         finite = torch.isfinite(logits).all(dim=-1)
@@ -142,22 +155,36 @@ class NodePasses:
         return _Drawn(drawn.view(positions.shape), margins, (finite | ~real).all())
 
 
-def _read_back(model: Transformer, tokens: Tensor, counts: Tensor, sound: Tensor, margins: Tensor | None = None) -> New:
-    """The first ``counts [B]`` of ``tokens`` and of ``margins``, ``[B, n]`` each, in one copy with whether their logits
-    were finite; floats travel as their bits."""
-    parts = (tokens,) if margins is None else (tokens, margins.view(torch.int32).to(tokens.dtype))
-    found = torch.cat((*parts, counts.unsqueeze(1)), dim=1).flatten()
-    *numbers, finite = torch.cat((found, sound.view(1).to(found.dtype))).tolist()
-    if not finite:
-        raise UnusableInput(
-            f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
-            "dtype; take the checkpoint again, or another --dtype"
-        )
-    count = tokens.shape[1]
-    width = count * len(parts) + 1
-    rows = [numbers[begin : begin + width] for begin in range(0, len(numbers), width)]
-    bits = [row[count : count + row[-1]] for row in rows] if margins is not None else []
-    return New([row[: row[-1]] for row in rows], [list(_as_floats(row)) for row in bits])
+class _Coming:
+    """The first ``counts [B]`` of ``tokens`` and of ``margins``, ``[B, n]`` each, and whether their logits were finite:
+    one copy to the host, in which floats are their bits."""
+
+    def __init__(self, tokens: Tensor, counts: Tensor, sound: Tensor, margins: Tensor | None = None) -> None:
+        parts = (tokens,) if margins is None else (tokens, margins.view(torch.int32).to(tokens.dtype))
+        self._count, self._parts = tokens.shape[1], len(parts)
+        found = torch.cat((*parts, counts.unsqueeze(1)), dim=1).flatten()
+        self._numbers = torch.cat((found, sound.view(1).to(found.dtype)))
+        self._there: torch.cuda.Event | None = None
+        if found.is_cuda:
+            host = torch.empty(self._numbers.shape, dtype=found.dtype, pin_memory=True)
+            self._numbers = host.copy_(self._numbers, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def new(self, model: Transformer) -> New:
+        """Those of each row, once they are there; UnusableInput where their logits were not finite."""
+        if self._there is not None:
+            self._there.synchronize()
+        *numbers, finite = self._numbers.tolist()
+        if not finite:
+            raise UnusableInput(
+                f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
+                "dtype; take the checkpoint again, or another --dtype"
+            )
+        width = self._count * self._parts + 1
+        rows = [numbers[begin : begin + width] for begin in range(0, len(numbers), width)]
+        bits = [row[self._count : self._count + row[-1]] for row in rows] if self._parts > 1 else []
+        return New([row[: row[-1]] for row in rows], [list(_as_floats(row)) for row in bits])
 
 
 def _as_floats(bits: list[int]) -> tuple[float, ...]:

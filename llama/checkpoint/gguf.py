@@ -17,11 +17,11 @@ from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors
 from llama.checkpoint.gguf_config import gguf_config, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
 from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
-from llama.checkpoint.spread import spread
 from llama.names import Cut, renamed
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import WeightFormat, pieces
+from wsm.formats.spread import spread
 
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCKS = {name.upper(): name for name in registry.BLOCK_TYPES}
@@ -185,7 +185,7 @@ class GGUFCheckpoint(Checkpoint):
         step = max(1, _DECODED_AT_ONCE // tensor.shape[-1])
         parts = [slice(row, min(row + step, cut.rows)) for row in range(0, cut.rows, step)]
         with self._decoding:  # each matrix by all threads: several at once would only wait for each other
-            spread([partial(self._decode, tensor, cut, rows, out[rows]) for rows in parts], "wsm-decode")
+            spread([partial(self._decode, tensor, cut, rows, out[rows]) for rows in parts])
 
     def _decode(self, tensor: GGUFTensor, cut: Cut, rows: slice, out: Tensor) -> None:
         """Fill ``out`` with some rows of a cut."""

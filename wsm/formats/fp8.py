@@ -11,6 +11,7 @@ from torch import Tensor
 from wsm.errors import StoreError
 from wsm.formats.backend import kernels_for
 from wsm.formats.format import Plane, Shape, SizedByShape, check_finite, check_planes, finite_float, pieces
+from wsm.formats.spread import each_piece
 
 _LARGEST = 448.0
 _NAN = 0x7F
@@ -42,14 +43,20 @@ class Float8(SizedByShape):
         n_rows, cols = weight.shape
         planes = {p.name: weight.new_empty(p.shape, dtype=p.dtype) for p in self.planes((n_rows, cols))}
         largest = weight.new_empty(n_rows, dtype=torch.float32)
-        for rows in pieces(n_rows, weight.device, cols):
+
+        def look(rows: slice) -> None:
             largest[rows] = finite_float(weight[rows], self.name).abs().amax(1)
+
+        each_piece(look, n_rows, weight.device, cols)
         scales = (largest if self.per_row else largest.amax(0, keepdim=True)) / _LARGEST
         scales[scales == 0] = 1.0
         planes["scales"].copy_(scales)
-        for rows in pieces(n_rows, weight.device, cols):
+
+        def encode_rows(rows: slice) -> None:
             wide = weight[rows].float() / (scales[rows] if self.per_row else scales)[:, None]
             planes["values"][rows] = wide.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+
+        each_piece(encode_rows, n_rows, weight.device, cols)
         return planes
 
     def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from wsm.formats.format import (
     pieces,
 )
 from wsm.formats.search import Grid, weights_of
+from wsm.formats.spread import each_piece
 
 _NAME = re.compile(
     r"int(?P<bits>[48])(-g(?P<group>32|64)|-(?P<row>row))?(-(?P<scale>float16|float32))?(-(?P<zero>zero|sym))?"
@@ -81,11 +82,14 @@ class Integer(SizedByShape):
             return planes
         pad = groups * width - cols
         by_group = None if importance is None else F.pad(weights_of(importance), (0, pad)).view(1, groups, width)
-        for part in pieces(rows, weight.device, cols):
+
+        def encode_rows(part: slice) -> None:
             wide = F.pad(finite_float(weight[part], self.name), (0, pad)).view(-1, groups, width)
             scales, zeros = grid.nearest(wide) if by_group is None else grid.search(wide, by_group)
             codes = grid.codes(wide, scales, zeros).flatten(1)[:, :cols].to(torch.uint8)
             self._put_(planes, part, codes, scales.squeeze(-1), zeros.squeeze(-1))
+
+        each_piece(encode_rows, rows, weight.device, cols)
         return planes
 
     def _put_(self, planes: Mapping[str, Tensor], rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Decoding on several threads: each computes alone, the values are those of one thread, and a failure is told."""
+"""Blocks are decoded on several threads: the values are those of one thread, and a failure is told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 import llama.checkpoint.gguf
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.spread import spread
 from llama.names import Cut
 from tests.gguf_files import CONFIG, random_tensors, write_gguf
 from wsm.errors import StoreError
@@ -51,15 +50,6 @@ def test_a_part_of_a_matrix_is_decoded_alike(path: Path) -> None:
     out = torch.empty(cut.rows, cut.columns, dtype=torch.bfloat16)
     open_checkpoint(path).fill(EMBEDDING, out, cut)
     assert torch.equal(out, read(path)[5:16, 64:192])
-
-
-def test_each_piece_is_computed_by_one_thread_and_nobody_else_s_threads_change() -> None:
-    found, later = list[int](), list[int]()
-    spread([lambda: found.append(torch.get_num_threads())] * 5, "test")
-    other = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    other.start()
-    other.join()
-    assert (found, later, torch.get_num_threads()) == ([1] * 5, [3], 3)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -52,8 +52,8 @@ def main(name: str, layers: int, path: Path, only: str = "") -> None:
         large = layer % 2 and tensor.split(".")[-2] not in ("wq", "wk", "wo", "w1", "w3")
         block, blocks = made[(only if tensor.startswith("layers.") else "") or ("q6_K" if large else "q4_K")]
         bytes_ = (shape[0], shape[1] // block.weights * blocks.shape[1])
-        kind = Type[block.name.upper()]
-        writer.add_tensor_info(gguf_name(tensor), bytes_, np.dtype(np.uint8), bytes_[0] * bytes_[1], kind)
+        found = Type[block.name.upper()]
+        writer.add_tensor_info(gguf_name(tensor), bytes_, np.dtype(np.uint8), bytes_[0] * bytes_[1], found)
         written.append(partial(_repeated, blocks, 1009 * at, bytes_))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

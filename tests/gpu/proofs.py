@@ -22,13 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 from bench.options.run_flags import RunOptions  # noqa: E402
 from bench.run.measure import run_round  # noqa: E402
-from llama.plans import plan_run  # noqa: E402
 from llama.llm import LLaMA  # noqa: E402
 from llama.loading import Reporter  # noqa: E402
 from llama.opening import open_inputs  # noqa: E402
+from llama.plans import plan_run  # noqa: E402
 from wsm.engine.arena import PageLockedArena  # noqa: E402
 from wsm.engine.device import open_device  # noqa: E402
-from wsm.plan.plan import RunShape  # noqa: E402
+from wsm.plan.inputs import RunShape  # noqa: E402
 
 SHAPE = "Llama-3.1-70B:layers=8"
 GPU = torch.device("cuda", 0)

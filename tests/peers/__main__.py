@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from tabulate import tabulate
 
 from llama.config import PRESETS
 from tests.peers import llama_bench, ours
-from tests.peers.rows import MARK, Row, Work
+from tests.peers.rows import MARK, Row, Work, emit, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = Path(os.environ.get("FAST", "/dev/shm")) / "wsm-peers"
@@ -52,14 +53,14 @@ def _disk(work: Work, out: Path) -> None:
 
 
 PARTS: dict[str, tuple[int, int, Callable[[Work, Path], None]]] = {
-    "ours": (100, 160, ours.four_bits),
-    "llama_cpp": (110, 160, lambda work, out: llama_bench.measure(work, FAST / "model.gguf")),
-    "ours_bf16": (70, 110, ours.bf16),
+    "ours": (100, 170, ours.four_bits),
+    "llama_cpp": (140, 210, lambda work, out: llama_bench.measure(work, FAST / "model.gguf")),
+    "ours_bf16": (60, 110, ours.bf16),
     "accelerate": (50, 80, _torch_peer("accelerate")),
     "accelerate_partly": (30, 50, _torch_peer("accelerate_partly")),
-    "bitsandbytes": (45, 70, _torch_peer("bitsandbytes")),
-    "deepspeed": (50, 80, _torch_peer("deepspeed")),
-    "accelerate_disk": (110, 170, _disk),
+    "bitsandbytes": (45, 80, _torch_peer("bitsandbytes")),
+    "deepspeed": (45, 80, _torch_peer("deepspeed")),
+    "accelerate_disk": (125, 200, _disk),
 }
 """Name -> seconds that it takes, about; its limit; what it does."""
 
@@ -69,6 +70,7 @@ def rows_of(command: Sequence[str], log: Path, limit: float) -> Iterator[Row]:
     part, stopped = log.stem, threading.Event()
     with (
         log.open("w") as words,
+        log.with_suffix(".out").open("w") as others,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=words, text=True, cwd=ROOT, start_new_session=True
         ) as process,
@@ -86,7 +88,7 @@ def rows_of(command: Sequence[str], log: Path, limit: float) -> Iterator[Row]:
                 if line.startswith(MARK):
                     yield replace(Row(**json.loads(line.removeprefix(MARK))), part=part)
                 else:
-                    words.write(line)
+                    others.write(line)
         finally:
             clock.cancel()
             if process.poll() is None and not stopped.is_set():
@@ -109,8 +111,10 @@ def measure(work: Work, out: Path, parts: Sequence[str], limit: float) -> None:
         command = [sys.executable, "-m", "tests.peers", str(out), "--only", name]
         command += ["--shape", json.dumps(asdict(work))]
         began_part = time.monotonic()
-        if left < expected / 2:
-            found: Iterator[Row] = iter([Row(name, "", "", 0, "", could_not="not begun: no time left", part=name)])
+        if left < expected:
+            found: Iterator[Row] = iter(
+                [Row(name, "", "", 0, "", could_not=f"not begun: {left:.0f} s were left", part=name)]
+            )
         else:
             found = rows_of(command, out / f"{name}.log", min(most, left))
         for row in found:
@@ -158,7 +162,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-HEADERS = ["who", "format", "B", "s a pass", "of ours", "tok/s", "GB over the link", "GPU GiB", "settings"]
+HEADERS = ["who", "format", "B", "s a pass", "time of ours", "tok/s", "GB over the link", "GPU GiB", "settings"]
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -191,19 +195,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default=Work.name, choices=PRESETS, help="whose shape")
     parser.add_argument("--layers", type=int, nargs=2, default=(Work.few, Work.many), help="few and many")
     parser.add_argument("--prompt-len", type=int, default=Work.prompt)
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print a peers.json as Markdown, and do nothing else"
-    )
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print such files as Markdown, no more")
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     known = parser.parse_intermixed_args(arguments)
     if known.table:
-        print(table(load(known.table)))
+        print(table([row for path in known.table for row in load(path)]))
         return
     if known.out is None:
         parser.error("name the folder for the results")
     if known.only:
-        PARTS[known.only][2](Work(**known.shape), known.out)
+        try:
+            PARTS[known.only][2](Work(**known.shape), known.out)
+        except Exception as error:
+            traceback.print_exc()
+            emit(Row(known.only, "", "", 0, "", could_not=one_line(error)))
         return
     if unknown := set(known.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: {', '.join(PARTS)}")

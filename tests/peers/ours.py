@@ -26,7 +26,9 @@ def run(work: Work, out: Path, name: str, *flags: str) -> dict[str, Any]:
         "0",
         *flags,
     ]
-    command += ["--device", work.device, "--cache-dir", str(out / "cache"), "--no-probe", "--quiet"]
+    command += ["--device", work.device, "--no-probe", "--quiet"]
+    if "--cache-dir" not in flags:
+        command += ["--cache-dir", str(out / "cache")]
     if work.device != "cpu":
         command += ["--gpu-mem-gb", str(work.gpu_GiB)]
     path = out / f"ours_{name}.json"
@@ -46,32 +48,31 @@ def measure(work: Work, out: Path, scene: str, form: str, batch: int, moved: str
         row.moved_bytes = result["plan"]["bytes_per_pass"][moved]
 
 
-def synthetic(work: Work, layers: int) -> tuple[str, str]:
-    return "--synthetic", f"{work.name}:layers={layers}"
+def synthetic(work: Work, layers: int) -> list[str]:
+    return ["--synthetic", f"{work.name}:layers={layers}"]
 
 
 def bf16(work: Work, out: Path) -> None:
+    plain = [*STREAM, "--dtype", "bfloat16", "--gpu-cached-layers"]
     for batch in (1, 32):
-        flags = (*synthetic(work, work.few), *STREAM, "--dtype", "bfloat16", "--gpu-cached-layers", "0")
-        measure(work, out, work.bare, "bf16", batch, "weight_h2d", *flags)
-    flags = (*synthetic(work, work.many), *STREAM, "--dtype", "bfloat16", "--gpu-cached-layers", str(work.held_bf16))
-    flags = (*flags, "--group-prefetch-depth", "2", "--embedding", "cpu")
-    measure(work, out, work.partly, "bf16", 1, "weight_h2d", *flags)
+        measure(work, out, work.bare, "bf16", batch, "weight_h2d", *synthetic(work, work.few), *plain, "0")
+    fitted = [str(work.held_bf16), "--group-prefetch-depth", "2", "--embedding", "cpu"]
+    measure(work, out, work.partly, "bf16", 1, "weight_h2d", *synthetic(work, work.many), *plain, *fitted)
 
 
 def four_bits(work: Work, out: Path) -> None:
+    many = synthetic(work, work.many)
     for form in ("q4_0", "int4"):
+        flags = [*STREAM, "--weight-format", form, "--gpu-cached-layers", str(work.held_4bit)]
         for batch in (1, 8, 24):
-            flags = (*synthetic(work, work.many), *STREAM, "--weight-format", form)
-            flags = (*flags, "--gpu-cached-layers", str(work.held_4bit))
-            measure(work, out, work.half, form, batch, "weight_h2d", *flags)
+            measure(work, out, work.half, form, batch, "weight_h2d", *many, *flags)
+    flags = ["--mode", "full", "--max-new-tokens", "32", "--weight-format", "int4"]
     for batch in (1, 8):
-        flags = (*synthetic(work, work.many), "--mode", "full", "--max-new-tokens", "32", "--weight-format", "int4")
-        measure(work, out, work.whole, "int4", batch, "weight_h2d", *flags)
+        measure(work, out, work.whole, "int4", batch, "weight_h2d", *many, *flags)
 
 
 def drive(work: Work, out: Path, folder: Path) -> None:
     """From the machine's drive, the packed store in ``folder``."""
-    flags = (*synthetic(work, work.few), "--mode", "mixed", "--dtype", "bfloat16", "--gpu-cached-layers", "0")
-    flags = (*flags, "--cpu-cache-layers", "2", "--prefetch-distance", "2", "--max-new-tokens", "4")
-    measure(work, out, work.drive, "bf16", 1, "ssd_read", *flags, "--warmup-rounds", "0", "--cache-dir", str(folder))
+    flags = ["--mode", "mixed", "--dtype", "bfloat16", "--gpu-cached-layers", "0", "--cpu-cache-layers", "2"]
+    flags += ["--prefetch-distance", "2", "--max-new-tokens", "4", "--warmup-rounds", "0", "--cache-dir", str(folder)]
+    measure(work, out, work.drive, "bf16", 1, "ssd_read", *synthetic(work, work.few), *flags)

@@ -15,8 +15,8 @@ MARK = "ROW "
 
 @dataclass(frozen=True)
 class Work:
-    """The shapes. 24 GiB hold 11 layers of 70B in bf16, of however many, and about half of all 80 in 4 bits. Fewer than 80
-    layers are a pass of the same kind, in less time and memory."""
+    """The shapes. 24 GiB hold 11 layers of 70B in bf16, of however many, and about half of all 80 in 4 bits. Fewer than
+    80 layers are a pass of the same kind, in less time and memory."""
 
     name: str = "Llama-3.1-70B"
     few: int = 8

@@ -36,14 +36,12 @@ def accelerate(work: Work) -> None:
 def accelerate_partly(work: Work) -> None:
     """``dispatch_model`` with as many layers on the GPU as the budget holds, the others page-locked. The map is the
     caller's: ``infer_auto_device_map`` fills the GPU from the front, so that the head, 2.1 GB, would cross the link."""
-    from accelerate import dispatch_model
-
     hold(work)
     how = "dispatch_model, a map of the caller's (embedding and head on the GPU), the rest page-locked before"
     with attempt("accelerate", work.partly, "bf16", 1, how, version("accelerate")) as row:
         model = _offloaded_from(work, work.held_bf16)
         moved = nbytes(model, lambda name: layer_of(name) >= work.held_bf16)
-        dispatch_model(model, _places(work, work.held_bf16), force_hooks=True)
+        _dispatch(model, work, work.held_bf16)
         fill(row, model, work, moved)
 
 
@@ -51,10 +49,14 @@ def _offloaded_from(work: Work, held: int) -> Any:
     return model_of(work, work.many, lambda name: "cuda" if layer_of(name) < held else "locked")
 
 
-def _places(work: Work, held: int) -> dict[str, int | str]:
+def _dispatch(model: Any, work: Work, held: int) -> None:
+    """Compute all on the GPU, the layers from ``held`` on offloaded."""
+    from accelerate import dispatch_model
+
     gpu: int | str = 0 if work.device != "cpu" else "cpu"
     others = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), gpu)
-    return others | {f"model.layers.{n}": gpu if n < held else "cpu" for n in range(work.many)}
+    places = others | {f"model.layers.{n}": gpu if n < held else "cpu" for n in range(work.many)}
+    dispatch_model(model, places, skip_keys=model._skip_keys_device_placement, force_hooks=True)
 
 
 def accelerate_disk(work: Work, out: Path, drive: Path) -> None:
@@ -81,9 +83,9 @@ def _forget(folder: Path) -> None:
 
 
 def bitsandbytes(work: Work) -> None:
-    """nf4: all layers on the GPU; then what of it can be offloaded. Beside it, what transformers does with a GGUF file."""
+    """nf4: all layers on the GPU; then what can be offloaded. Beside it, what transformers does with a GGUF file."""
     import bitsandbytes as bnb
-    from accelerate import cpu_offload, dispatch_model
+    from accelerate import cpu_offload
 
     hold(work)
     model = model_of(work, work.many, lambda name: "" if name.split(".")[-2] in LINEAR else "cuda")
@@ -103,7 +105,7 @@ def bitsandbytes(work: Work) -> None:
         model = _offloaded_from(work, work.held_4bit)
         _quantise(model, bnb, work, work.held_4bit)
         moved = nbytes(model, lambda name: layer_of(name) >= work.held_4bit)
-        dispatch_model(model, _places(work, work.held_4bit), force_hooks=True)
+        _dispatch(model, work, work.held_4bit)
         fill(row, model, work, moved)
     _transformers_gguf(work)
 

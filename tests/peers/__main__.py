@@ -7,7 +7,7 @@ Each part has a process and a time limit of its own. What a peer cannot do leave
 (all of them without a choice), and the seconds that each takes on an H100 with 16 cores, about: see ``--help``.
 Peers run at their best settings that were found, not as they come: where the two differ, both are rows. One warm-up,
 then the median. Needed: accelerate and transformers; bitsandbytes; deepspeed; LLAMA_BENCH=llama.cpp's llama-bench. One
-CUDA device, 64 GiB of CPU memory, 12 GB on ${FAST:-/dev/shm}, and 32 GB on ${DRIVE:-/tmp} for ``accelerate_disk``.
+CUDA device, 64 GiB of CPU memory, 12 GB on ${FAST:-/dev/shm}, and 36 GB on ${DRIVE:-/tmp} for ``accelerate_disk``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _disk(work: Work, out: Path) -> None:
 
 
 PARTS: dict[str, tuple[int, int, Callable[[Work, Path], None]]] = {
-    "ours": (100, 170, ours.four_bits),
+    "ours": (120, 190, ours.four_bits),
     "llama_cpp": (140, 210, lambda work, out: llama_bench.measure(work, FAST / "model.gguf")),
     "ours_bf16": (60, 110, ours.bf16),
     "accelerate": (50, 80, _torch_peer("accelerate")),
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(known.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: {', '.join(PARTS)}")
     few, many = known.layers
-    held = {"held_bf16": many * 11 // 24, "held_4bit": many // 2}
+    held = {"held_bf16": many * 11 // 24, "held_4bit": many // 2, "most_4bit": many * 14 // 24}
     work = replace(Work(known.name, few, many, device=known.device, prompt=known.prompt_len), **held)
     measure(work, known.out.resolve(), known.parts or tuple(PARTS), known.limit)
 

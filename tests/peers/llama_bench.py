@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from tests.peers.rows import GpuPeak, Row, Work, emit
@@ -32,44 +33,27 @@ def write(work: Work, path: Path) -> None:
 
 
 def measure(work: Work, path: Path) -> None:
-    """As many layers on the GPU as ours, in each way; then the best two with 15 of 24, as 49 of 80 fit 24 GiB alone."""
+    """Half of the layers on the GPU, in each way; then as many as the budget holds, in the last two."""
     program = os.environ.get("LLAMA_BENCH", "")
     if not program:
         raise RuntimeError("LLAMA_BENCH names no llama-bench")
     write(work, path)
     cores = os.cpu_count() or 1
     halves = f"{max(1, cores // 2)},{cores}"
-    same, most = work.held_4bit + 1, work.many * 5 // 8 + 1
-    run(program, work, path, {}, "-ngl", str(same), "-t", halves)
-    run(program, work, path, {}, "-ngl", str(same), "-t", halves, "--no-host", "1")
-    run(program, work, path, BY_LINK, "-ngl", str(same), "-t", str(cores), "-lm", "none")
-    run(program, work, path, {}, "-ngl", str(most), "-t", str(cores), "--no-host", "1")
-    run(program, work, path, BY_LINK, "-ngl", str(most), "-t", str(cores), "-lm", "none")
+    call = partial(run, program, work, path)
+    call(work.half, {}, "-ngl", str(work.held_4bit + 1), "-t", halves)
+    call(work.half, {}, "-ngl", str(work.held_4bit + 1), "-t", halves, "--no-host", "1")
+    call(work.half, BY_LINK, "-ngl", str(work.held_4bit + 1), "-t", str(cores), "-lm", "none")
+    call(work.most, {}, "-ngl", str(work.most_4bit + 1), "-t", str(cores), "--no-host", "1")
+    call(work.most, BY_LINK, "-ngl", str(work.most_4bit + 1), "-t", str(cores), "-lm", "none")
 
 
-def run(program: str, work: Work, path: Path, variables: Mapping[str, str], *flags: str) -> None:
+def run(program: str, work: Work, path: Path, scene: str, variables: Mapping[str, str], *flags: str) -> None:
     """Rows of 1, 8 and 24 tokens a pass, each written when its line comes."""
-    command = [
-        program,
-        "-m",
-        str(path),
-        "-o",
-        "jsonl",
-        "-d",
-        str(work.prompt),
-        "-p",
-        "8,24",
-        "-n",
-        "8",
-        "-r",
-        "3",
-        *flags,
-    ]
+    tests = f"-o jsonl -d {work.prompt} -p 8,24 -n 8 -r 3".split()
+    command = [program, "-m", str(path), *tests, *flags]
     how = " ".join([*(f"{name}={value}" for name, value in variables.items()), *flags])
-    held = int(flags[1]) - 1
-    scene = work.half if held == work.held_4bit else f"4 bits, {held} of {work.many} layers on the GPU"
-    found = 0
-    said = ""
+    found, said = 0, ""
     with (
         GpuPeak() as peak,
         subprocess.Popen(

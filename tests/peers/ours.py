@@ -66,6 +66,9 @@ def four_bits(work: Work, out: Path) -> None:
         flags = [*STREAM, "--weight-format", form, "--gpu-cached-layers", str(work.held_4bit)]
         for batch in (1, 8, 24):
             measure(work, out, work.half, form, batch, "weight_h2d", *many, *flags)
+    flags = [*STREAM, "--weight-format", "int4", "--gpu-cached-layers", str(work.most_4bit), "--embedding", "cpu"]
+    for batch in (1, 8, 24):
+        measure(work, out, work.most, "int4", batch, "weight_h2d", *many, *flags)
     flags = ["--mode", "full", "--max-new-tokens", "32", "--weight-format", "int4"]
     for batch in (1, 8):
         measure(work, out, work.whole, "int4", batch, "weight_h2d", *many, *flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,17 @@ def accelerate_partly(work: Work) -> None:
     hold(work)
     how = "dispatch_model, a map of the caller's (embedding and head on the GPU), the rest page-locked before"
     with attempt("accelerate", work.partly, "bf16", 1, how, version("accelerate")) as row:
-        model = _offloaded_from(work, work.held_bf16)
+        model = model_of(work, work.many, lambda name: "cuda" if layer_of(name) < work.held_bf16 else "locked")
         moved = nbytes(model, lambda name: layer_of(name) >= work.held_bf16)
         _dispatch(model, work, work.held_bf16)
         fill(row, model, work, moved)
 
 
-def _offloaded_from(work: Work, held: int) -> Any:
-    return model_of(work, work.many, lambda name: "cuda" if layer_of(name) < held else "locked")
+def _place_4bit(held: int, name: str) -> str:
+    """Matrices of the held layers get memory when they are quantised."""
+    if layer_of(name) >= held:
+        return "locked"
+    return "" if name.split(".")[-2] in LINEAR else "cuda"
 
 
 def _dispatch(model: Any, work: Work, held: int) -> None:
@@ -88,7 +92,7 @@ def bitsandbytes(work: Work) -> None:
     from accelerate import cpu_offload
 
     hold(work)
-    model = model_of(work, work.many, lambda name: "" if name.split(".")[-2] in LINEAR else "cuda")
+    model = model_of(work, work.many, partial(_place_4bit, work.many))
     _quantise(model, bnb, work, work.many)
     for batch in (1, 8):
         with attempt("bitsandbytes", work.whole, "nf4", batch, "bf16 compute, all on the GPU", bnb.__version__) as row:
@@ -102,7 +106,7 @@ def bitsandbytes(work: Work) -> None:
     free()
     how = "llm_int8_enable_fp32_cpu_offload: nf4 on the GPU, what is offloaded stays bf16 (page-locked before)"
     with attempt("bitsandbytes", work.half, "nf4 + bf16", 1, how, bnb.__version__) as row:
-        model = _offloaded_from(work, work.held_4bit)
+        model = model_of(work, work.many, partial(_place_4bit, work.held_4bit))
         _quantise(model, bnb, work, work.held_4bit)
         moved = nbytes(model, lambda name: layer_of(name) >= work.held_4bit)
         _dispatch(model, work, work.held_4bit)
@@ -111,16 +115,14 @@ def bitsandbytes(work: Work) -> None:
 
 
 def _quantise(model: Any, bnb: Any, work: Work, layers: int) -> None:
-    """Put ``Linear4bit`` in the place of the first layers' matrices, of their weights, or of noise."""
+    """Put ``Linear4bit`` of noise in the place of the first layers' matrices, one at a time."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and 0 <= layer_of(name) < layers:
-            weight = module.weight
-            if weight.is_meta:
-                weight = torch.empty(weight.shape, dtype=torch.bfloat16, device=work.device).normal_(std=0.02)
+            weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=work.device).normal_(std=0.02)
             small = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
             )
-            small.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
+            small.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
             model.set_submodule(name, small.to(work.device))
 
 

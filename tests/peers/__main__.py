@@ -162,7 +162,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-HEADERS = ["who", "format", "B", "s a pass", "time of ours", "tok/s", "GB over the link", "GPU GiB", "settings"]
+HEADERS = ["who", "format", "B", "s a pass", "time of ours", "tok/s", "GB moved", "GPU GiB", "settings"]
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:

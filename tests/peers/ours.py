@@ -15,7 +15,7 @@ NAME = "this project"
 STREAM = ("--mode", "stream", "--max-new-tokens", "12")
 
 
-def run(work: Work, out: Path, name: str, *flags: str) -> dict[str, Any]:
+def run(work: Work, out: Path, cache: Path, name: str, *flags: str) -> dict[str, Any]:
     """The result of one run, kept as ``OUT/ours_NAME.json``."""
     command = [
         sys.executable,
@@ -26,9 +26,7 @@ def run(work: Work, out: Path, name: str, *flags: str) -> dict[str, Any]:
         "0",
         *flags,
     ]
-    command += ["--device", work.device, "--no-probe", "--quiet"]
-    if "--cache-dir" not in flags:
-        command += ["--cache-dir", str(out / "cache")]
+    command += ["--device", work.device, "--cache-dir", str(cache), "--no-probe", "--quiet"]
     if work.device != "cpu":
         command += ["--gpu-mem-gb", str(work.gpu_GiB)]
     path = out / f"ours_{name}.json"
@@ -38,10 +36,19 @@ def run(work: Work, out: Path, name: str, *flags: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def measure(work: Work, out: Path, scene: str, form: str, batch: int, moved: str, *flags: str) -> None:
+def measure(
+    work: Work,
+    out: Path,
+    scene: str,
+    form: str,
+    batch: int,
+    *flags: str,
+    moved: str = "weight_h2d",
+    cache: Path | None = None,
+) -> None:
     name = "".join(c if c.isalnum() else "_" for c in f"{scene}_{form}_b{batch}")
     with attempt(NAME, scene, form, batch, " ".join(flags)) as row:
-        result = run(work, out, name, *flags, "--batch-size", str(batch))
+        result = run(work, out, cache or out / "cache", name, *flags, "--batch-size", str(batch))
         row.version = str(result["provenance"]["git_commit"])[:7]
         row.s_a_pass = result["tpot_ms"]["p50"] / 1e3
         row.passes = result["tpot_ms"]["n"]
@@ -55,9 +62,9 @@ def synthetic(work: Work, layers: int) -> list[str]:
 def bf16(work: Work, out: Path) -> None:
     plain = [*STREAM, "--dtype", "bfloat16", "--gpu-cached-layers"]
     for batch in (1, 32):
-        measure(work, out, work.bare, "bf16", batch, "weight_h2d", *synthetic(work, work.few), *plain, "0")
+        measure(work, out, work.bare, "bf16", batch, *synthetic(work, work.few), *plain, "0")
     fitted = [str(work.held_bf16), "--group-prefetch-depth", "2", "--embedding", "cpu"]
-    measure(work, out, work.partly, "bf16", 1, "weight_h2d", *synthetic(work, work.many), *plain, *fitted)
+    measure(work, out, work.partly, "bf16", 1, *synthetic(work, work.many), *plain, *fitted)
 
 
 def four_bits(work: Work, out: Path) -> None:
@@ -65,17 +72,17 @@ def four_bits(work: Work, out: Path) -> None:
     for form in ("q4_0", "int4"):
         flags = [*STREAM, "--weight-format", form, "--gpu-cached-layers", str(work.held_4bit)]
         for batch in (1, 8, 24):
-            measure(work, out, work.half, form, batch, "weight_h2d", *many, *flags)
+            measure(work, out, work.half, form, batch, *many, *flags)
     flags = [*STREAM, "--weight-format", "int4", "--gpu-cached-layers", str(work.most_4bit), "--embedding", "cpu"]
     for batch in (1, 8, 24):
-        measure(work, out, work.most, "int4", batch, "weight_h2d", *many, *flags)
+        measure(work, out, work.most, "int4", batch, *many, *flags)
     flags = ["--mode", "full", "--max-new-tokens", "32", "--weight-format", "int4"]
     for batch in (1, 8):
-        measure(work, out, work.whole, "int4", batch, "weight_h2d", *many, *flags)
+        measure(work, out, work.whole, "int4", batch, *many, *flags)
 
 
 def drive(work: Work, out: Path, folder: Path) -> None:
     """From the machine's drive, the packed store in ``folder``."""
     flags = ["--mode", "mixed", "--dtype", "bfloat16", "--gpu-cached-layers", "0", "--cpu-cache-layers", "2"]
-    flags += ["--prefetch-distance", "2", "--max-new-tokens", "4", "--warmup-rounds", "0", "--cache-dir", str(folder)]
-    measure(work, out, work.drive, "bf16", 1, "ssd_read", *synthetic(work, work.few), *flags)
+    flags += ["--prefetch-distance", "2", "--max-new-tokens", "4", "--warmup-rounds", "0"]
+    measure(work, out, work.drive, "bf16", 1, *synthetic(work, work.few), *flags, moved="ssd_read", cache=folder)

@@ -72,7 +72,7 @@ class Row:
     s_a_pass: float | None = None
     passes: int = 0
     moved_bytes: int | None = None
-    """Weights that cross the link in a pass, where known."""
+    """Weights that cross the link in a pass, or come from the drive, where known."""
     gpu_GiB: float | None = None
     """Most that the whole card had in use, contexts included."""
     could_not: str = ""

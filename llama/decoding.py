@@ -12,7 +12,7 @@ from llama.batch import TokenBatch, decode_batch
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.nodes.forward import node_logits
-from llama.nodes.tree import node_batch, root_alone, within_block
+from llama.nodes.tree import Tree, node_batch, root_alone, within_block
 from llama.sampling import Sampling, sample
 from llama.speculation.accept import accept
 from llama.speculation.draft import Draft
@@ -54,7 +54,7 @@ class TokenPasses:
         sound = torch.isfinite(logits).all()
         logits.masked_fill_(~sound, 0.0)  # a draw from anything else would be the device's own failure
         self._picked = sample(logits, self._rows, self._positions, **self._decoding.sampling)
-        return _read_back(self._decoding.model, self._picked.unsqueeze(1), torch.ones_like(self._rows), sound)
+        return _Coming(self._picked.unsqueeze(1), torch.ones_like(self._rows), sound).tokens(self._decoding.model)
 
     def next(self) -> list[list[int]]:
         model, kv, _, chunk_tokens, observer = self._decoding
@@ -77,19 +77,21 @@ class NodePasses:
         self._starts, self._ends = positions, positions + (new_tokens - 1)
         self._rows = torch.arange(len(positions), device=positions.device)
         self._roots = positions
+        self._tree: Tree | None = None
 
     def first(self, logits: Tensor) -> list[list[int]]:
         ones = torch.ones_like(self._rows)
         drawn, sound = self._draw(logits.unsqueeze(1), self._starts.unsqueeze(1), ones.unsqueeze(1).bool())
         self._roots = drawn.squeeze(1)
-        return _read_back(self._decoding.model, drawn, ones, sound)
+        coming = _Coming(drawn, ones, sound)
+        self._propose()
+        return coming.tokens(self._decoding.model)
 
     def next(self) -> list[list[int]]:
         model, kv, _, _, observer = self._decoding
         observer("pass")
-        starts, draft = self._starts, self._draft
-        tree = root_alone(self._roots, self._nodes) if draft is None else draft.propose(self._roots, starts)
-        tree = within_block(tree, starts)
+        starts, draft, tree = self._starts, self._draft, self._tree
+        assert tree is not None
         batch = node_batch(tree, starts)
         drawn, sound = self._draw(node_logits(model, batch, kv), batch.positions + 1, tree.real)
         path, counts, tokens = accept(tree, drawn, draft.depth if draft is not None else 0, self._ends - starts)
@@ -99,10 +101,21 @@ class NodePasses:
         last = tokens.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         self._roots = torch.where(counts > 0, last, self._roots)
         self._starts = starts + counts
+        coming = _Coming(tokens, counts, sound)
+        self._propose()
         observer("queued")
-        new = _read_back(model, tokens, counts, sound)
+        new = coming.tokens(model)
         kv.grow(list(map(len, new)))
         return new
+
+    def _propose(self) -> None:
+        """The next pass's trees: queued before the host waits for this one's tokens, so that it queues the next pass
+        while the device drafts. After the last pass nobody asks for them."""
+        if self._draft is None:
+            tree = root_alone(self._roots, self._nodes)
+        else:
+            tree = self._draft.propose(self._roots, self._starts)
+        self._tree = within_block(tree, self._starts)
 
     def _draw(self, logits: Tensor, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own token behind each node, int64 ``[B, M]``, and whether all real nodes' logits are finite."""
@@ -113,15 +126,29 @@ class NodePasses:
         return drawn.view(positions.shape), (finite | ~real).all()
 
 
-def _read_back(model: Transformer, tokens: Tensor, counts: Tensor, sound: Tensor) -> list[list[int]]:
-    """The first ``counts [B]`` of ``tokens [B, n]``, in one copy with whether their logits were finite."""
-    found = torch.cat((tokens, counts.unsqueeze(1)), dim=1).flatten()
-    *numbers, finite = torch.cat((found, sound.view(1).to(found.dtype))).tolist()
-    if not finite:
-        raise UnusableInput(
-            f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
-            "dtype; take the checkpoint again, or another --dtype"
-        )
-    width = tokens.shape[1] + 1
-    rows = [numbers[begin : begin + width] for begin in range(0, len(numbers), width)]
-    return [row[: row[-1]] for row in rows]
+class _Coming:
+    """The first ``counts [B]`` of ``tokens [B, n]``, and whether their logits were finite: one copy to the host."""
+
+    def __init__(self, tokens: Tensor, counts: Tensor, sound: Tensor) -> None:
+        self._width = tokens.shape[1] + 1
+        found = torch.cat((tokens, counts.unsqueeze(1)), dim=1).flatten()
+        self._numbers = torch.cat((found, sound.view(1).to(found.dtype)))
+        self._there: torch.cuda.Event | None = None
+        if found.is_cuda:
+            host = torch.empty(self._numbers.shape, dtype=found.dtype, pin_memory=True)
+            self._numbers = host.copy_(self._numbers, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def tokens(self, model: Transformer) -> list[list[int]]:
+        """Those of each row, once they are there; UnusableInput where their logits were not finite."""
+        if self._there is not None:
+            self._there.synchronize()
+        *numbers, finite = self._numbers.tolist()
+        if not finite:
+            raise UnusableInput(
+                f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
+                "dtype; take the checkpoint again, or another --dtype"
+            )
+        rows = [numbers[begin : begin + self._width] for begin in range(0, len(numbers), self._width)]
+        return [row[: row[-1]] for row in rows]

@@ -22,11 +22,14 @@ _COUNTED = 4096
 
 
 def tile_(out: Tensor, block: Tensor, start: int) -> None:
-    """Fill ``out`` with ``block``, a list of elements or of rows of them, over and over, from its ``start`` on."""
-    flat, place = out.view(-1, *block.shape[1:]), 0
+    """Fill ``out`` with ``block``, a list of elements or of rows of them, over and over, from its ``start`` on.
+
+    By numpy, each thread alone: torch would cut every copy into shares for threads of its own, for each of those here.
+    """
+    flat, source, place = out.view(-1, *block.shape[1:]).numpy(), block.numpy(), 0
     while place < len(flat):
-        count = min(len(flat) - place, len(block) - start)
-        flat[place : place + count].copy_(block[start : start + count])
+        count = min(len(flat) - place, len(source) - start)
+        flat[place : place + count] = source[start : start + count]
         place, start = place + count, 0
 
 

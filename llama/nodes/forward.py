@@ -83,20 +83,32 @@ def _attention_(
     """Add the nodes' attention to their residual ``h [n, dim]``; their keys and values go into the cache."""
     config = model.config
     heads = w.linear(w.norm(h, "attention_norm"), *QKV).unflatten(1, (-1, config.head_dim))
-    rotated = config.n_heads + config.n_kv_heads
-    _row_by_row(lambda own, turns: rotate_(own, rotated, turns), heads, freqs_cis)
-    out = h.new_zeros(h.shape[0], config.n_heads * config.head_dim)
+    outs = []
     for stretch in stretches:
         nodes = stretch.batch.tokens.shape[1]
-        own = slice(stretch.rows.start * nodes, stretch.rows.stop * nodes)
-        window = kv.enter(layer, stretch.number).data
-        new = heads[own, config.n_heads :].unflatten(1, (2, -1))
-        kv.record.write_(window, stretch.places, stretch.columns, new)
+        part = slice(stretch.rows.start * nodes, stretch.rows.stop * nodes)
+        window, own = kv.enter(layer, stretch.number).data, heads[part]
+        _rotate_and_write_(kv, window, stretch, own, config.n_heads, freqs_cis[part])
         keys, values = kv.record.read(window[: stretch.rows.stop - stretch.rows.start], kv.tokens)
-        q = heads[own, : config.n_heads].unflatten(0, (-1, nodes))
-        out[own] = attend_nodes(q, keys, values, stretch.batch).flatten(0, 1).flatten(1)
+        q = own[:, : config.n_heads].unflatten(0, (-1, nodes))
+        outs.append(attend_nodes(q, keys, values, stretch.batch).flatten(0, 1).flatten(1))
         kv.leave(layer, stretch.number)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    if len(out) < len(h):
+        out = F.pad(out, (0, 0, 0, len(h) - len(out)))
     w.add_linear_(h, out, "wo")
+
+
+def _rotate_and_write_(
+    kv: KVCache, window: Tensor, stretch: _Stretch, heads: Tensor, n_heads: int, freqs_cis: Tensor
+) -> None:
+    """Rotate queries and keys of ``heads [n, n_heads + 2 * n_kv_heads, head_dim]``; keys and values are written."""
+    if heads.device.type != "cpu":
+        kv.record.rotate_and_write_(window, stretch.places, stretch.columns, heads, n_heads, freqs_cis)
+        return
+    rotated = n_heads + window.shape[1]
+    _row_by_row(lambda own, turns: rotate_(own, rotated, turns), heads, freqs_cis)
+    kv.record.write_(window, stretch.places, stretch.columns, heads[:, n_heads:].unflatten(1, (2, -1)))
 
 
 def _feed_forward_(h: Tensor, w: Products) -> None:

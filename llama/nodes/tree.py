@@ -60,34 +60,38 @@ def within_block(tree: Tree, starts: Tensor) -> Tree:
     return tree._replace(real=~(_lineage(tree.parents) & ~real.unsqueeze(1)).any(-1))
 
 
-def node_batch(tree: Tree, starts: Tensor, nodes: slice = slice(None)) -> NodeBatch:
-    """The batch of a tree, or of some of its nodes, whose roots stand at ``starts`` (int64 ``[B]``).
+def node_batch(tree: Tree, starts: Tensor) -> NodeBatch:
+    """The batch of a tree whose roots stand at ``starts`` (int64 ``[B]``).
 
     Nodes that are not real, or that :func:`within_block` would drop, are computed as siblings of the root: whatever
     their numbers are, nobody asks for them.
     """
     tree = within_block(tree, starts)
-    rows, count = tree.tokens.shape
-    real, starts = tree.real, starts.unsqueeze(1)
-    depths = tree.depths * real
-    index = torch.arange(count, device=starts.device)
-    own = torch.eye(count, dtype=torch.bool, device=starts.device)
-    attended = torch.where(real.unsqueeze(2), _lineage(tree.parents), own)[:, nodes]  # [B, M, N]
-    places = starts % KV_BLOCK_TOKENS + depths  # of each node, in the root's block
-    unused = KV_BLOCK_TOKENS  # a place behind the window for what a node does not attend to
-    columns = starts + index
-    prefix = starts - starts % KV_BLOCK_TOKENS
-    committed = prefix + torch.arange(KV_BLOCK_TOKENS + 1, device=starts.device)  # [B, block + 1]
-    committed = committed.masked_fill(committed >= starts, NOT_ATTENDED)
-    window = committed.unsqueeze(1).repeat(1, attended.shape[1], 1)
-    window.scatter_(2, torch.where(attended, places.unsqueeze(1), unused), columns.unsqueeze(1).expand(attended.shape))
-    return NodeBatch(
-        tree.tokens[:, nodes],
-        (starts + depths)[:, nodes],
-        columns[:, nodes],
-        window[..., :KV_BLOCK_TOKENS].contiguous(),
-        prefix.view(rows),
-    )
+    own = torch.eye(tree.tokens.shape[1], dtype=torch.bool, device=starts.device)
+    attended = torch.where(tree.real.unsqueeze(2), _lineage(tree.parents), own)
+    return NodePlaces(starts, tree.depths * tree.real).batch(tree.tokens, slice(None), attended)
+
+
+class NodePlaces:
+    """Where nodes of ``depths``, int64 ``[B, N]``, have their keys, behind roots at ``starts``, int64 ``[B]``."""
+
+    def __init__(self, starts: Tensor, depths: Tensor) -> None:
+        starts = starts.unsqueeze(1)
+        prefix = starts - starts % KV_BLOCK_TOKENS
+        self._positions, self._prefix = starts + depths, prefix.squeeze(1)
+        self._in_block = (starts % KV_BLOCK_TOKENS + depths).unsqueeze(1)
+        self._columns = starts + torch.arange(depths.shape[1], device=starts.device)
+        # One more than the block has: the place of what a node does not attend to.
+        committed = prefix + torch.arange(KV_BLOCK_TOKENS + 1, device=starts.device)
+        self._committed = committed.masked_fill(committed >= starts, NOT_ATTENDED).unsqueeze(1)
+
+    def batch(self, tokens: Tensor, nodes: slice, attended: Tensor) -> NodeBatch:
+        """Of some nodes: their ``tokens [B, M]``, and which of all they attend to, bool ``[B, M, N]``."""
+        window = self._committed.repeat(1, tokens.shape[1], 1)
+        places = torch.where(attended, self._in_block, KV_BLOCK_TOKENS)
+        window.scatter_(2, places, self._columns.unsqueeze(1).expand(attended.shape))
+        inside = window[..., :KV_BLOCK_TOKENS].contiguous()
+        return NodeBatch(tokens, self._positions[:, nodes], self._columns[:, nodes], inside, self._prefix)
 
 
 def _lineage(parents: Tensor) -> Tensor:

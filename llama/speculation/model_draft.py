@@ -12,10 +12,11 @@ from llama.batch import prefill_batch
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.nodes.forward import node_layers
-from llama.nodes.tree import Tree, node_batch
+from llama.nodes.tree import NodeBatch, NodePlaces, Tree
 from llama.products import Acquire
 from llama.speculation.shape import TreeShape
 from llama.speculation.tree import children, grown_tree, likeliest, padded
+from wsm.layout.kv import KV_BLOCK_TOKENS
 
 
 class _Proposal(NamedTuple):
@@ -103,22 +104,26 @@ class ModelDraft:
         depth, width, nodes = self.shape
         grown = grown_tree(roots, depth, width)
         sums = torch.zeros(grown.tokens.shape, dtype=torch.float32, device=roots.device)
-        level = slice(0, 1)
+        real = starts.unsqueeze(1) % KV_BLOCK_TOKENS + grown.depths < KV_BLOCK_TOKENS
+        places = NodePlaces(starts, grown.depths * real)
+        own = torch.eye(real.shape[1], dtype=torch.bool, device=roots.device)
+        level, lineage = slice(0, 1), own[:1].expand(len(roots), -1, -1)  # of a level: itself and all above
         for _ in range(depth):
-            logits = self._level(grown, starts, level, acquire)
+            logits = self._level(places.batch(grown.tokens[:, level], level, lineage), acquire)
             below = slice(level.stop, level.stop + width)
             grown.tokens[:, below], parents, sums[:, below] = children(logits, sums[:, level], width)
             grown.parents[:, below] = parents + level.start
-            level = below
-        node_layers(self.model, node_batch(grown, starts, level), self.kv, acquire)
-        tree, places = likeliest(grown, sums, starts, nodes)
-        return _Proposal(padded(tree, self.nodes), places)
+            above = lineage.gather(1, parents.unsqueeze(2).expand(-1, -1, real.shape[1]))
+            # What is beyond the block is computed alone: nobody asks for it.
+            level, lineage = below, above & real[:, below].unsqueeze(2) | own[below]
+        node_layers(self.model, places.batch(grown.tokens[:, level], level, lineage), self.kv, acquire)
+        tree, kept = likeliest(grown, sums, starts, nodes)
+        return _Proposal(padded(tree, self.nodes), kept)
 
-    def _level(self, grown: Tree, starts: Tensor, level: slice, acquire: Acquire) -> Tensor:
-        """float32 ``[B, m, vocab]`` behind each node of a level."""
-        rows, nodes = len(starts), level.stop - level.start
-        h = node_layers(self.model, node_batch(grown, starts, level), self.kv, acquire)[: rows * nodes]
-        return self.model.head(h, len(h)).view(rows, nodes, -1)
+    def _level(self, batch: NodeBatch, acquire: Acquire) -> Tensor:
+        """float32 ``[B, M, vocab]`` behind each node of a level."""
+        h = node_layers(self.model, batch, self.kv, acquire)[: batch.tokens.numel()]
+        return self.model.head(h, len(h)).view(*batch.tokens.shape, -1)
 
     def _capture(self, rows: int) -> _Captured:
         device = self.model.device

@@ -15,12 +15,30 @@ from torch import Tensor
 from llama.nodes.tree import Tree, within_block
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
+_AT_ONCE = 256
+"""Values of which the largest is looked at first, where there are many."""
+
 
 def best(values: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest of float32 ``[..., n]``, the largest first, of equal ones the first; int64.
 
-    ``topk`` alone may take any of equal ones. Here no two are equal: value and place make one whole number.
+    ``topk`` alone may take any of equal ones, and takes long for a vocabulary. The ``count`` largest are in as many
+    stretches at most: those whose own largest values are, again of equal ones the first.
     """
+    n = values.shape[-1]
+    if n <= _AT_ONCE * count:
+        return _best(values, count)
+    if n % _AT_ONCE:
+        values = F.pad(values, (0, -n % _AT_ONCE), value=-math.inf)
+    stretches = values.unflatten(-1, (-1, _AT_ONCE))
+    kept = _best(stretches.amax(-1), count).sort(-1).values
+    inside = stretches.gather(-2, kept.unsqueeze(-1).expand(*kept.shape, _AT_ONCE)).flatten(-2)
+    found = _best(inside, count)
+    return (kept.gather(-1, found // _AT_ONCE) * _AT_ONCE + found % _AT_ONCE).clamp(max=n - 1)
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    """The same of few: no two are equal where value and place make one whole number."""
     bits = (values + 0.0).contiguous().view(torch.int32)  # 0.0: there is a -0.0, too
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     places = torch.arange(values.shape[-1], device=values.device)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind docs/PERFORMANCE.md: bash tests/gpu/figures.sh OUTDIR [part ...]
-# Parts: stream short mixed drive resident kv kv_kinds kv_short kv_drive all80 (the last takes 150 GB of CPU memory).
+# Runs behind docs/PERFORMANCE.md beside its table (performance.py): bash tests/gpu/figures.sh OUTDIR [part ...]
+# Parts: stream short mixed drive resident kv kv_kinds kv_drive.
 # Without a part: stream mixed drive resident. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two of the results side by side.
 # Stores go to /dev/shm (a stand-in for a fast drive) and to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
@@ -54,22 +54,12 @@ short() {
   step stream16 60 $(shape 16) --mode stream --cache-dir $drive --max-new-tokens 12 --repeats 3
 }
 
-kv_kinds() {
-  local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 32"
-  step kv_topk8 150 $flags
-  step kv_int8 150 $flags --kv-dtype int8
-  step kv_topk4 150 $flags --topk-blk 4
-  step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
-  rm -f /dev/shm/wsm-kv
-}
-
-kv_short() { # the same with half the rows, as large a part of the KV below the GPU, and no warm-up: about two minutes
-  local flags="--synthetic Llama-3.1-70B:layers=16 --gpu-mem-gb 19 --prompt-len 2016 --mode stream --cache-dir $drive"
-  flags="$flags --batch-size 64 --max-new-tokens 16 --warmup-rounds 0"
-  step kv_topk8 60 $flags
-  step kv_topk4 60 $flags --topk-blk 4
-  step kv_int8 60 $flags --kv-dtype int8
-  step kv_disk 60 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 23
+kv_kinds() { # no warm-up: a prefill of these takes 12 s
+  local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 20 --warmup-rounds 0"
+  step kv_topk8 90 $flags
+  step kv_topk4 90 $flags --topk-blk 4
+  step kv_int8 90 $flags --kv-dtype int8
+  step kv_disk 90 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
   rm -f /dev/shm/wsm-kv
   "$python" tests/gpu/kv_summary.py "$out"
 }
@@ -80,11 +70,6 @@ kv_drive() { # KV on the drive of $DRIVE, which bounds it
     --gpu-cached-layers 1 --cpu-mem-gb 5.3 --kv-device "$drive/kv" --batch-size 32 --micro-batch 8 --prompt-len 2016 \
     --max-new-tokens 12
   "$python" tests/gpu/kv_summary.py "$out"
-}
-
-all80() {
-  step stream80 240 --synthetic Llama-3.1-70B --gpu-mem-gb 24 --prompt-len 128 --mode stream --cache-dir "$drive" \
-    --gpu-cached-layers 6 --max-new-tokens 8 --repeats 3
 }
 
 kv() {

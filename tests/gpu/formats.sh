@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind docs/FORMATS.md's table of weight formats: bash tests/gpu/formats.sh OUTDIR [part ...]
-# Parts: int4_80 int4_80_batch exact24 resident prefill drive all80 calibrate. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets
-# two results side by side. Stores go to ${DRIVE:-/tmp}; every step has a limit of its own.
+# Parts: int4_80_batch exact24 resident prefill drive calibrate; 80 layers at B=1 are rows of performance.py.
+# bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two results side by side. Stores go to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
 out=${1:?the folder for the results}
 shift
@@ -17,12 +17,7 @@ step() {
   echo "$name: exit $?, $((SECONDS - began)) s"
 }
 
-int4_80() { # 80 layers of the 70B shape
-  local flags="--synthetic Llama-3.1-70B --weight-format int4 --mode stream --gpu-mem-gb 24 --auto --repeats 3"
-  step int4_80_b1 90 $flags --prompt-len 128 --max-new-tokens 12
-}
-
-int4_80_batch() { # the same, with a batch's KV on the GPU
+int4_80_batch() { # 80 layers of the 70B shape, with a batch's KV on the GPU
   local flags="--synthetic Llama-3.1-70B --weight-format int4 --mode stream --gpu-mem-gb 24 --auto --repeats 3"
   step int4_80_b16 100 $flags --embedding cpu --prompt-len 480 --max-new-tokens 32 --batch-size 16
   step int4_80_b32 120 $flags --embedding cpu --prompt-len 480 --max-new-tokens 32 --batch-size 32
@@ -52,18 +47,13 @@ prefill() { # a prefill that computes
   done
 }
 
-drive() { # mixed, from the drive
+drive() { # mixed, from the drive, whose rate wanders: the formats there and back
   local flags="--synthetic Llama-3.1-70B:layers=8 --mode mixed --gpu-cached-layers 0 --cpu-cache-layers 4"
-  flags="$flags --prefetch-distance 2 --prompt-len 128 --max-new-tokens 6"
-  for format in auto exact int4; do
-    step ${format}8_drive 150 $flags --weight-format $format
-    rm -rf "$drive"/*.wsm
+  flags="$flags --prefetch-distance 2 --prompt-len 128 --max-new-tokens 4 --warmup-rounds 0"
+  for turn in auto_1 exact_1 int4_1 exact_2 auto_2; do
+    step ${turn}_8_drive 150 $flags --weight-format ${turn%_*}
   done
-}
-
-all80() { # a host with room for all of it
-  local flags="--synthetic Llama-3.1-70B --mode stream --gpu-mem-gb 24 --auto --prompt-len 128 --max-new-tokens 8"
-  step exact_80 200 $flags --weight-format exact
+  rm -rf "$drive"/*.wsm
 }
 
 calibrate() { # the speed of quantising that looks at the inputs
@@ -75,7 +65,7 @@ calibrate() { # the speed of quantising that looks at the inputs
   rm -f "$drive/c.wsm"
 }
 
-for part in "${@:-int4_80}"; do
+for part in "${@:-exact24}"; do
   $part
 done
 "$python" - "$out" <<'PYTHON'

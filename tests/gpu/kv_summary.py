@@ -1,4 +1,4 @@
-"""What the results of `tests/gpu/figures.sh OUT kv_short kv_drive` come to: python tests/gpu/kv_summary.py OUT"""
+"""What the results of `tests/gpu/figures.sh OUT kv_kinds kv_drive` come to: python tests/gpu/kv_summary.py OUT"""
 
 from __future__ import annotations
 

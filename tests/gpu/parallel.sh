@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The runs behind docs/LOG.md's two-GPU figures: bash tests/gpu/parallel.sh OUTDIR [step …]
 # Two GPUs of one host, 256 GiB of memory; about 8 minutes in all. Every step has a limit of its own.
-# Without steps named, all of them: one two two_layers full1 full2 all80 kill.
+# Without steps named, all of them: one two two_layers full1 full2 all80 int4_80 exact_80 kill.
 set -u
 out=${1:?the folder for the results}
 shift
-steps=${*:-one two two_layers full1 full2 all80 kill}
+steps=${*:-one two two_layers full1 full2 all80 int4_80 exact_80 kill}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
@@ -49,6 +49,8 @@ for step in $steps; do
     full2) run full2 60 "$ranks" $full8b ;;
     all80) run all80 240 "$ranks" --synthetic Llama-3.1-70B --mode stream --gpu-mem-gb 24 --gpu-cached-layers 8 \
       --max-new-tokens 6 ;;
+    int4_80 | exact_80) run $step 200 "$ranks" --synthetic Llama-3.1-70B --weight-format ${step%_80} --mode stream \
+      --gpu-mem-gb 24 --auto --embedding cpu --max-new-tokens 12 ;;
     kill) kill_one ;;
   esac
 done

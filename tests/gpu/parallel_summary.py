@@ -41,7 +41,7 @@ def scaling_line(name: str, one: Result, two: Result) -> str:
 
 
 def main(out: Path) -> None:
-    names = ("one", "two", "two_layers", "full1", "full2", "all80")
+    names = ("one", "two", "two_layers", "full1", "full2", "all80", "int4_80", "exact_80")
     found = {name: result for name in names if (result := read(out, name)) is not None}
     for name, result in found.items():
         print(decode_line(name, result))

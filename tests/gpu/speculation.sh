@@ -12,7 +12,7 @@ mkdir -p "$out" "$cache"
 pair=synthetic:Llama-3.2-1B:agree=0.8,second=0.1
 never=synthetic:Llama-3.2-1B:agree=0,second=0
 target="--synthetic Llama-3.1-70B:cycle --mode stream --gpu-mem-gb ${GPU_GB:-24} --embedding cpu --prompt-len 128"
-beside="--draft-weight-format ${DRAFT_FORMAT:-auto}" # of a draft, which takes 3.0 GB in bf16
+beside="--draft-weight-format ${DRAFT_FORMAT:-int4}" # of a draft, which takes 3.0 GB in bf16 (auto)
 
 step() {
   local name=$1 limit=$2 began=$SECONDS
@@ -36,28 +36,28 @@ chain() { echo "--draft-depth $1 --draft-width 1 --verify-rows $(($1 + 1))"; }
 
 int4() {
   local flags="--weight-format int4 --max-new-tokens ${TOKENS:-256}"
-  step int4_tree64 150 $flags --auto $beside --draft $pair --verify-rows 64
+  step int4_tree64 150 $flags --auto $beside --draft $pair --draft-depth 12 --verify-rows 64
   flags="$flags $(kept int4_tree64)"
-  step int4_tree24 120 $flags $beside --draft $pair --verify-rows 24
-  step int4_chain8 150 $flags $beside --draft $pair $(chain 8)
+  [ -n "${SHORT:-}" ] || step int4_tree24 120 $flags $beside --draft $pair --draft-depth 12 --verify-rows 24
+  [ -n "${SHORT:-}" ] || step int4_chain8 150 $flags $beside --draft $pair $(chain 8)
   step int4_chain12 150 $flags $beside --draft $pair $(chain 12)
   for rows in ${NONE:-9 13 24 64}; do
-    step int4_none$rows 200 $flags --verify-rows $rows
+    step int4_none$rows 200 $flags --verify-rows $rows --max-new-tokens ${NONE_TOKENS:-256}
   done
 }
 
 worst() {
-  local flags="--weight-format int4 --max-new-tokens 64"
-  step worst_chain12 150 $flags --auto $beside --draft $never $(chain 12)
-  flags="$flags $(kept worst_chain12)"
-  step worst_tree24 150 $flags $beside --draft $never --verify-rows 24
-  step worst_none13 150 $flags --verify-rows 13
-  step worst_none24 150 $flags --verify-rows 24
+  local flags="--weight-format int4 --max-new-tokens 40"
+  step worst_tree24 90 $flags --auto $beside --draft $never --draft-depth 12 --verify-rows 24
+  flags="$flags $(kept worst_tree24)"
+  step worst_chain12 90 $flags $beside --draft $never $(chain 12)
+  step worst_none13 90 $flags --verify-rows 13
+  step worst_none24 90 $flags --verify-rows 24
 }
 
 exact() {
   local flags="--weight-format exact"
-  step exact_tree64 300 $flags --max-new-tokens 256 --auto $beside --draft $pair --verify-rows 64
+  step exact_tree64 300 $flags --max-new-tokens 256 --auto $beside --draft $pair --draft-depth 12 --verify-rows 64
   flags="$flags $(kept exact_tree64)"
   step exact_chain12 300 $flags --max-new-tokens 256 $beside --draft $pair $(chain 12)
   step exact_none13 200 $flags --max-new-tokens 16 --verify-rows 13

@@ -69,20 +69,6 @@ def test_a_tree_ends_at_its_block_and_below_a_node_that_is_not_real(drawn: tuple
         assert kept.real[row].tolist() == alive
 
 
-@settings(deadline=None, max_examples=20)
-@given(trees(), st.data())
-def test_some_nodes_of_a_tree_are_computed_as_all_of_them(
-    drawn: tuple[Tree, torch.Tensor], data: st.DataObject
-) -> None:
-    tree, starts = drawn
-    begin = data.draw(st.integers(0, tree.tokens.shape[1] - 1))
-    end = data.draw(st.integers(begin + 1, tree.tokens.shape[1]))
-    some, whole = node_batch(tree, starts, slice(begin, end)), node_batch(tree, starts)
-    assert some.prefix.tolist() == whole.prefix.tolist()
-    for part, of in zip(some[:4], whole[:4], strict=True):
-        assert part.equal(of[:, begin:end])
-
-
 def test_without_a_draft_the_root_is_the_only_real_node() -> None:
     alone = root_alone(torch.tensor([7, 9]), 3)
     assert alone.tokens[:, 0].tolist() == [7, 9]

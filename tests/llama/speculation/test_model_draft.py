@@ -12,6 +12,8 @@ from llama.checkpoint import open_checkpoint
 from llama.generation import Generation, GenerationOptions, generate
 from llama.kv.cache import KVCache
 from llama.model import Transformer
+from llama.nodes.tree import NodeBatch, Tree, node_batch
+from llama.speculation import model_draft
 from llama.speculation.draft import Draft
 from llama.speculation.model_draft import ModelDraft
 from llama.speculation.ngram import NgramDraft
@@ -106,6 +108,36 @@ def test_the_draft_keeps_in_step_with_what_was_accepted(models: dict[str, Transf
         root, starts = torch.tensor([row[-1]]), torch.tensor([len(row) - 1])
         for mine, theirs in zip(draft.propose(root, starts), fresh.propose(root, starts), strict=True):
             assert torch.equal(mine, theirs)
+
+
+def test_levels_are_computed_as_the_whole_tree_would_be(
+    models: dict[str, Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tree goes on beyond its root's block."""
+    levels, trees = list[NodeBatch](), list[Tree]()
+    compute, choose = model_draft.node_layers, model_draft.likeliest
+
+    def computed(model: Transformer, batch: NodeBatch, *rest: Any) -> torch.Tensor:
+        levels.append(batch)
+        return compute(model, batch, *rest)
+
+    def chosen(grown: Tree, *rest: Any) -> tuple[Tree, torch.Tensor]:
+        trees.append(grown)
+        return choose(grown, *rest)
+
+    monkeypatch.setattr(model_draft, "node_layers", computed)
+    monkeypatch.setattr(model_draft, "likeliest", chosen)
+    prompts = [list(range(40)), list(range(KV_BLOCK_TOKENS - 2))]
+    starts = torch.tensor(list(map(len, prompts)))
+    draft = a_draft(models["other"], TreeShape(4, 3, 8), len(prompts))
+    draft.prefill(prompts)
+    with torch.inference_mode():
+        draft.propose(torch.tensor([3, 5]), starts)
+    whole = node_batch(trees[0], starts)
+    for name in ("tokens", "positions", "columns", "window"):
+        assert torch.cat([getattr(level, name) for level in levels], 1).equal(getattr(whole, name)), name
+    assert all(level.prefix.equal(whole.prefix) for level in levels)
+    assert not whole.positions.eq(starts.unsqueeze(1) + trees[0].depths).all()
 
 
 @pytest.mark.gpu

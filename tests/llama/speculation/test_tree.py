@@ -98,6 +98,17 @@ def test_of_equal_values_the_first_is_best(values: list[float], data: st.DataObj
     assert best(torch.tensor(values), count).tolist() == expected
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 5000), st.integers(1, 40), st.integers(0, 2**32))
+def test_the_best_of_a_vocabulary_are_those_of_a_sort(rows: int, vocab: int, different: int, seed: int) -> None:
+    """Of values of which many are equal, and some infinite."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-different, different, (rows, vocab), generator=generator).float()
+    values[values == -different] = -math.inf
+    count = min(1 + seed % 12, vocab)
+    assert best(values, count).equal(values.sort(dim=-1, descending=True, stable=True).indices[:, :count])
+
+
 def test_a_certain_token_is_behind_its_parent_and_a_broken_draft_still_gives_a_tree() -> None:
     certain = torch.full((1, 1, VOCAB), -1e4)
     certain[..., 3] = 1e4

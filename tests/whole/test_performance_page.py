@@ -1,0 +1,142 @@
+"""The figures of docs/PERFORMANCE.md are those that tests/gpu/performance.py and `plan` print."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import performance
+from tests.gpu.performance import BEGIN, COLUMNS, END, IN_TABLE, NOTHING, ORDER, ended, put_into, table
+from tests.whole.conftest import Run
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "PERFORMANCE.md"
+CHINESE = ROOT / "docs" / "QUICKSTART.zh-CN.md"
+RESULTS = ROOT / "docs" / "results"
+STREAM = "--mode stream --embedding cpu --group-prefetch-depth 2 --gpu-cached-layers"  # as --auto chooses, but sooner
+PAIR = "--synthetic Llama-3.1-70B:cycle --max-new-tokens 128 --acceptance 0.8 --draft-depth 12 --verify-rows 64 "
+PAIR += "--draft synthetic:Llama-3.2-1B:agree=0.8,second=0.1 --draft-weight-format int4"
+UNFIT = "the run does not fit: it takes {} GiB of GPU memory and the budget is 24.00 GiB; it fits with --mode stream"
+PLANS = [
+    ("--mode mixed --ssd-gbps 7", ["predicted 10267.85 ms a pass, 0.09739 tokens"], "0.0974 tok/s"),
+    (
+        f"{STREAM} 11",
+        ["predicted 4723.21 ms a pass, 0.2117 tokens", " 111.928 "],
+        "4.72 s",
+    ),
+    (
+        f"{STREAM} 15 --weight-format exact",
+        ["predicted 3338.04 ms a pass, 0.2996 tokens", " 79.677 "],
+        "| 3.34 s | 0.300 | 15 | 79.7 GiB |",
+    ),
+    (
+        f"{STREAM} 47 --weight-format int4",
+        ["predicted 592.55 ms a pass, 1.688 tokens", " 15.782 "],
+        "| 0.593 s | 1.69 | 47 | 15.8 GiB |",
+    ),
+    (
+        f"{STREAM} 41 --weight-format int4 {PAIR}",
+        ["predicted 6.499 tokens", "727.10 ms", " 18.226 "],
+        "| 0.727 s | 6.50 | 41 | 18.2 GiB |",
+    ),
+    ("--mode preload", [UNFIT.format("132.55")], UNFIT.format("132.55")),
+    ("--mode full", [UNFIT.format("132.24")], UNFIT.format("132.24")),
+]
+"""What is planned for another machine, a part of what the plan prints, and how a page shows it."""
+TINY = ("--target", "Llama-3.2-1B:layers=1", "--draft", "Llama-3.2-1B:layers=1")
+
+
+def between(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def measure(monkeypatch: pytest.MonkeyPatch, out: Path, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["performance.py", str(out), *TINY, "--cache", str(out / "cache"), *argv])
+    return performance.main()
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    assert between(PAGE) == table(RESULTS)
+
+
+def test_published_results_are_small_and_name_no_place() -> None:
+    for path in RESULTS.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text) < 5000, path.name
+        assert json.loads(text)["row"] == path.stem
+        assert path.stem in ORDER
+        assert not re.search(r"/(tmp|home|root|work|mnt|var|usr|opt)\b", text), path.name
+
+
+@pytest.mark.parametrize(("flags", "printed", "shown"), PLANS)
+def test_what_two_pages_predict_for_a_4090_is_what_plan_prints(
+    run: Run, flags: str, printed: list[str], shown: str
+) -> None:
+    work = "--synthetic Llama-3.1-70B --prompt-len 128 --max-new-tokens 8 --gpu-mem-gb 24 --cpu-mem-gb 128"
+    code, out, err = run("plan", "--machine", "RTX 4090", *work.split(), *flags.split())
+    assert code == (3 if "does not fit" in shown else 0)
+    assert [words for words in printed if words not in out + err] == []
+    for page in (PAGE, CHINESE):
+        assert shown in page.read_text(encoding="utf-8"), page.name
+
+
+def test_the_table_has_a_place_for_every_row() -> None:
+    assert set(ORDER) <= set(IN_TABLE)
+
+
+def test_a_measured_row_and_one_that_does_not_fit_stand_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measure(monkeypatch, tmp_path, "int4_b8", "--commit", "0123abcd", "--", "--device", "cpu") == 0
+    assert measure(monkeypatch, tmp_path, "exact_b1", "--", "--device", "cpu", "--cpu-mem-gb", "0.5") == 1
+    result, small = (json.loads((tmp_path / place / "int4_b8.json").read_text()) for place in ("", "small"))
+    assert small["measured"]["sha256"] == result["output"]["sha256"]
+    assert small["measured"]["passes"] == 7
+    assert small["measured"]["tokens_a_pass"] == 1
+    assert small["measured"]["ratio"] == pytest.approx(100 / result["phases"]["decode"]["roofline_pct"], rel=1e-3)
+    assert small["ceilings"]["hbm"]["value"] == result["ceilings"]["hbm"]["value"]
+    assert str(tmp_path) not in json.dumps(small)
+    exact, int4 = re.findall(r"^\| \w.*(?<!run) \|$", table(tmp_path / "small"), re.MULTILINE)
+    assert exact.startswith("| exact | 1 | none | - |")
+    assert re.search(r"b: exit 3: the run does not fit: it takes [\d.]+ GiB of CPU memory", exact)
+    assert len(int4.strip("| ").split(" | ")) == len(COLUMNS)
+    assert int4.startswith(f"| int4 | 8 | none | {small['measured']['pass_ms'] / 1e3:.4f} | ")
+    assert "commit 0123abcd" in table(tmp_path / "small")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    put_into(page, table(tmp_path / "small"))
+    assert between(page) == table(tmp_path / "small")
+    small["measured"]["pass_ms"] += 1
+    (tmp_path / "small" / "int4_b8.json").write_text(json.dumps(small))
+    assert between(page) != table(tmp_path / "small")
+
+
+def test_a_row_is_stopped_at_its_limit() -> None:
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL)
+    assert ended(process, 0.5) is None
+    assert process.returncode is not None
+    assert time.monotonic() - began < 60
+
+
+def test_no_row_begins_when_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(monkeypatch, tmp_path, "int4_*", "--seconds", "-1") == 0
+    names = " ".join(name for name in ORDER if name.startswith("int4_"))
+    assert capsys.readouterr().out == f"not started, the time being over: {names}\n"
+
+
+def test_a_name_that_no_row_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="no row is called int3_b1; there are int4_b1, "):
+        measure(monkeypatch, tmp_path, "int3_b1")
+
+
+def test_without_results_the_table_says_so(tmp_path: Path) -> None:
+    assert table(tmp_path) == NOTHING

@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, nargs="?", help="the folder for the results")
     parser.add_argument("parts", nargs="*", metavar="part")
     parser.add_argument("--limit", type=float, default=540, help="seconds for all parts together")
-    parser.add_argument("--device", default="cuda", help="cpu: to try the script, with a small --shape")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the script, with a small --name")
     parser.add_argument("--name", default=Work.name, choices=PRESETS, help="whose shape")
     parser.add_argument("--layers", type=int, nargs=2, default=(Work.few, Work.many), help="few and many")
     parser.add_argument("--prompt-len", type=int, default=Work.prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -68,6 +68,12 @@ def prefill_batch(prompts: Sequence[Sequence[int]], rows: Sequence[int], device:
     uploaded = _upload(torch.cat((tokens, positions, last)), device)
     tokens, positions, last = uploaded.split((offset, offset, len(segments)))
     return TokenBatch(tokens, positions, last, tuple(segments))
+
+
+def waves(rows: int, most: int) -> Iterator[range]:
+    """The rows of each pass of a prefill, at most so many."""
+    for first in range(0, rows, most):
+        yield range(first, min(first + most, rows))
 
 
 def decode_batch(tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> TokenBatch:

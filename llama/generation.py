@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llama.batch import prefill_batch
-from llama.decoding import Decoder, Decoding, NodePasses, TokenPasses
+from llama.batch import prefill_batch, waves
+from llama.decoding import Decoder, Decoding, New, NodePasses, TokenPasses
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.sampling import Sampling, check_sampling
@@ -49,7 +49,8 @@ class GenerationOptions:
 class Generation:
     """New tokens of each row (a stop token ends a row and is counted), and the passes that they took.
 
-    ``accepted`` has, of each row, how many it took from each decode pass until its end.
+    ``accepted`` has, of each row, how many it took from each decode pass until its end. ``margins``: of each token how
+    far its logit was above the largest other; empty where a row has one node, and above temperature 0.
     """
 
     tokens: list[list[int]]
@@ -58,6 +59,7 @@ class Generation:
     decode_passes: int
     texts: list[str] | None = None
     accepted: list[list[int]] = field(default_factory=list)
+    margins: list[list[float]] = field(default_factory=list)
 
     @property
     def decode_tokens(self) -> int:
@@ -112,31 +114,37 @@ def generate(
         observer("token")
         stop.check()
     observer("done")
-    return Generation(rows.tokens, sum(map(len, prompts)), waves, rows.passes, accepted=rows.accepted)
+    margins = rows.margins if any(rows.margins) else []
+    prompt_tokens = sum(map(len, prompts))
+    return Generation(rows.tokens, prompt_tokens, waves, rows.passes, accepted=rows.accepted, margins=margins)
 
 
 class _Rows:
-    """What is kept of each row: its new tokens, up to its end, and how many of them came from each pass."""
+    """What is kept of each row: its new tokens, up to its end, their margins, and how many came from each pass."""
 
     def __init__(self, kv: KVCache, options: GenerationOptions, count: int) -> None:
         self._kv, self._most = kv, options.max_new_tokens
         self._stop_ids = frozenset[int]() if options.ignore_eos else options.stop_ids
         self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.margins: list[list[float]] = [[] for _ in range(count)]
         self.accepted: list[list[int]] = [[] for _ in range(count)]
         self.going = set(range(count))
         self.passes = 0
 
-    def take(self, new: list[list[int]]) -> None:
+    def take(self, new: New) -> None:
         """New tokens of each row, of which those behind its end are dropped."""
+        before = list(map(len, self.tokens))
         for row in sorted(self.going):
-            for token in new[row]:
+            for token in new.tokens[row]:
                 self.tokens[row].append(token)
                 if token in self._stop_ids or len(self.tokens[row]) >= self._most:
                     self.going.remove(row)
                     self._kv.end_row(row)
                     break
+            if new.margins:
+                self.margins[row] += new.margins[row][: len(self.tokens[row]) - before[row]]
 
-    def take_pass(self, new: list[list[int]]) -> None:
+    def take_pass(self, new: New) -> None:
         """Those of a decode pass."""
         before, going = list(map(len, self.tokens)), sorted(self.going)
         self.take(new)
@@ -188,8 +196,7 @@ def _prefill(
     A wave of rows is one pass through all layers.
     """
     logits, positions = [], []
-    for first in range(0, len(prompts), options.wave_rows):
-        rows = range(first, min(first + options.wave_rows, len(prompts)))
+    for rows in waves(len(prompts), options.wave_rows):
         observer("pass")
         batch = prefill_batch([prompts[row] for row in rows], rows, model.device)
         logits.append(model.forward(batch, kv, chunk_tokens=options.chunk_tokens, logits="last"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import starmap
 from typing import NamedTuple
 
@@ -52,3 +53,12 @@ def full_name(group: GroupId | None, short: str) -> str:
     if group is None:
         return f"{short}.weight"
     return f"layers.{group.layer}.{_PREFIX.get(short, '')}{short}.weight"
+
+
+def renamed(name: str, names: Mapping[str, str], layers: str) -> str:
+    """One of Meta's names as others write it: ``names`` has theirs, without prefix and ``.weight``, by Meta's."""
+    short = name.removesuffix(".weight")
+    if short in names:
+        return f"{names[short]}.weight"
+    _, layer, rest = short.split(".", 2)
+    return f"{layers}.{layer}.{names[rest]}.weight"

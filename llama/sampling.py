@@ -54,6 +54,16 @@ def sample(logits: Tensor, rows: Tensor, positions: Tensor, *, temperature: floa
     return torch.cat([_draw(part, keys, temperature, top_p) for part, keys in parts])
 
 
+def margins_(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How far the logits ``[n, vocab]`` of the ``tokens``, int64 ``[n]``, are above the largest other; float32 ``[n]``.
+
+    The logits are of no use afterwards: a copy would take as much memory again.
+    """
+    places = tokens.unsqueeze(1)
+    own = logits.gather(1, places).squeeze(1)
+    return own - logits.scatter_(1, places, -math.inf).amax(dim=1)
+
+
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
     # The largest logit is taken off first: next to temperature 0 nothing overflows, and the likeliest is left.
     below = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)

@@ -147,6 +147,11 @@ def same(cls: type, name: str, default: Any = None, **changes: Any) -> Any:
     return dataclasses.field(default=found.default if default is None else default, metadata={"option": found})
 
 
+def unused(cls: type, name: str) -> Any:
+    """A field that ``cls`` declares and that means nothing here: always its default, and no flag."""
+    return dataclasses.field(default=options_of(cls)[name].default, init=False)
+
+
 def options_of(cls: type) -> Mapping[str, Option]:
     """The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
     return {

@@ -32,6 +32,12 @@ names that `--synthetic` takes, in any case) answer and end.
 """
 
 
+_OF_A_RUN = (
+    "It takes the flags above, so a run's command is planned as it is: what says how a run draws, times and reports "
+    "(`--temperature`, `--repeats`, `--trace` and the like) changes no plan. Beside them:"
+)
+
+
 def flags_page() -> str:
     """The page: a table per group of a run's flags, per verb, and of the variables."""
     parts = ["## run, plan\n"]
@@ -40,8 +46,12 @@ def flags_page() -> str:
     for verb, (cls, text) in VERBS.items():
         if cls is not RunOptions:
             shared = options_of(RunOptions) if issubclass(cls, RunOptions) else {}
-            own = [declared for name, declared in options_of(cls).items() if name not in shared]
-            beside = " Beside the flags above:" if shared else ""
+            own = [
+                declared
+                for name, declared in options_of(cls).items()
+                if shared.get(name) != declared and not declared.by_variable
+            ]
+            beside = f" {_OF_A_RUN}" if shared else ""
             parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}.{beside}\n\n{_table(own)}")
         if cls is SweepOptions:
             unsplit = ", ".join(f"`{flag}`" for flag, declared in LISTED.items() if not is_split(declared))

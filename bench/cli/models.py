@@ -9,19 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from bench.cli.confirm import confirmed
 from bench.cli.plan_json import plan_json
 from bench.options.flags import kept_command
-from bench.options.run_flags import PlanOptions
+from bench.options.run_flags import NOWHERE, PlanOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.console import ConsoleReporter
-from bench.result.results import significant
+from bench.result.results import read_result, significant
 from bench.run.calibrate import calibrated
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
+from bench.run.outputs import check_writable, write_figures
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
 from llama.drafting import planned_shape
@@ -51,6 +53,7 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     """Print what would be where, and what each flag would buy; exit code 3 if it does not fit."""
     if options.output not in (None, "json"):
         raise UnusableInput(f"plan -o {options.output} is not known: leave it out for text, or give json")
+    place = _place_of(options)
     ranks = options.tp or 1
     machine = machine_named(options.machine) if options.machine is not None else None
     elsewhere = machine is not None or (options.gpu_mem_gb is not None and options.device != "cpu")
@@ -62,8 +65,11 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     ceilings = _rates(options, inputs, machine, plan)
     formats = by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name)
     drafted = _drafted(options, inputs, plan, ceilings)
+    text = json.dumps(significant(plan_json(plan, ceilings, formats, drafted)))
+    if place is not None:
+        write_figures(place, text)
     if options.output:
-        print(json.dumps(significant(plan_json(plan, ceilings, formats, drafted))))
+        print(text)
         check_fits(plan, ceilings, told=True)
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
@@ -78,6 +84,29 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings, told=True)
     return 0
+
+
+def _place_of(options: PlanOptions) -> Path | None:
+    """Where the plan is to be written; None where nowhere, or where a run's result is: the command may be the run's."""
+    path = options.out_json
+    if path == NOWHERE:
+        return None
+    check_writable({"--out-json": path}, (options.manifest, options.prompts), options.checkpoints)
+    if not path.exists() or not _is_result(path):
+        return path
+    print(
+        f"[WARNING] {path} holds the result of a run and stays: --out-json names another file for the plan",
+        file=sys.stderr,
+    )
+    return None
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        read_result(path)
+    except UnusableInput:
+        return False
+    return True
 
 
 def _hardware(options: PlanOptions, inputs: Inputs, machine: Machine | None, elsewhere: bool) -> Hardware:

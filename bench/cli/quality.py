@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from bench.options.verb_flags import QualityOptions
 from bench.result.console import ConsoleReporter
 from bench.result.quality import as_json, as_row, as_text, summed
-from bench.run.outputs import check_writable
+from bench.run.outputs import check_writable, write_figures
 from bench.run.quality import compare_windows, options_of_both, read_text, windows_of
 from llama.opening import open_inputs
-from wsm.disk.atomic import write_atomically
-from wsm.errors import UnusableInput
 
 
 def run_quality(options: QualityOptions, argv: Sequence[str]) -> int:
@@ -39,8 +37,5 @@ def run_quality(options: QualityOptions, argv: Sequence[str]) -> int:
         found = summed(compare_windows(options, windows, reporter, advance), **facts)
     print(as_row(found, options.output) if options.output else as_text(found))
     if options.out_json is not None:
-        try:
-            write_atomically(options.out_json, as_json(found) + "\n")
-        except OSError as error:
-            raise UnusableInput(f"--out-json {options.out_json} cannot be written: {error.strerror}") from error
+        write_figures(options.out_json, as_json(found))
     return 0

@@ -68,13 +68,13 @@ def _run_compare(options: CompareOptions) -> int:
     """Print results against the first; exit code 1 where ``--threshold`` or ``--equal-outputs`` found a fault."""
     from bench.compare.compare import are_equal, compare, outputs_of
     from bench.compare.sides import read_sides
-    from bench.compare.text import as_csv, as_markdown, as_text, outputs_line
+    from bench.compare.text import as_csv, as_markdown, as_text, output_lines
 
     comparison = compare(read_sides(options.paths))
     print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
     unequal = options.equal_outputs and not are_equal(outputs_of(comparison))
     if unequal:
-        print(f"bench_infer.py: the outputs are {outputs_line(comparison)}", file=sys.stderr)
+        print(f"bench_infer.py: the outputs are {'; '.join(output_lines(comparison))}", file=sys.stderr)
     return 1 if (options.threshold is not None and _is_slower(comparison, options.threshold)) or unequal else 0
 
 

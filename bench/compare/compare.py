@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from msgspec import UNSET
 
+from bench.compare.difference import Difference, first_difference
 from bench.compare.sides import Side, device_of, differing, mixed_within, once, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
 from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
@@ -24,11 +25,15 @@ Rows: TypeAlias = dict[str, Sequence[Cell]]
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """A side against the base; where ``obstacles`` forbid comparing the two, there is no ratio."""
+    """A side against the base; where ``obstacles`` forbid comparing the two, there is no ratio.
+
+    ``difference``: where their outputs part; None for equal ones, and where nobody knows.
+    """
 
     side: Side
     obstacles: tuple[str, ...]
     ratio: Ratio | None
+    difference: Difference | None
 
     @property
     def verdict(self) -> str:
@@ -123,7 +128,8 @@ def _where(typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cel
 
 def _against(base: Side, side: Side) -> Against:
     obstacles = tuple(_obstacles(base, side))
-    return Against(side, obstacles, None if obstacles else ratio_of(base.samples("e2e_ms"), side.samples("e2e_ms")))
+    ratio = None if obstacles else ratio_of(base.samples("e2e_ms"), side.samples("e2e_ms"))
+    return Against(side, obstacles, ratio, first_difference(base.typical, side.typical))
 
 
 def _obstacles(base: Side, side: Side) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.compare.compare import Against, Cell, Comparison, Rows, are_equal, outputs_of
+from bench.compare.difference import Difference
 from bench.compare.verdict import CONFIDENCE
 from bench.result.results import significant
 
@@ -34,7 +35,8 @@ def as_markdown(comparison: Comparison) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     """A line each side, a column each figure: medians, then the ratio, the verdict, and where the time went."""
-    rows: Rows = {**comparison.figures, **_bare_ratios(comparison.against), **comparison.where_time_went}
+    compared = {**_bare_ratios(comparison.against), **_bare_differences(comparison.against)}
+    rows: Rows = {**comparison.figures, **compared, **comparison.where_time_went}
     for what, values in (("setting", comparison.settings), ("provenance", comparison.provenance)):
         rows |= {f"{what} {name}": [_setting(value) for value in found] for name, found in values.items()}
     text = io.StringIO()
@@ -105,6 +107,19 @@ def _bare_ratios(sides: Sequence[Against]) -> Rows:
     }
 
 
+def _bare_differences(sides: Sequence[Against]) -> Rows:
+    """Where outputs part from the base's; no columns where none is known to."""
+    found = [side.difference for side in sides]
+    if not any(found):
+        return {}
+    return {
+        "differs row": [None, *(each.row if each else None for each in found)],
+        "differs token": [None, *(each.token if each else None for each in found)],
+        "differs margin base": [None, *(each.margins[0] if each else None for each in found)],
+        "differs margin side": [None, *(each.margins[1] if each else None for each in found)],
+    }
+
+
 # -- words
 
 
@@ -118,7 +133,7 @@ def _header(comparison: Comparison, quote: str) -> Iterator[str]:
 
 def _closing(comparison: Comparison) -> Iterator[list[str]]:
     """Sections: a title, then lines."""
-    yield ["outputs", outputs_line(comparison)]
+    yield ["outputs", *output_lines(comparison)]
     yield ["verdicts", *verdict_lines(comparison)]
     for title, values in (("settings", comparison.settings), ("provenance", comparison.provenance)):
         yield [f"{title} that differ", *(list(differing_lines(values)) or ["none"])]
@@ -140,6 +155,28 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
                 f"Welch on logarithms, n {side.ratio.n[0]} and {side.ratio.n[1]})"
             )
         yield f"{letters(place)}: {side.verdict}: {said}"
+
+
+def output_lines(comparison: Comparison) -> Iterator[str]:
+    """Whether all sides generated the same tokens; where not, which did, and where the others part from A."""
+    yield outputs_line(comparison)
+    for place, against in enumerate(comparison.against, 1):
+        if (found := against.difference) is not None:
+            yield _shown_difference(found, letters(place))
+
+
+def _shown_difference(found: Difference, side: str) -> str:
+    names = "A", side
+    tokens = ["the row's end" if token is None else f"token {token}" for token in found.tokens]
+    margins = [f"{m:.4g} in {name}" for name, m in zip(names, found.margins, strict=True) if m is not None]
+    if margins:
+        said = f"the largest logit is above the next there by {' and '.join(margins)}"
+    else:
+        said = "no margin was kept: it is at temperature 0, with --verify-rows above 1"
+    return (
+        f"{side} parts from A in row {found.row} at new token {found.token} (position {found.position}): "
+        f"{tokens[1]} against {tokens[0]}; {said}"
+    )
 
 
 def outputs_line(comparison: Comparison) -> str:

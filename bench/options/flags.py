@@ -165,7 +165,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
         values = {**read_variables(environ), **values}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     options: Options = cls(**values)
-    if isinstance(options, RunOptions):
+    if isinstance(options, BuildOptions):
         options.check_together()
     return verb, options
 
@@ -207,13 +207,17 @@ def check_point(argv: Sequence[str]) -> None:
             raise UnusableInput(f"--{name} {named} does not exist: nothing was run")
 
 
-_OF_PLAN_ALONE = {each.spelled for name, each in options_of(PlanOptions).items() if name not in options_of(RunOptions)}
+_OF_PLAN_ALONE = {
+    each.spelled for name, each in options_of(PlanOptions).items() if each != options_of(RunOptions).get(name)
+}
 
 
 def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
     """``argv`` with, in place of ``--auto``, what it has chosen (``--flag value`` each): to keep and to share."""
     flags = [text.split(" ", 1) for text in chosen]
-    replaced = {flag for flag, _ in flags} | _OF_PLAN_ALONE
+    replaced = {flag for flag, _ in flags}
+    if argv[:1] == ["plan"]:
+        replaced |= _OF_PLAN_ALONE
     words = list(argv[1:] if argv and argv[0] in VERBS else argv)
     kept: list[str] = []
     while words:

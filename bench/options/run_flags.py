@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from llama.options import BuildOptions
 from wsm.errors import UnusableInput
 from wsm.option import NAME, PATH, SWITCH, TEXT, number, one_of, option, options_of, whole
 
+NOWHERE = Path(os.devnull)
 _work, _output = partial(option, group="work"), partial(option, group="output", swept=False)
 
 
@@ -88,7 +90,10 @@ _elsewhere = partial(option, group="another machine", swept=False)
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions(RunOptions):
-    """A run, the machine that it is planned for, and what is to be believed of its draft."""
+    """A run, the machine that it is planned for, and what is to be believed of its draft.
+
+    It takes what says how a run draws, times and reports, too: so the command of a run is planned as it is.
+    """
 
     machine: str | None = _elsewhere(
         None, NAME, "a card from the table in docs/TUNING.md instead of this machine, such as `RTX 4090`"
@@ -108,6 +113,8 @@ class PlanOptions(RunOptions):
     tokens_a_pass: float | None = _elsewhere(
         None, number(1, 1e3), "with `--draft`: the same for a row's tokens a pass, as a run has shown them"
     )
+
+    out_json: Path = _output(NOWHERE, PATH, "the plan, as `-o json` prints it", shown="nowhere")
 
     def check_together(self) -> None:
         RunOptions.check_together(self)

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bench.options.run_flags import PlanOptions, RunOptions
 from llama.options import BuildOptions
@@ -28,6 +28,7 @@ from wsm.option import (
     option,
     options_of,
     same,
+    unused,
     whole,
 )
 
@@ -39,7 +40,10 @@ _A_RESULT = "a result's .json, a folder of results of the same settings, a .json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityOptions(BuildOptions):
-    """The model that is measured, as a run has it, against the checkpoint as it is."""
+    """The model that is measured, as a run has it, against the checkpoint as it is.
+
+    It reads a text on one rank, pass by pass as a prefill does, and generates nothing.
+    """
 
     text: Path = option(MISSING, PATH, "UTF-8 text that both models read")
     reference: Path | None = option(None, PATH, "another checkpoint as the reference", metavar="DIR", shown="the same")
@@ -50,6 +54,13 @@ class QualityOptions(BuildOptions):
     output: str | None = same(RunOptions, "output")
     quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
+    tp: int | None = unused(BuildOptions, "tp")
+    topk_blk: int = unused(BuildOptions, "topk_blk")
+    draft: str | None = unused(BuildOptions, "draft")
+    draft_depth: int | Literal["auto"] = unused(BuildOptions, "draft_depth")
+    draft_width: int | None = unused(BuildOptions, "draft_width")
+    draft_weight_format: str = unused(BuildOptions, "draft_weight_format")
+    verify_rows: int | None = unused(BuildOptions, "verify_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +86,17 @@ class PackOptions:
     quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
+    def __post_init__(self) -> None:
+        if self.calibrate is not None:
+            return
+        declared = options_of(PackOptions)
+        for name in ("window", "windows", "device", "gpu_mem_gb", "cpu_mem_gb"):
+            if getattr(self, name) != declared[name].default:
+                raise UnusableInput(
+                    f"{declared[name].spelled} without --calibrate: only reading a text needs it; name a text, or "
+                    "leave it out"
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions:
@@ -93,7 +115,6 @@ class PromptsOptions:
     tokens: int = option(2048, whole(1), "tokens of each")
     checkpoints: Path | None = same(RunOptions, "checkpoints", help="whose tokenizer counts", shown="bytes")
     seed: int = same(RunOptions, "seed", help="of the words")
-    cache_dir: Path = same(RunOptions, "cache_dir")
     quiet: bool = same(RunOptions, "quiet")
     verbose: bool = same(RunOptions, "verbose")
 
@@ -157,6 +178,9 @@ class CacheOptions:
             raise UnusableInput(f"cache {self.words[0]} is not known: cache list, or cache clear")
         if self.words == ("clear",) and not self.all and self.older_than is None:
             raise UnusableInput("cache clear: say what: names, --older-than DAYS, or --all")
+        for flag, given in (("--all", self.all), ("--yes", self.yes)):
+            if self.words[0] == "list" and given:
+                raise UnusableInput(f"{flag} is of cache clear: cache list shows all, and asks nothing")
         if self.all and len(self.words) > 1:
             raise UnusableInput("cache: names and --all exclude each other: give one")
 

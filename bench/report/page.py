@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.compare.compare import compare
 from bench.compare.sides import Side, provenance_of, settings_of
-from bench.compare.text import differing_lines, letters, outputs_line, shown_cell, verdict_lines
+from bench.compare.text import differing_lines, letters, output_lines, shown_cell, verdict_lines
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
 from bench.report.timeline import timelines_of
@@ -73,7 +73,7 @@ def _overview(sides: Sequence[Side]) -> Iterator[str]:
     rows = [[letters(place), *_overview_row(side), *verdicts[place]] for place, side in enumerate(sides)]
     yield _table(head, rows)
     if comparison is not None:
-        yield _list("Outputs", [outputs_line(comparison)])
+        yield _list("Outputs", output_lines(comparison))
         yield _list("Verdicts", verdict_lines(comparison))
         yield _list("Settings that differ", differing_lines(comparison.settings))
         yield _list("Provenance that differ", differing_lines(comparison.provenance))

@@ -18,6 +18,8 @@ from wsm.errors import UnusableInput
 BEYOND = 1e24
 """No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
 MOST_BYTES = 64 << 20
+_NUMBERS = re.compile(r"\[\n\s+([-+.\w,\s]+?)\s+\]")
+"""A list of numbers, one on each line: no text of the JSON has a line's end in it."""
 _BROKEN = "was the run broken off?"
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
@@ -39,8 +41,9 @@ def plain(result: Result) -> dict[str, Any]:
 
 
 def dump(result: Result) -> str:
-    """The JSON text of a result."""
+    """The JSON text of a result, a list of numbers on one line."""
     text = json.dumps(plain(result), indent=2, ensure_ascii=False) + "\n"
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")  # arguments may hold bytes of no text
 
 

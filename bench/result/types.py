@@ -28,6 +28,8 @@ from bench.result.types_phases import Ceilings, Parallel, Phase
 from bench.result.types_speculation import Speculation
 
 SCHEMA_VERSION: Literal[1] = 1
+MOST_TOKENS = 1 << 18
+"""That a result keeps one by one; a file of them is some 10 MB."""
 PrefillMs = Annotated[T, says("ms from the start to the last logits of the prompts")]
 FirstTokenMs = Annotated[T, says("ms for sampling and reading back token 1, whose logits the prefill made")]
 TtftMs = Annotated[T, says("ms to the first token: prefill_ms + first_token_decode_ms")]
@@ -105,6 +107,26 @@ class Output(Part, frozen=True, kw_only=True):
         Annotated[FromOne, says("how tokens are drawn at a temperature above 0: 1 (where it is absent), or 2")]
     ] = UNSET
     texts: Annotated[Texts | None, says("each row's text; null without --print-text")]
+    tokens: Later[
+        Annotated[
+            list[Annotated[list[Annotated[Count, says("a token id")]], says("a row's new tokens")]] | None,
+            says("each row's new tokens; null where they are more than 262144 in all"),
+        ]
+    ] = UNSET
+    margins: Later[
+        Annotated[
+            list[Annotated[list[Annotated[Amount, says("of a new token")]], says("those of a row")]] | None,
+            says(
+                "how far each new token's logit was above the largest other; null with --verify-rows 1, at a "
+                "temperature above 0, and without tokens"
+            ),
+        ]
+    ] = UNSET
+
+    def __post_init__(self) -> None:
+        lengths = list(map(len, self.tokens or ()))
+        if self.margins and list(map(len, self.margins)) != lengths:
+            raise ValueError("margins and tokens are not as many")
 
 
 class PerMetric(Part, Generic[T], frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from bench.options.run_flags import RunOptions
 from bench.result.console import ConsoleReporter
 from bench.result.results import dump
 from bench.result.summary import row, summary
-from bench.result.types import Result
+from bench.result.types import MOST_TOKENS, Result
 from bench.run.record import Progress
 from bench.run.signals import name_of
 from bench.run.trace import chrome_trace
@@ -33,9 +33,9 @@ from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
 
-_JSON_BYTES, _ROUND_BYTES, _TOKEN_BYTES, _LAYER_BYTES, _DECODING_BYTES = 1 << 20, 512, 32, 4096, 1024
-"""Room for a result, for a round and a token of text in it, and for a layer of a pass in a timeline; about thrice what
-was seen."""
+_JSON_BYTES, _ROUND_BYTES, _TEXT_BYTES, _TOKEN_BYTES, _LAYER_BYTES, _DECODING_BYTES = 1 << 20, 512, 32, 64, 4096, 1024
+"""Room for a result, for a round, a token of text and a token's number and margin in it, and for a layer of a pass in a
+timeline; about thrice what was seen."""
 _MOST_BYTES = 2 << 30
 
 
@@ -158,8 +158,9 @@ def check_room(options: RunOptions, plan: Plan) -> None:
 
     The room is taken and given back at once: free bytes that are shown may be others', or beyond a quota.
     """
-    texts = options.batch_size * options.max_new_tokens if options.print_text else 0
-    room = {options.out_json: _JSON_BYTES + _ROUND_BYTES * options.repeats + _TOKEN_BYTES * texts}
+    tokens = options.batch_size * options.max_new_tokens
+    result_bytes = _JSON_BYTES + _ROUND_BYTES * options.repeats + _TOKEN_BYTES * min(tokens, MOST_TOKENS)
+    room = {options.out_json: result_bytes + _TEXT_BYTES * tokens * options.print_text}
     if options.trace is not None:
         passes = options.max_new_tokens + -(-options.batch_size // plan.wave_rows)
         layer_bytes = _LAYER_BYTES + _DECODING_BYTES * plan.chunks * (plan.decoding.scratch_bytes > 0)
@@ -176,6 +177,14 @@ def check_room(options: RunOptions, plan: Plan) -> None:
                         f"{path}: {error.strerror}, and up to {nbytes / 1e6:.0f} MB may be written there; make room, "
                         "or name another --out-json or --trace"
                     ) from error
+
+
+def write_figures(path: Path, text: str) -> None:
+    """The JSON text of a verb that measures no time, at ``--out-json``."""
+    try:
+        write_atomically(path, text + "\n")
+    except OSError as error:
+        raise UnusableInput(f"--out-json {path} cannot be written: {error.strerror}") from error
 
 
 def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result) -> Written:

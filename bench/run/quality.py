@@ -35,10 +35,6 @@ POSITIONS_AT_ONCE = 128
 def options_of_both(options: QualityOptions) -> tuple[BuildOptions, BuildOptions]:
     """Of the reference, which is the checkpoint as it is, and of the model that is measured."""
     model = BuildOptions(**{name: getattr(options, name) for name in options_of(BuildOptions)})
-    if (model.tp or 1) > 1:
-        raise UnusableInput("quality compares on one rank: leave out --tp")
-    if model.draft is not None or model.verify_rows is not None:
-        raise UnusableInput("quality reads a text and generates nothing: leave out --draft and --verify-rows")
     # A KV device is one model's own.
     plain: dict[str, Any] = {"weight_format": "auto", "manifest": None, "raw_device": None, "kv_device": None}
     return dataclasses.replace(model, checkpoints=options.reference or model.checkpoints, **plain), model

@@ -17,7 +17,17 @@ import torch
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import ByPhase, Mode
-from bench.result.types import SCHEMA_VERSION, Config, GpuPeak, Manager, Output, Result, Setting, SpecialTokens
+from bench.result.types import (
+    MOST_TOKENS,
+    SCHEMA_VERSION,
+    Config,
+    GpuPeak,
+    Manager,
+    Output,
+    Result,
+    Setting,
+    SpecialTokens,
+)
 from bench.result.types_machine import (
     KV,
     BytesPerPass,
@@ -37,6 +47,7 @@ from bench.run.conditions import Watch
 from bench.run.measure import Round, checks_of, link_rates, load_rate, metrics_of, phases_of, repeats_of, tpot_of
 from bench.run.provenance import collect
 from bench.run.speculation import agreement_warnings, speculation_of
+from llama.generation import Generation
 from llama.llm import LLaMA
 from llama.sampling import SAMPLER
 from wsm.option import options_of
@@ -107,7 +118,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         config=_config(options, llm, got),
         provenance=provenance,
         conditions=got.watch.conditions,
-        output=_output(options, llm, generation.tokens),
+        output=_output(options, llm, generation),
         repeats=repeats_of(got.rounds),
         parallel=None,
         warnings=[
@@ -122,10 +133,15 @@ def _manager(llm: LLaMA) -> Manager:
     return Manager(enabled=llm.manager is not None, ssd_enabled=from_ssd, gpu_max_groups=most)
 
 
-def _output(options: RunOptions, llm: LLaMA, tokens: Sequence[Sequence[int]]) -> Output:
-    sha256 = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
-    texts = [llm.tokenizer.decode(row) for row in tokens] if options.print_text else None
-    return Output(sha256=sha256, sampler=SAMPLER, texts=texts)
+def _output(options: RunOptions, llm: LLaMA, generation: Generation) -> Output:
+    tokens, keeps = generation.tokens, generation.decode_tokens <= MOST_TOKENS
+    return Output(
+        sha256=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
+        sampler=SAMPLER,
+        texts=[llm.tokenizer.decode(row) for row in tokens] if options.print_text else None,
+        tokens=tokens if keeps else None,
+        margins=(generation.margins or None) if keeps else None,
+    )
 
 
 def _warnings(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +17,11 @@ from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors
 from llama.checkpoint.gguf_config import gguf_config, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
 from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
-from llama.names import Cut
+from llama.names import Cut, renamed
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import WeightFormat, pieces
+from wsm.formats.spread import spread
 
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCKS = {name.upper(): name for name in registry.BLOCK_TYPES}
@@ -46,16 +49,14 @@ _SPECIAL = {
 """As a chat template names a token, and as GGUF does."""
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
+_DECODED_AT_ONCE = 1 << 20
+"""Weights of a thread's piece of work."""
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name for one of Meta's."""
-    short = name.removesuffix(".weight")
-    if short in _NAMES:
-        return f"{_NAMES[short]}.weight"
-    _, layer, rest = short.split(".", 2)
-    return f"blk.{layer}.{_NAMES[rest]}.weight"
+    return renamed(name, _NAMES, "blk")
 
 
 def gguf_files(where: Path) -> list[Path]:
@@ -113,6 +114,7 @@ class GGUFCheckpoint(Checkpoint):
         super().__init__(config, base.weights_dtype(plain) if whole else torch.bfloat16, first.parent, paths)
         self.warnings = tuple(filter(None, [unknown_fields(metadata, str(first))]))
         self._first = files[0]
+        self._decoding = threading.Lock()
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -176,13 +178,22 @@ class GGUFCheckpoint(Checkpoint):
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:
         tensor, columns = self._tensors[gguf_name(name)], slice(cut.column, cut.column + cut.columns)
-        for rows, content in self._rows(tensor, cut):
-            if tensor.type in _PLAIN:
+        if tensor.type in _PLAIN:
+            for rows, content in self._rows(tensor, cut):
                 out[rows] = content.view(FLOATS[_PLAIN[tensor.type]])[:, columns]
-            else:
-                decoded = out.new_empty(len(content), tensor.shape[-1])
-                registry.get(_BLOCKS[tensor.type]).decode_({"blocks": content}, decoded)
-                out[rows] = decoded[:, columns]
+            return
+        step = max(1, _DECODED_AT_ONCE // tensor.shape[-1])
+        parts = [slice(row, min(row + step, cut.rows)) for row in range(0, cut.rows, step)]
+        with self._decoding:  # each matrix by all threads: several at once would only wait for each other
+            spread([partial(self._decode, tensor, cut, rows, out[rows]) for rows in parts])
+
+    def _decode(self, tensor: GGUFTensor, cut: Cut, rows: slice, out: Tensor) -> None:
+        """Fill ``out`` with some rows of a cut."""
+        part, columns = cut._replace(row=cut.row + rows.start, rows=rows.stop - rows.start), tensor.shape[-1]
+        for inside, content in self._rows(tensor, part):
+            decoded = out.new_empty(len(content), columns)
+            registry.get(_BLOCKS[tensor.type]).decode_({"blocks": content}, decoded)
+            out[inside] = decoded[:, cut.column : cut.column + cut.columns]
 
     def _rows(self, tensor: GGUFTensor, cut: Cut) -> Iterator[tuple[slice, Tensor]]:
         """The rows of a cut, a piece at a time: which of the cut's they are, and their bytes, all columns."""

@@ -18,7 +18,7 @@ from llama.checkpoint.hf_quantised import NOT_USED, quantised_matrix
 from llama.checkpoint.hf_scheme import read_quantisation
 from llama.config import ModelConfig
 from llama.files import read_json
-from llama.names import Cut
+from llama.names import Cut, renamed
 from llama.rope import ambiguous_rope
 from wsm.errors import UnusableInput
 from wsm.formats.format import WeightFormat
@@ -43,11 +43,7 @@ _COMPARED_ROWS = 4096
 
 def hf_name(name: str) -> str:
     """Hugging Face's name for one of Meta's."""
-    short = name.removesuffix(".weight")
-    if short in _NAMES:
-        return f"{_NAMES[short]}.weight"
-    _, layer, rest = short.split(".", 2)
-    return f"model.layers.{layer}.{_NAMES[rest]}.weight"
+    return renamed(name, _NAMES, "model.layers")
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -78,6 +78,13 @@ def last_to_arrive(arrivals, place, splits):
 
 
 @triton.jit
+def no_keys(SHARED: tl.constexpr, COLS: tl.constexpr):
+    """A softmax over no keys yet: of each query head the largest score, the sum of weights, and of weighted values."""
+    largest = tl.full((SHARED,), float("-inf"), dtype=tl.float32)
+    return largest, tl.zeros((SHARED,), dtype=tl.float32), tl.zeros((SHARED, COLS), dtype=tl.float32)
+
+
+@triton.jit
 def joined(largest, weights, total, its_largest, its_weights, its_total):
     """A softmax over two sets of keys from those of each. A set without any key to be seen weighs nothing."""
     top = tl.maximum(largest, its_largest)
@@ -105,9 +112,7 @@ def attention_kernel(
     real = (shared < REP)[:, None] & (col < DIM)[None, :]
     queries = tl.load(q + row * q_stride + (head * REP + shared)[:, None] * DIM + col[None, :], mask=real, other=0)
     start = row * row_stride + head.to(tl.int64) * head_stride
-    largest = tl.full((SHARED,), float("-inf"), dtype=tl.float32)
-    weights = tl.zeros((SHARED,), dtype=tl.float32)
-    total = tl.zeros((SHARED, COLS), dtype=tl.float32)
+    largest, weights, total = no_keys(SHARED, COLS)
     for begin in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, tokens), BLOCK):
         token = begin + tl.arange(0, BLOCK)
         hidden = tl.load(mask + row * mask_stride + token, mask=token < tokens, other=float("-inf")).to(tl.float32)
@@ -129,9 +134,7 @@ def attention_kernel(
         tl.store(told + split * SHARED * 2, largest)
         tl.store(told + split * SHARED * 2 + SHARED, weights)
         if last_to_arrive(arrivals, both, splits):
-            largest = tl.full((SHARED,), float("-inf"), dtype=tl.float32)
-            weights = tl.zeros((SHARED,), dtype=tl.float32)
-            total = tl.zeros((SHARED, COLS), dtype=tl.float32)
+            largest, weights, total = no_keys(SHARED, COLS)
             for other in range(splits):
                 part = tl.load(left + other * SHARED * COLS, cache_modifier=".cg")
                 its_largest = tl.load(told + other * SHARED * 2, cache_modifier=".cg")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.batch import prefill_batch
+from llama.batch import prefill_batch, waves
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.nodes.forward import node_layers
@@ -67,8 +67,7 @@ class ModelDraft:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.kv.reset()
-        for first in range(0, len(prompts), self._wave_rows):
-            rows = range(first, min(first + self._wave_rows, len(prompts)))
+        for rows in waves(len(prompts), self._wave_rows):
             batch = prefill_batch([prompts[row] for row in rows], rows, self.model.device)
             self.model.forward(batch, self.kv, chunk_tokens=self._chunk_tokens, logits="last")
 

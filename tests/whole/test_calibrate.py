@@ -214,8 +214,6 @@ def test_a_model_is_no_distance_from_itself(home: Path, tmp_path: Path, capsys: 
         (["quality", "--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["quality", "--text", "{text}", "--out-json", "/nowhere/q.json"], "cannot be written: its directory"),
         (["quality", "--text", "{text}", "--out-json", "{text}"], "is read by this run"),
-        (["quality", "--text", "{text}", "--tp", "2"], "on one rank: leave out --tp"),
-        (["quality", "--text", "{text}", "--draft", "ngram"], "generates nothing: leave out --draft"),
         (["quality", "--text", "{text}", "--window", "100000"], "fewer than a window of 100000"),
         (
             ["pack", "--calibrate", "{text}", "--weight-format", "exact"],

@@ -12,6 +12,7 @@ from torch import Tensor
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats.backend import kernels_for
 from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
+from wsm.formats.spread import each_piece
 
 BLOCK_WEIGHTS = 1 << 16
 """Escapes are found by block, and by a uint16 inside of it."""
@@ -130,10 +131,11 @@ def _exponents(bits: Tensor) -> Tensor:
 
 def count_exponents(bits: Tensor) -> Tensor:
     """How often each exponent is in bfloat16 ``bits`` as int16: int64 ``[256]`` on the CPU."""
-    seen = torch.zeros(256, dtype=torch.int64, device=bits.device)
-    for piece in pieces(bits.numel(), bits.device):
-        seen += torch.bincount(_exponents(bits[piece]), minlength=256)
-    return seen.cpu()
+    found = list[Tensor]()
+    each_piece(
+        lambda piece: found.append(torch.bincount(_exponents(bits[piece]), minlength=256)), bits.numel(), bits.device
+    )
+    return torch.stack(found).sum(0).cpu()
 
 
 def _window(seen: Tensor) -> tuple[int, int]:
@@ -145,8 +147,9 @@ def _window(seen: Tensor) -> tuple[int, int]:
 
 def _fill_(planes: Mapping[str, Tensor], bits: Tensor, base: int) -> None:
     """Fill the planes that are as long as the matrix or its escapes; a piece is whole blocks."""
-    counted, counts = 0, list[Tensor]()
-    for piece in pieces(bits.numel(), bits.device):
+    escapes = dict[int, tuple[Tensor, Tensor, Tensor]]()  # places, exponents and counts of each piece
+
+    def fill(piece: slice) -> None:
         part = bits[piece]
         exponents = _exponents(part)
         codes = (exponents - base).clamp_(max=WINDOW)  # what is below the window wraps round to above it
@@ -155,13 +158,16 @@ def _fill_(planes: Mapping[str, Tensor], bits: Tensor, base: int) -> None:
         pairs.copy_(codes[::2])
         pairs[: part.numel() // 2] |= codes[1::2] << 4
         at = (codes == WINDOW).nonzero().flatten()
-        listed = slice(counted, counted + at.numel())
-        planes["places"][listed] = (at % BLOCK_WEIGHTS).to(torch.uint16)
-        planes["exponents"][listed] = exponents[at]
         blocks = torch.arange(1, -(-part.numel() // BLOCK_WEIGHTS) + 1, device=bits.device)
-        counts.append(counted + torch.searchsorted(at, blocks * BLOCK_WEIGHTS))
-        counted = listed.stop
-    planes["counts"].copy_(torch.cat(counts))
+        counts = torch.searchsorted(at, blocks * BLOCK_WEIGHTS)
+        escapes[piece.start] = (at % BLOCK_WEIGHTS).to(torch.uint16), exponents[at], counts
+
+    each_piece(fill, bits.numel(), bits.device)
+    places, exponents, counts = zip(*(found for _, found in sorted(escapes.items())), strict=True)
+    planes["places"].copy_(torch.cat(places))
+    planes["exponents"].copy_(torch.cat(exponents))
+    before = torch.tensor([0, *map(len, places)]).cumsum(0).tolist()
+    planes["counts"].copy_(torch.cat([earlier + own for earlier, own in zip(before, counts, strict=False)]))
 
 
 def _count_escapes(codes: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -80,6 +81,24 @@ class WeightFormat(Protocol):
 
     def packed_rows(self, dtype: torch.dtype, cuda: bool) -> int:
         """The most rows of which :meth:`linear` makes the product, on CUDA or elsewhere; 0 where it makes none."""
+
+
+class SizedByShape(ABC):
+    """The planes of a format whose sizes follow from a matrix's shape: none takes more or less."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def planes(self, shape: Shape, dtype: torch.dtype | None = None) -> tuple[Plane, ...]:
+        """As :meth:`WeightFormat.planes`."""
+
+    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        """As :meth:`WeightFormat.least_planes`."""
+        return self.planes(shape)
+
+    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        """As :meth:`WeightFormat.most_bytes`."""
+        return total_bytes(self.planes(shape))
 
 
 def total_bytes(planes: Iterable[Plane]) -> int:

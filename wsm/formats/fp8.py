@@ -10,14 +10,15 @@ from torch import Tensor
 
 from wsm.errors import StoreError
 from wsm.formats.backend import kernels_for
-from wsm.formats.format import Plane, Shape, check_finite, check_planes, finite_float, pieces, total_bytes
+from wsm.formats.format import Plane, Shape, SizedByShape, check_finite, check_planes, finite_float, pieces
+from wsm.formats.spread import each_piece
 
 _LARGEST = 448.0
 _NAN = 0x7F
 
 
 @dataclass(frozen=True, slots=True)
-class Float8:
+class Float8(SizedByShape):
     """A value is ``float32(q) * scale``, rounded once to the compute dtype.
 
     ``values`` float8_e4m3fn ``[rows, cols]``; ``scales`` float32 ``[rows]``, or ``[1]`` for the whole matrix.
@@ -38,24 +39,24 @@ class Float8:
         scales = Plane("scales", torch.float32, (shape[0] if self.per_row else 1,))
         return Plane("values", torch.float8_e4m3fn, tuple(shape)), scales
 
-    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
-        return self.planes(shape)
-
-    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        return total_bytes(self.planes(shape))
-
     def encode(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
         n_rows, cols = weight.shape
         planes = {p.name: weight.new_empty(p.shape, dtype=p.dtype) for p in self.planes((n_rows, cols))}
         largest = weight.new_empty(n_rows, dtype=torch.float32)
-        for rows in pieces(n_rows, weight.device, cols):
+
+        def look(rows: slice) -> None:
             largest[rows] = finite_float(weight[rows], self.name).abs().amax(1)
+
+        each_piece(look, n_rows, weight.device, cols)
         scales = (largest if self.per_row else largest.amax(0, keepdim=True)) / _LARGEST
         scales[scales == 0] = 1.0
         planes["scales"].copy_(scales)
-        for rows in pieces(n_rows, weight.device, cols):
+
+        def encode_rows(rows: slice) -> None:
             wide = weight[rows].float() / (scales[rows] if self.per_row else scales)[:, None]
             planes["values"][rows] = wide.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+
+        each_piece(encode_rows, n_rows, weight.device, cols)
         return planes
 
     def check(self, shape: Shape, planes: Mapping[str, Tensor]) -> None:

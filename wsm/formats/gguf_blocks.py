@@ -15,14 +15,14 @@ from torch import Tensor
 
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats.backend import kernels_for, packed_product, packed_rows
-from wsm.formats.format import Plane, Shape, check_planes, pieces, total_bytes
+from wsm.formats.format import Plane, Shape, SizedByShape, check_planes, pieces
 
 _FINITE = 0x7C00
 """The exponent's bits of a float16: all of them are set in NaN and infinity."""
 
 
 @dataclass(frozen=True, slots=True)
-class BlockType:
+class BlockType(SizedByShape):
     """``blocks`` uint8 ``[rows, cols / weights * nbytes]``: a row's blocks one behind the other.
 
     ``scale_at`` and, where there is one, ``min_at`` are the places of the float16 numbers in a block. A value is what
@@ -49,12 +49,6 @@ class BlockType:
         if cols % self.weights:
             raise UnusableInput(f"{self.name}, whose blocks of {self.weights} weights do not fill a row of {cols}")
         return (Plane("blocks", torch.uint8, (rows, cols // self.weights * self.nbytes)),)
-
-    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
-        return self.planes(shape)
-
-    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        return total_bytes(self.planes(shape))
 
     def encode(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
         raise UnusableInput(NOT_ENCODED.format(self.name))

@@ -16,13 +16,14 @@ from wsm.formats.feedback import round_with_feedback
 from wsm.formats.format import (
     Plane,
     Shape,
+    SizedByShape,
     check_finite,
     check_planes,
     finite_float,
     pieces,
-    total_bytes,
 )
 from wsm.formats.search import Grid, weights_of
+from wsm.formats.spread import each_piece
 
 _NAME = re.compile(
     r"int(?P<bits>[48])(-g(?P<group>32|64)|-(?P<row>row))?(-(?P<scale>float16|float32))?(-(?P<zero>zero|sym))?"
@@ -31,7 +32,7 @@ _SCALES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 @dataclass(frozen=True, slots=True)
-class Integer:
+class Integer(SizedByShape):
     """A value is ``float32(q - zero) * float32(scale)``, rounded once to the compute dtype, without a fused add.
 
     ``values`` uint8 ``[rows, cols]``, or for 4 bits ``[rows, cols / 2 rounded up]``, the even column in the low bits;
@@ -70,12 +71,6 @@ class Integer:
         zeros = (Plane("zeros", torch.uint8, grouped),) if self.has_zero else ()
         return values, Plane("scales", _SCALES[self.scale], grouped), *zeros
 
-    def least_planes(self, shape: Shape, dtype: torch.dtype) -> tuple[Plane, ...]:
-        return self.planes(shape)
-
-    def most_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        return total_bytes(self.planes(shape))
-
     def encode(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
         rows, cols = weight.shape
         planes = {p.name: weight.new_empty(p.shape, dtype=p.dtype) for p in self.planes((rows, cols))}
@@ -87,11 +82,14 @@ class Integer:
             return planes
         pad = groups * width - cols
         by_group = None if importance is None else F.pad(weights_of(importance), (0, pad)).view(1, groups, width)
-        for part in pieces(rows, weight.device, cols):
+
+        def encode_rows(part: slice) -> None:
             wide = F.pad(finite_float(weight[part], self.name), (0, pad)).view(-1, groups, width)
             scales, zeros = grid.nearest(wide) if by_group is None else grid.search(wide, by_group)
             codes = grid.codes(wide, scales, zeros).flatten(1)[:, :cols].to(torch.uint8)
             self._put_(planes, part, codes, scales.squeeze(-1), zeros.squeeze(-1))
+
+        each_piece(encode_rows, rows, weight.device, cols)
         return planes
 
     def _put_(self, planes: Mapping[str, Tensor], rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:

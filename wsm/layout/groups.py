@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Union
 
@@ -98,6 +99,18 @@ class GroupLayout:
     def encoded_bytes(self) -> int:
         """Bytes of these once they are decoded."""
         return sum(tensor.decoded_bytes for tensor in self.encoded)
+
+
+def gaps(layout: GroupLayout) -> Iterator[slice]:
+    """The bytes of an image that belong to no tensor, its end included."""
+    end = 0
+    parts = [part for tensor in layout.tensors for part in tensor.planes or (tensor,)]
+    for part in sorted(parts, key=attrgetter("offset")):
+        if part.offset > end:
+            yield slice(end, part.offset)
+        end = part.offset + part.nbytes
+    if end < layout.nbytes:
+        yield slice(end, layout.nbytes)
 
 
 def is_encoded(spec: TensorSpec) -> bool:

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wsm.disk.io_threads import IOThreads
+from wsm.disk.io_threads import IOThreads, Piece
+from wsm.formats import registry
 from wsm.formats.format import Plane, WeightFormat
 from wsm.formats.mix import Formats, format_of
 from wsm.layout.groups import (
@@ -17,13 +18,14 @@ from wsm.layout.groups import (
     GroupLayout,
     InFormat,
     TensorSpec,
+    gaps,
     image_layout,
     is_encoded,
     planes_in,
     views,
 )
 from wsm.layout.model import TensorSource
-from wsm.store.layout import StorePlan
+from wsm.store.layout import StorePlan, is_final
 
 Encodings = dict[str, Mapping[str, Tensor]]
 """Planes by a matrix's short name; without those that stay plain."""
@@ -45,15 +47,16 @@ def make_images(
     A tensor is a thread's piece of work; with ``moments``, which take much memory, one is encoded after the other. The
     gaps between tensors are zero, so the same weights give the same bytes.
     """
-    if group is None or plan.weight_format is None:
-        layout = plan.layouts[group]
-        work = []
-        for share, buffer in zip(shares, buffers, strict=True):
-            tensors = views(buffer[: layout.nbytes].zero_(), layout)
-            work += [
-                partial(share.read_into, share.config.full_name(group, name), out) for name, out in tensors.items()
-            ]
+    layout = plan.layouts[group]
+    if is_final(layout) and (moments is None or not layout.encoded):
+        work = [
+            piece
+            for share, buffer in zip(shares, buffers, strict=True)
+            for piece in image_work(share, group, layout, buffer)
+        ]
         return _then(readers.submit(work), lambda: [layout] * len(shares))
+    assert group is not None
+    assert plan.weight_format is not None
     encodings: list[Encodings] = [{} for _ in shares]
     encode = [
         partial(_encode, share, group, plan.dtype, plan.weight_format, spec, of)
@@ -68,6 +71,22 @@ def make_images(
         done = readers.submit([partial(each, found)], after=done)
     assert done is not None
     return _then(done, make)
+
+
+def image_work(source: TensorSource, group: GroupId | None, layout: GroupLayout, buffer: Tensor) -> list[Piece]:
+    """The pieces of work that fill ``buffer`` with an image whose layout is known: each tensor goes to its place."""
+    _clear_gaps(buffer, layout)
+    name_of = partial(source.config.full_name, group)
+    work: list[Piece] = [partial(source.read_into, name_of(name), out) for name, out in views(buffer, layout).items()]
+    encoded = [(tensor.name, planes_in(buffer, tensor)) for tensor in layout.encoded]
+    work += [partial(source.encode_into, name_of(name), into, registry.get(into.format)) for name, into in encoded]
+    return work
+
+
+def _clear_gaps(buffer: Tensor, layout: GroupLayout) -> None:
+    """Not the whole image: of gigabytes of new memory each page is first touched by the threads that fill it."""
+    for gap in gaps(layout):
+        buffer[gap].zero_()
 
 
 def _then(done: Future[None], result: Callable[[], list[GroupLayout]]) -> Future[list[GroupLayout]]:
@@ -124,7 +143,8 @@ def _make_encoded(
         layouts.append(image_layout(share.config.specs(group.kind), plan.dtype, encoded))
     nbytes = max(layout.nbytes for layout in layouts)
     for share, planes, layout, buffer in zip(shares, encodings, layouts, buffers, strict=True):
-        image = buffer[:nbytes].zero_()
+        image = buffer[:nbytes]
+        _clear_gaps(image, GroupLayout(nbytes, layout.tensors))
         for tensor in layout.encoded:
             for name, into in planes_in(image, tensor).planes.items():
                 into.copy_(planes[tensor.name][name])

@@ -189,6 +189,11 @@ def planned_layouts(
     return layouts
 
 
+def is_final(layout: GroupLayout) -> bool:
+    """Whether a planned image comes out just so: no size in it follows from the weights."""
+    return not any(plane.name == _MOST for tensor in layout.tensors for plane in tensor.planes)
+
+
 def _planned_planes(weight_format: WeightFormat, shape: Shape, dtype: torch.dtype, *, most: bool) -> tuple[Plane, ...]:
     if most and weight_format.planes(shape, dtype) is None:
         return (Plane(_MOST, torch.uint8, (weight_format.most_bytes(shape, dtype),)),)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from wsm.disk.io_threads import IOThreads
 from wsm.errors import StoreError
-from wsm.formats import registry
-from wsm.layout.groups import Encoded, GroupId, GroupLayout, Kind, largest_images, planes_in, views
+from wsm.layout.groups import GroupId, GroupLayout, Kind, largest_images
 from wsm.layout.model import TensorSource
+from wsm.store.images import image_work
 from wsm.store.layout import plan_store
 
 
@@ -86,17 +85,8 @@ class CheckpointSource:
         return self._slot_bytes[kind]
 
     def read(self, group: GroupId | None, buffer: Tensor) -> GroupRead:
-        layout, name_of = self.layout(group), self._checkpoint.config.full_name
-        plain = views(buffer, layout)
-        work = [partial(self._checkpoint.read_into, name_of(group, name), out) for name, out in plain.items()]
-        work += [
-            partial(self._encode, name_of(group, tensor.name), planes_in(buffer, tensor)) for tensor in layout.encoded
-        ]
-        done = self._threads.submit(work)
+        done = self._threads.submit(image_work(self._checkpoint, group, self.layout(group), buffer))
         return GroupRead(done, done, [])
-
-    def _encode(self, name: str, into: Encoded) -> None:
-        self._checkpoint.encode_into(name, into, registry.get(into.format))
 
     def close(self) -> None:
         self._threads.close(StoreError("the checkpoint was closed before the read was done"))

@@ -199,3 +199,30 @@ def test_an_acceptance_that_cannot_be_is_refused(planned: Planned, given: list[o
 
 def test_without_an_acceptance_nothing_is_predicted_of_a_draft(planned: Planned) -> None:
     assert planned(*DRAFTED)[1]["speculation"] is None
+
+
+def test_a_plan_is_written_as_it_is_printed_also_where_it_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--machine", "RTX 4090", "--out-json", str(out)]
+    for memory, code in ((200, 0), (32, 3)):
+        assert main([*argv, "--cpu-mem-gb", str(memory), "-o", "json"]) == code
+        assert json.loads(out.read_text(encoding="utf-8")) == json.loads(capsys.readouterr().out)
+    assert main([*argv, "--cpu-mem-gb", "200", "--mode", "stream", "--auto"]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(out.read_text(encoding="utf-8"))["fits"]
+    [kept] = [line for line in said.splitlines() if line.startswith("[INFO] to keep this choice")]
+    assert "--out-json" not in kept
+
+
+def test_a_plan_takes_no_run_s_result_away_and_no_file_that_it_cannot_write(
+    tmp_path: Path, measured_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = measured_files[0].read_bytes()
+    argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--machine", "H100", "--cpu-mem-gb", "200", "--out-json"]
+    assert main([*argv, str(measured_files[0])]) == 0
+    assert "holds the result of a run and stays: --out-json names another file" in capsys.readouterr().err
+    assert measured_files[0].read_bytes() == before
+    assert main([*argv, str(tmp_path / "nowhere" / "p.json")]) == 2
+    assert "its directory does not exist" in capsys.readouterr().err

@@ -476,6 +476,16 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_result(tmp_path / "r.json") == read_result(EARLIER)
 
 
+def test_a_list_of_numbers_is_one_line_of_the_file_and_texts_are_left_alone(tmp_path: Path) -> None:
+    earlier_one = earlier()
+    texts = ["[\n  1,\n  2\n]", "[ 1, 2 ]"]
+    earlier_one["output"] |= {"texts": texts, "tokens": [[1, 20, 300], [4]], "margins": [[0.5, 1e-7, 2.0], [3.0]]}
+    written = dump(checked(earlier_one, "a test"))
+    assert "\n      [1, 20, 300],\n      [4]\n" in written
+    assert "\n      [0.5, 1e-07, 2.0],\n      [3.0]\n" in written
+    assert json.loads(written)["output"] == earlier_one["output"]
+
+
 LATER = [
     "decode_tok_s",
     "load",

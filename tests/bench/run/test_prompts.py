@@ -434,8 +434,7 @@ def test_made_prompts_are_json_in_a_file_of_that_name(tmp_path: Path, name: str)
 
 def test_the_verb_prompts_writes_a_file_that_a_run_can_read(tmp_path: Path) -> None:
     out = tmp_path / "p.txt"
-    argv = ["prompts", "--out", str(out), "--count", "3", "--tokens", "40", "--cache-dir", str(tmp_path / "cache")]
-    assert main(argv) == 0
+    assert main(["prompts", "--out", str(out), "--count", "3", "--tokens", "40"]) == 0
     prompts = read_prompts(out)
     assert [len(prompt.encode()) for prompt in prompts] == [40] * 3
     assert out.read_text(encoding="utf-8").startswith("===== PROMPT 0000 | tokens=40 =====\n")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import llama.decoding
+from llama.batch import prefill_batch
 from llama.checkpoint import open_checkpoint
 from llama.generation import Generation, GenerationOptions, generate
 from llama.kv.cache import KVCache
@@ -164,6 +165,36 @@ def test_an_error_in_the_mask_would_show(model: Transformer, wrong: Any, monkeyp
     monkeypatch.setattr(llama.decoding, "node_batch", wrong)
     draft = OracleDraft(plain.tokens, 8, 3, VOCAB)
     assert run(model, RAGGED, 8, draft, temperature=0.8).tokens != plain.tokens
+
+
+def test_margins_are_those_of_the_models_own_logits_with_a_draft_and_without(directory: Path) -> None:
+    checkpoint = open_checkpoint(directory)
+    model = Transformer(checkpoint.config, TensorWeights(checkpoint, CPU, torch.float32), CPU, 768)
+    plain = run(model, RAGGED, 8, None)
+    drafted = run(model, RAGGED, 8, OracleDraft(plain.tokens, 8, 3, VOCAB))
+    assert drafted.margins == plain.margins
+    for prompt, tokens, margins in zip(RAGGED, plain.tokens, plain.margins, strict=True):
+        kv = KVCache(model.config, 1, 768, CPU, model.dtype)
+        batch = prefill_batch([[*prompt, *tokens[:-1]]], [0], CPU)
+        with torch.inference_mode():
+            logits = model.forward(batch, kv, chunk_tokens=4096, logits="all")[-NEW:]
+        largest = logits.topk(2, dim=1)
+        assert largest.indices[:, 0].tolist() == tokens
+        expected = (largest.values[:, 0] - largest.values[:, 1]).tolist()
+        assert margins == pytest.approx(expected, abs=1e-3)
+
+
+def test_margins_end_where_a_row_does(model: Transformer) -> None:
+    plain = run(model, RAGGED, 5, None)
+    stop = frozenset({plain.tokens[0][7], plain.tokens[2][4]})
+    ended = run(model, RAGGED, 5, OracleDraft(plain.tokens, 5, 4, VOCAB, error=0.0), stop_ids=stop)
+    assert list(map(len, ended.margins)) == list(map(len, ended.tokens))
+    assert ended.margins == [row[: len(own)] for row, own in zip(plain.margins, ended.margins, strict=True)]
+
+
+def test_no_margins_are_kept_of_one_node_a_row_or_above_temperature_0(model: Transformer) -> None:
+    assert run(model, RAGGED[1:2], 1, None, max_new_tokens=3).margins == []
+    assert run(model, RAGGED[1:2], 2, None, max_new_tokens=3, temperature=0.8).margins == []
 
 
 def test_nodes_give_the_tokens_of_single_passes_where_no_logits_are_close(directory: Path) -> None:

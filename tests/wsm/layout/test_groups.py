@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from llama.config import PRESETS, ModelConfig
 from tests.stores import CONFIG, aligned
-from wsm.layout.groups import BLOCK, KINDS, TENSOR_ALIGNMENT, GroupLayout, Kind, image_layout, round_up, views
+from wsm.formats.format import Plane
+from wsm.layout.groups import (
+    BLOCK,
+    KINDS,
+    TENSOR_ALIGNMENT,
+    GroupLayout,
+    InFormat,
+    Kind,
+    gaps,
+    image_layout,
+    round_up,
+    views,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,6 +67,20 @@ def test_tensors_lie_aligned_and_apart_in_the_order_of_the_model(
         assert_sound(layout)
         assert [(tensor.name, tensor.shape) for tensor in layout.tensors] == list(specs)
         assert {tensor.dtype for tensor in layout.tensors} == {dtype}
+
+
+@given(config=configs(), kind=st.sampled_from(KINDS), dtype=st.sampled_from(DTYPES), planes=st.booleans())
+def test_tensors_and_gaps_are_every_byte_of_an_image_once(
+    config: ModelConfig, kind: Kind, dtype: torch.dtype, planes: bool
+) -> None:
+    specs = config.specs(kind)
+    how = InFormat("any", (Plane("a", torch.uint8, (3, 7)), Plane("b", torch.float16, (5,))))
+    layout = image_layout(specs, dtype, {specs[-1].name: how} if planes else {})
+    parts = [part for tensor in layout.tensors for part in tensor.planes or (tensor,)]
+    covered = [(part.offset, part.offset + part.nbytes) for part in parts]
+    covered = sorted([*covered, *((gap.start, gap.stop) for gap in gaps(layout))])
+    assert [begin for begin, _ in covered] == [0, *(end for _, end in covered[:-1])]
+    assert covered[-1][1] == layout.nbytes
 
 
 @given(nbytes=st.integers(0, 10**15), unit=st.sampled_from([512, 4096, 65536]))

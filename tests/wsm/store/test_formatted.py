@@ -24,10 +24,12 @@ from llama.config import ModelConfig
 from llama.inputs import read_manifest
 from llama.names import Cut
 from tests.stores import CONFIG, aligned, tensor_of
+from wsm.disk.io_threads import IOThreads
 from wsm.errors import DoesNotFit, StoreError, UnusableInput
 from wsm.formats import registry
 from wsm.layout.groups import BLOCK, Encoded, GroupId, InFormat, TensorSpec, image_layout, planes_in, stored_views
 from wsm.layout.model import Shard, SourceFile
+from wsm.store.images import make_images
 from wsm.store.layout import FORMATTED, Superblock, plan_store
 from wsm.store.manifest import manifest_digest
 from wsm.store.pack import PackRequest, pack
@@ -103,6 +105,20 @@ def test_packed_twice_with_1_and_with_8_threads_are_the_same_bytes(name: str, tm
     assert contents(tmp_path / "1") == contents(tmp_path / "8")
     first, second = (read_manifest(tmp_path / threads / "store.json") for threads in ("1", "8"))
     assert first.content == second.content
+
+
+@pytest.mark.parametrize("name", [None, *registry.NAMES])
+def test_an_image_is_the_same_whatever_its_buffer_held(name: str | None) -> None:
+    weight_format = registry.get(name) if name is not None else None
+    plan, found = plan_store(CONFIG, torch.bfloat16, 1, 1, weight_format), []
+    for group in (None, FFN1):
+        for held in (0, 255):
+            buffer = torch.full((plan.layouts[group].nbytes,), held, dtype=torch.uint8)
+            with IOThreads(2, "test") as threads:
+                (layout,) = make_images([Random()], group, plan, [buffer], threads).result()
+            found.append(buffer[: layout.nbytes])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
 
 
 @pytest.mark.parametrize(("tp", "targets"), [(1, 1), (2, 1), (2, 3)])

@@ -1,0 +1,47 @@
+"""Where two outputs part, and whether it was a near tie there or an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.result.types import Output, Result
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first new token, of the first row, in which two results differ; of each the base's, then the side's."""
+
+    row: int  # from 0
+    token: int  # of the row's new ones, from 1
+    position: int  # in the row, prompt included, from 0
+    tokens: tuple[int | None, int | None]  # None where the row has ended
+    margins: tuple[float | None, float | None]
+    """How far the token's logit was above the largest other; None where nobody looked."""
+
+
+def first_difference(base: Result | None, side: Result | None) -> Difference | None:
+    """None for equal outputs, where either has kept no tokens, and where the rows' prompts have other lengths."""
+    if base is None or side is None:
+        return None
+    if base.output.sha256 == side.output.sha256 or base.prompt_lens != side.prompt_lens:
+        return None
+    if not base.output.tokens or not side.output.tokens:
+        return None
+    rows = zip(base.prompt_lens, base.output.tokens, side.output.tokens, strict=False)
+    for row, (prompt_len, ours, theirs) in enumerate(rows):
+        for place in range(max(len(ours), len(theirs))):
+            found = _at(ours, place), _at(theirs, place)
+            if found[0] != found[1]:
+                margins = _margin(base.output, row, place), _margin(side.output, row, place)
+                return Difference(row, place + 1, prompt_len + place, found, margins)
+    return None
+
+
+def _at(tokens: list[int], place: int) -> int | None:
+    return tokens[place] if place < len(tokens) else None
+
+
+def _margin(output: Output, row: int, place: int) -> float | None:
+    if not output.margins or place >= len(output.margins[row]):
+        return None
+    return output.margins[row][place]

@@ -77,7 +77,8 @@ class Row:
         """One short warm-up round (a prefill and two passes) stays: in it kernels are compiled and residents arrive."""
         shape, more, tokens = target, f"--batch-size {self.batch_size}", 8
         if self.form in FORMS:
-            shape, more, tokens = f"{target}:cycle", FORMS[self.form][0].format(draft=draft), 256
+            shape, more = f"{target}:cycle", FORMS[self.form][0].format(draft=draft)
+            tokens = 256 if self.weight_format in ("int4", "q4_K") else 128  # of the others a pass takes seconds
         stored = "auto" if self.weight_format == "bf16" else self.weight_format
         work = f"--synthetic {shape} --weight-format {stored} --mode stream --gpu-mem-gb 24 --auto --embedding cpu"
         return f"{work} --temperature 0 --prompt-len 128 --max-new-tokens {tokens} {more}".split()

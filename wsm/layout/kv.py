@@ -12,6 +12,8 @@ KV_BLOCK_TOKENS = 256
 """Room for KV is taken, and KV is chosen, in blocks of so many tokens."""
 WINDOWS = 3
 """Units on the device at once: one is computed with, one drains or waits, one is filled."""
+COPY_BYTES = 1 << 20
+"""What the link moves while the host queues one copy, some 20 us: 256 copies of 66 KB took 5 ms instead of 0.3."""
 
 
 class Unit(NamedTuple):
@@ -104,13 +106,13 @@ class KVLayout:
     def runs(self, lengths: Sequence[int], worth: float = 0.8) -> list[Run]:
         """The bytes of a unit that hold its rows' first ``lengths`` tokens, as few runs.
 
-        Neighbouring rows that are at least ``worth`` full go as one run, their empty ends included: many small copies
-        cost the link more. A row of 0 tokens is left out.
+        Neighbouring rows that are at least ``worth`` full go as one run, their empty ends included, and so do rows of
+        heads so short that a copy of each takes longer than all of their bytes. A row of 0 tokens is left out.
         """
         runs: list[Run] = []
         for row, length in enumerate(lengths):
             start = row * self.row_bytes
-            if length >= worth * self.tokens:
+            if length and (length >= worth * self.tokens or self.head_bytes < COPY_BYTES):
                 if runs and runs[-1].offset + runs[-1].nbytes == start:
                     runs[-1] = Run(runs[-1].offset, runs[-1].nbytes + self.row_bytes)
                 else:

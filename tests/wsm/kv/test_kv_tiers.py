@@ -41,8 +41,9 @@ from wsm.kv import disk as kv_disk
 from wsm.kv import schedule as kv_schedule
 from wsm.kv.target import kv_superblock
 from wsm.kv.tiers import KVTiers
+from wsm.layout import kv as kv_layout
 from wsm.layout.groups import BLOCK
-from wsm.layout.kv import KVLayout, KVPlacement, Unit
+from wsm.layout.kv import KVLayout, KVPlacement, Run, Unit
 from wsm.plan.kv import kv_cpu_lines
 from wsm.plan.memory import total
 from wsm.settings import Settings
@@ -58,6 +59,12 @@ EVERY_OTHER: Where = lambda place: place % 2 == 0  # noqa: E731
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+
+
+@pytest.fixture(autouse=True)
+def heads_as_of_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head's tokens are copied by themselves, as where a head has a megabyte."""
+    monkeypatch.setattr(kv_layout, "COPY_BYTES", 0)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -123,8 +130,12 @@ def test_kv_below_the_device_gives_the_tokens_of_kv_on_it(
             assert generate(model, kv, PROMPTS, options(chunk=chunk, wave=wave)).tokens == on_device
 
 
+@pytest.mark.parametrize("copy_bytes", [0, kv_layout.COPY_BYTES], ids=["head by head", "whole rows"])
 @pytest.mark.parametrize("dtype", ["auto", "int8"])
-def test_logits_are_bit_equal_wherever_kv_lies(dtype: str, model: Transformer) -> None:
+def test_logits_are_bit_equal_wherever_kv_lies(
+    dtype: str, copy_bytes: int, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_layout, "COPY_BYTES", copy_bytes)
     found = []
     for below in (EVERYWHERE, EVERY_OTHER, lambda place: place == 0):
         with cache(model, 2, below, dtype=dtype) as (kv, _):
@@ -568,6 +579,18 @@ def test_threads_that_cannot_start_leave_nothing_behind(tmp_path: Path, monkeypa
         KVTiers(placement, device, Settings(), Telemetry(device), Link(), lambda: 0, where)
     assert set(threading.enumerate()) <= before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_short_rows_are_moved_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads below a megabyte each would take longer to queue than all of it to move: 32 rows of 8 heads."""
+    monkeypatch.undo()
+    heads = {"n_layers": 1, "n_kv_heads": 8, "record_bytes": 256, "stretch_rows": 32}
+    short = KVLayout(batch=32, tokens=256, **heads)
+    lengths = [129, 1, *[200] * 29, 0]
+    assert short.runs(lengths) == [Run(0, 31 * short.row_bytes)]
+    long = KVLayout(batch=32, tokens=4096, **heads)
+    assert len(long.runs(lengths)) == 31 * 8
+    assert sum(run.nbytes for run in long.runs(lengths)) == sum(lengths) * 8 * long.token_bytes
 
 
 def test_parts_that_do_not_end_on_a_page_have_room() -> None:

@@ -167,15 +167,14 @@ def output_lines(comparison: Comparison) -> Iterator[str]:
 
 def _shown_difference(found: Difference, side: str) -> str:
     names = "A", side
-    tokens = ["the row's end" if token is None else f"token {token}" for token in found.tokens]
     margins = [f"{m:.4g} in {name}" for name, m in zip(names, found.margins, strict=True) if m is not None]
     if margins:
         said = f"the largest logit is above the next there by {' and '.join(margins)}"
     else:
-        said = "no margin was kept: it is at temperature 0, with --verify-rows above 1"
+        said = "no margin was kept: that takes temperature 0 and --verify-rows above 1"
     return (
         f"{side} parts from A in row {found.row} at new token {found.token} (position {found.position}): "
-        f"{tokens[1]} against {tokens[0]}; {said}"
+        f"token {found.tokens[1]} against token {found.tokens[0]}; {said}"
     )
 
 

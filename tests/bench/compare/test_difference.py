@@ -39,10 +39,12 @@ def test_the_first_token_that_differs_is_found_with_its_place_and_margin(result:
     assert found == Difference(row=1, token=2, position=6, tokens=(8, 3), margins=(None, 0.125))
 
 
-def test_a_row_that_ends_earlier_parts_where_it_ends(result: Callable[..., Result]) -> None:
-    ended = {**PARTED, "output__tokens": [[4, 5], [7, 8, 9]], "output__margins": [[9.0, 8.0], [5.0, 5.0, 5.0]]}
-    found = first_difference(result(**ROWS, output__margins=[[1.0, 2.0, 3.0]] * 2), result(**ended))
-    assert found == Difference(row=0, token=3, position=10, tokens=(6, None), margins=(3.0, None))
+def test_a_row_that_was_to_be_shorter_does_not_part_at_its_end(result: Callable[..., Result]) -> None:
+    shorter = {**PARTED, "output__margins": [[9.0, 8.0], [5.0, 5.0]]}
+    base = result(**ROWS, output__margins=[[1.0, 2.0, 3.0]] * 2)
+    assert first_difference(base, result(**{**shorter, "output__tokens": [[4, 5], [7, 8]]})) is None
+    found = first_difference(base, result(**{**shorter, "output__tokens": [[4, 5], [7, 3]]}))
+    assert found == Difference(row=1, token=2, position=6, tokens=(8, 3), margins=(2.0, 5.0))
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,9 @@ def test_a_row_that_ends_earlier_parts_where_it_ends(result: Callable[..., Resul
         ROWS,
         {**PARTED, "output__tokens": None},
         {**PARTED, "prompt_lens": [8, 6]},
+        {**PARTED, "provenance__model_digest": "c" * 64},
     ],
-    ids=["equal", "no tokens kept", "other prompts"],
+    ids=["equal", "no tokens kept", "other prompts", "another model"],
 )
 def test_no_difference_is_told_where_none_is_known(side: dict[str, Any], result: Callable[..., Result]) -> None:
     assert first_difference(result(**ROWS), result(**side)) is None

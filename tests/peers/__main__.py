@@ -7,12 +7,13 @@ Each part has a process and a time limit of its own. What a peer cannot do leave
 (all of them without a choice), and the seconds that each takes on an H100 with 16 cores, about: see ``--help``.
 Peers run at their best settings that were found, not as they come: where the two differ, both are rows. One warm-up,
 then the median. Needed: accelerate and transformers; bitsandbytes; deepspeed; LLAMA_BENCH=llama.cpp's llama-bench. One
-CUDA device, 64 GiB of CPU memory, 12 GB on ${FAST:-/dev/shm}, and 36 GB on ${DRIVE:-/tmp} for ``accelerate_disk``.
+CUDA device, 64 GiB of CPU memory, 14 GB on ${FAST:-/dev/shm}, and 36 GB on ${DRIVE:-/tmp} for ``accelerate_disk``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -65,7 +66,7 @@ PARTS: dict[str, tuple[int, int, Callable[[Work, Path], None]]] = {
 """Name -> seconds that it takes, about; its limit; what it does."""
 
 
-def rows_of(command: Sequence[str], log: Path, limit: float) -> Iterator[Row]:
+def rows_of(command: Sequence[str], log: Path, limit: float) -> Generator[Row, None, None]:
     """The rows that a part writes, as they come; one more, if it ends badly or is stopped, that says so."""
     part, stopped = log.stem, threading.Event()
     with (
@@ -78,7 +79,8 @@ def rows_of(command: Sequence[str], log: Path, limit: float) -> Iterator[Row]:
 
         def stop() -> None:
             stopped.set()
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
 
         clock = threading.Timer(limit, stop)
         clock.start()
@@ -89,10 +91,13 @@ def rows_of(command: Sequence[str], log: Path, limit: float) -> Iterator[Row]:
                     yield replace(Row(**json.loads(line.removeprefix(MARK))), part=part)
                 else:
                     others.write(line)
+            process.wait()
         finally:
             clock.cancel()
-            if process.poll() is None and not stopped.is_set():
-                process.wait()
+            if (
+                process.poll() is None
+            ):  # whoever reads the rows was interrupted: a session of its own hears of no Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines() or [""]
         why = f"stopped at its limit of {limit:.0f} s" if stopped.is_set() else f"ended: {lines[-1][:300]}"
@@ -117,13 +122,15 @@ def measure(work: Work, out: Path, parts: Sequence[str], limit: float) -> None:
             )
         else:
             found = rows_of(command, out / f"{name}.log", min(most, left))
-        for row in found:
-            rows.append(row)
-            print("  " + spoken(row), flush=True)
-            path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        try:
+            for row in found:
+                rows.append(row)
+                print("  " + spoken(row), flush=True)
+                path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        finally:
+            shutil.rmtree(FAST, ignore_errors=True)
+            shutil.rmtree(DRIVE, ignore_errors=True)
         print(f"{name}: {time.monotonic() - began_part:.0f} s", flush=True)
-        shutil.rmtree(FAST, ignore_errors=True)
-        shutil.rmtree(DRIVE, ignore_errors=True)
     print(table(rows))
 
 
@@ -138,7 +145,7 @@ def load(path: Path) -> list[Row]:
 
 
 def beside(row: Row, rows: Sequence[Row]) -> Row | None:
-    """This project's row of the same scene and batch: of the same format, or else the first."""
+    """This project's row of the same scene and batch: of its format, or else the first, whose format is then said."""
     mine = [r for r in rows if r.peer == ours.NAME and (r.scene, r.batch) == (row.scene, row.batch) and r.s_a_pass]
     return next((r for r in mine if r.form == row.form), next(iter(mine), None))
 
@@ -169,7 +176,9 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     mine = beside(row, rows)
     assert row.s_a_pass
     assert row.tok_s
-    ratio = f"{row.s_a_pass / mine.s_a_pass:.2f} ×" if mine and mine.s_a_pass and mine is not row else ""
+    ratio = ""
+    if mine and mine.s_a_pass and mine is not row:
+        ratio = f"{row.s_a_pass / mine.s_a_pass:.2f} ×" + (f" {mine.form}" if mine.form != row.form else "")
     moved = (
         ""
         if row.moved_bytes is None

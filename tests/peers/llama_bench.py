@@ -77,6 +77,8 @@ def row_of(test: Mapping[str, object], scene: str, how: str) -> Row:
     assert isinstance(samples, list)
     row = Row("llama.cpp", scene, "q4_0", 1 if made else int(str(test["n_prompt"])), "")
     row.settings = how.replace(f"-t {how.partition('-t ')[2].split()[0]}", f"-t {test['n_threads']}")
+    if not made:
+        row.settings = f"{row.batch} tokens of one row; {row.settings}"
     row.version = os.environ.get("LLAMA_VERSION") or f"build {test['build_number']} ({test['build_commit']})"
     row.s_a_pass = statistics.median(samples) / 1e9 / max(made, 1)
     row.passes = len(samples) * max(made, 1)

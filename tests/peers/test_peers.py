@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,14 +41,31 @@ def test_what_a_peer_cannot_do_is_a_row_with_its_error(capsys: pytest.CaptureFix
     assert row.s_a_pass is None
 
 
+def part_that(then: str) -> list[str]:
+    code = f"import os, sys, time; print({MARK + json.dumps(asdict(ROW))!r}, flush=True); print('noise'); {then}"
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
 @pytest.mark.parametrize(
-    ("then", "said"), [("time.sleep(60)", "stopped at its limit of 1 s"), ("sys.exit('no such card')", "no such card")]
+    ("then", "limit", "said"),
+    [("time.sleep(60)", 3, "stopped at its limit of 3 s"), ("sys.exit('no such card')", 60, "no such card")],
 )
-def test_rows_before_a_bad_end_are_kept_and_the_end_is_said(tmp_path: Path, then: str, said: str) -> None:
-    code = f"import sys, time; print({MARK + json.dumps(asdict(ROW))!r}, flush=True); print('noise'); {then}"
-    first, end = rows_of([sys.executable, "-c", code], tmp_path / "part.log", 1)
+def test_rows_before_a_bad_end_are_kept_and_the_end_is_said(tmp_path: Path, then: str, limit: int, said: str) -> None:
+    first, end = rows_of(part_that(then), tmp_path / "part.log", limit)
     assert (first.peer, first.s_a_pass, first.part) == ("peer", 0.5, "part")
     assert said in end.could_not
+
+
+def test_a_part_ends_when_nobody_reads_its_rows_any_more(tmp_path: Path) -> None:
+    began, log = time.monotonic(), tmp_path / "part.log"
+    rows = rows_of(part_that("print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"), log, 60)
+    next(rows)
+    while not log.read_text().strip() and time.monotonic() - began < 30:
+        time.sleep(0.01)
+    rows.close()
+    assert time.monotonic() - began < 40
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_a_peer_is_compared_with_ours_of_its_scene_batch_and_format(tmp_path: Path) -> None:
@@ -61,6 +80,9 @@ def test_a_peer_is_compared_with_ours_of_its_scene_batch_and_format(tmp_path: Pa
     )
     text = table(load(path))
     assert next(line for line in text.splitlines() if line.startswith("| peer")).split("|")[5].strip() == "2.00 ×"
+    assert [line.split("|")[5].strip() for line in table([mine[0], ROW]).splitlines() if "peer" in line] == [
+        "5.00 × int4"
+    ]
     assert "* x (scene): why" in text
 
 
@@ -77,6 +99,7 @@ def test_llama_benchs_times_are_a_pass() -> None:
     assert (made.batch, made.s_a_pass, made.settings) == (1, pytest.approx(0.1125), "-ngl 13 -t 16 --no-host 1")
     prompt = llama_bench.row_of({**test, "n_gen": 0, "n_prompt": 24}, "scene", "-t 16")
     assert (prompt.batch, prompt.s_a_pass, prompt.tok_s) == (24, pytest.approx(0.9), pytest.approx(24 / 0.9))
+    assert prompt.settings == "24 tokens of one row; -t 16"
 
 
 def test_a_gguf_of_one_type_has_it_in_its_layers_and_no_vocabulary(tmp_path: Path) -> None:

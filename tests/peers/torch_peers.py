@@ -18,20 +18,25 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def accelerate(work: Work) -> None:
-    """``cpu_offload`` as it comes, and with weights that the caller page-locked before."""
+    """``cpu_offload`` as it comes; and what our row has: embedding and head on the GPU, the layers page-locked."""
     from accelerate import cpu_offload
 
     hold(work)
-    for where, batches, passes in (("cpu", (1,), 3), ("locked", (1, 32), 5)):
-        model = model_of(work, work.few, lambda name: where)  # noqa: B023 (called at once)
+    how = "cpu_offload: embedding and head, too, come in each pass"
+    with attempt("accelerate", work.bare, "bf16", 1, how, version("accelerate")) as row:
+        model = model_of(work, work.few, lambda name: "cpu")
         moved = nbytes(model)
         cpu_offload(model, torch.device(work.device))
-        for batch in batches:
-            how = "cpu_offload" if where == "cpu" else "cpu_offload, the weights page-locked before"
-            with attempt("accelerate", work.bare, "bf16", batch, how, version("accelerate")) as row:
-                fill(row, model, work, moved, passes)
-        del model
-        free()
+        fill(row, model, work, moved, 3)
+    model = None
+    free()
+    model = model_of(work, work.few, lambda name: "locked" if layer_of(name) >= 0 else "cuda")
+    moved = nbytes(model, lambda name: layer_of(name) >= 0)
+    _dispatch(model, work, 0)
+    how = "dispatch_model, a map of the caller's (embedding and head on the GPU), the layers page-locked before"
+    for batch in (1, 32):
+        with attempt("accelerate", work.bare, "bf16", batch, how, version("accelerate")) as row:
+            fill(row, model, work, moved)
 
 
 def accelerate_partly(work: Work) -> None:
@@ -59,7 +64,7 @@ def _dispatch(model: Any, work: Work, held: int) -> None:
 
     gpu: int | str = 0 if work.device != "cpu" else "cpu"
     others = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), gpu)
-    places = others | {f"model.layers.{n}": gpu if n < held else "cpu" for n in range(work.many)}
+    places = others | {f"model.layers.{n}": gpu if n < held else "cpu" for n in range(len(model.model.layers))}
     dispatch_model(model, places, skip_keys=model._skip_keys_device_placement, force_hooks=True)
 
 
@@ -115,12 +120,20 @@ def bitsandbytes(work: Work) -> None:
 
 
 def _quantise(model: Any, bnb: Any, work: Work, layers: int) -> None:
-    """Put ``Linear4bit`` of noise in the place of the first layers' matrices, one at a time."""
+    """Put ``Linear4bit`` of noise in the place of the first layers' matrices, one at a time.
+
+    Each is made without memory: torch would first fill it with float32 of its own, minutes for them all.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and 0 <= layer_of(name) < layers:
             weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=work.device).normal_(std=0.02)
             small = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                device="meta",
             )
             small.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
             model.set_submodule(name, small.to(work.device))

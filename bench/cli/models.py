@@ -19,7 +19,7 @@ from bench.options.flags import kept_command
 from bench.options.run_flags import NOWHERE, PlanOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.console import ConsoleReporter
-from bench.result.results import read_result, significant
+from bench.result.results import MOST_BYTES, significant
 from bench.run.calibrate import calibrated
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
@@ -32,6 +32,7 @@ from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from llama.plans import hardware_here, plan_run, plans_by_format
+from wsm.disk.files import parse_json, read_file
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
@@ -102,11 +103,12 @@ def _place_of(options: PlanOptions) -> Path | None:
 
 
 def _is_result(path: Path) -> bool:
+    """Of this program in any version: what it cannot read is not its to take away."""
     try:
-        read_result(path)
+        found = parse_json(read_file(path, most_bytes=MOST_BYTES), str(path), "")
     except UnusableInput:
         return False
-    return True
+    return isinstance(found, dict) and "schema_version" in found
 
 
 def _hardware(options: PlanOptions, inputs: Inputs, machine: Machine | None, elsewhere: bool) -> Hardware:

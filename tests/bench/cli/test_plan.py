@@ -219,10 +219,13 @@ def test_a_plan_is_written_as_it_is_printed_also_where_it_does_not_fit(
 def test_a_plan_takes_no_run_s_result_away_and_no_file_that_it_cannot_write(
     tmp_path: Path, measured_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = measured_files[0].read_bytes()
+    newer = tmp_path / "newer.json"
+    newer.write_text('{"schema_version": 99}', encoding="utf-8")
     argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--machine", "H100", "--cpu-mem-gb", "200", "--out-json"]
-    assert main([*argv, str(measured_files[0])]) == 0
-    assert "holds the result of a run and stays: --out-json names another file" in capsys.readouterr().err
-    assert measured_files[0].read_bytes() == before
+    for result in (measured_files[0], newer):
+        before = result.read_bytes()
+        assert main([*argv, str(result)]) == 0
+        assert "holds the result of a run and stays: --out-json names another file" in capsys.readouterr().err
+        assert result.read_bytes() == before
     assert main([*argv, str(tmp_path / "nowhere" / "p.json")]) == 2
     assert "its directory does not exist" in capsys.readouterr().err

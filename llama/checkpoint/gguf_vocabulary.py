@@ -12,6 +12,7 @@ from llama.files import AGAIN
 from llama.splits import LLAMA3_SPLIT
 from wsm.errors import UnusableInput
 
+_MODEL = "tokenizer.ggml.model"
 _LLAMA3, _SMOLLM = "llama-bpe", "smollm"
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _SPM_IDS = {"bos": 1, "eos": 2}
@@ -129,8 +130,8 @@ class Vocabulary:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], path: Path) -> Vocabulary | None:
-        """None where the file holds no vocabulary."""
-        return _Read(metadata, path).vocabulary() if "tokenizer.ggml.model" in metadata else None
+        """None where the file holds no vocabulary, and where it says so, as llama.cpp does."""
+        return _Read(metadata, path).vocabulary() if metadata.get(_MODEL, "no_vocab") != "no_vocab" else None
 
 
 class _Read:
@@ -141,7 +142,7 @@ class _Read:
         self._tokens = self._list("tokens", str)
 
     def vocabulary(self) -> Vocabulary:
-        model, tokens = self._metadata["tokenizer.ggml.model"], self._tokens
+        model, tokens = self._metadata[_MODEL], self._tokens
         if model not in ("gpt2", "llama"):
             raise self._refused(
                 f"a tokenizer of model {model!r:.40}, which is not read here; gpt2 (BPE) and llama are", BESIDE

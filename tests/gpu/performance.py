@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -45,6 +46,8 @@ ORDER = [f"{name}_{form}" for form in STEPS for name in (DRAFTED if form in FORM
 ORDER += ["int4_none13", "int4_none64"]  # the tokens of chain and tree, without a draft
 IN_TABLE = [f"{name}_{form}" for name in LIMIT_S for form in ("b1", *FORMS, "b8", "b32", "b128")]
 MACHINE = ("gpu", "pcie_gen", "pcie_width", "driver", "torch", "cuda", "cpu", "cpu_cores", "ram_bytes")
+PLACE = re.compile(r"""(?<![^\s"'=:(,])/\w[^\s"':;,)\\]*""")
+"""A path from the root on, in a command, a warning or a sentence."""
 RATE = ("value", "median", "unit", "spread_pct")
 COLUMNS = ["format", "B", "draft", "s a token [a pass]", "tok/s", "floor, s a pass", "ratio", "link GB/s", "idle %"]
 COLUMNS += ["tokens a pass", "GB a token", "page-locked GiB", "GPU GiB", "run"]
@@ -207,9 +210,7 @@ def run_all(known: argparse.Namespace, more: list[str]) -> int:
 
 def write(out: Path, entry: Json) -> None:
     """The small file of a row. It is published, so the folders of this machine have no names in it."""
-    text = json.dumps(entry, indent=1, ensure_ascii=False)
-    for place in (out.resolve(), ROOT, Path.home(), Path(tempfile.gettempdir())):
-        text = text.replace(str(place), "…") if place != Path("/") else text
+    text = PLACE.sub("…", json.dumps(entry, indent=1, ensure_ascii=False))
     (out / "small" / f"{entry['row']}.json").write_text(f"{text}\n", encoding="utf-8")
 
 

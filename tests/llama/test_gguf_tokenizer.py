@@ -261,6 +261,14 @@ def test_a_tokenizer_not_read_here_stops_nobody_who_needs_none(tmp_path: Path) -
         _ = inputs.tokenizer
 
 
+def test_a_file_that_says_it_has_no_vocabulary_has_none(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, fields={"tokenizer.ggml.model": "no_vocab"})
+    inputs = open_inputs(BuildOptions(checkpoints=path, device="cpu", cache_dir=tmp_path))
+    assert inputs.stop_ids == frozenset()
+    with pytest.raises(UnusableInput, match="copy the model's tokenizer there"):
+        _ = inputs.tokenizer
+
+
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model": "bert"}, "a tokenizer of model 'bert', which is not read here"),
     "a token twice": ({"tokens": ["a", "b", "a"]}, "a token that comes twice"),

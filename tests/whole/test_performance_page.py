@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import performance
-from tests.gpu.performance import BEGIN, COLUMNS, END, IN_TABLE, NOTHING, ORDER, ended, put_into, table
+from tests.gpu.performance import BEGIN, COLUMNS, END, IN_TABLE, NOTHING, ORDER, PLACE, ended, put_into, table
 from tests.whole.conftest import Run
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,17 @@ def test_published_results_are_small_and_name_no_place() -> None:
         assert len(text) < 5000, path.name
         assert json.loads(text)["row"] == path.stem
         assert path.stem in ORDER
-        assert not re.search(r"/(tmp|home|root|work|mnt|var|usr|opt)\b", text), path.name
+        assert PLACE.findall(text) == [], path.name
+
+
+def test_what_is_published_of_a_row_names_no_place(tmp_path: Path) -> None:
+    told = f'{tmp_path / "cache"}/m.wsm: no room; --cache-dir {ROOT}/x; 10^6 bytes/s, "{tmp_path}"'
+    (tmp_path / "small").mkdir()
+    performance.write(tmp_path, {"row": "int4_b1", "sentence": told})
+    written = (tmp_path / "small" / "int4_b1.json").read_text(encoding="utf-8")
+    assert PLACE.findall(written) == []
+    assert json.loads(written)["sentence"].endswith('10^6 bytes/s, "…"')
+    assert PLACE.findall(f'"{told}"')
 
 
 @pytest.mark.parametrize(("flags", "printed", "shown"), PLANS)

@@ -169,7 +169,7 @@ class _Coming:
             host = torch.empty(self._numbers.shape, dtype=found.dtype, pin_memory=True)
             self._numbers = host.copy_(self._numbers, non_blocking=True)
             self._there = torch.cuda.Event()
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(found.device))
 
     def new(self, model: Transformer) -> New:
         """Those of each row, once they are there; UnusableInput where their logits were not finite."""

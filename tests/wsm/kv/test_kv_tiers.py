@@ -61,10 +61,15 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
+HOW_COPIED = pytest.mark.parametrize(
+    "heads_as_of_long_contexts", [0, kv_layout.COPY_BYTES], indirect=True, ids=["head by head", "whole rows"]
+)
+
+
 @pytest.fixture(autouse=True)
-def heads_as_of_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+def heads_as_of_long_contexts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A head's tokens are copied by themselves, as where a head has a megabyte."""
-    monkeypatch.setattr(kv_layout, "COPY_BYTES", 0)
+    monkeypatch.setattr(kv_layout, "COPY_BYTES", getattr(request, "param", 0))
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -111,6 +116,7 @@ def on_device(model: Transformer) -> list[list[int]]:
     return generate(model, KVCache(model.config, 5, 512, model.device, torch.float32), PROMPTS, options()).tokens
 
 
+@HOW_COPIED
 @pytest.mark.parametrize(
     ("stretch_rows", "below", "chunk", "wave"),
     [
@@ -130,12 +136,9 @@ def test_kv_below_the_device_gives_the_tokens_of_kv_on_it(
             assert generate(model, kv, PROMPTS, options(chunk=chunk, wave=wave)).tokens == on_device
 
 
-@pytest.mark.parametrize("copy_bytes", [0, kv_layout.COPY_BYTES], ids=["head by head", "whole rows"])
+@HOW_COPIED
 @pytest.mark.parametrize("dtype", ["auto", "int8"])
-def test_logits_are_bit_equal_wherever_kv_lies(
-    dtype: str, copy_bytes: int, model: Transformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_layout, "COPY_BYTES", copy_bytes)
+def test_logits_are_bit_equal_wherever_kv_lies(dtype: str, model: Transformer) -> None:
     found = []
     for below in (EVERYWHERE, EVERY_OTHER, lambda place: place == 0):
         with cache(model, 2, below, dtype=dtype) as (kv, _):
@@ -276,6 +279,7 @@ def test_rows_that_have_ended_stop_costing_traffic(model: Transformer, on_device
 # -- on a device of its own
 
 
+@HOW_COPIED
 @pytest.mark.parametrize("stretch_rows", [1, 2, 5])
 def test_kv_on_a_disk_gives_the_tokens_of_kv_on_the_device(
     stretch_rows: int, model: Transformer, on_device: list[list[int]], tmp_path: Path

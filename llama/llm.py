@@ -280,6 +280,7 @@ class LLaMA:
             self.kv.reset()
             batch = prefill_batch(tokens, range(len(tokens)), self.inputs.device)
             logits = self.model.forward(batch, self.kv, chunk_tokens=self.plan.chunk_tokens, logits="all")
+            self.kv.spoilt = not bool(logits.sum().isfinite())
         return logits.view(len(tokens), lengths.pop(), -1)
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import linecache
+import math
 import sys
 import tempfile
 import threading
@@ -36,7 +37,7 @@ from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.telemetry import Telemetry
-from wsm.errors import StoreError
+from wsm.errors import StoreError, UnusableInput
 from wsm.kv import disk as kv_disk
 from wsm.kv import schedule as kv_schedule
 from wsm.kv.target import kv_superblock
@@ -228,6 +229,25 @@ def in_time(work: Callable[[], list[list[int]]]) -> list[list[int]]:
 
     threading.Thread(target=call, daemon=True).start()
     return found.result(timeout=60)
+
+
+@HOW_COPIED
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_prompt_whose_values_overflow_spoils_no_other(
+    on_disk: bool, model: Transformer, on_device: list[list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in float16: keys that are not finite lie behind a shorter row's end, where a mask alone does not hide them."""
+    embed, whole = model.embed, KVCache(model.config, 5, 512, model.device, torch.float32)
+
+    def overflowing(tokens: torch.Tensor) -> torch.Tensor:
+        return embed(tokens) * torch.where(tokens == 298, math.inf, 1.0).unsqueeze(-1)
+
+    monkeypatch.setattr(model, "embed", overflowing)
+    with cache(model, 2, EVERYWHERE, disk=tmp_path / "kv" if on_disk else None) as (kv, _):
+        for each in (kv, whole):
+            with pytest.raises(UnusableInput, match="not finite"):
+                generate(model, each, [[298] * 480] * 5, options())
+            assert generate(model, each, PROMPTS, options()).tokens == on_device
 
 
 def test_a_unit_that_was_entered_and_never_left_is_given_back(model: Transformer, on_device: list[list[int]]) -> None:

@@ -37,8 +37,8 @@ PLANS = [
     ),
     (
         f"{STREAM} 47 --weight-format int4",
-        ["predicted 592.55 ms a pass, 1.688 tokens", " 15.782 "],
-        "| 0.593 s | 1.69 | 47 | 15.8 GiB |",
+        ["predicted 593.79 ms a pass, 1.684 tokens", " 15.782 "],
+        "| 0.594 s | 1.68 | 47 | 15.8 GiB |",
     ),
     (
         f"{STREAM} 41 --weight-format int4 {PAIR}",

@@ -65,7 +65,7 @@ class TokenPasses:
         sound = torch.isfinite(logits).all()
         logits.masked_fill_(~sound, 0.0)  # a draw from anything else would be the device's own failure
         self._picked = sample(logits, self._rows, self._positions, **self._decoding.sampling)
-        return _Coming(self._picked.unsqueeze(1), torch.ones_like(self._rows), sound).new(self._decoding.model)
+        return _Coming(self._picked.unsqueeze(1), torch.ones_like(self._rows), sound).new(self._decoding)
 
     def next(self) -> New:
         model, kv, _, chunk_tokens, observer = self._decoding
@@ -110,7 +110,7 @@ class NodePasses:
         self._roots = drawn.tokens.squeeze(1)
         coming = _Coming(drawn.tokens, ones, drawn.sound, drawn.margins)
         self._propose()
-        return coming.new(self._decoding.model)
+        return coming.new(self._decoding)
 
     def next(self) -> New:
         model, kv, _, _, observer = self._decoding
@@ -130,7 +130,7 @@ class NodePasses:
         coming = _Coming(tokens, counts, drawn.sound, margins)
         self._propose()
         observer("queued")
-        new = coming.new(model)
+        new = coming.new(self._decoding)
         kv.grow(list(map(len, new.tokens)))
         return new
 
@@ -169,17 +169,18 @@ class _Coming:
             host = torch.empty(self._numbers.shape, dtype=found.dtype, pin_memory=True)
             self._numbers = host.copy_(self._numbers, non_blocking=True)
             self._there = torch.cuda.Event()
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(found.device))
 
-    def new(self, model: Transformer) -> New:
+    def new(self, decoding: Decoding) -> New:
         """Those of each row, once they are there; UnusableInput where their logits were not finite."""
         if self._there is not None:
             self._there.synchronize()
         *numbers, finite = self._numbers.tolist()
         if not finite:
+            decoding.kv.spoilt = True
             raise UnusableInput(
-                f"{model.config.name} gives logits that are not finite: its weights are damaged, or too large for the "
-                "dtype; take the checkpoint again, or another --dtype"
+                f"{decoding.model.config.name} gives logits that are not finite: its weights are damaged, or too large "
+                "for the dtype; take the checkpoint again, or another --dtype"
             )
         width = self._count * self._parts + 1
         rows = [numbers[begin : begin + width] for begin in range(0, len(numbers), width)]

@@ -96,7 +96,7 @@ def generate(
     if draft is not None:
         draft.prepare(len(prompts))
     observer("start")
-    logits, positions, waves = _prefill(model, kv, prompts, options, observer)
+    logits, positions, prefill_passes = _prefill(model, kv, prompts, options, observer)
     if draft is not None:
         draft.prefill(prompts)
     if model.device.type == "cuda":
@@ -116,7 +116,7 @@ def generate(
     observer("done")
     margins = rows.margins if any(rows.margins) else []
     prompt_tokens = sum(map(len, prompts))
-    return Generation(rows.tokens, prompt_tokens, waves, rows.passes, accepted=rows.accepted, margins=margins)
+    return Generation(rows.tokens, prompt_tokens, prefill_passes, rows.passes, accepted=rows.accepted, margins=margins)
 
 
 class _Rows:

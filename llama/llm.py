@@ -126,7 +126,8 @@ class LLaMA:
             on_failure.callback(llm.close)
             llm._lift_limit = limit_device_memory(inputs.device, budget, plan.inputs.hardware.gpu_context_bytes)
             llm._packed = packed
-            llm._load(reporter, before_load)
+            with llm.device.current():
+                llm._load(reporter, before_load)
             on_failure.pop_all()
         return llm
 
@@ -258,7 +259,8 @@ class LLaMA:
         chunk, wave = self.plan.chunk_tokens, self.plan.wave_rows
         nodes, draft = self.plan.inputs.verify_rows, self.drafting.draft if self.drafting is not None else None
         options = GenerationOptions(max_new_tokens, temperature, top_p, seed, stop_ids, ignore_eos, chunk, wave, nodes)
-        found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
+        with self.device.current():
+            found = generate(self.model, self.kv, ids, options, observer or (lambda mark: None), draft)
         if not any(isinstance(prompt, str) for prompt in prompts):
             return found
         kept = [[token for token in row if token not in self.inputs.stop_ids] for row in found.tokens]
@@ -274,9 +276,11 @@ class LLaMA:
                 f"logits take 1 to {self.kv.batch} rows of one length, 1 to {self.kv.tokens} tokens, "
                 f"not {sorted(lengths)}"
             )
-        self.kv.reset()
-        batch = prefill_batch(tokens, range(len(tokens)), self.inputs.device)
-        logits = self.model.forward(batch, self.kv, chunk_tokens=self.plan.chunk_tokens, logits="all")
+        with self.device.current():
+            self.kv.reset()
+            batch = prefill_batch(tokens, range(len(tokens)), self.inputs.device)
+            logits = self.model.forward(batch, self.kv, chunk_tokens=self.plan.chunk_tokens, logits="all")
+            self.kv.spoilt = not bool(logits.sum().isfinite())
         return logits.view(len(tokens), lengths.pop(), -1)
 
     def stop(self) -> None:

@@ -122,7 +122,8 @@ def warm_up(
     if last and llm.drafting is not None:
         llm.device.synchronize()
         llm.telemetry.fold(_next_step(llm), llm.kv.passes)  # what was copied ahead is of the next round
-        llm.drafting.settle(llm.plan, warm.stretches[1].stats())
+        with llm.device.current():
+            llm.drafting.settle(llm.plan, warm.stretches[1].stats())
 
 
 def warm_up_tokens(options: RunOptions) -> int:

@@ -75,6 +75,7 @@ class KVCache:
         topk: blocks per row that a decode step may bring from below the device; 0 for all.
 
     ``lengths`` are the tokens that each row holds in every layer, kept on the host; ``passes`` counts those begun.
+    ``spoilt``: what it holds may not be finite, so it is cleared before it is used again.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class KVCache:
         self.topk = topk if 0 < topk < layout.blocks and tier is not None else 0
         self.lengths = [0] * batch
         self.passes = 0
+        self.spoilt = False
         self._decoding = False
         self._entered: dict[tuple[int, int], _Entered] = {}
         self._device = device
@@ -253,3 +255,8 @@ class KVCache:
             bounds.reset()
         if self.tier is not None:
             self.tier.schedule.reset()
+        if self.spoilt:  # a masked place counts nothing times its value
+            self._data.zero_()
+            if self.tier is not None:
+                self.tier.clear()
+            self.spoilt = False

@@ -28,7 +28,11 @@ class Draft(Protocol):
         """A generation begins: forget all, and take in the prompts, one a row."""
 
     def propose(self, roots: Tensor, starts: Tensor) -> Tree:
-        """Trees ``[B, nodes]`` behind the rows' last tokens, which stand at ``starts``: int64 ``[B]`` each."""
+        """Trees ``[B, nodes]`` behind the rows' last tokens, which stand at ``starts``: int64 ``[B]`` each.
+
+        They are asked for before the host knows whether a row goes on: those behind a generation's last tokens, within
+        ``room`` too, are never verified, and the next call is :meth:`prefill`.
+        """
 
     def accepted(self, starts: Tensor, path: Tensor, counts: Tensor, tokens: Tensor) -> None:
         """What the model made of the trees whose roots stood at ``starts``.

@@ -80,8 +80,8 @@ class Row:
         """One short warm-up round (a prefill and two passes) stays: in it kernels are compiled and residents arrive."""
         shape, more, tokens = target, f"--batch-size {self.batch_size}", 8
         if self.form in FORMS:
-            shape, more = f"{target}:cycle", FORMS[self.form][0].format(draft=draft)
-            tokens = 256 if self.weight_format in ("int4", "q4_K") else 128  # of the others a pass takes seconds
+            short = self.weight_format in ("int4", "q4_K")  # of the others a pass takes seconds
+            shape, more, tokens = f"{target}:cycle", FORMS[self.form][0].format(draft=draft), 256 if short else 128
         stored = "auto" if self.weight_format == "bf16" else self.weight_format
         work = f"--synthetic {shape} --weight-format {stored} --mode stream --gpu-mem-gb 24 --auto --embedding cpu"
         return f"{work} --temperature 0 --prompt-len 128 --max-new-tokens {tokens} {more}".split()
@@ -108,12 +108,9 @@ def run_row(row: Row, known: argparse.Namespace, more: list[str]) -> Json:
         process = subprocess.Popen(argv, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         code = ended(process, row.limit_s)
     kept: Json = {"row": row.name, "weight_format": row.weight_format, "batch_size": row.batch_size}
-    kept |= {
-        "draft": FORMS.get(row.form, ("", "none"))[1],
-        "target": known.target,
-        "command": shlex.join(["bench_infer.py", *command]),
-    }
-    kept |= {"utc": utc, "took_s": round(time.monotonic() - began, 1), "exit": code, "sentence": None}
+    kept |= {"draft": FORMS.get(row.form, ("", "none"))[1], "target": known.target}
+    kept |= {"command": shlex.join(["bench_infer.py", *command]), "utc": utc}
+    kept |= {"took_s": round(time.monotonic() - began, 1), "exit": code, "sentence": None}
     if code == 0:
         kept |= figures(json.loads(result.read_text(encoding="utf-8")))
         kept["machine"]["commit"] = known.commit or kept["machine"]["commit"]

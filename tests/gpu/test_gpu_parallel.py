@@ -41,6 +41,18 @@ def result(cache: Path, tmp_path: Path, *flags: str, ranks: bool = True) -> dict
     return dict(json.loads(out.read_text()))
 
 
+@pytest.mark.parametrize("flags", [("--mode", "full"), ("--mode", "stream"), ("--mode", "full", "--verify-rows", "4")])
+def test_one_rank_on_the_second_gpu_gives_the_tokens_of_the_first(
+    flags: tuple[str, ...], cache: Path, tmp_path: Path
+) -> None:
+    """Kernels, graphs and events are those of the model's device, not of the process's first."""
+    first, second = (
+        result(cache, tmp_path, *flags, "--device", device, "--max-new-tokens", "12", ranks=False)
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert second["output"]["sha256"] == first["output"]["sha256"]
+
+
 @pytest.mark.parametrize("mode", ["full", "preload", "stream", "mixed"])
 def test_two_ranks_give_the_tokens_of_one_and_move_half_each(mode: str, cache: Path, tmp_path: Path) -> None:
     one = result(cache, tmp_path, "--mode", mode, "--max-new-tokens", "12", ranks=False)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -58,7 +58,11 @@ class Device:
     """Where tensors of the GPU tier are."""
 
     def enter_thread(self) -> None:
-        """To be called first on every thread that uses the device."""
+        """To be called first on every thread of the engine's own that uses the device."""
+
+    def current(self) -> AbstractContextManager[object]:
+        """For a caller's thread: in it kernels and new streams are this device's, after it the caller's again."""
+        return nullcontext()
 
     def stream(self) -> Any:
         """A new stream for copies."""
@@ -113,6 +117,9 @@ class CudaDevice(Device):
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.torch_device)
+
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.torch_device)
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.torch_device)

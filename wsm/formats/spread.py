@@ -51,15 +51,14 @@ def spread(parts: Sequence[Piece]) -> None:
             failures.append(error)
 
     workers = [threads.Thread(target=work, name=f"wsm-spread-{number}", daemon=True) for number in range(count)]
-    begun = list[threads.Thread]()
     try:
         for worker in workers:
             threads.start(worker)
-            begun.append(worker)
+        for worker in workers:
+            worker.join()
     except BaseException as error:
-        failures.append(error)
-    for worker in begun:
-        worker.join()
+        failures.append(error)  # Ctrl-C too: they end after the pieces under way, and only then is it raised
+        threads.join(workers)
     if failures:
         raise failures[0]
 

@@ -101,6 +101,7 @@ class KVSchedule(SharedState):
         super().__init__("the KV tiers")
         self._layout, self._disk = placement.layout, frozenset(placement.disk)
         self._windows, self._free, self._free_slots = tuple(windows), deque(windows), deque(slots)
+        self._slots = len(slots)
         self._ready: deque[Fetch] = deque()
         self._in_use: dict[Unit, Fetch] = {}
         self._writes: deque[Write] = deque()
@@ -209,6 +210,15 @@ class KVSchedule(SharedState):
                 progress.entered = progress.applied + sum(write.unit == unit for write in writes)
             self.blocks_fetched = self.blocks_whole = 0
             self._wake()
+
+    def wait_idle(self) -> None:
+        """After :meth:`reset`: until no thread writes, fetches or stages any more."""
+
+        def idle() -> bool | None:
+            staging = len(self._free_slots) + len(self._staged) < self._slots
+            return None if self._writes or self._writing or self._fetching or staging else True
+
+        self._wait(idle)
 
     # -- what the fetching and the staging thread ask and tell
 

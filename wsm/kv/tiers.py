@@ -106,6 +106,14 @@ class KVTiers(Threaded):
         whole = self.schedule.blocks_whole
         return self.schedule.blocks_fetched / whole if whole else None
 
+    def clear(self) -> None:
+        """Zeros wherever KV may be in memory, after :meth:`KVSchedule.reset`; of a drive only what is new is read."""
+        self.schedule.wait_idle()
+        self.device.synchronize()  # what was queued, too
+        for memory in (self._arena.whole, *(window.buffer for window in self._windows)):
+            memory.zero_()
+        self.device.synchronize()
+
     # -- the model's side
 
     def holds(self, layer: int, stretch: int) -> bool:

@@ -128,8 +128,7 @@ class StorePlan:
     @property
     def is_bound(self) -> bool:
         """Whether sizes are only known not to be larger."""
-        encoded = (tensor for layout in self.layouts.values() for tensor in layout.encoded)
-        return any(plane.name == _MOST for tensor in encoded for plane in tensor.planes)
+        return not all(map(is_final, self.layouts.values()))
 
     def extents(self, group: GroupId | None, rank: int) -> tuple[Extent, ...]:
         """Where the image of a rank's share of ``group`` is."""

@@ -9,17 +9,21 @@ import pytest
 import torch
 
 from llama.checkpoint import open_checkpoint
-from llama.generation import Generation, GenerationOptions, generate
+from llama.generation import Generation, GenerationOptions, Observer, generate
 from llama.kv.cache import KVCache
 from llama.model import Transformer
 from llama.nodes.tree import NodeBatch, Tree, node_batch
+from llama.products import Acquire
 from llama.speculation import model_draft
 from llama.speculation.draft import Draft
 from llama.speculation.model_draft import ModelDraft
 from llama.speculation.ngram import NgramDraft
 from llama.speculation.shape import TreeShape
+from llama.speculation.timed import TimedDraft
 from llama.weights import TensorWeights
 from tests.tiny import hf_directory, hf_model
+from wsm.engine.device import Device
+from wsm.engine.telemetry import Telemetry
 from wsm.layout.kv import KV_BLOCK_TOKENS
 
 CPU = torch.device("cpu")
@@ -46,7 +50,13 @@ def a_draft(model: Transformer, shape: TreeShape, rows: int) -> ModelDraft:
     return ModelDraft(model, kv, shape, NODES, chunk_tokens=64, wave_rows=2)
 
 
-def run(model: Transformer, prompts: list[list[int]], draft: Draft | None, **changes: Any) -> Generation:
+def run(
+    model: Transformer,
+    prompts: list[list[int]],
+    draft: Draft | None,
+    observer: Observer = lambda mark: None,
+    **changes: Any,
+) -> Generation:
     kv = KVCache(model.config, len(prompts), max(map(len, prompts)) + NEW + NODES, CPU, model.dtype)
     fields: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": NEW, **changes}
     options = GenerationOptions(
@@ -59,7 +69,7 @@ def run(model: Transformer, prompts: list[list[int]], draft: Draft | None, **cha
         verify_rows=NODES,
         **fields,
     )
-    return generate(model, kv, prompts, options, draft=draft)
+    return generate(model, kv, prompts, options, observer, draft)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -84,6 +94,42 @@ def test_a_draft_that_always_agrees_is_accepted_whole_but_at_the_end_of_a_block(
         for count in accepted:
             assert count == min(shape.depth + 1, left, KV_BLOCK_TOKENS - start % KV_BLOCK_TOKENS)
             start, left = start + count, left - count
+
+
+def test_the_last_tree_which_nobody_verifies_stays_in_the_drafts_room(models: dict[str, Transformer]) -> None:
+    shape = TreeShape(3, 4, 8)
+    kv = KVCache(models["other"].config, 1, 512, CPU, torch.float32)
+    draft = ModelDraft(models["other"], kv, shape, NODES, chunk_tokens=64, wave_rows=2)
+    prompt, starts = list(range(draft.room - NEW - 255)) + list(range(255)), list[int]()
+    grow = draft._grow
+
+    def grown(roots: torch.Tensor, at: torch.Tensor, acquire: Acquire) -> model_draft._Proposal:
+        starts.append(int(at))
+        return grow(roots, at, acquire)
+
+    draft._grow = grown  # type: ignore[method-assign]
+    assert run(models["same"], [prompt], draft).tokens == run(models["same"], [prompt], None).tokens
+    assert starts[-1] + shape.grown == 512
+
+
+def test_a_generation_that_was_broken_off_leaves_a_sound_draft(models: dict[str, Transformer]) -> None:
+    """Its last tree was proposed and not verified; and the time of each tree that was is told once."""
+
+    def interrupt(mark: str) -> None:
+        if mark == "token":
+            raise KeyboardInterrupt
+
+    telemetry = Telemetry(Device())
+    for inner in (a_draft(models["other"], SHAPES[2], len(RAGGED)), NgramDraft(4, NODES, 512, CPU)):
+        draft = TimedDraft(inner, telemetry)
+        whole = run(models["same"], RAGGED, draft)
+        assert len(telemetry.drafts()) == 2 * whole.decode_passes  # proposed, and taken in
+        with pytest.raises(KeyboardInterrupt):
+            run(models["same"], RAGGED, draft, interrupt)
+        again = run(models["same"], RAGGED, draft)
+        assert (again.tokens, again.accepted) == (whole.tokens, whole.accepted)
+        assert len(telemetry.drafts()) == 4 * whole.decode_passes
+        telemetry.drafts.take(lambda _: True)
 
 
 def test_the_draft_keeps_in_step_with_what_was_accepted(models: dict[str, Transformer]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +49,27 @@ def test_the_first_failure_is_raised_when_nobody_works_any_more() -> None:
     before = threading.active_count()
     with pytest.raises(UnusableInput, match="this piece"):
         spread([fail, *[lambda: None] * 9])
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_is_raised_when_nobody_works_any_more() -> None:
+    """Else they would read files that the caller closes, and fill memory that it uses again."""
+    begun, ended, main = list[int](), list[int](), threading.get_ident()
+
+    def piece() -> None:
+        begun.append(1)
+        if len(begun) == 3:
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.05)
+        ended.append(1)
+
+    before, handler = threading.active_count(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            spread([piece] * 100)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(begun) == len(ended) < 100
     assert threading.active_count() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import linecache
+import math
 import sys
 import tempfile
 import threading
@@ -36,7 +37,7 @@ from tests.async_device import AsyncDevice
 from tests.tiny import hf_directory, hf_model
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.telemetry import Telemetry
-from wsm.errors import StoreError
+from wsm.errors import StoreError, UnusableInput
 from wsm.kv import disk as kv_disk
 from wsm.kv import schedule as kv_schedule
 from wsm.kv.target import kv_superblock
@@ -61,10 +62,15 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
+HOW_COPIED = pytest.mark.parametrize(
+    "heads_as_of_long_contexts", [0, kv_layout.COPY_BYTES], indirect=True, ids=["head by head", "whole rows"]
+)
+
+
 @pytest.fixture(autouse=True)
-def heads_as_of_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+def heads_as_of_long_contexts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A head's tokens are copied by themselves, as where a head has a megabyte."""
-    monkeypatch.setattr(kv_layout, "COPY_BYTES", 0)
+    monkeypatch.setattr(kv_layout, "COPY_BYTES", getattr(request, "param", 0))
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -111,6 +117,7 @@ def on_device(model: Transformer) -> list[list[int]]:
     return generate(model, KVCache(model.config, 5, 512, model.device, torch.float32), PROMPTS, options()).tokens
 
 
+@HOW_COPIED
 @pytest.mark.parametrize(
     ("stretch_rows", "below", "chunk", "wave"),
     [
@@ -130,12 +137,9 @@ def test_kv_below_the_device_gives_the_tokens_of_kv_on_it(
             assert generate(model, kv, PROMPTS, options(chunk=chunk, wave=wave)).tokens == on_device
 
 
-@pytest.mark.parametrize("copy_bytes", [0, kv_layout.COPY_BYTES], ids=["head by head", "whole rows"])
+@HOW_COPIED
 @pytest.mark.parametrize("dtype", ["auto", "int8"])
-def test_logits_are_bit_equal_wherever_kv_lies(
-    dtype: str, copy_bytes: int, model: Transformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kv_layout, "COPY_BYTES", copy_bytes)
+def test_logits_are_bit_equal_wherever_kv_lies(dtype: str, model: Transformer) -> None:
     found = []
     for below in (EVERYWHERE, EVERY_OTHER, lambda place: place == 0):
         with cache(model, 2, below, dtype=dtype) as (kv, _):
@@ -227,6 +231,25 @@ def in_time(work: Callable[[], list[list[int]]]) -> list[list[int]]:
     return found.result(timeout=60)
 
 
+@HOW_COPIED
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_prompt_whose_values_overflow_spoils_no_other(
+    on_disk: bool, model: Transformer, on_device: list[list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in float16: keys that are not finite lie behind a shorter row's end, where a mask alone does not hide them."""
+    embed, whole = model.embed, KVCache(model.config, 5, 512, model.device, torch.float32)
+
+    def overflowing(tokens: torch.Tensor) -> torch.Tensor:
+        return embed(tokens) * torch.where(tokens == 298, math.inf, 1.0).unsqueeze(-1)
+
+    monkeypatch.setattr(model, "embed", overflowing)
+    with cache(model, 2, EVERYWHERE, disk=tmp_path / "kv" if on_disk else None) as (kv, _):
+        for each in (kv, whole):
+            with pytest.raises(UnusableInput, match="not finite"):
+                generate(model, each, [[298] * 480] * 5, options())
+            assert generate(model, each, PROMPTS, options()).tokens == on_device
+
+
 def test_a_unit_that_was_entered_and_never_left_is_given_back(model: Transformer, on_device: list[list[int]]) -> None:
     with cache(model, 2, EVERYWHERE) as (kv, _):
         kv.begin(prefill_batch(PROMPTS, range(5), model.device).segments)
@@ -276,6 +299,7 @@ def test_rows_that_have_ended_stop_costing_traffic(model: Transformer, on_device
 # -- on a device of its own
 
 
+@HOW_COPIED
 @pytest.mark.parametrize("stretch_rows", [1, 2, 5])
 def test_kv_on_a_disk_gives_the_tokens_of_kv_on_the_device(
     stretch_rows: int, model: Transformer, on_device: list[list[int]], tmp_path: Path

@@ -149,7 +149,7 @@ def test_the_plan_prints_kv_in_each_tier_and_what_a_pass_brings(home: Path, tmp_
     assert code == 0
     for line in ("parts (a layer, 1 rows)", "KV windows, 3 parts", "KV on --kv-device", "MB of KV to the GPU"):
         assert line in out
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "r.json"], "what --out-json names, and no KV"
 
 
 @pytest.mark.parametrize(("threshold", "pauses"), [("5", True), ("6", False)])

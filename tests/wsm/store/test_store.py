@@ -568,5 +568,5 @@ def test_threads_that_cannot_start_leave_nothing_open(
             patch.setattr(threading.Thread, "start", start)
             with pytest.raises(RuntimeError, match="can't start"):
                 PackedStore(packed, staging_bytes=MIB)
-        assert set(threading.enumerate()) == before
+        assert set(threading.enumerate()) <= before
         assert len(os.listdir("/proc/self/fd")) == opened

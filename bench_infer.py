@@ -15,18 +15,25 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from bench.options import program
 from bench.run import signals, streams
 
 if __name__ == "__main__":
     signals.hear()  # before the modules below
 
-from bench.cli.verbs import run_verb
-from bench.options.flags import parse
-from bench.options.run_flags import RunOptions
-from bench.run.job import DONE, FAILED, Job, is_foreseen
-from wsm import stop
-from wsm.settings import Ranks, preset_environment, read_ranks, unknown_variables
-from wsm.stop import Stopped
+try:
+    from bench.cli.verbs import run_verb
+    from bench.options.flags import parse
+    from bench.options.run_flags import RunOptions
+    from bench.run.job import DONE, FAILED, Job, is_foreseen
+    from wsm import stop
+    from wsm.settings import Ranks, preset_environment, read_ranks, unknown_variables
+    from wsm.stop import Stopped
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"bench_infer.py: {program.lacks(error.name)}", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from bench.result.console import ConsoleReporter

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bench.options.about import models_text, version_text
+from bench.options.program import called
 from bench.options.run_flags import PlanOptions, RunOptions
 from bench.options.verb_flags import LISTED, VERBS, Options, SweepOptions, is_split, sweep_of
 from llama.options import BuildOptions
@@ -228,4 +229,4 @@ def kept_command(argv: Sequence[str], chosen: Sequence[str]) -> str:
                 words.pop(0)
         elif word != "--auto":
             kept.append(word)
-    return shlex.join(["python", "bench_infer.py", *kept, *(word for pair in flags for word in pair)])
+    return shlex.join([*called(), *kept, *(word for pair in flags for word in pair)])

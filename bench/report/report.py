@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.compare.sides import read_sides
+from bench.options.program import called
 from bench.options.verb_flags import ReportOptions
 from bench.report.charts import overview_charts, side_charts, sweep_charts
 from bench.report.timeline import timelines_of
@@ -21,7 +22,7 @@ def run_report(options: ReportOptions) -> int:
         from bench.report.draw import write_png
         from bench.report.page import page
     except ModuleNotFoundError as error:
-        raise UnusableInput(f"report needs {error.name}: pip install matplotlib") from None
+        raise UnusableInput(f"report needs {error.name}: {called()[0]} -m pip install matplotlib") from None
     write_atomically(options.out, page(sides))
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     if options.png is not None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from bench.options.program import called, lacks
 from bench.run.signals import exit_code, name_of
 from llama.parallel.watch import GRACE_S, LOST_S, START_S, Ending, RankFailed
 from llama.parallel.world import ALONE, World
@@ -61,8 +62,7 @@ class Job:
         if tp is not None and tp != self.size:
             raise UnusableInput(
                 f"--tp {tp} needs as many ranks, and there {'is 1' if self.size == 1 else f'are {self.size}'}: "
-                + (f"torchrun --nproc-per-node {tp} " if tp > 1 else "")
-                + f"bench_infer.py {shlex.join(argv)}"
+                + shlex.join([*called(tp), *argv])
             )
 
     def join(self) -> None:
@@ -203,10 +203,7 @@ def is_foreseen(error: BaseException) -> bool:
 def _sentence_of(error: BaseException) -> str:
     """What the user reads."""
     if isinstance(error, ModuleNotFoundError):
-        return (
-            f"the package {error.name} is not installed here: run `make bench` once, then "
-            "`.venv/bin/python bench_infer.py`"
-        )
+        return lacks(error.name)
     if _ran_out(error):
         return (
             f"the GPU ran out of memory: {str(error).splitlines()[0]} "

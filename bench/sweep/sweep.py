@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.options.program import called
 from bench.options.verb_flags import SweepOptions
 from bench.result.console import ConsoleReporter
 from bench.result.results import read_result
@@ -96,7 +98,7 @@ def _closing(folder: Path, gave: Sequence[Result | Failure], reporter: ConsoleRe
         print(f"{_PREFIX}every process of the sweep failed, the first with: {reason}", file=sys.stderr)
         return 1
     for verb in ("compare", "report"):
-        reporter.say(f"[SWEEP] next: bench_infer.py {verb} {folder}")
+        reporter.say(f"[SWEEP] next: {shlex.join([*called(), verb, str(folder)])}")
     return 0
 
 

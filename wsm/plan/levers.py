@@ -220,10 +220,10 @@ def _most_in_cpu(plan: Plan, layers: int) -> Plan:
 
 
 def auto_flags(plan: Plan) -> list[str]:
-    """The choice of ``--auto`` as flags to keep."""
+    """The choice of ``--auto`` as flags to keep, with the values in force."""
     settings = plan.inputs.settings
     return [
-        lever.spelled(lever.asked(plan.inputs))
+        lever.spelled(plan.placement.clipped.get(lever.field, lever.asked(plan.inputs)))
         for lever in LEVERS
         if lever.field in CHOSEN and settings.mode in lever.modes and settings.mode in _PAGED
         if lever is not EMBEDDING or settings.embedding != "gpu"

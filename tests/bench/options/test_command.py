@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from bench.options.flags import kept_command, parse
+from bench.options.program import called
 from bench.options.run_flags import RunOptions
 
 CHOSEN = ["--gpu-cached-layers 7", "--cpu-cache-layers 9"]
@@ -24,7 +25,7 @@ CHOSEN = ["--gpu-cached-layers 7", "--cpu-cache-layers 9"]
 )
 def test_the_choice_stands_in_place_of_auto_and_of_what_it_replaced(argv: list[str], kept: str) -> None:
     words = shlex.split(kept_command(argv, CHOSEN))
-    expected = ["python", "bench_infer.py", *shlex.split(kept), *(word for pair in CHOSEN for word in pair.split())]
+    expected = [*called(), *shlex.split(kept), *(word for pair in CHOSEN for word in pair.split())]
     assert words == expected
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import read_sides
+from bench.options.program import called
 from bench.result.sweep_folder import Failure, Point, outcomes_in, read_points
 from bench.result.types import Result
 from bench.sweep import sweep as sweep_module
@@ -99,7 +101,9 @@ def test_a_failed_point_is_a_result_with_its_reason_and_not_the_end(
     assert told[2, 1][0] == -9
     assert "SIGKILL" in str(told[2, 1][1])
     assert told[3, 1] == (0, None)
-    assert f"1 results and 2 failures in {tmp_path / 's'}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"1 results and 2 failures in {tmp_path / 's'}\n" in said
+    assert f"[SWEEP] next: {shlex.join([*called(), 'compare', str(tmp_path / 's')])}\n" in said
     assert [side.failures[0].exit_code for side in read_sides([tmp_path / "s"]) if side.failures] == [3, -9]
 
 

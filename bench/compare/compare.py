@@ -22,6 +22,13 @@ Cell = float | str | None
 Rows: TypeAlias = dict[str, Sequence[Cell]]
 """A cell for every side, by figures' names, which carry their units."""
 
+_FLAGS = {
+    "batch_size": ("-b", "batch_size"),
+    "prompt tokens": ("-p", "prompt_len"),
+    "new tokens": ("-n", "max_new_tokens"),
+}
+"""What has to be equal, the flag that asks for it, and the flag's setting."""
+
 
 @dataclass(frozen=True, slots=True)
 class Against:
@@ -161,9 +168,16 @@ def _unlike(base: Result, side: Result) -> Iterator[str]:
     ]
     unlike = differing(have_to_agree)
     for name, (before, now) in unlike.items():
-        yield f"{name}: {_short(before)} against {_short(now)}"
+        yield f"{name}: {_short(before)} against {_short(now)}{_mend(name, base, side)}"
     if not unlike.keys() - {"compute device"} and base.output.sha256 != side.output.sha256:
         yield f"unequal outputs: {base.output.sha256[:12]} against {side.output.sha256[:12]}"
+
+
+def _mend(name: str, base: Result, side: Result) -> str:
+    """How to make runs that compare, where one flag alone is the natural cause."""
+    flag, setting = _FLAGS.get(name, ("", ""))
+    asked = [result.config.resolved.get(setting) for result in (base, side)]
+    return f" (give both runs the same {flag})" if asked[0] != asked[1] else ""
 
 
 def _short(value: Any) -> str:

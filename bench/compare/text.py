@@ -51,11 +51,14 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def _tables(comparison: Comparison, form: str, title: str) -> Iterator[str]:
-    """For each block of sides their figures and, under ``title``, where the time went."""
+    """For each block of sides their figures, what forbids comparing and, under ``title``, where the time went."""
     figures = {**comparison.figures, **_shown_ratios(comparison.against)}
     for start in range(1, len(comparison.sides), _MOST_COLUMNS - 1):
         places = [0, *range(len(comparison.sides))[start : start + _MOST_COLUMNS - 1]]
         yield _table(figures, places, form)
+        for place in places[1:]:
+            if (against := comparison.against[place - 1]).obstacles:
+                yield f"{letters(place)} is not comparable with A: {against.why}"
         yield title
         yield _table(comparison.where_time_went, places, form)
 

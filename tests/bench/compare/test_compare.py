@@ -74,6 +74,30 @@ def test_what_forbids_comparing_is_named_and_there_is_no_verdict(
     assert (against.verdict, against.ratio) == ("not comparable", None)
     assert said in " ".join(against.obstacles)
     assert f"not comparable: {against.obstacles[0]}" in as_text(comparison)
+    assert "give both" not in against.why
+    for text in (as_text(comparison), as_markdown(comparison)):
+        table, _, _ = text.lower().partition("where the time went")
+        assert table.endswith(f"\n\nb is not comparable with a: {against.why.lower()}\n\n")
+
+
+@pytest.mark.parametrize(
+    ("figure", "values", "setting", "flag"),
+    [
+        ("decode_tokens_total", (6, 12), "max_new_tokens", "-n"),
+        ("prompt_lens", ([8], [9]), "prompt_len", "-p"),
+        ("batch_size", (1, 2), "batch_size", "-b"),
+    ],
+)
+def test_where_one_flag_made_the_work_different_it_is_named(
+    side: Callable[..., Side], figure: str, values: tuple[Any, Any], setting: str, flag: str
+) -> None:
+    sides = [
+        side(name, BASE, **{figure: value, f"config__resolved__{setting}": at})
+        for at, (name, value) in enumerate(zip("ab", values, strict=True), 1)
+    ]
+    [against] = compare(sides).against
+    [obstacle] = against.obstacles
+    assert obstacle.endswith(f": {values[0]} against {values[1]} (give both runs the same {flag})")
 
 
 def test_other_tokens_explain_another_output(side: Callable[..., Side]) -> None:

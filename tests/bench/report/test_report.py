@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bench.compare.sides import Side
+from bench.options.program import called
 from bench.report.charts import MOVED, STALLED_KV, Bar, Curves, overview_charts, side_charts, sweep_charts
 from bench.result.sweep_folder import Failure
 from bench_infer import command_line as main
@@ -248,7 +249,7 @@ def test_without_matplotlib_it_is_exit_2_and_names_the_extra(
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(measured_files[0]), "--out", "r.html", *more]) == 2
     err = capsys.readouterr().err
-    assert err == "bench_infer.py: report needs matplotlib: pip install matplotlib\n"
+    assert err == f"bench_infer.py: report needs matplotlib: {called()[0]} -m pip install matplotlib\n"
     assert list(tmp_path.iterdir()) == []
 
 

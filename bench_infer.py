@@ -209,7 +209,7 @@ def _write(options: RunOptions, llm: LLaMA, got: Progress, reporter: ConsoleRepo
         result = job_result(options, llm, got)
         written = outputs.write_outputs(options, llm, got, result) if job.speaks else outputs.Written(None, None)
     if job.speaks:
-        outputs.print_result(reporter, options, result, written.result, got.stopped_by)
+        outputs.print_result(reporter, options, result, written, got.stopped_by)
     if got.failure is not None and written.failure is not None:
         print(f"bench_infer.py: {written.failure}", file=sys.stderr)
     if (error := got.failure or written.failure) is not None:

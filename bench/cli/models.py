@@ -19,7 +19,7 @@ from bench.options.flags import kept_command
 from bench.options.run_flags import NOWHERE, PlanOptions
 from bench.options.verb_flags import PackOptions, VerifyOptions
 from bench.result.console import ConsoleReporter
-from bench.result.results import MOST_BYTES, significant
+from bench.result.results import held_result, significant
 from bench.run.calibrate import calibrated
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
@@ -32,7 +32,6 @@ from llama.opening import open_inputs
 from llama.options import BuildOptions
 from llama.parallel.world import World
 from llama.plans import hardware_here, plan_run, plans_by_format
-from wsm.disk.files import parse_json, read_file
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe
@@ -88,27 +87,21 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
 
 
 def _place_of(options: PlanOptions) -> Path | None:
-    """Where the plan is to be written; None where nowhere, or where a run's result is: the command may be the run's."""
+    """Where the plan is to be written; None where nowhere, or where a run's result is: the command may be the run's.
+
+    One of any version: what cannot be read here is not ours to take away.
+    """
     path = options.out_json
     if path == NOWHERE:
         return None
     check_writable({"--out-json": path}, (options.manifest, options.prompts), options.checkpoints)
-    if not path.exists() or not _is_result(path):
+    if held_result(path) is None:
         return path
     print(
         f"[WARNING] {path} holds the result of a run and stays: --out-json names another file for the plan",
         file=sys.stderr,
     )
     return None
-
-
-def _is_result(path: Path) -> bool:
-    """Of this program in any version: what it cannot read is not its to take away."""
-    try:
-        found = parse_json(read_file(path, most_bytes=MOST_BYTES), str(path), "")
-    except UnusableInput:
-        return False
-    return isinstance(found, dict) and "schema_version" in found
 
 
 def _hardware(options: PlanOptions, inputs: Inputs, machine: Machine | None, elsewhere: bool) -> Hardware:

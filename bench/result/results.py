@@ -53,6 +53,15 @@ def read_result(path: Path) -> Result:
     return checked(parse_json(content, str(path), _BROKEN), str(path))
 
 
+def held_result(path: Path) -> dict[str, Any] | None:
+    """What a file holds, unchecked, that is a result of this program in any version; None for any other file."""
+    try:
+        found = parse_json(read_file(path, most_bytes=MOST_BYTES), str(path), "")
+    except UnusableInput:
+        return None
+    return found if isinstance(found, dict) and "schema_version" in found else None
+
+
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each line of a file of JSON lines is, and what it holds; raises UnusableInput as for a file of one."""
     for number, line in enumerate(read_file(path, most_bytes=MOST_BYTES, pipes=True).split(b"\n"), 1):

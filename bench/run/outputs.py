@@ -9,14 +9,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.options.flags import kept_command, swept_flags
 from bench.options.run_flags import RunOptions
 from bench.result.console import ConsoleReporter
-from bench.result.results import dump
+from bench.result.results import dump, held_result
 from bench.result.summary import row, summary
 from bench.result.types import MOST_TOKENS, Result
 from bench.run.record import Progress
@@ -95,16 +95,19 @@ def explained(options: RunOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
 
 
 class Written(NamedTuple):
-    """Where the result is, None if nowhere, and a sentence on each file that could not be written."""
+    """Where the result is, None if nowhere, a sentence on each file that could not be written, and the result that was
+    there before, of any version."""
 
     result: Path | None
     failure: UnusableInput | None
+    replaced: Mapping[str, Any] | None = None
 
 
 def print_result(
-    reporter: ConsoleReporter, options: RunOptions, result: Result, place: Path | None, stopped_by: int | None
+    reporter: ConsoleReporter, options: RunOptions, result: Result, written: Written, stopped_by: int | None
 ) -> None:
-    """A row or the summary, and at which ``place`` the JSON is; ``stopped_by`` is the signal that ended the run."""
+    """A row or the summary, and where the JSON is; ``stopped_by`` is the signal that ended the run."""
+    place = written.result
     if options.output is not None:
         print(row(result, options.output, swept_flags(result.config.argv if options.output == "md" else None)))
         for warning in result.warnings if options.output != "json" else ():  # a row has no room for sentences
@@ -115,10 +118,19 @@ def print_result(
         reporter.say(summary(result))
         if place is not None:
             reporter.say(f"\n[INFO] the result, with all details, is in {place}")
+            if written.replaced is not None:
+                before = f"the result{_time_of(written.replaced)} that was there"
+                reporter.say(f"[INFO] {before} was replaced; --out-json NAME keeps both")
             reporter.say(f"详细 JSON 已保存到: {place}")
     if stopped_by is not None:
         done = f"{result.repeats.n} of {options.repeats} repeats are {'lost' if place is None else f'in {place}'}"
         print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
+
+
+def _time_of(found: Mapping[str, Any]) -> str:
+    provenance = found.get("provenance")
+    utc = provenance.get("utc") if isinstance(provenance, dict) else None
+    return f" of {utc}" if isinstance(utc, str) else ""
 
 
 # -- files
@@ -192,6 +204,7 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
 
     A result that has no room where it should be goes to the directory of temporary files: a run may have taken hours.
     """
+    before = held_result(options.out_json)
     place, failures = _write_result(options.out_json, dump(result))
     if options.trace is not None:
         try:
@@ -202,7 +215,8 @@ def write_outputs(options: RunOptions, llm: LLaMA, got: Progress, result: Result
             failures.append(f"--trace {options.trace}: {error.strerror}")
     if place == options.out_json and failures:
         failures.append(f"{place} is written")
-    return Written(place, UnusableInput("; ".join(failures)) if failures else None)
+    replaced = before if place == options.out_json else None
+    return Written(place, UnusableInput("; ".join(failures)) if failures else None, replaced)
 
 
 def _write_result(path: Path, text: str) -> tuple[Path | None, list[str]]:

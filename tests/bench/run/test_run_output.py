@@ -164,6 +164,17 @@ def test_a_run_that_ends_at_a_stop_token_says_so_and_goes_on_where_it_is_told_to
     assert counts == [4, 1, 4]
 
 
+def test_a_result_that_is_replaced_is_named_with_its_time(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    place = tmp_path / "r.json"
+    place.write_text("[1]")
+    assert "was replaced" not in run("--mode", "full")[1], "no result was there"
+    utc = json.loads(place.read_text())["provenance"]["utc"]
+    said = run("--mode", "full")[1]
+    assert f"[INFO] the result of {utc} that was there was replaced; --out-json NAME keeps both\n" in said
+
+
 # -- --auto
 
 

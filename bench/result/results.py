@@ -50,7 +50,7 @@ def dump(result: Result) -> str:
 def read_result(path: Path) -> Result:
     """The result of a file; raises UnusableInput if it is missing, damaged, no result, or of another schema."""
     content = read_file(path, most_bytes=MOST_BYTES, pipes=True)
-    return checked(parse_json(content, str(path), _BROKEN), str(path))
+    return checked(_parse(content, str(path)), str(path))
 
 
 def held_result(path: Path) -> dict[str, Any] | None:
@@ -66,7 +66,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each line of a file of JSON lines is, and what it holds; raises UnusableInput as for a file of one."""
     for number, line in enumerate(read_file(path, most_bytes=MOST_BYTES, pipes=True).split(b"\n"), 1):
         if line.strip():
-            yield (where := f"{path}, line {number},"), parse_json(line, where, _BROKEN)
+            yield (where := f"{path}, line {number},"), _parse(line, where)
+
+
+def _parse(content: bytes, where: str) -> Any:
+    """Raises UnusableInput: for another file, and for one that began as a result (or as nothing) it says so."""
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n\0")[:1] not in (b"{", b""):
+        raise UnusableInput(f"{where} is no result of bench_infer.py (no JSON object)")
+    return parse_json(content, where, _BROKEN)
 
 
 def checked(found: Any, where: str) -> Result:

@@ -52,7 +52,10 @@ def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None
         if [] in whole:
             raise UnusableInput(f"prompt {whole.index([])} gives no token with the model's tokenizer: leave it out")
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
-        say(f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)})")
+        say(
+            f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)}; "
+            f"--max-seq-len {max(long) + options.max_new_tokens} keeps it whole)"
+        )
     if options.prompt_len is not None:
         return [prompt[-most:] for prompt in whole]
     return [keep_last(inputs.tokenizer, prompt, most) for prompt in whole]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.checkpoint import base
 from llama.checkpoint.base import FLOATS, Checkpoint, Stored, all_tensors
-from llama.checkpoint.gguf_config import gguf_config, unknown_fields
+from llama.checkpoint.gguf_config import gguf_config, refuse_named, unknown_fields
 from llama.checkpoint.gguf_file import GGUFFile, GGUFTensor, damaged
 from llama.checkpoint.gguf_vocabulary import STOPS, Vocabulary
 from llama.names import Cut, renamed
@@ -92,8 +92,9 @@ class GGUFCheckpoint(Checkpoint):
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        files = [GGUFFile(path) for path in paths]
-        first, metadata = paths[0], files[0].fields
+        first = paths[0]
+        files = [GGUFFile(first, partial(refuse_named, file=str(first))), *map(GGUFFile, paths[1:])]
+        metadata = files[0].fields
         self._tensors = _merged(files)
         self._files = {file.path: file for file in files}
         embedding = self._tensors.get(_EMBEDDING)

@@ -77,6 +77,12 @@ def unknown_fields(metadata: Mapping[str, Any], file: str) -> str | None:
     return f"{file}: {', '.join(unknown)[:200]} is not known here and has no effect"
 
 
+def refuse_named(metadata: Mapping[str, Any], file: str) -> None:
+    """UnusableInput where the metadata names what does not run here; a part of a split model may name nothing."""
+    if "general.architecture" in metadata:
+        _refuse_foreign(metadata, file)
+
+
 def _refuse_foreign(metadata: Mapping[str, Any], file: str) -> None:
     kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":

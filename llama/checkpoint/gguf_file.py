@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -62,9 +63,12 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile:
-    """A file, open; UnusableInput for one that is damaged, cut short, or no GGUF file of a version known here."""
+    """A file, open; UnusableInput for one that is damaged, cut short, or no GGUF file of a version known here.
 
-    def __init__(self, path: Path) -> None:
+    ``check`` gets its metadata before its tensors are looked at: what does not run here need not be taken again.
+    """
+
+    def __init__(self, path: Path, check: Callable[[Mapping[str, Any]], None] | None = None) -> None:
         self.path = path
         refuse_pointer(path)
         try:
@@ -73,15 +77,17 @@ class GGUFFile:
         except OSError as error:
             raise UnusableInput(f"{path} cannot be read: {error.strerror}") from error
         try:
-            self._read_header()
+            self._read_header(check)
         except BaseException:
             self.close()
             raise
 
-    def _read_header(self) -> None:
+    def _read_header(self, check: Callable[[Mapping[str, Any]], None] | None) -> None:
         reader = _Reader(self.path, self._file, self._nbytes)
         tensors, fields = reader.begin()
         self.fields = _unique([reader.field() for _ in range(fields)], self.path, "metadata field")
+        if check is not None:
+            check(self.fields)
         found = [reader.tensor() for _ in range(tensors)]
         _unique([(name, None) for name, *_ in found], self.path, "tensor")
         alignment = self._alignment()

@@ -587,6 +587,21 @@ def test_a_damaged_result_is_named(tmp_path: Path, content: bytes) -> None:
     assert "no JSON" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"# bench_infer: LLaMA models\n", "is no result of bench_infer.py (no JSON object)"),
+        (b"[1]", "is no result of bench_infer.py (no JSON object)"),
+        (b'\xef\xbb\xbf{"batch_size": 1', "was the run broken off?"),
+        (b"\0" * 512, "was the run broken off?"),
+    ],
+)
+def test_another_file_is_told_from_a_result_that_was_cut(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_bytes(content)
+    assert refusal(path).endswith(said)
+
+
 def test_json_nested_beyond_reason_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text("[" * 100_000)

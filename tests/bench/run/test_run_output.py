@@ -164,6 +164,12 @@ def test_a_run_that_ends_at_a_stop_token_says_so_and_goes_on_where_it_is_told_to
     assert counts == [4, 1, 4]
 
 
+def test_a_prompt_that_is_cut_names_the_flag_that_keeps_it(run: Callable[..., tuple[int, str, str]]) -> None:
+    said = run("plan", "--max-seq-len", "12")[1]
+    assert "prompts cut to their last 8 tokens (the longest had 16; --max-seq-len 20 keeps it whole)" in said
+    assert "cut to" not in run("plan", "--max-seq-len", "20")[1]
+
+
 def test_a_result_that_is_replaced_is_named_with_its_time(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -149,6 +149,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+def test_a_cut_file_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, architecture="qwen2")
+    os.truncate(path, path.stat().st_size - 4096)
+    with pytest.raises(UnusableInput, match="architecture 'qwen2', which does not run here"):
+        open_checkpoint(path)
+
+
 def test_a_file_cut_at_any_byte_is_refused(sound: bytes, tmp_path: Path) -> None:
     path, generator = tmp_path / "m.gguf", random.Random(0)
     for length in (*range(0, 256, 7), *(generator.randrange(len(sound)) for _ in range(60)), len(sound) - 1):

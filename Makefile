@@ -11,12 +11,13 @@ JOBS ?= 2
 
 .PHONY: bench test lint clean
 
-# torch comes first and alone, so that the build chosen with TORCH is the one that stays.
+# torch comes first and alone, so that the build chosen with TORCH is the one that stays. What setuptools says of every
+# editable installation looks like an error, and is none.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -W 'ignore:Editable installation' -m pip install --quiet -e '.[dev]'
 	touch $@
 
 bench: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,15 @@ _ARGUMENTS = ("checkpoints", "device", "load_model", "tp")
 """Not in ``mode_config``: arguments of ``LLaMA.build``, or of torchrun."""
 _model, _paging = partial(option, group="model"), partial(option, group="paging")
 _speculation = partial(option, group="speculation")
-_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.ALL)
+
+
+def _of_gguf(text: str) -> str:
+    """What to do instead of giving the name that GGUF files have for a mix of formats."""
+    is_mix = re.fullmatch(r"q[45]_k_[sm]", text, re.IGNORECASE)
+    return "; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs as it is" if is_mix else ""
+
+
+_FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.ALL)._replace(mend=_of_gguf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no
 class Kind(NamedTuple):
     """What a value may be: in words, as a test, and read from text (ValueError or KeyError where it cannot be).
 
-    ``words``: all that are allowed, where they can be listed.
+    ``words``: all that are allowed, where they can be listed. ``mend`` ends the sentence that refuses a text, where it
+    knows better than the nearest of them.
     """
 
     says: str
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
     read: Callable[[str], Any]
     metavar: str
     words: tuple[str, ...] = ()
+    mend: Callable[[str], str] = lambda text: ""
 
     def parse(self, text: str, say: Callable[[], Exception]) -> Any:
         """The value that ``text`` says; raises what ``say`` makes for one that is not allowed."""
@@ -39,13 +41,17 @@ class Kind(NamedTuple):
     def instead_of(self, text: str) -> str:
         """The end of the sentence that refuses ``text``."""
         large = text.isdecimal() and len(text) > 18
-        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}{meant(text, self.words)}"
+        hint = self.mend(text) or meant(text, self.words)
+        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}{hint}"
 
 
-def meant(text: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses ``text``: the known word that is most like it, or nothing."""
+def meant(text: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """The end of a sentence that refuses ``text``: the known word that is most like it, or nothing.
+
+    ``alike``: how much of both has to be the same, 0 to 1.
+    """
     spelled = {word.lower(): word for word in known}
-    close = difflib.get_close_matches(text.strip("'\"").lower(), spelled, n=1)
+    close = difflib.get_close_matches(text.strip("'\"").lower(), spelled, n=1, cutoff=alike)
     return f"; did you mean {spelled[close[0]]}?" if close else ""
 
 

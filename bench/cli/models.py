@@ -34,7 +34,7 @@ from llama.parallel.world import World
 from llama.plans import hardware_here, plan_run, plans_by_format
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
-from wsm.plan.advice import check_fits, describe
+from wsm.plan.advice import check_fits, describe, unused_memory
 from wsm.plan.by_format import by_format, shown_by_format
 from wsm.plan.hardware import Hardware
 from wsm.plan.levers import auto_flags
@@ -58,7 +58,7 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     machine = machine_named(options.machine) if options.machine is not None else None
     elsewhere = machine is not None or (options.gpu_mem_gb is not None and options.device != "cpu")
     device = "cpu" if elsewhere and not torch.cuda.is_available() else options.device
-    inputs = open_inputs(replace(options, device=device), World(Shard(0, ranks), Shard(0, ranks)))
+    inputs = _opened(replace(options, device=device), World(Shard(0, ranks), Shard(0, ranks)))
     say = partial(print, file=sys.stderr) if options.output else print
     hardware = _hardware(options, inputs, machine, elsewhere)
     plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, say), options), hardware)
@@ -77,13 +77,29 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     print(describe(plan, ceilings))
     print(shown_by_format(formats))
     if drafted is not None:
-        print(f"with --draft {options.draft}: {drafted.shown()}")
+        print(f"with --draft {options.draft}, {_assumed(options)}: {drafted.shown()}")
     if options.auto:
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
-    for warning in (*inputs.warnings, *unknown_variables(os.environ)):
+    elif plan.fits and (unused := unused_memory(plan)):
+        print(f"[INFO] {unused}")
+    for warning in (*inputs.warnings, *_of_no_real_model(options), *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings, told=True)
     return 0
+
+
+def _opened(options: PlanOptions, world: World) -> Inputs:
+    try:
+        return open_inputs(options, world)
+    except UnusableInput as error:
+        if options.checkpoints is None or options.checkpoints.exists():
+            raise
+        raise UnusableInput(f"{error}; --synthetic NAME plans a model's shape without its files") from error
+
+
+def _of_no_real_model(options: PlanOptions) -> Iterator[str]:
+    if options.machine is not None and options.checkpoints is None and options.synthetic is None:
+        yield "this plans the small built-in model: --synthetic NAME, such as Llama-3.1-70B, plans a real one's shape"
 
 
 def _place_of(options: PlanOptions) -> Path | None:
@@ -137,6 +153,13 @@ def _drafted(options: PlanOptions, inputs: Inputs, plan: Plan, ceilings: Mapping
             "--draft-depth, or lower it"
         )
     return speculated(plan, ceilings, shape.depth, shape.width, tokens)
+
+
+def _assumed(options: PlanOptions) -> str:
+    """What is believed of the draft, in words."""
+    if options.tokens_a_pass is not None:
+        return f"assumed to give {options.tokens_a_pass:g} tokens a pass"
+    return f"a level's token assumed right {options.acceptance:g} of the time"
 
 
 def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, Ceiling]) -> Iterator[str]:

@@ -157,7 +157,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
         argv = ["run", *argv]
     parser = build_parser()
     _check_known(argv, parser.of_verb)
-    values: dict[str, Any] = vars(parser.parse_args(list(argv)))
+    found, left = parser.parse_known_args(list(argv))
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}{_unquoted(argv, left)}")
+    values: dict[str, Any] = vars(found)
     verb = str(values.pop("verb"))
     if verb == "sweep":
         values["sweep"] = sweep_of(values.pop("given"))
@@ -190,6 +193,15 @@ def _check_known(argv: Sequence[str], of_verb: Mapping[str, _Parser]) -> None:
             others = [other for other, parser in of_verb.items() if flag in parser.flags]
             hint = f", but of {' and '.join(others)}" if others else meant(flag, known)
             raise UnusableInput(f"{flag} is no flag of {verb}{hint} (see {_PROGRAM} {verb} --help)")
+
+
+def _unquoted(argv: Sequence[str], left: Sequence[str]) -> str:
+    """What to type where the words that are left follow a flag and its value: a shell cuts a name at its blanks."""
+    at = argv.index(left[0]) if left[0] in argv else 0
+    flag, value = argv[at - 2 : at] if at >= 2 else ("", "")
+    if flag[:1] != "-" or value[:1] == "-" or list(argv[at : at + len(left)]) != list(left):
+        return ""
+    return f"; put a name or text with blanks in quotes: {flag} {shlex.quote(' '.join([value, *left]))}"
 
 
 def swept_flags(argv: Sequence[str] | None = None) -> list[str]:

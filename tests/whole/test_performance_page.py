@@ -96,6 +96,12 @@ def test_what_two_pages_predict_for_a_4090_is_what_plan_prints(
         assert shown in page.read_text(encoding="utf-8"), page.name
 
 
+@pytest.mark.parametrize("page", [PAGE, CHINESE], ids=lambda page: page.name)
+def test_both_pages_have_the_command_of_the_row_with_a_draft(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [flag for flag in PAIR.strip().split(" --") if flag not in text] == []
+
+
 def test_the_table_has_a_place_for_every_row() -> None:
     assert set(ORDER) <= set(IN_TABLE)
 

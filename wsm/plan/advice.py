@@ -16,6 +16,10 @@ from wsm.plan.search import least_memory, smallest_change
 from wsm.plan.time import Ceiling, Estimate, floor_estimate, pass_times, predicted_floor, predicted_pass_ms
 
 UNKNOWN_TIME = "not known in time yet: the first run of this model measures this machine's rates, and plans use them"
+_GIVEN_RATES = {"ssd_read": ("ssd", "--ssd-gbps"), "kv_read": ("kv_read", "--kv-gbps")}
+"""The rates that no table of machines has, and ``plan``'s flags for them, by what is moved."""
+_MUCH = 3
+"""So many layers more in a tier that has room for them, and a plan says so."""
 _RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
 _RESOURCE |= {
     "weight_decode": "decoding weights",
@@ -64,7 +68,10 @@ def _predicted(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[str]:
     if estimate is None:
         return []
     rate = estimate.rate_shown(plan.shape.batch)
-    return [f"decode: predicted {estimate.shown()} a pass, {rate} tokens a second{_of_rates(estimate)}"]
+    text = f"decode: predicted {estimate.shown()} a pass, {rate} tokens a second{_of_rates(estimate)}"
+    if plan.inputs.draft is not None:
+        text += ", as if nothing of the draft were accepted (plan --acceptance X counts it)"
+    return [text]
 
 
 def nothing_on_ssd(plan: Plan) -> list[str]:
@@ -79,6 +86,23 @@ def nothing_on_ssd(plan: Plan) -> list[str]:
         f"no layer is left for the SSD: all {residency.n_layers} are on the GPU or in CPU memory, so this run equals "
         f"--mode {plan.same_as}, and no figure is the drive's; to stream from it, give {asked}"
     ]
+
+
+def unused_memory(plan: Plan) -> str:
+    """A sentence where much memory is left that layers from below could have; empty where there is none."""
+    residency, layer = plan.placement.residency, plan.inputs.slot_bytes()
+    tiers = (
+        ("GPU", plan.gpu_budget_bytes, plan.gpu_bytes, len(residency.cpu) + len(residency.ssd)),
+        ("CPU", plan.cpu_budget_bytes, plan.cpu_bytes, len(residency.ssd)),
+    )
+    left = [
+        f"{(budget - taken) / GIB:.2f} GiB of {tier} memory"
+        for tier, budget, taken, below in tiers
+        if budget is not None and below and budget - taken >= _MUCH * layer
+    ]
+    if not left:
+        return ""
+    return f"{' and '.join(left)} stay unused: --auto chooses layers and pools for the memory that there is"
 
 
 def _layers_text(layers: tuple[int, ...], layer_bytes: int) -> str:
@@ -117,7 +141,7 @@ def what_each_flag_buys(plan: Plan, ceilings: Mapping[str, Ceiling]) -> str:
     if not found:
         return ""
     known = next((step.times for step in found if step.times is not None), None)
-    title = f"what each flag would buy, {UNKNOWN_TIME}"
+    title = f"what each flag would buy, {_unknown_time(ceilings, plan)}"
     if known is not None:
         kind = "takes at least" if known.at_least else "is predicted to take"
         title = f"what each flag would buy: a decode pass {kind} {known.before.shown()} now{_of_rates(known.before)}"
@@ -214,7 +238,7 @@ def cost_of(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> str:
     moved = f"a pass moves {' and '.join(parts) or 'the same bytes'}"
     times = pass_times(before, after, ceilings)
     if times is None:
-        return f"its cost is {UNKNOWN_TIME}; {moved}"
+        return f"its cost is {_unknown_time(ceilings, before, after)}; {moved}"
     bound = "at least " if times.at_least else ""
     text = f"its predicted cost: a decode pass of {bound}{times.after.shown()} instead of {times.before.shown()}"
     if times.before.ms:
@@ -224,6 +248,18 @@ def cost_of(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> str:
         each = times.before.shown(rows[0]), times.after.shown(rows[1])
         text += f", for {rows[1]} rows instead of {rows[0]}: {each[1]} a token instead of {each[0]}"
     return f"{text}{_of_rates(times.after)}; {moved}"
+
+
+def _unknown_time(ceilings: Mapping[str, Ceiling], *plans: Plan) -> str:
+    """Why a time is not known, and what tells it: no run here does, where another machine is planned for."""
+    flags = [
+        flag
+        for moved, (rate, flag) in _GIVEN_RATES.items()
+        if rate not in ceilings and any(plan.bytes_per_pass[moved] for plan in plans)
+    ]
+    if flags and plans[0].inputs.hardware.elsewhere:
+        return f"not known in time yet: give {' and '.join(flags)}"
+    return UNKNOWN_TIME
 
 
 def _of_rates(estimate: Estimate) -> str:

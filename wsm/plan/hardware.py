@@ -19,10 +19,10 @@ MODULES_BYTES = 192 << 20
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Memory of this machine, in bytes; the GPU's is None where the compute device is the CPU.
+    """Memory of a machine, in bytes; the GPU's is None where the compute device is the CPU.
 
     ``gpu_available_bytes`` is what this process may take in all, its CUDA context included; ``gpu_context_bytes`` is
-    what the context takes of it once all kernels are loaded.
+    what the context takes of it once all kernels are loaded. ``elsewhere``: it was named, and no run here measures it.
     """
 
     device: str
@@ -30,6 +30,7 @@ class Hardware:
     gpu_available_bytes: int | None
     gpu_context_bytes: int
     cpu_available_bytes: int
+    elsewhere: bool = False
 
     @property
     def has_gpu(self) -> bool:

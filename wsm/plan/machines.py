@@ -18,6 +18,8 @@ _CONTEXT_BYTES = 512 * MIB + MODULES_BYTES
 """A CUDA context as it was measured on an H100; plans for a card that is not here take it."""
 _USABLE = 0.98
 """Of a card's memory: the rest is the driver's, and on some cards error correction's."""
+_ALIKE = 0.8
+"""How like a card's name what was typed has to be, to be taken for it: a slip does, another card does not."""
 
 
 class Machine(NamedTuple):
@@ -53,8 +55,9 @@ def machine_named(name: str) -> Machine:
     found = spelled.get(_plain(name)) or spelled.get(f"rtx{_plain(name)}")
     if found is None:
         names = [machine.name for machine in MACHINES]
+        hint = meant(name, names, _ALIKE) or "."
         raise UnusableInput(
-            f"--machine {name} is not known{meant(name, names)} Known are {', '.join(names)}; for another card give "
+            f"--machine {name} is not known{hint} Known are {', '.join(names)}; for another card give "
             "--gpu-mem-gb, --link-gbps, --hbm-gbps and --matmul-tflops"
         )
     return found
@@ -69,6 +72,7 @@ def hardware_elsewhere(here: Hardware, machine: Machine | None, settings: Settin
 
     A GPU is planned for where one is here, or a machine or ``--gpu-mem-gb`` is given.
     """
+    here = replace(here, elsewhere=machine is not None)
     if settings.cpu_mem_gb is not None:
         here = replace(here, cpu_available_bytes=math.ceil(settings.cpu_mem_gb / ranks_here * GIB))
     gpu_gib = settings.gpu_mem_gb or (machine and _USABLE * machine.memory_gib)

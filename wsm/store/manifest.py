@@ -109,7 +109,13 @@ def manifest_digest(manifest: Mapping[str, Any], without: Sequence[str] = ("targ
 
 def load_json(path: Path) -> dict[str, Any]:
     """The manifest's JSON object; raises UnusableInput if it is missing, damaged, or no manifest."""
-    content = read_json(path, f"--manifest {path}", AGAIN)
+    try:
+        content = read_json(path, f"--manifest {path}", AGAIN)
+    except UnusableInput as error:
+        if path.exists():
+            raise
+        made = f"`pack --checkpoints PATH --to TARGET --manifest {path}` makes it"
+        raise UnusableInput(f"{error}; {made}") from error
     if not isinstance(content, dict) or "version" not in content:
         raise UnusableInput(f"--manifest {path} is no manifest of a packed store: it has no field version")
     return content

@@ -84,7 +84,13 @@ def test_a_rate_alone_is_enough_for_a_prediction(planned: Planned) -> None:
     assert list(plan["ceilings"]) == ["h2d"]
 
 
-@pytest.mark.parametrize(("typed", "said"), [("rtx4080", "did you mean RTX 4090?"), ("abacus", "Known are RTX 3090,")])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("rtx4080", "is not known; did you mean RTX 4090? Known are RTX 3090,"),
+        ("GTX 1080", "is not known. Known are RTX 3090,"),
+    ],
+)
 def test_a_machine_that_is_not_known_is_answered_with_those_that_are(planned: Planned, typed: str, said: str) -> None:
     code, _, err = planned("--machine", typed)
     assert code == 2
@@ -117,7 +123,10 @@ def test_where_the_drive_is_not_known_it_is_asked_for(tmp_path: Path, capsys: py
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "[INFO] nothing is known of the drive, which this plan reads: give --ssd-gbps" in said
+    assert "what each flag would buy, not known in time yet: give --ssd-gbps\n" in said
     assert "decode: predicted" not in said
+    assert main([*argv[:-1], "30"]) == 3
+    assert "its cost is not known in time yet: give --ssd-gbps; a pass" in capsys.readouterr().err
 
 
 def test_a_plan_that_does_not_fit_shows_its_budgets_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

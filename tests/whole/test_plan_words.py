@@ -1,0 +1,82 @@
+"""What `plan` says to those who have read nothing but the README."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.bench.cli.test_plan import DRAFTED, GIB, H70B
+from tests.whole.conftest import Run
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], None),
+        (["--acceptance", "0.8"], "a level's token assumed right 0.8 of the time"),
+        (["--tokens-a-pass", "2.5"], "assumed to give 2.5 tokens a pass"),
+    ],
+)
+def test_what_a_prediction_believes_of_a_draft_stands_beside_it(run: Run, given: list[str], said: str | None) -> None:
+    code, out, _ = run("plan", *H70B, *DRAFTED, *given)
+    assert code == 0
+    [decode] = re.findall(r"^decode: predicted .*$", out, re.MULTILINE)
+    assert decode.endswith(" tokens a second, as if nothing of the draft were accepted (plan --acceptance X counts it)")
+    beside = re.findall(r"^with --draft synthetic:Llama-3.2-1B, (.*): predicted .* tokens a second", out, re.MULTILINE)
+    assert beside == ([said] if said else [])
+
+
+def test_memory_that_stays_unused_is_told_and_auto_named_where_it_was_not_given(run: Run) -> None:
+    argv = ["plan", *H70B, "--machine", "RTX 4090", "--cpu-mem-gb", "128", "--ssd-gbps", "7", "--weight-format", "int4"]
+    told = r"^\[INFO\] (.*) stay unused: --auto chooses layers and pools"
+
+    def unused(*more: str) -> list[str]:
+        code, out, _ = run(*argv, *more)
+        assert code == 0
+        return re.findall(told, out, re.MULTILINE)
+
+    _, plan, _ = run(*argv, "-o", "json")
+    gpu, cpu = (json.loads(plan)[f"{tier}_memory"] for tier in ("gpu", "cpu"))
+    left = [(memory["budget_bytes"] - memory["bytes"]) / GIB for memory in (gpu, cpu)]
+    assert unused() == [f"{left[0]:.2f} GiB of GPU memory and {left[1]:.2f} GiB of CPU memory"]
+    assert re.fullmatch(r"[\d.]+ GiB of GPU memory", unused("--mode", "stream")[0])
+    assert unused("--mode", "stream", "--gpu-cached-layers", "43", "--embedding", "cpu") == []
+    small = ["--synthetic", "Llama-3.2-1B", "--weight-format", "bf16", "--gpu-mem-gb", "2.5", "--mode", "stream"]
+    assert unused(*small)
+    assert unused(*small, "--auto") == []
+
+
+def test_a_plan_of_nothing_real_says_what_to_name(run: Run, tmp_path: Path) -> None:
+    cache = ["--cache-dir", tmp_path, "--cpu-mem-gb", 128]
+    code, out, _ = run("plan", *cache, "--machine", "RTX 4090")
+    said = "[WARNING] this plans the small built-in model: --synthetic NAME, such as Llama-3.1-70B, plans a real one's"
+    assert (code, said in out) == (0, True)
+    assert said not in run("plan", *cache, "--machine", "RTX 4090", *H70B)[1]
+    assert said not in run("plan", *cache)[1]
+    code, _, err = run("plan", *cache, "--checkpoints", tmp_path / "none")
+    assert code == 2
+    assert "name one on this machine; --synthetic NAME plans a model's shape without its files" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--machine RTX 4090 --cpu-mem-gb 8", "4090; put a name or text with blanks in quotes: --machine 'RTX 4090' ("),
+        ("--prompt The sky is", "sky is; put a name or text with blanks in quotes: --prompt 'The sky is' ("),
+        ("RTX", "unrecognized arguments: RTX ("),
+        ("--auto RTX 4090", "unrecognized arguments: RTX 4090 ("),
+        ("--weight-format Q4_K_M", "not Q4_K_M; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs"),
+        ("--weight-format Q4_K", "not Q4_K; did you mean q4_K?"),
+        (
+            "--manifest none.json",
+            "No such file or directory; `pack --checkpoints PATH --to TARGET --manifest none.json",
+        ),
+    ],
+)
+def test_what_newcomers_type_is_answered_with_what_to_type_instead(run: Run, given: str, said: str) -> None:
+    code, out, err = run("plan", *given.split())
+    assert (code, out) == (2, "")
+    assert said in err

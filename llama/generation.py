@@ -95,12 +95,12 @@ def generate(
         model.graphs.prepare(model.layers, len(prompts), longest + 1, last, options.chunk_tokens)
     if draft is not None:
         draft.prepare(len(prompts))
+    _wait_for(model.device)  # for the tree that the generation before drafted last, which is not this one's time
     observer("start")
     logits, positions, prefill_passes = _prefill(model, kv, prompts, options, observer)
     if draft is not None:
         draft.prefill(prompts)
-    if model.device.type == "cuda":
-        torch.cuda.current_stream(model.device).synchronize()
+    _wait_for(model.device)
     observer("prefill_done")
     decoding = Decoding(model, kv, options.sampling, options.chunk_tokens, observer)
     decoder: Decoder = TokenPasses(decoding, positions)
@@ -117,6 +117,12 @@ def generate(
     margins = rows.margins if any(rows.margins) else []
     prompt_tokens = sum(map(len, prompts))
     return Generation(rows.tokens, prompt_tokens, prefill_passes, rows.passes, accepted=rows.accepted, margins=margins)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until all that is queued for the computation on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class _Rows:

@@ -166,3 +166,18 @@ def test_decoding_uploads_weights_and_nothing_else(mode: str, draft: str, cache:
     uploads = [event["args"]["bytes"] for event in events if "HtoD" in event.get("name", "") and "args" in event]
     assert (len(uploads) > 0) == (mode == "stream")
     assert all(nbytes >= SMALLEST_PIECE for nbytes in uploads), sorted(set(uploads))[:5]
+
+
+def test_a_generation_begins_when_the_tree_that_the_one_before_drafted_last_is_done(cache: Path) -> None:
+    idle = list[bool]()
+
+    def look(mark: str) -> None:
+        if mark == "start":
+            idle.append(torch.cuda.current_stream().query())
+
+    with build("full", cache, 13, draft="synthetic:Llama-3.2-1B", draft_depth=12, draft_width=1) as llm:
+        assert llm.drafting is not None
+        options = GenerationOptions(NEW, 0.0, 0.95, 3, frozenset(), True, llm.plan.chunk_tokens, 1, 13)
+        for _ in range(3):
+            generate(llm.model, llm.kv, PROMPTS[:1], options, look, llm.drafting.draft)
+    assert idle == [True] * 3

@@ -137,26 +137,27 @@ class _Rows:
         self.going = set(range(count))
         self.passes = 0
 
-    def take(self, new: New) -> None:
-        """New tokens of each row, of which those behind its end are dropped."""
-        before = list(map(len, self.tokens))
+    def take(self, new: New) -> dict[int, int]:
+        """New tokens of each row, of which those behind its end are dropped; how many each row that goes on took."""
+        taken = dict[int, int]()
         for row in sorted(self.going):
+            before = len(self.tokens[row])
             for token in new.tokens[row]:
                 self.tokens[row].append(token)
                 if token in self._stop_ids or len(self.tokens[row]) >= self._most:
                     self.going.remove(row)
                     self._kv.end_row(row)
                     break
+            taken[row] = len(self.tokens[row]) - before
             if new.margins:
-                self.margins[row] += new.margins[row][: len(self.tokens[row]) - before[row]]
+                self.margins[row] += new.margins[row][: taken[row]]
+        return taken
 
     def take_pass(self, new: New) -> None:
         """Those of a decode pass."""
-        before, going = list(map(len, self.tokens)), sorted(self.going)
-        self.take(new)
         self.passes += 1
-        for row in going:
-            self.accepted[row].append(len(self.tokens[row]) - before[row])
+        for row, count in self.take(new).items():
+            self.accepted[row].append(count)
 
 
 def _check(

@@ -1,14 +1,15 @@
-"""What several test files share: one measured result with its trace, and sides of a sweep made of it."""
+"""What several test files share: torch on three threads, a measured result with its trace, sides of a sweep of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
 
 from bench.compare.sides import Side
 from bench.result.sweep_folder import Failure
@@ -16,6 +17,15 @@ from bench_infer import command_line as main
 from tests.results import typed, varied
 
 ROUNDS = [100.0, 104.0, 98.0, 101.0, 99.0]
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Torch computes on three threads, however many the machine has; a test may change it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from llama.names import Cut, renamed
 from wsm.errors import StoreError, UnusableInput
 from wsm.formats import registry
 from wsm.formats.format import WeightFormat, pieces
-from wsm.formats.spread import spread
+from wsm.formats.spread import each_piece
 
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCKS = {name.upper(): name for name in registry.BLOCK_TYPES}
@@ -49,8 +49,7 @@ _SPECIAL = {
 """As a chat template names a token, and as GGUF does."""
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
-_DECODED_AT_ONCE = 1 << 20
-"""Weights of a thread's piece of work."""
+_CPU = torch.device("cpu")
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -183,25 +182,26 @@ class GGUFCheckpoint(Checkpoint):
             for rows, content in self._rows(tensor, cut):
                 out[rows] = content.view(FLOATS[_PLAIN[tensor.type]])[:, columns]
             return
-        step = max(1, _DECODED_AT_ONCE // tensor.shape[-1])
-        parts = [slice(row, min(row + step, cut.rows)) for row in range(0, cut.rows, step)]
-        with self._decoding:  # each matrix by all threads: several at once would only wait for each other
-            spread([partial(self._decode, tensor, cut, rows, out[rows]) for rows in parts])
 
-    def _decode(self, tensor: GGUFTensor, cut: Cut, rows: slice, out: Tensor) -> None:
-        """Fill ``out`` with some rows of a cut."""
-        part, columns = cut._replace(row=cut.row + rows.start, rows=rows.stop - rows.start), tensor.shape[-1]
-        for inside, content in self._rows(tensor, part):
-            decoded = out.new_empty(len(content), columns)
-            registry.get(_BLOCKS[tensor.type]).decode_({"blocks": content}, decoded)
-            out[inside] = decoded[:, cut.column : cut.column + cut.columns]
+        def decode(rows: slice) -> None:
+            decoded = out.new_empty(rows.stop - rows.start, tensor.shape[-1])
+            blocks = {"blocks": self._content(tensor, cut, rows)}
+            registry.get(_BLOCKS[tensor.type]).decode_(blocks, decoded)
+            out[rows] = decoded[:, columns]
+
+        with self._decoding:  # each matrix by all threads: several at once would only wait for each other
+            each_piece(decode, cut.rows, _CPU, tensor.shape[-1])
 
     def _rows(self, tensor: GGUFTensor, cut: Cut) -> Iterator[tuple[slice, Tensor]]:
         """The rows of a cut, a piece at a time: which of the cut's they are, and their bytes, all columns."""
-        for rows in pieces(cut.rows, torch.device("cpu"), tensor.shape[-1]):
-            content = torch.empty(rows.stop - rows.start, tensor.row_bytes, dtype=torch.uint8)
-            self._files[tensor.path].read_into(tensor, content, (cut.row + rows.start) * tensor.row_bytes)
-            yield rows, content
+        for rows in pieces(cut.rows, _CPU, tensor.shape[-1]):
+            yield rows, self._content(tensor, cut, rows)
+
+    def _content(self, tensor: GGUFTensor, cut: Cut, rows: slice) -> Tensor:
+        """The bytes of some rows of a cut, all columns."""
+        content = torch.empty(rows.stop - rows.start, tensor.row_bytes, dtype=torch.uint8)
+        self._files[tensor.path].read_into(tensor, content, (cut.row + rows.start) * tensor.row_bytes)
+        return content
 
     def close(self) -> None:
         for file in self._files.values():

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import llama.checkpoint.gguf
+import wsm.formats.format as formats
 from llama.checkpoint import open_checkpoint
 from llama.names import Cut
 from tests.gguf_files import CONFIG, random_tensors, write_gguf
 from wsm.errors import StoreError
 
+pytestmark = pytest.mark.usefixtures("three_threads")
+
 EMBEDDING = "tok_embeddings.weight"
-
-
-@pytest.fixture(autouse=True)
-def threads_of_torch() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(llama.checkpoint.gguf, "_DECODED_AT_ONCE", 3 * CONFIG.dim)
+    monkeypatch.setattr(formats, "CPU_PIECE", 3 * CONFIG.dim)
     return write_gguf(tmp_path / "m.gguf", random_tensors(), CONFIG, lambda name: "q6_K")
 
 

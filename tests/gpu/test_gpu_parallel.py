@@ -96,3 +96,61 @@ def test_a_rank_killed_in_decode_ends_the_other_within_30_s(
     assert len(said) == 1
     assert "rank 1" in said[0]
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+SUMS = """
+import os, torch, torch.distributed as dist
+from llama.parallel.near import NearSums
+rank = int(os.environ["RANK"])
+device = torch.device("cuda", rank)
+torch.cuda.set_device(device)
+dist.init_process_group("nccl")
+sums = NearSums(dist.group.WORLD, device)
+torch.manual_seed(rank)
+for dtype in (torch.bfloat16, torch.float32):
+    for shape in [(1, 8), (3, 4096), (32, 8192), (sums.takes.__globals__["SMALL_BYTES"] // 4,)]:
+        x = torch.randn(shape, device=device).to(dtype)
+        theirs = x.clone()
+        dist.all_reduce(theirs)
+        mine, graph = x.clone(), torch.cuda.CUDAGraph()
+        assert sums.sum_(mine) is mine and torch.equal(mine, theirs), (dtype, shape)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            sums.sum_(mine)
+            sums.sum_(mine)
+        mine.copy_(x)
+        for _ in range(20):
+            graph.replay()
+            mine.copy_(x)
+        graph.replay()
+        dist.all_reduce(theirs)
+        assert torch.equal(mine, theirs), (dtype, shape, "in a graph")
+torch.cuda.synchronize()
+dist.barrier()
+if rank == 0:  # the other does not come: this rank's sums go on all the same
+    for _ in range(200):
+        sums.sum_(mine)
+    sums.release()
+    torch.cuda.synchronize()
+    print("released", flush=True)
+os._exit(0)
+"""
+
+
+def test_sums_over_nvlink_are_nccls_bit_by_bit_and_end_without_the_other_rank(tmp_path: Path) -> None:
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
+
+    if not _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix[0][1]:
+        pytest.skip("needs two devices that share NVLink")
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "released" in done.stdout, done.stderr[-2000:]

@@ -77,20 +77,15 @@ class Products:
         return packed if packed is not None else F.linear(x, self._matrix(names))
 
     def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
-        """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum.
-
-        The first rank adds its part to the residual, the others put theirs in its place: summed, it counts once.
-        """
+        """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
         collective = self._source.collective
         self._source.saw(self._group, (name,), x)
-        is_first = collective.shard.rank == 0
         if (packed := self._packed_product(x, (name,))) is not None:
-            h.add_(packed) if is_first else h.copy_(packed)
-        elif is_first:
+            h.add_(collective.reduce_(packed))
+        elif collective.shard.size == 1:
             h.addmm_(x, self._matrix((name,)).t())
         else:
-            torch.mm(x, self._matrix((name,)).t(), out=h)
-        collective.reduce_(h)
+            h.add_(collective.reduce_(F.linear(x, self._matrix((name,)))))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The root-mean-square norm of ``x [n, dim]``."""

@@ -26,7 +26,6 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from llama.parallel.near import NearSums, near_sums
 from llama.parallel.watch import START_S, Ending, RankFailed, Watch
 from llama.parallel.world import Collective, World
 from wsm import stop
@@ -44,18 +43,17 @@ class CollectiveBroken(RuntimeError):
 
 
 class FairscaleCollective(Collective):
-    """Sums and gathers over fairscale's model-parallel group; small sums over NVLink, where the GPUs have it.
+    """Sums and gathers over fairscale's model-parallel group.
 
-    On CUDA they are queued in the order of the current stream, as a kernel is: the host never waits. They can be
+    On CUDA they are queued in the order of the current stream, as a kernel is: the host never waits. NCCL's can be
     captured in a CUDA graph; what is captured is not timed.
     """
 
-    def __init__(self, shard: Shard, timer: Telemetry, near: NearSums | None = None) -> None:
-        self.shard, self._timer, self._near = shard, timer, near
+    def __init__(self, shard: Shard, timer: Telemetry) -> None:
+        self.shard, self._timer = shard, timer
 
     def reduce_(self, x: Tensor) -> Tensor:
-        near = self._near
-        return self._timed(near.sum_ if near and near.takes(x) else reduce_from_model_parallel_region, x)
+        return self._timed(reduce_from_model_parallel_region, x)
 
     def gather(self, x: Tensor) -> Tensor:
         return self._timed(gather_from_model_parallel_region, x)
@@ -89,7 +87,6 @@ class TorchWorld(World):
         super().__init__(shard, local)
         self.watch, self._store, self._asked = watch, store, 0
         self._device: torch.device | None = None
-        self._near: NearSums | None = None
 
     @property
     def hosts(self) -> list[str]:
@@ -161,12 +158,10 @@ class TorchWorld(World):
                 x = torch.zeros(nbytes, dtype=torch.uint8, device=device)
                 dist.all_reduce(x, group=get_model_parallel_group())
                 gather_from_model_parallel_region(x[: 1 << 20])
-            if device.type == "cuda":
-                self._near = near_sums(self, get_model_parallel_group(), device)
         self.barrier()
 
     def collective(self, timer: Telemetry) -> Collective:
-        return FairscaleCollective(self.shard, timer, self._near)
+        return FairscaleCollective(self.shard, timer)
 
     def barrier(self) -> None:
         assert self._device is not None, "a barrier needs a world that is connected"
@@ -178,11 +173,9 @@ class TorchWorld(World):
             idle(self._device)
 
     def abandon(self) -> None:
-        """Kernels of sums wait on the GPU, where only this reaches them; gloo's calls end with the peer's socket."""
+        """NCCL's kernels wait on the GPU, where only an abort reaches them; gloo's calls end with the peer's socket."""
         if self._device is None or self._device.type != "cuda" or not model_parallel_is_initialized():
             return
-        if self._near is not None:
-            self._near.release()
         for group in (get_model_parallel_group(), dist.group.WORLD):
             with contextlib.suppress(Exception):  # aborted already, or failing: the job ends either way
                 if group is not None:

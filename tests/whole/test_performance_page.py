@@ -36,9 +36,9 @@ PLANS = [
         "| 3.34 s | 0.300 | 15 | 79.7 GiB |",
     ),
     (
-        f"{STREAM} 47 --weight-format int4",
-        ["predicted 593.79 ms a pass, 1.684 tokens", " 15.782 "],
-        "| 0.594 s | 1.68 | 47 | 15.8 GiB |",
+        f"{STREAM} 46 --weight-format int4",
+        ["predicted 609.15 ms a pass, 1.642 tokens", " 16.140 "],
+        "| 0.609 s | 1.64 | 46 | 16.1 GiB |",
     ),
     (
         f"{STREAM} 41 --weight-format int4 {PAIR}",

@@ -137,6 +137,11 @@ class KVPlacement:
         return *self.cpu, *self.disk
 
     @property
+    def layers_below(self) -> int:
+        """How many layers have KV that is not on the device."""
+        return len({unit.layer for unit in self.below})
+
+    @property
     def gpu(self) -> tuple[Unit, ...]:
         elsewhere = frozenset(self.below)
         return tuple(unit for unit in self.layout.units() if unit not in elsewhere)

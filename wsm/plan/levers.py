@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from wsm.plan.inputs import PlanInputs
+from wsm.plan.kv import KV_WAIT_MS
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import Ceiling, PassTimes, pass_times
 from wsm.settings import CHOSEN, MODES
@@ -168,16 +169,18 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=_moved).inputs
 
 
-_KV_COSTS = 1.05
-"""Of a byte of weights: KV comes in smaller pieces, and what is new of it goes back."""
+_LINK_BYTES_A_MS = 54e6
+"""Of the link on which :data:`KV_WAIT_MS` was measured: its rate is not known yet when flags are chosen."""
 
 
 def _moved(plan: Plan) -> tuple[bool, int, int]:
-    """What ``--auto`` keeps small: bytes of a pass from the drive that gives more, then over the link; what fits comes
-    first. The store and ``--kv-device`` are read side by side, and either is far slower than the link."""
+    """What ``--auto`` keeps small: bytes of a pass from the drive that gives more, then over the link, with what it
+    could carry while KV is waited for; what fits comes first. The store and ``--kv-device`` are read side by side, and
+    either is far slower than the link."""
     moved = plan.bytes_per_pass
     drives = max(moved["ssd_read"], moved["kv_read"])
-    return not plan.fits, drives, moved["weight_h2d"] + int(moved["kv_h2d"] * _KV_COSTS)
+    waited_for = int(plan.kv.layers_below * KV_WAIT_MS * _LINK_BYTES_A_MS)
+    return not plan.fits, drives, moved["weight_h2d"] + moved["kv_h2d"] + waited_for
 
 
 def _most_layers(inputs: PlanInputs) -> Plan:

@@ -38,13 +38,14 @@ _TYPICAL = {"ssd": 5e3, "kv_read": 5e3, "kv_write": 3e3, "h2d": 25e3, "d2h": 25e
 def row_ms(plan: Plan, ceilings: Mapping[str, Ceiling]) -> float:
     """What a row of the run takes at least: to choose between plans, of other batches too, by known or typical rates.
 
-    A pass is shared by the rows of a wave in the prefill, and by all rows in the decode.
+    A pass is shared by the rows of a wave in the prefill, and by all rows in the decode. Waits for KV are left out:
+    with them fewer rows may be better with the same layers, and :func:`smallest_change` would have to try them all.
     """
     rates = _TYPICAL | {name: ceiling.median for name, ceiling in lasting(ceilings).items()}
     factor = ONE_SLOT if plan.placement.gpu_slots == 1 else 1.0
     rows = {"prefill": min(plan.wave_rows, plan.shape.batch), "decode": plan.shape.batch}
     count = {"prefill": 1, "decode": passes_of(plan)["decode"]}
-    work = pass_work(plan)
+    work = {phase: work._replace(kv_layers=0) for phase, work in pass_work(plan).items()}
     return factor * sum(count[phase] * least_ms(work[phase], rates) / rows[phase] for phase in rows)
 
 
@@ -112,7 +113,8 @@ class _Search:
         """As many layers on the GPU and in CPU memory as fit, at most as many as asked; None if none fit.
 
         What is too much is given up at once, a layer at most for each layer's bytes. What goes with a layer (a chunk's
-        activations may) can free more than that: then layers are taken back as long as they fit.
+        activations may) can free more than that: then layers are taken back as long as they fit, also where what was
+        given up has filled CPU memory.
         """
         mode, layer, too_many = inputs.settings.mode, inputs.slot_bytes(), 0
         while not self.good(plan := make_plan(inputs)):
@@ -126,12 +128,14 @@ class _Search:
             elif over_gpu <= 0 and in_cpu > 1 and mode in CPU_LAYERS.modes:
                 inputs = CPU_LAYERS.at(inputs, max(1, in_cpu - max(1, over_cpu // layer)), self._original)
             else:
-                return None
-        for on_gpu in range(RESIDENTS.value(plan.inputs) + 1, too_many):
-            if not self.good(more := make_plan(RESIDENTS.at(plan.inputs, on_gpu, self._original))):
                 break
-            plan = more
-        return plan
+        found = plan if self.good(plan) else None
+        for on_gpu in range(RESIDENTS.value(plan.inputs) + 1, too_many):
+            if self.good(more := make_plan(RESIDENTS.at(plan.inputs, on_gpu, self._original))):
+                found = more
+            elif found is not None:
+                break
+        return found
 
     def over_rows(self, choice: PlanInputs, best: _Found | None) -> _Found | None:
         """The better of ``best`` and what this choice gives with all rows, or with just so few that a layer more fits.

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 from wsm.layout.groups import KINDS
 from wsm.layout.model import ModelShape
-from wsm.plan.kv import kv_device_bytes
+from wsm.plan.kv import KV_WAIT_MS, kv_device_bytes
 from wsm.plan.plan import Plan
 
 Bound = Literal["ssd", "h2d", "d2h", "hbm", "compute", "weight_decode", "kv_read", "kv_write"]
@@ -45,7 +45,8 @@ class Ceiling:
 class Work(NamedTuple):
     """What has to be moved from and to each tier, in bytes, computed, in floating-point operations, and decoded.
 
-    ``kv_read`` and ``kv_write`` are from and to ``--kv-device``.
+    ``kv_read`` and ``kv_write`` are from and to ``--kv-device``; ``kv_layers`` have KV below the device, and are no
+    resource: see :data:`wsm.plan.kv.KV_WAIT_MS`.
     """
 
     ssd_bytes: float = 0
@@ -56,6 +57,7 @@ class Work(NamedTuple):
     decoded_bytes: float = 0
     kv_read_bytes: float = 0
     kv_write_bytes: float = 0
+    kv_layers: int = 0
 
 
 class Floor(NamedTuple):
@@ -94,7 +96,7 @@ def parts_ms(work: Work, ceilings: Mapping[str, float]) -> dict[Bound, float | N
     TFLOPs: what lasts, and what a card does in its first ``BURST_S``.
     """
     parts: dict[Bound, float | None] = {}
-    for bound, amount in zip(_BOUNDS, work, strict=True):
+    for bound, amount in zip(_BOUNDS, work[: len(_BOUNDS)], strict=True):
         if amount:
             rate = ceilings.get(ceiling_of(bound))
             if bound == "compute":
@@ -167,6 +169,7 @@ def pass_work(plan: Plan) -> dict[str, Work]:
             decoded_bytes=plan.decoded_bytes[phase],
             kv_read_bytes=moved["kv_read"] if phase == "decode" else 0,
             kv_write_bytes=kv_written[phase],
+            kv_layers=plan.kv.layers_below if phase == "decode" else 0,
         )
         for phase, work in of_phase.items()
     }
@@ -270,7 +273,8 @@ def _on_gpu_ms(work: Work, rates: Mapping[str, float]) -> float:
 def _streaming_ms(work: Work, rates: Mapping[str, float]) -> float:
     parts = parts_ms(work, rates)
     ssd_ms, kv_ms = parts.get("ssd") or 0.0, max(parts.get(way) or 0.0 for way in KV_DEVICE)
-    return max(ssd_ms, kv_ms, 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, rates) if "h2d" in rates else 0.0)
+    link_ms = 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, rates) if "h2d" in rates else 0.0
+    return max(ssd_ms, kv_ms, link_ms + KV_WAIT_MS * work.kv_layers)
 
 
 def _link_s(nbytes: float, ssd_s: float, rates: Mapping[str, float]) -> float:

@@ -157,6 +157,19 @@ def test_one_row_less_is_advised_where_it_saves_a_layer() -> None:
     cpu_MiB=21,
     ssd_MBps=500.0,
 )
+@example(  # without layers on the GPU there are too many in CPU memory, with one on each side they fit
+    chosen={
+        "mode": "stream",
+        "gpu_cached_layers": 2,
+        "cpu_cache_layers": 1,
+        "prefetch_distance": 1,
+        "group_prefetch_depth": 1,
+    },
+    rows=1,
+    gpu_MiB=125,
+    cpu_MiB=24,
+    ssd_MBps=500.0,
+)
 @hypothesis_settings(max_examples=25, deadline=None)
 def test_no_other_change_that_fits_is_predicted_to_cost_a_row_noticeably_less(
     chosen: dict[str, Any], rows: int, gpu_MiB: int, cpu_MiB: int, ssd_MBps: float

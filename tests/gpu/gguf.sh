@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A 70B-shaped GGUF of eight layers, streamed and mixed: bash tests/gpu/gguf.sh OUTDIR
-# The file and the packed store lie in ${FAST:-/dev/shm}, a stand-in for a fast drive.
+# The file and the packed store lie in ${FAST:-/dev/shm}, a stand-in for a fast drive; on a real one, FAST=/tmp REPEATS=1.
 set -u
 out=${1:?the folder for the results}
 fast=${FAST:-/dev/shm}/wsm-gguf
@@ -14,7 +14,7 @@ step() {
   local name=$1 began=$SECONDS
   shift
   timeout -s INT -k 10 90 "$python" bench_infer.py --checkpoints "$fast/model.gguf" --quiet --temperature 0 --prompt-len 128 \
-    --max-new-tokens 24 --repeats 3 --gpu-mem-gb 24 --cache-dir "$fast" --out-json "$out/$name.json" "$@" \
+    --max-new-tokens 24 --repeats "${REPEATS:-3}" --gpu-mem-gb 24 --cache-dir "$fast" --out-json "$out/$name.json" "$@" \
     >"$out/$name.log" 2>&1
   echo "$name: exit $?, $((SECONDS - began)) s"
 }

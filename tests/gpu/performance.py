@@ -74,14 +74,13 @@ class Row:
     @property
     def limit_s(self) -> int:
         """Long enough for a first run on a machine, whose kernels are compiled in it."""
-        return LIMIT_S[self.weight_format] + (60 if self.form in FORMS or self.batch_size > 32 else 0)
+        return LIMIT_S[self.weight_format] + (90 if self.form in FORMS or self.batch_size > 32 else 0)
 
     def flags(self, target: str, draft: str) -> list[str]:
         """One short warm-up round (a prefill and two passes) stays: in it kernels are compiled and residents arrive."""
         shape, more, tokens = target, f"--batch-size {self.batch_size}", 8
-        if self.form in FORMS:
-            short = self.weight_format in ("int4", "q4_K")  # of the others a pass takes seconds
-            shape, more, tokens = f"{target}:cycle", FORMS[self.form][0].format(draft=draft), 256 if short else 128
+        if self.form in FORMS:  # fewer tokens do not settle an agreement
+            shape, more, tokens = f"{target}:cycle", FORMS[self.form][0].format(draft=draft), 256
         stored = "auto" if self.weight_format == "bf16" else self.weight_format
         work = f"--synthetic {shape} --weight-format {stored} --mode stream --gpu-mem-gb 24 --auto --embedding cpu"
         return f"{work} --temperature 0 --prompt-len 128 --max-new-tokens {tokens} {more}".split()
@@ -279,12 +278,12 @@ def place_of(entry: Json) -> str:
     )
 
 
-def put_into(page: Path, made: str) -> None:
-    """Put ``made`` between the two comments of ``page``."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"performance.py: {page} lacks the lines {BEGIN} and {END}")
+def put_into(page: Path, made: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put ``made`` between two comments of ``page``."""
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} lacks the lines {begin} and {end}")
     page.write_text(f"{before}{begin}\n\n{made}\n\n{end}{after}", encoding="utf-8")
 
 

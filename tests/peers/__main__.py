@@ -1,7 +1,7 @@
 """This project beside others, on one machine, in one shape.
 
     python -m tests.peers OUT [part …] [--limit 540]     measure: rows are printed at once, and kept in OUT/peers.json
-    python -m tests.peers --table OUT/peers.json         the rows as Markdown, for docs/PERFORMANCE.md
+    python -m tests.peers --table docs/results/peers/*.json [--into docs/PERFORMANCE.md]        the rows as Markdown
 
 Each part has a process and a time limit of its own. What a peer cannot do leaves a row with its error. Parts, in order
 (all of them without a choice), and the seconds that each takes on an H100 with 16 cores, about: see ``--help``.
@@ -27,9 +27,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from tabulate import tabulate
-
 from llama.config import PRESETS
+from tests.gpu.performance import put_into
 from tests.peers import llama_bench, ours
 from tests.peers.rows import MARK, Row, Work, emit, one_line
 
@@ -64,6 +63,10 @@ PARTS: dict[str, tuple[int, int, Callable[[Work, Path], None]]] = {
     "accelerate_disk": (125, 200, _disk),
 }
 """Name -> seconds that it takes, about; its limit; what it does."""
+
+
+BEGIN = "<!-- made by `python -m tests.peers --table docs/results/peers/*.json --into docs/PERFORMANCE.md` -->"
+END = "<!-- end of what the peers' table is -->"
 
 
 def rows_of(command: Sequence[str], log: Path, limit: float) -> Generator[Row, None, None]:
@@ -156,12 +159,8 @@ def table(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if row.s_a_pass]
     for scene in dict.fromkeys(row.scene for row in measured):
         found = sorted((r for r in measured if r.scene == scene), key=lambda r: (r.batch, r.s_a_pass or 0))
-        text += [
-            f"**{scene}**",
-            "",
-            tabulate([_cells(r, rows) for r in found], HEADERS, "github", disable_numparse=True),
-            "",
-        ]
+        lines = [HEADERS, ["---"] * len(HEADERS), *(_cells(r, rows) for r in found)]
+        text += [f"**{scene}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
     for row in rows:
         if row.could_not:
             what = ", ".join(word for word in (row.scene, row.form, row.settings) if word)
@@ -205,11 +204,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs=2, default=(Work.few, Work.many), help="few and many")
     parser.add_argument("--prompt-len", type=int, default=Work.prompt)
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print such files as Markdown, no more")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="put them between the comments of this page")
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     known = parser.parse_intermixed_args(arguments)
     if known.table:
-        print(table([row for path in known.table for row in load(path)]))
+        made = table([row for path in known.table for row in load(path)])
+        if known.into is not None:
+            put_into(known.into, made, BEGIN, END)
+        print(made)
         return
     if known.out is None:
         parser.error("name the folder for the results")

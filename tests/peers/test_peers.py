@@ -15,8 +15,9 @@ from gguf import GGUFReader
 from llama.config import PRESETS
 from tests.gguf_files import CONFIG
 from tests.gpu import gguf_shape
+from tests.gpu.performance import PLACE
 from tests.peers import llama_bench, ours
-from tests.peers.__main__ import load, rows_of, table
+from tests.peers.__main__ import BEGIN, END, load, rows_of, table
 from tests.peers.rows import MARK, Row, Work, attempt
 
 ROW = Row("peer", "scene", "q4_0", 2, "flags", s_a_pass=0.5, passes=3)
@@ -84,6 +85,15 @@ def test_a_peer_is_compared_with_ours_of_its_scene_batch_and_format(tmp_path: Pa
         "5.00 × int4"
     ]
     assert "* x (scene): why" in text
+
+
+def test_the_page_shows_the_published_rows() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    rows = [row for path in sorted(docs.glob("results/peers/*.json")) for row in load(path)]
+    shown = (docs / "PERFORMANCE.md").read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+    assert rows
+    assert shown == table(rows)
+    assert PLACE.findall(" ".join(row.settings + row.could_not for row in rows)) == []
 
 
 def test_llama_benchs_times_are_a_pass() -> None:

@@ -132,7 +132,7 @@ class CompareOptions:
     )
     equal_outputs: bool = option(False, SWITCH, "exit code 1 where two sides generated different tokens")
     output: str = option("text", one_of("text", "md", "csv"), "how the table is printed", flags=("-o",))
-    verbose: bool = same(RunOptions, "verbose")
+    verbose: bool = same(RunOptions, "verbose", help="show each warning, not one of a kind, and give tracebacks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,7 @@ def _run_prompts(options: PromptsOptions) -> int:
 
     tokenizer = _tokenizer_of(options.checkpoints)
     if not options.out.absolute().parent.is_dir():
-        raise UnusableInput(f"--out {options.out}: its directory does not exist")
+        raise UnusableInput(f"--out {options.out}: its directory does not exist; make it first")
     texts = []
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     with reporter.bar(options.count, "prompt", "prompts") as advance:

@@ -23,6 +23,7 @@ Cell = float | str | None
 Rows: TypeAlias = dict[str, Sequence[Cell]]
 """A cell for every side, by figures' names, which carry their units."""
 
+
 @dataclass(frozen=True, slots=True)
 class Against:
     """A side against the base; where ``obstacles`` forbid comparing the two, there is no ratio.
@@ -199,7 +200,10 @@ def copied(sides: Sequence[Side]) -> list[list[str]]:
     held = [once(side.results).keys() for side in sides]
     return [
         [
-            *([f"{side.copies} of its results are copies of another one: each process counts once"] * (side.copies > 0)),
+            *(
+                [f"{side.copies} of its results are copies of another one: each process counts once"]
+                * (side.copies > 0)
+            ),
             *(
                 f"{shared} of its results are those of {other.name}: a process on both sides compares nothing"
                 for other, theirs in zip(sides[:place], held, strict=False)

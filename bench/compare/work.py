@@ -92,7 +92,7 @@ def _unlike_draws(base: Result, side: Result, *, same_device: bool) -> Iterator[
     elif asked := _asked_otherwise(base, side):
         if base.sampler != side.sampler or base.output.sha256 != side.output.sha256:
             values = ", ".join(_against(name, base, side) for name in asked)
-            yield f"{values}: {_give([_spelled(name) for name in asked])}"
+            yield f"{values}: {_give([spelled(name) for name in asked])}"
     elif same_device and base.output.sha256 != side.output.sha256 and not any(_rounded(base, side)):
         yield f"unequal outputs: {base.output.sha256[:12]} against {side.output.sha256[:12]}: {_fault(base, side)}"
 
@@ -171,11 +171,13 @@ def _nodes(result: Result) -> int:
 def differing_flags(results: Iterable[Result], names: Iterable[str]) -> list[str]:
     """Those settings whose values are not all the same, as flags."""
     asked = [result.config.resolved for result in results]
-    return [_spelled(name) for name in names if any(one.get(name) != asked[0].get(name) for one in asked)]
+    return [spelled(name) for name in names if any(one.get(name) != asked[0].get(name) for one in asked)]
 
 
-def _spelled(name: str) -> str:
-    """As people type it: ``-b``, ``--temperature``."""
+def spelled(name: str) -> str:
+    """A setting as people type it: ``-b``, ``--temperature``; of what no flag gives, a variable say, its name."""
+    if name not in _FLAGS:
+        return name
     return min([_FLAGS[name].spelled, *_FLAGS[name].flags], key=len)
 
 

@@ -163,7 +163,7 @@ class CacheOptions:
     words: tuple[str, ...] = option(
         MISSING,
         NAME,
-        "list, or clear, and the names that are meant (`*` and `?` stand for others)",
+        "list, or clear, and the names that are meant; `*` and `?` stand for others",
         metavar="ACTION",
         positional=True,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def run_report(options: ReportOptions) -> int:
     write_atomically(options.out, page(sides))
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
     for line in twice_lines(sides):
-        print(f"[WARNING] {line}", file=sys.stderr)
+        print(f"[WARNING] {line}")
     if options.png is not None:
         options.png.mkdir(parents=True, exist_ok=True)
         charts = [*sweep_charts(sides), *overview_charts(sides)]

@@ -139,7 +139,7 @@ def _rounded(base: Result, side: Result) -> Iterator[str]:
         yield f"{dtypes[0]} and {dtypes[1]} round otherwise"
     kept = [result.config.resolved.get("kv_dtype", "auto") for result in both]
     if kept[0] != kept[1] and "int8" in kept:
-        yield f"--kv-dtype int8 rounds the KV ({_QUALITY})"
+        yield "--kv-dtype int8 rounds the KV (docs/KV.md says how much)"
     chosen = {(kv.topk_blk, kv.fraction_fetched) if kv and not kv.exact else None for kv in map(_kv, both)}
     if len(chosen) > 1:
         blocks = dict.fromkeys(str(found[0]) for found in sorted(filter(None, chosen)))

@@ -93,13 +93,17 @@ def _flags_that_differ(sides: Sequence[Side], comparison: Comparison | None) -> 
     """Of each side, as typed; nothing for the points of a sweep, whose names say it, and of the mode, a column."""
     if comparison is None or all(side.values for side in sides):
         return ["" for _ in sides]
-    shown = {name: values for name, values in comparison.settings.items() if name not in ("mode", *PLACES)}
+    # By its spelling: a variable is in the settings by both its names.
+    shown = {spelled(name): values for name, values in comparison.settings.items() if name not in ("mode", *PLACES)}
     many = f", and {len(shown) - _MOST_FLAGS} more (below)" if len(shown) > _MOST_FLAGS else ""
-    told = [
-        [f"{spelled(name)} {'-' if values[place] is None else values[place]}" for name, values in shown.items()]
-        for place in range(len(sides))
-    ]
+    told = [[f"{flag} {_setting(values[place])}" for flag, values in shown.items()] for place in range(len(sides))]
     return [", ".join(each[:_MOST_FLAGS]) + many for each in told]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def twice_lines(sides: Sequence[Side]) -> list[str]:

@@ -77,7 +77,7 @@ def test_what_only_sampling_reads_explains_nothing_at_temperature_0(against: Cal
         ({"config__resolved__dtype": "float32"}, "bfloat16 and float32 round otherwise"),
         (
             {"config__resolved__kv_dtype": "int8"},
-            "--kv-dtype int8 rounds the KV (`bench_infer.py quality` says how much)",
+            "--kv-dtype int8 rounds the KV (docs/KV.md says how much)",
         ),
         (PARTLY, "--topk-blk 4 left KV blocks out (0 takes all)"),
     ],

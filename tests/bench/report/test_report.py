@@ -134,39 +134,6 @@ def parts(bar: Bar) -> dict[str, float]:
     return {kind: end - start for start, end, kind in bar.spans}
 
 
-def test_the_first_table_names_the_flags_that_differ(measured: Mapping[str, Any], tmp_path: Path) -> None:
-    sides = [
-        Side(name, (typed(varied(measured, [100.0], config__resolved__temperature=at, mode=mode)),), tmp_path)
-        for name, at, mode in (("a", 0.6, "mixed"), ("b", 0.0, "stream"))
-    ]
-    table = page(sides).partition("<table>")[2].partition("</table>")[0]
-    assert "flags that differ" in table
-    assert [cell in table for cell in ("--temperature 0.6<", "--temperature 0.0<", "--mode")] == [True, True, False]
-    assert "flags that differ" not in page(sides[:1])
-
-
-def test_the_points_of_a_sweep_need_no_flags_beside_their_names(swept: list[Side]) -> None:
-    assert "flags that differ" not in page(swept)
-
-
-def test_the_same_result_twice_is_told_on_the_page_and_the_terminal(
-    measured: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    one, out = str(stored(tmp_path / "r.json", measured)), tmp_path / "r.html"
-    assert main(["report", one, one, "--out", str(out)]) == 0
-    told = f"B: 1 of its results are those of {one}: a process on both sides compares nothing"
-    assert f"[WARNING] {told}\n" in capsys.readouterr().out
-    assert html.escape(told) in out.read_text(encoding="utf-8")
-
-
-def test_a_page_whose_folder_is_missing_says_to_make_it(
-    measured: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    one = str(stored(tmp_path / "r.json", measured))
-    assert main(["report", one, "--out", str(tmp_path / "none" / "r.html")]) == 2
-    assert "its folder does not exist; make it first" in capsys.readouterr().err
-
-
 def test_times_and_rooflines_are_the_results_figures(swept: list[Side]) -> None:
     times, rooflines = overview_charts(swept)
     assert times.bars[0].after == "400 ms [392, 416]"

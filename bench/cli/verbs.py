@@ -71,7 +71,10 @@ def _run_compare(options: CompareOptions) -> int:
     from bench.compare.text import as_csv, as_markdown, as_text, output_lines
 
     comparison = compare(read_sides(options.paths))
-    print({"text": as_text, "md": as_markdown, "csv": as_csv}[options.output](comparison))
+    if options.output == "csv":
+        print(as_csv(comparison))
+    else:
+        print((as_text if options.output == "text" else as_markdown)(comparison, verbose=options.verbose))
     unequal = options.equal_outputs and not are_equal(outputs_of(comparison))
     if unequal:
         print(f"bench_infer.py: the outputs are {'; '.join(output_lines(comparison))}", file=sys.stderr)
@@ -105,7 +108,7 @@ def _run_prompts(options: PromptsOptions) -> int:
 
     tokenizer = _tokenizer_of(options.checkpoints)
     if not options.out.absolute().parent.is_dir():
-        raise UnusableInput(f"--out {options.out}: its directory does not exist")
+        raise UnusableInput(f"--out {options.out}: its directory does not exist; make it first")
     texts = []
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     with reporter.bar(options.count, "prompt", "prompts") as advance:

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 from msgspec import UNSET
 
 from bench.compare.difference import Difference, first_difference
-from bench.compare.sides import Side, device_of, differing, mixed_within, once, provenance_of, settings_of
+from bench.compare.sides import Side, differing, mixed_within, once, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
+from bench.compare.work import expected, obstacles, short
 from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
 from bench.result.types_speculation import Speculation
@@ -22,25 +23,20 @@ Cell = float | str | None
 Rows: TypeAlias = dict[str, Sequence[Cell]]
 """A cell for every side, by figures' names, which carry their units."""
 
-_FLAGS = {
-    "batch_size": ("-b", "batch_size"),
-    "prompt tokens": ("-p", "prompt_len"),
-    "new tokens": ("-n", "max_new_tokens"),
-}
-"""What has to be equal, the flag that asks for it, and the flag's setting."""
-
 
 @dataclass(frozen=True, slots=True)
 class Against:
     """A side against the base; where ``obstacles`` forbid comparing the two, there is no ratio.
 
-    ``difference``: where their outputs part; None for equal ones, and where nobody knows.
+    ``difference``: where their outputs part; None for equal ones, and where nobody knows. ``expected``: why they differ
+    as they may, a lossy format beside an exact one say; empty for equal ones, and where they should be.
     """
 
     side: Side
     obstacles: tuple[str, ...]
     ratio: Ratio | None
     difference: Difference | None
+    expected: str
 
     @property
     def verdict(self) -> str:
@@ -71,7 +67,10 @@ class Comparison:
 def compare(sides: Sequence[Side]) -> Comparison:
     """The comparison of every side with the first; raises UnusableInput for fewer than two."""
     if len(sides) < 2:
-        raise UnusableInput(f"compare needs two sides or more, and {sides[0].source if sides else 'nothing'} is one")
+        raise UnusableInput(
+            f"compare needs two sides or more, and {sides[0].source if sides else 'nothing'} is one: name another "
+            "result or folder beside it"
+        )
     typical = [side.typical for side in sides]
     return Comparison(
         sides=sides,
@@ -134,55 +133,10 @@ def _where(typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cel
 
 
 def _against(base: Side, side: Side) -> Against:
-    obstacles = tuple(_obstacles(base, side))
-    ratio = None if obstacles else ratio_of(base.samples("e2e_ms"), side.samples("e2e_ms"))
-    return Against(side, obstacles, ratio, first_difference(base.typical, side.typical))
-
-
-def _obstacles(base: Side, side: Side) -> Iterator[str]:
-    for one in (base, side):
-        if one.typical is None:
-            yield f"{one.name} gave no result ({'; '.join(map(str, one.failures))})"
-            continue
-        if len(devices := dict.fromkeys(device_of(result) for result in one.results)) > 1:
-            yield f"{one.name} mixes compute devices: {', '.join(map(_short, devices))}"
-        if len(hashes := {result.output.sha256 for result in one.results}) > 1:
-            yield f"{one.name} gave {len(hashes)} different outputs from the same settings"
-    if base.typical is not None and side.typical is not None:
-        yield from _unlike(base.typical, side.typical)
-
-
-def _unlike(base: Result, side: Result) -> Iterator[str]:
-    """What has to be equal for a time to mean the same. Unequal outputs are named where nothing else explains them."""
-    have_to_agree = [
-        {
-            "model": result.config.resolved["model"],
-            "model digest": result.provenance.model_digest,
-            "batch_size": result.batch_size,
-            "prompt tokens": result.prompt_lens,
-            "new tokens": result.decode_tokens_total,
-            "compute device": device_of(result),
-            "sampler": result.sampler,
-        }
-        for result in (base, side)
-    ]
-    unlike = differing(have_to_agree)
-    for name, (before, now) in unlike.items():
-        yield f"{name}: {_short(before)} against {_short(now)}{_mend(name, base, side)}"
-    if not unlike.keys() - {"compute device"} and base.output.sha256 != side.output.sha256:
-        yield f"unequal outputs: {base.output.sha256[:12]} against {side.output.sha256[:12]}"
-
-
-def _mend(name: str, base: Result, side: Result) -> str:
-    """How to make runs that compare, where one flag alone is the natural cause."""
-    flag, setting = _FLAGS.get(name, ("", ""))
-    asked = [result.config.resolved.get(setting) for result in (base, side)]
-    return f" (give both runs the same {flag})" if asked[0] != asked[1] else ""
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    found = tuple(obstacles(base, side))
+    ratio = None if found else ratio_of(base.samples("e2e_ms"), side.samples("e2e_ms"))
+    both = base.typical, side.typical
+    return Against(side, found, ratio, first_difference(*both), expected(*both))
 
 
 Outputs: TypeAlias = dict[str | None, list[int]]
@@ -230,21 +184,34 @@ def undecided(comparison: Comparison, threshold_pct: float) -> Iterator[tuple[Si
 def _warnings(sides: Sequence[Side]) -> dict[str, list[str]]:
     """Each warning with its sides' names; what a side's results differ in, and its failed processes, are some too."""
     named: dict[str, list[str]] = {}
-    for side in sides:
+    for side, of_copies in zip(sides, copied(sides), strict=True):
         said = [*dict.fromkeys(line for result in side.results for line in result.warnings)]
         for name, values in mixed_within(side).items():
-            said.append(f"its results differ in {name}: {', '.join(map(_short, values))}")
+            said.append(f"its results differ in {name}: {', '.join(map(short, values))}")
         said += [f"a process failed with {failure}" for failure in side.failures]
-        if side.copies:
-            said.append(f"{side.copies} of its results are copies of another one: each process counts once")
-        if side is not sides[0] and (shared := len(once(sides[0].results).keys() & once(side.results))):
-            said.append(
-                f"{shared} of its results are those of {sides[0].name}: a process on both sides compares nothing"
-            )
-        said += _other_matmul(sides[0].typical, side.typical)
+        said += [*of_copies, *_other_matmul(sides[0].typical, side.typical)]
         for warning in said:
             named.setdefault(warning, []).append(side.name)
     return named
+
+
+def copied(sides: Sequence[Side]) -> list[list[str]]:
+    """Of each side what of it is there twice: within it, or on a side before it."""
+    held = [once(side.results).keys() for side in sides]
+    return [
+        [
+            *(
+                [f"{side.copies} of its results are copies of another one: each process counts once"]
+                * (side.copies > 0)
+            ),
+            *(
+                f"{shared} of its results are those of {other.name}: a process on both sides compares nothing"
+                for other, theirs in zip(sides[:place], held, strict=False)
+                if (shared := len(theirs & held[place]))
+            ),
+        ]
+        for place, side in enumerate(sides)
+    ]
 
 
 def _other_matmul(base: Result | None, side: Result | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from wsm.settings import CHOSEN
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
-_PLACES = frozenset({"out_json", "trace", "output", "print_text", "quiet", "verbose"})
+PLACES = frozenset({"out_json", "trace", "output", "print_text", "quiet", "verbose"})
 """Settings that say where or how a run reports; two runs that differ in them alone are of the same settings."""
 
 
@@ -137,7 +137,7 @@ def _lines(path: Path) -> list[Side]:
 
 
 def _check_same_settings(side: Side) -> None:
-    kept = [{k: v for k, v in settings_of(r).items() if k not in _PLACES | _chosen(r)} for r in side.results]
+    kept = [{k: v for k, v in settings_of(r).items() if k not in PLACES | _chosen(r)} for r in side.results]
     if mixed := differing(kept):
         shown = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in list(mixed.items())[:4])
         raise UnusableInput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,22 +15,26 @@ from bench.compare.difference import Difference
 from bench.compare.verdict import CONFIDENCE
 from bench.result.results import significant
 
+MEDIANS = "each figure is the median of its own over the rounds or processes"
+"""What a table of sides shows, where it is not one round's figures."""
 _MOST_COLUMNS = 5
 """Sides beside each other in text and Markdown; the base is repeated in each block."""
+_VARYING = re.compile(r"^(prefill|decode)(?=: )|\d[\d.,]*")
+"""What two warnings of a kind differ in."""
 _PERCENT = f"{100 * CONFIDENCE:.0f} %"
 
 
-def as_text(comparison: Comparison) -> str:
-    """For the terminal."""
+def as_text(comparison: Comparison, *, verbose: bool = False) -> str:
+    """For the terminal; ``verbose``: every warning, instead of one of a kind."""
     tables = _tables(comparison, "plain", "where the time went (of each side's result of median e2e_ms)")
-    closing = ("\n  ".join(lines) for lines in _closing(comparison))
+    closing = ("\n  ".join(lines) for lines in _closing(comparison, verbose))
     return "\n\n".join(["\n".join(_header(comparison, "")), *tables, *closing])
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: Comparison, *, verbose: bool = False) -> str:
     """For issues and reports."""
     tables = _tables(comparison, "pipe", "Where the time went, of each side's result of median `e2e_ms`:")
-    closing = ("\n* ".join([f"**{title}**\n", *lines]) for title, *lines in _closing(comparison))
+    closing = ("\n* ".join([f"**{title}**\n", *lines]) for title, *lines in _closing(comparison, verbose))
     return "\n\n".join(["  \n".join(_header(comparison, "`")), *tables, *closing])
 
 
@@ -106,7 +111,7 @@ def _bare_ratios(sides: Sequence[Against]) -> Rows:
         "ratio_low99": [None, *(ratio.low if ratio else None for ratio in judged)],
         "ratio_high99": [None, *(ratio.high if ratio else None for ratio in judged)],
         "verdict": ["base", *(side.verdict for side in sides)],
-        "why": [None, *(side.why or None for side in sides)],
+        "why": [None, *(side.why or side.expected or None for side in sides)],
     }
 
 
@@ -132,20 +137,33 @@ def _header(comparison: Comparison, quote: str) -> Iterator[str]:
         role = " (base)" if place == 0 else ""
         name = side.name.replace("|", "\\|").replace("\n", " ")
         yield f"{letters(place)} = {quote}{name}{quote}{role}, {made}"
+    if any(len(side.samples("e2e_ms")) > 1 for side in comparison.sides):
+        yield f"{MEDIANS} (a run's own summary shows its round of median e2e_ms)"
 
 
-def _closing(comparison: Comparison) -> Iterator[list[str]]:
+def _closing(comparison: Comparison, verbose: bool) -> Iterator[list[str]]:
     """Sections: a title, then lines."""
     yield ["outputs", *output_lines(comparison)]
     yield ["verdicts", *verdict_lines(comparison)]
     for title, values in (("settings", comparison.settings), ("provenance", comparison.provenance)):
         yield [f"{title} that differ", *(list(differing_lines(values)) or ["none"])]
-    if comparison.warnings:
-        called = {side.name: letters(place) for place, side in enumerate(comparison.sides)}
-        yield [
-            "warnings",
-            *(f"{', '.join(called[name] for name in names)}: {said}" for said, names in comparison.warnings.items()),
-        ]
+    if lines := [*warning_lines(comparison, verbose)]:
+        yield ["warnings", *lines]
+
+
+def warning_lines(comparison: Comparison, verbose: bool) -> Iterator[str]:
+    """The warnings with their sides' letters: of those that differ in a phase or in figures alone one, unless verbose.
+
+    Each is whole in its result's JSON.
+    """
+    called = {side.name: letters(place) for place, side in enumerate(comparison.sides)}
+    kinds: dict[str, dict[str, Sequence[str]]] = {}
+    for said, names in comparison.warnings.items():
+        kinds.setdefault(said if verbose else _VARYING.sub("#", said), {})[said] = names
+    for alike in kinds.values():
+        meant = {name for names in alike.values() for name in names}
+        more = f" (and {len(alike) - 1} more of the kind: --verbose)" if len(alike) > 1 else ""
+        yield f"{', '.join(called[name] for name in called if name in meant)}: {next(iter(alike))}{more}"
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
@@ -164,7 +182,9 @@ def output_lines(comparison: Comparison) -> Iterator[str]:
     """Whether all sides generated the same tokens; where not, which did, and where the others part from A."""
     yield outputs_line(comparison)
     for place, against in enumerate(comparison.against, 1):
-        if (found := against.difference) is not None:
+        if against.expected:
+            yield f"{letters(place)} has other tokens than A, as it may: {against.expected}"
+        elif (found := against.difference) is not None:
             yield _shown_difference(found, letters(place))
 
 
@@ -174,7 +194,7 @@ def _shown_difference(found: Difference, side: str) -> str:
     if margins:
         said = f"the largest logit is above the next there by {' and '.join(margins)}"
     else:
-        said = "no margin was kept: that takes temperature 0 and --verify-rows above 1"
+        said = "no margin was kept, which tells a near tie: run both with --temperature 0 --verify-rows 2 or more"
     return (
         f"{side} parts from A in row {found.row} at new token {found.token} (position {found.position}): "
         f"token {found.tokens[1]} against token {found.tokens[0]}; {said}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -36,7 +37,32 @@ class _Parser(argparse.ArgumentParser):
         return frozenset(self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
-        raise UnusableInput(f"{message} (see {self.prog} --help)")
+        raise UnusableInput(f"{self._mended(message)} (see {self.prog} --help)")
+
+    def _mended(self, message: str) -> str:
+        """What argparse says, with what to give; its words for a value that is not allowed are ours."""
+        told = {"/".join(action.option_strings) or str(action.metavar): action for action in self._actions}
+        if found := _NO_VALUE.fullmatch(message):
+            action = told[found[1]]
+            return f"{found[1]} needs a value: {action.option_strings[-1]} {action.metavar}"
+        if found := _A_VALUE.fullmatch(message):
+            return f"{found[1]} takes no value: leave {found[2]} out"
+        if found := _LACKS.fullmatch(message):
+            needed = " and ".join(_named(told[name]) for name in found[1].split(", "))
+            return f"{self.prog.rpartition(' ')[2]} needs {needed}"
+        return message
+
+
+_NO_VALUE = re.compile(r"argument (\S+): expected (?:at least )?one argument")
+_A_VALUE = re.compile(r"argument (\S+): ignored explicit argument (.+)")
+_LACKS = re.compile(r"the following arguments are required: (.+)")
+"""argparse's own sentences that say what is wrong and not what to give."""
+
+
+def _named(action: argparse.Action) -> str:
+    """A flag or argument with what it is: ``--manifest FILE (where …)``."""
+    words = [*action.option_strings[-1:], str(action.metavar)]
+    return f"{' '.join(words)} ({(action.help or '').replace('%%', '%')})"
 
 
 class _Program(_Parser):
@@ -159,7 +185,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
     _check_known(argv, parser.of_verb)
     found, left = parser.parse_known_args(list(argv))
     if left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}{_unquoted(argv, left)}")
+        parser.of_verb[found.verb].error(_left_over(argv, left, found.verb))
     values: dict[str, Any] = vars(found)
     verb = str(values.pop("verb"))
     if verb == "sweep":
@@ -193,6 +219,14 @@ def _check_known(argv: Sequence[str], of_verb: Mapping[str, _Parser]) -> None:
             others = [other for other, parser in of_verb.items() if flag in parser.flags]
             hint = f", but of {' and '.join(others)}" if others else meant(flag, known)
             raise UnusableInput(f"{flag} is no flag of {verb}{hint} (see {_PROGRAM} {verb} --help)")
+
+
+def _left_over(argv: Sequence[str], left: Sequence[str], verb: str) -> str:
+    """The sentence for words that belong to nothing."""
+    words = " ".join(left)
+    if listed := [declared for declared in options_of(VERBS[verb][0]).values() if declared.positional]:
+        return f"{words}: name every {metavar_of(listed[0])} of {verb} one behind the other, before or after all flags"
+    return f"{verb} takes no argument {words}{_unquoted(argv, left) or ', only flags and their values'}"
 
 
 def _unquoted(argv: Sequence[str], left: Sequence[str]) -> str:

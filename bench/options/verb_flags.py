@@ -132,7 +132,7 @@ class CompareOptions:
     )
     equal_outputs: bool = option(False, SWITCH, "exit code 1 where two sides generated different tokens")
     output: str = option("text", one_of("text", "md", "csv"), "how the table is printed", flags=("-o",))
-    verbose: bool = same(RunOptions, "verbose")
+    verbose: bool = same(RunOptions, "verbose", help="show each warning, not one of a kind, and give tracebacks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class CacheOptions:
     words: tuple[str, ...] = option(
         MISSING,
         NAME,
-        "list, or clear, and the names that are meant (`*` and `?` stand for others)",
+        "list, or clear, and the names that are meant; `*` and `?` stand for others",
         metavar="ACTION",
         positional=True,
     )

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.compare.compare import compare
-from bench.compare.sides import Side, provenance_of, settings_of
-from bench.compare.text import differing_lines, letters, output_lines, shown_cell, verdict_lines
+from bench.compare.compare import Comparison, compare, copied
+from bench.compare.sides import PLACES, Side, provenance_of, settings_of
+from bench.compare.text import MEDIANS, differing_lines, letters, output_lines, shown_cell, verdict_lines
+from bench.compare.work import spelled
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
 from bench.report.timeline import timelines_of
@@ -31,6 +32,8 @@ _HEAD = """<!doctype html>
 </head>
 <body>"""
 _COLUMNS = ("tpot_ms", "decode_tok_s", "prefill_ms", "ttft_ms", "decode_ms", "e2e_ms")
+_MOST_FLAGS = 6
+"""That the first table has room for; the list of settings has all."""
 _FIGURES = ("n", *_COLUMNS, "floor reached")
 
 
@@ -71,12 +74,41 @@ def _overview(sides: Sequence[Side]) -> Iterator[str]:
     head = ["", "setting", "mode", *_FIGURES, "bound by", *(["against A"] if comparison else [])]
     verdicts = [["base"], *([against.verdict] for against in comparison.against)] if comparison else [[]]
     rows = [[letters(place), *_overview_row(side), *verdicts[place]] for place, side in enumerate(sides)]
+    flags = _flags_that_differ(sides, comparison)
+    if any(flags):
+        head.insert(2, "flags that differ")
+        for row, given in zip(rows, flags, strict=True):
+            row.insert(2, given or None)
     yield _table(head, rows)
+    yield f'<p class="note">{escaped(f"{MEDIANS}; what is bound and reached is of the round of median e2e_ms.")}</p>'
+    yield _list("Results that are there twice", twice_lines(sides))
     if comparison is not None:
         yield _list("Outputs", output_lines(comparison))
         yield _list("Verdicts", verdict_lines(comparison))
         yield _list("Settings that differ", differing_lines(comparison.settings))
         yield _list("Provenance that differ", differing_lines(comparison.provenance))
+
+
+def _flags_that_differ(sides: Sequence[Side], comparison: Comparison | None) -> list[str]:
+    """Of each side, as typed; nothing for the points of a sweep, whose names say it, and of the mode, a column."""
+    if comparison is None or all(side.values for side in sides):
+        return ["" for _ in sides]
+    # By its spelling: a variable is in the settings by both its names.
+    shown = {spelled(name): values for name, values in comparison.settings.items() if name not in ("mode", *PLACES)}
+    many = f", and {len(shown) - _MOST_FLAGS} more (below)" if len(shown) > _MOST_FLAGS else ""
+    told = [[f"{flag} {_setting(values[place])}" for flag, values in shown.items()] for place in range(len(sides))]
+    return [", ".join(each[:_MOST_FLAGS]) + many for each in told]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def twice_lines(sides: Sequence[Side]) -> list[str]:
+    """Which results are there twice, a line each, with their side's letter."""
+    return [f"{letters(place)}: {line}" for place, lines in enumerate(copied(sides)) for line in lines]
 
 
 def _overview_row(side: Side) -> list[str | int | None]:

@@ -20,11 +20,13 @@ def run_report(options: ReportOptions) -> int:
     _check_places(options.out, options.png, options.paths)
     try:
         from bench.report.draw import write_png
-        from bench.report.page import page
+        from bench.report.page import page, twice_lines
     except ModuleNotFoundError as error:
         raise UnusableInput(f"report needs {error.name}: {called()[0]} -m pip install matplotlib") from None
     write_atomically(options.out, page(sides))
     print(f"[INFO] {len(sides)} side(s) in {options.out}")
+    for line in twice_lines(sides):
+        print(f"[WARNING] {line}")
     if options.png is not None:
         options.png.mkdir(parents=True, exist_ok=True)
         charts = [*sweep_charts(sides), *overview_charts(sides)]
@@ -42,7 +44,7 @@ def _check_places(out: Path, png: Path | None, read: Sequence[Path]) -> None:
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
     if not out.absolute().parent.is_dir():
-        raise UnusableInput(f"--out {out}: its folder does not exist")
+        raise UnusableInput(f"--out {out}: its folder does not exist; make it first")
     if png is not None:
         there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
         if not there.is_dir() or png.absolute() == out.absolute():

@@ -20,7 +20,8 @@ BEYOND = 1e24
 MOST_BYTES = 64 << 20
 _NUMBERS = re.compile(r"\[\n\s+([-+.\w,\s]+?)\s+\]")
 """A list of numbers, one on each line: no text of the JSON has a line's end in it."""
-_BROKEN = "was the run broken off?"
+_TAKES = "name what a run's --out-json wrote"
+_BROKEN = f"was the run broken off? {_TAKES}"
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
@@ -49,8 +50,14 @@ def dump(result: Result) -> str:
 
 def read_result(path: Path) -> Result:
     """The result of a file; raises UnusableInput if it is missing, damaged, no result, or of another schema."""
-    content = read_file(path, most_bytes=MOST_BYTES, pipes=True)
-    return checked(_parse(content, str(path)), str(path))
+    return checked(_parse(_content(path), str(path)), str(path))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_file(path, most_bytes=MOST_BYTES, pipes=True)
+    except UnusableInput as error:
+        raise UnusableInput(f"{error}; {_TAKES}") from error
 
 
 def held_result(path: Path) -> dict[str, Any] | None:
@@ -64,7 +71,7 @@ def held_result(path: Path) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each line of a file of JSON lines is, and what it holds; raises UnusableInput as for a file of one."""
-    for number, line in enumerate(read_file(path, most_bytes=MOST_BYTES, pipes=True).split(b"\n"), 1):
+    for number, line in enumerate(_content(path).split(b"\n"), 1):
         if line.strip():
             yield (where := f"{path}, line {number},"), _parse(line, where)
 
@@ -72,7 +79,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(content: bytes, where: str) -> Any:
     """Raises UnusableInput: for another file, and for one that began as a result (or as nothing) it says so."""
     if content.lstrip(b"\xef\xbb\xbf \t\r\n\0")[:1] not in (b"{", b""):
-        raise UnusableInput(f"{where} is no result of bench_infer.py (no JSON object)")
+        raise UnusableInput(f"{where} is no result of bench_infer.py (no JSON object); {_TAKES}")
     return parse_json(content, where, _BROKEN)
 
 
@@ -83,7 +90,7 @@ def checked(found: Any, where: str) -> Result:
     """
     version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int:
-        raise UnusableInput(f"{where} is no result of bench_infer.py")
+        raise UnusableInput(f"{where} is no result of bench_infer.py; {_TAKES}")
     if version != SCHEMA_VERSION:
         by = f"{'a newer' if version > SCHEMA_VERSION else 'an older'} bench_infer.py"
         raise UnusableInput(f"{where} is of schema {version}, from {by}; this one reads {SCHEMA_VERSION}")

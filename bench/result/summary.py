@@ -54,6 +54,7 @@ def summary(result: Result) -> str:
             low, high = spread.median_ci95
             over += f", 95 % interval of the median {low:.3f} to {high:.3f}"
         lines.append(f"{'e2e_ms over rounds':>24}: {over}")
+        lines.append(f"{'figures':>24}: of the round of median e2e_ms; `compare` shows each figure's own median")
     if isinstance(held := result.weights, Weights) and held.rest_bytes < held.decoded_bytes:
         took = f", decoding {held.decode_ms:.3f} ms a decode pass" if held.decode_ms is not None else ""
         lines.append(

@@ -63,8 +63,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if (directory / "adapter_config.json").exists():
         raise UnusableInput(f"--checkpoints {directory}: a LoRA adapter alone; merge it into its base model first")
     raise UnusableInput(
-        f"--checkpoints {directory}: neither params.json (Meta) nor config.json (Hugging Face) is in it; "
-        "name the directory that holds the model's files"
+        f"--checkpoints {directory}: neither params.json (Meta) nor config.json (Hugging Face) nor a .gguf file is in "
+        "it; name the directory that holds the model's files, or a GGUF file"
     )
 
 
@@ -87,7 +87,10 @@ class WeightlessCheckpoint(Checkpoint):
             if config is None and (directory / file).exists():
                 config = read(read_json(directory / file), directory.resolve().name)
         if config is None:
-            raise UnusableInput(f"--checkpoints {directory}: neither params.json nor config.json is in it")
+            raise UnusableInput(
+                f"--checkpoints {directory}: neither params.json nor config.json is in it; name the directory that "
+                "holds the model's files"
+            )
         super().__init__(config, torch.bfloat16, directory)
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:

@@ -70,7 +70,9 @@ def _named(spec: str, said: str, known: str, options: Sequence[str]) -> tuple[Mo
     count = given.pop("layers=", "1")
     is_count = count.isascii() and count.isdecimal() and len(count) <= 6 and int(count) >= 1
     if not is_count or len({key.rstrip("=") for key, _, _ in words}) < len(words) or not given.keys() <= set(options):
-        raise UnusableInput(f"{said}: after the name only {known} are understood, each once, N at least 1")
+        other = next((key for key in given if key not in options), "")
+        hint = meant(other, ("layers=", *options)) if other else ""
+        raise UnusableInput(f"{said}: after the name only {known} are understood, each once, N at least 1{hint}")
     if any(key == "layers" for key, _, _ in words):
         config = dataclasses.replace(config, name=f"{config.name}:layers={int(count)}", n_layers=int(count))
     return config, given

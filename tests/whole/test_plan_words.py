@@ -66,8 +66,8 @@ def test_a_plan_of_nothing_real_says_what_to_name(run: Run, tmp_path: Path) -> N
     [
         ("--machine RTX 4090 --cpu-mem-gb 8", "4090; put a name or text with blanks in quotes: --machine 'RTX 4090' ("),
         ("--prompt The sky is", "sky is; put a name or text with blanks in quotes: --prompt 'The sky is' ("),
-        ("RTX", "unrecognized arguments: RTX ("),
-        ("--auto RTX 4090", "unrecognized arguments: RTX 4090 ("),
+        ("RTX", "plan takes no argument RTX, only flags and their values ("),
+        ("--auto RTX 4090", "plan takes no argument RTX 4090, only flags and their values ("),
         ("--weight-format Q4_K_M", "not Q4_K_M; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs"),
         ("--weight-format Q4_K", "not Q4_K; did you mean q4_K?"),
         (

@@ -100,7 +100,7 @@ def check_place(target: str, label: str) -> Path:
         raise UnusableInput(f"{label} is neither a file nor a block device")
     refuse_in_dev(path, label)
     if not path.parent.is_dir():
-        raise UnusableInput(f"{label}: its directory does not exist")
+        raise UnusableInput(f"{label}: its directory does not exist; make it first")
     return path
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from typing import TYPE_CHECKING
 
 from wsm.errors import UnusableInput
+from wsm.option import meant
 
 if TYPE_CHECKING:
     from wsm.formats.format import WeightFormat
@@ -30,6 +30,4 @@ def get(name: str) -> WeightFormat:
     for family in (Exact, Float8, Integer, BlockType):
         if (found := family.named(name)) is not None:
             return found
-    close = difflib.get_close_matches(name, ALL, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise UnusableInput(f"the weight format {name:.60} is not known; there are {', '.join(ALL)}{hint}")
+    raise UnusableInput(f"the weight format {name:.60} is not known; there are {', '.join(ALL)}{meant(name[:60], ALL)}")

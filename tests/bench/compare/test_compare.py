@@ -97,12 +97,14 @@ def test_where_one_flag_made_the_work_different_it_is_named(
     ]
     [against] = compare(sides).against
     [obstacle] = against.obstacles
-    assert obstacle.endswith(f": {values[0]} against {values[1]} (give both runs the same {flag})")
+    assert obstacle.endswith(f": {values[0]} against {values[1]}: give both the same {flag}")
 
 
 def test_other_tokens_explain_another_output(side: Callable[..., Side]) -> None:
     [against] = compare([side("a", BASE), side("b", BASE, prompt_lens=[9], output__sha256="0" * 64)]).against
-    assert against.obstacles == ("prompt tokens: [8] against [9]",)
+    assert against.obstacles == (
+        "prompt tokens: [8] against [9]: the prompts are not the same: run both with the same ones",
+    )
 
 
 def test_another_way_to_draw_tokens_is_named_only_where_tokens_were_drawn(
@@ -281,6 +283,16 @@ def test_a_line_twice_in_a_file_of_lines_counts_once(measured: Mapping[str, Any]
     (tmp_path / "all.jsonl").write_text("".join(lines + lines[:2]))
     [side] = read_sides([tmp_path / "all.jsonl"])
     assert (side.samples("e2e_ms"), side.copies) == (BASE, 2)
+
+
+def test_a_process_on_two_sides_is_told_though_none_of_them_is_the_base(
+    measured: Mapping[str, Any], tmp_path: Path
+) -> None:
+    paths = [
+        stored(tmp_path / f"{n}.json", varied(measured, s)) for n, s in (("a", BASE), ("b", SLOWER), ("c", SLOWER))
+    ]
+    told = as_text(compare(read_sides(paths)))
+    assert "  C: 1 of its results are those of b: a process on both sides compares nothing" in told.splitlines()
 
 
 def test_a_process_on_both_sides_is_told(measured: Mapping[str, Any], tmp_path: Path) -> None:

@@ -187,10 +187,14 @@ def test_what_cannot_be_read_is_exit_2_and_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.json").write_text("{")
-    for path in ("bad.json", "none.json", "."):
+    (tmp_path / "read.md").write_text("# no JSON")
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "f").mkdir()
+    for path in ("bad.json", "none.json", "read.md", "other.json", "f"):
         assert main([verb, path, path]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
+        assert ("name what a run's --out-json wrote" in err) == (path != "f")
     assert not (tmp_path / "report.html").exists()
 
 

@@ -358,6 +358,27 @@ def test_another_seed_is_of_the_same_synthetic_weights() -> None:
     assert "--seed" in refusal("pack", "--to", "t", "--manifest", "m", "--seed", "1")
 
 
+# -- what to give
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["pack", "--to", "x"], "pack needs --manifest FILE (where the store's description is written) ("),
+        (["pack"], "pack needs --to TARGET[,TARGET] (file or block device; several are striped) and --manifest FILE ("),
+        (["cache"], "cache needs ACTION (list, or clear, and "),
+        (["compare"], "compare needs RESULT (a result's .json, "),
+        (["compare", "a", "b", "--threshold"], "--threshold needs a value: --threshold PCT ("),
+        (["-b"], "-b/--batch-size needs a value: --batch-size N ("),
+        (["--auto=1"], "--auto takes no value: leave '1' out ("),
+        (["run", "extra.json"], "run takes no argument extra.json, only flags and their values ("),
+        (["compare", "a", "--threshold", "3", "b"], "b: name every RESULT of compare one behind the other, "),
+    ],
+)
+def test_what_argparse_misses_is_said_with_what_to_give(argv: list[str], said: str) -> None:
+    assert refusal(*argv).startswith(said)
+
+
 # -- what was meant
 
 
@@ -371,6 +392,9 @@ def test_another_seed_is_of_the_same_synthetic_weights() -> None:
         (["pack", "--too", "x"], "--too is no flag of pack; did you mean --to?"),
         (["--mode", "Mixed"], "--mode: must be mixed, stream, preload or full, not Mixed; did you mean mixed?"),
         (["compare", "a", "-o", "cvs"], "not cvs; did you mean csv?"),
+        (["--weight-format", "int3"], "not int3; did you mean int4?"),
+        (["--weight-format", "int7"], "not int7; did you mean int8?"),
+        (["--weight-format", "q3_K"], "not q3_K; did you mean q4_K?"),
         (["sweep", "--prefetch-distence", "4,6"], "no flag of sweep; did you mean --prefetch-distance?"),
         (["sweep", "--out-json", "a"], "--out-json is no flag of sweep, but of run and plan"),
         (["-x"], "-x is no flag of run"),

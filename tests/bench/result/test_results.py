@@ -599,7 +599,7 @@ def test_a_damaged_result_is_named(tmp_path: Path, content: bytes) -> None:
 def test_another_file_is_told_from_a_result_that_was_cut(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "r.json"
     path.write_bytes(content)
-    assert refusal(path).endswith(said)
+    assert refusal(path).removesuffix(" name what a run's --out-json wrote").rstrip(";").endswith(said)
 
 
 def test_json_nested_beyond_reason_is_named(tmp_path: Path) -> None:
@@ -814,6 +814,13 @@ def test_the_summary_shows_the_guides_figures_and_the_floor(runs: Mapping[str, A
     assert "decode floor: " in text
     assert "bound by" in text
     assert "decode floor: not known" in summary(typed(runs["full"]))
+
+
+@pytest.mark.parametrize("stdev", [None, 2.5])
+def test_the_summary_of_several_rounds_says_which_one_it_shows(runs: Mapping[str, Any], stdev: float | None) -> None:
+    text = summary(typed(varied(runs["mixed"], repeats__statistics__e2e_ms__stdev=stdev)))
+    said = "figures: of the round of median e2e_ms; `compare` shows each figure's own median"
+    assert (said in text) == (stdev is not None)
 
 
 @pytest.mark.parametrize("mode", MODES)

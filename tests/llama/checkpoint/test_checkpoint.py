@@ -600,7 +600,7 @@ def test_places_that_hold_no_model_are_refused(hf: Path, tmp_path: Path) -> None
     gguf.write_bytes(b"GGUF")
     assert "model.gguf is damaged (it ends within its header" in refusal(gguf)
     gguf.unlink()
-    assert "neither params.json" in refusal(tmp_path)
+    assert "neither params.json (Meta) nor config.json (Hugging Face) nor a .gguf file is in it" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "LoRA adapter alone" in refusal(tmp_path)
 
@@ -678,6 +678,12 @@ def test_layers_are_counted_as_asked() -> None:
 def test_other_options_than_layers_are_refused(option: str) -> None:
     with pytest.raises(UnusableInput, match="only :layers=N and :cycle are understood"):
         synthetic("Llama-3.1-8B" + option)
+
+
+@pytest.mark.parametrize(("option", "meant"), [("layer=16", "layers="), ("layers", "layers="), ("cycles", "cycle")])
+def test_a_misspelled_option_of_a_synthetic_model_is_answered_with_the_nearest(option: str, meant: str) -> None:
+    with pytest.raises(UnusableInput, match=f"did you mean {meant}\\?$"):
+        synthetic(f"Llama-3.1-8B:{option}")
 
 
 def test_an_unknown_preset_is_refused_with_where_the_known_ones_are() -> None:

@@ -27,8 +27,9 @@ def test_another_spelling_is_refused(name: str) -> None:
 
 
 def test_a_near_miss_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UnusableInput, match=r"did you mean exact\?"):
-        get("exakt")
+    for asked, nearest in (("exakt", "exact"), ("int3", "int4"), ("int9", "int8")):
+        with pytest.raises(UnusableInput, match=rf"did you mean {nearest}\?"):
+            get(asked)
 
 
 def test_the_names_are_known_without_torch() -> None:

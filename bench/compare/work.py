@@ -1,0 +1,198 @@
+"""Whether two results are of the same work: what forbids comparing, and why tokens differ, in a user's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from msgspec import UNSET
+
+from bench.compare.sides import Side, device_of
+from bench.options.run_flags import RunOptions
+from bench.result.types import Result
+from bench.result.types_machine import KV, Weights
+from bench.result.types_speculation import Speculation
+from wsm.option import options_of
+
+_FLAGS = options_of(RunOptions)
+_QUALITY = "`bench_infer.py quality` says how much"
+
+
+class _Fact(NamedTuple):
+    """What has to be equal, the settings that it follows from, and the mend where none of those differs."""
+
+    name: str
+    of: Callable[[Result], object]
+    settings: tuple[str, ...]
+    mend: str
+
+
+_FACTS = (
+    _Fact("model", lambda r: r.config.resolved["model"], ("checkpoints", "synthetic"), "run the same model"),
+    _Fact(
+        "model digest",
+        lambda r: r.provenance.model_digest,
+        ("checkpoints", "synthetic", "manifest"),
+        "the checkpoint's files are not the same: run both from the same ones",
+    ),
+    _Fact("batch_size", lambda r: r.batch_size, ("batch_size",), "run as many rows"),
+    _Fact(
+        "prompt tokens",
+        lambda r: r.prompt_lens,
+        ("prompts", "prompt", "prompt_len", "chat", "max_seq_len"),
+        "the prompts are not the same: run both with the same ones",
+    ),
+    _Fact(
+        "new tokens",
+        lambda r: r.decode_tokens_total,
+        ("max_new_tokens", "ignore_eos"),
+        "rows ended at a stop token: run both with --ignore-eos",
+    ),
+)
+
+
+def obstacles(base: Side, side: Side) -> Iterator[str]:
+    """What forbids comparing two sides, a sentence each."""
+    for one in (base, side):
+        if one.typical is None:
+            yield f"{one.name} gave no result ({'; '.join(map(str, one.failures))})"
+            continue
+        if len(devices := dict.fromkeys(device_of(result) for result in one.results)) > 1:
+            yield f"{one.name} mixes compute devices: {', '.join(map(short, devices))}"
+        if len(hashes := {result.output.sha256 for result in one.results}) > 1:
+            yield f"{one.name} gave {len(hashes)} different outputs from the same settings"
+    if base.typical is not None and side.typical is not None:
+        yield from _unlike(base.typical, side.typical)
+
+
+def _unlike(base: Result, side: Result) -> Iterator[str]:
+    """What has to be equal for a time to mean the same; what follows from one that is told is not told as well."""
+    both, told = (base, side), 0
+    for fact in _FACTS:
+        before, now = map(fact.of, both)
+        flags = differing_flags(both, fact.settings)
+        if before != now and (flags or not told):
+            told += 1
+            yield f"{fact.name}: {short(before)} against {short(now)}: {_give(flags) or fact.mend}"
+    before, now = map(device_of, both)
+    if before != now:
+        flags = differing_flags(both, ("device",))
+        yield f"compute device: {short(before)} against {short(now)}: {_give(flags) or 'run both on the same one'}"
+    if not told:
+        yield from _unlike_draws(base, side, same_device=before == now)
+
+
+def _unlike_draws(base: Result, side: Result, *, same_device: bool) -> Iterator[str]:
+    """How tokens were drawn, which is work too; and, where nothing else explains them, unequal outputs."""
+    if base.sampler != side.sampler and None not in (base.sampler, side.sampler):
+        yield (
+            f"sampler: {base.sampler} against {side.sampler}: an older version drew other tokens at a temperature "
+            "above 0; run both with one version, or with --temperature 0"
+        )
+    elif asked := _asked_otherwise(base, side):
+        if base.sampler != side.sampler or base.output.sha256 != side.output.sha256:
+            values = ", ".join(_against(name, base, side) for name in asked)
+            yield f"{values}: {_give([spelled(name) for name in asked])}"
+    elif same_device and base.output.sha256 != side.output.sha256 and not any(_rounded(base, side)):
+        yield f"unequal outputs: {base.output.sha256[:12]} against {side.output.sha256[:12]}: {_fault(base, side)}"
+
+
+def _fault(base: Result, side: Result) -> str:
+    """What to do about outputs that should have been equal."""
+    rows = _nodes(base), _nodes(side)
+    if rows[0] != rows[1]:
+        return f"passes of {rows[0]} and of {rows[1]} rows may round otherwise; give both --verify-rows {max(rows)}"
+    if flags := differing_flags((base, side), ("tp",)):
+        return f"sums over more ranks may round otherwise; {_give(flags)}"
+    versions = [(r.provenance.git_commit, r.provenance.torch, r.provenance.cuda) for r in (base, side)]
+    if versions[0] != versions[1]:
+        return "the program or torch is another version; run both with the same"
+    return "no setting that differs may change tokens, so it is an error of the program or the machine"
+
+
+def expected(base: Result | None, side: Result | None) -> str:
+    """Why two outputs differ as they may; empty where they are equal, and where nothing in the settings says so."""
+    if base is None or side is None or base.output.sha256 == side.output.sha256:
+        return ""
+    asked = [_against(name, base, side) for name in _asked_otherwise(base, side)]
+    return "; ".join([*asked, *_rounded(base, side)])
+
+
+def _asked_otherwise(base: Result, side: Result) -> list[str]:
+    """The settings that choose the tokens and differ; what sampling alone reads counts where both sample."""
+    both = [result.config.resolved for result in (base, side)]
+    sampling = all(resolved.get("temperature") != 0 for resolved in both)
+    names = ["prompts", "prompt", "prompt_len", "chat", "temperature", *(["top_p"] if sampling else [])]
+    if sampling or any(resolved.get("prompt_len") is not None for resolved in both):
+        names.append("seed")
+    return [name for name in names if both[0].get(name) != both[1].get(name)]
+
+
+def _rounded(base: Result, side: Result) -> Iterator[str]:
+    """What of formats and KV makes other tokens of the same work: one of the two lossy, or of another dtype."""
+    both = (base, side)
+    formats = [_format(result) for result in both]
+    if formats[0] != formats[1] and (lossy := {name: None for name, exact, _ in formats if not exact}):
+        yield f"{' and '.join(lossy)} round{'s' * (len(lossy) == 1)} the weights ({_QUALITY})"
+    dtypes = [str(result.config.resolved.get("dtype")) for result in both]
+    if dtypes[0] != dtypes[1]:
+        yield f"{dtypes[0]} and {dtypes[1]} round otherwise"
+    kept = [result.config.resolved.get("kv_dtype", "auto") for result in both]
+    if kept[0] != kept[1] and "int8" in kept:
+        yield "--kv-dtype int8 rounds the KV (docs/KV.md says how much)"
+    chosen = {(kv.topk_blk, kv.fraction_fetched) if kv and not kv.exact else None for kv in map(_kv, both)}
+    if len(chosen) > 1:
+        blocks = dict.fromkeys(str(found[0]) for found in sorted(filter(None, chosen)))
+        yield f"--topk-blk {' and '.join(blocks)} left KV blocks out (0 takes all)"
+
+
+def _format(result: Result) -> tuple[str, bool, Any]:
+    """The weight format, whether it is exact, and the store that a lossy one was read from: each may round its own."""
+    held = result.weights
+    if not isinstance(held, Weights):
+        return str(result.config.resolved.get("dtype")), True, None
+    return held.weight_format, held.exact, None if held.exact else result.config.resolved.get("manifest")
+
+
+def _kv(result: Result) -> KV | None:
+    return None if result.kv is UNSET else result.kv
+
+
+def _nodes(result: Result) -> int:
+    """Rows of a pass for each row of the batch."""
+    if isinstance(result.speculation, Speculation):
+        return result.speculation.nodes
+    return int(result.config.resolved.get("verify_rows") or 1)
+
+
+# -- words
+
+
+def differing_flags(results: Iterable[Result], names: Iterable[str]) -> list[str]:
+    """Those settings whose values are not all the same, as flags."""
+    asked = [result.config.resolved for result in results]
+    return [spelled(name) for name in names if any(one.get(name) != asked[0].get(name) for one in asked)]
+
+
+def spelled(name: str) -> str:
+    """A setting as people type it: ``-b``, ``--temperature``; of what no flag gives, a variable say, its name."""
+    if name not in _FLAGS:
+        return name
+    return min([_FLAGS[name].spelled, *_FLAGS[name].flags], key=len)
+
+
+def _give(flags: Iterable[str]) -> str:
+    named = " and ".join(flags)
+    return named and f"give both the same {named}"
+
+
+def _against(name: str, base: Result, side: Result) -> str:
+    values = [result.config.resolved.get(name) for result in (base, side)]
+    before, now = (f"{v:g}" if isinstance(v, float) else "none" if v is None else short(v) for v in values)
+    return f"{name} {before} against {now}"
+
+
+def short(value: Any) -> str:
+    """What a sentence has room for."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -35,7 +35,7 @@ def tile_(out: Tensor, block: Tensor, start: int) -> None:
 
 
 class Rows(NamedTuple):
-    """Weights of a matrix that is tiled: ``count`` stretches of ``length`` weights, one behind the other.
+    """Weights of a matrix that is tiled: ``stretches`` of ``length`` weights each, one behind the other.
 
     The first begins at ``start`` in the endless tiling, each later one ``stride`` weights behind the one before. Whole
     rows of a matrix are one stretch; of a part of its columns each row is one.
@@ -43,17 +43,17 @@ class Rows(NamedTuple):
 
     start: int
     stride: int
-    count: int
+    stretches: int
     length: int
 
     @property
     def weights(self) -> int:
-        return self.count * self.length
+        return self.stretches * self.length
 
     @property
     def in_pairs(self) -> bool:
         """Whether pairs of weights are pairs of the tiling: none is of two stretches."""
-        return self.count == 1 or self.length % 2 == self.stride % 2 == 0
+        return self.stretches == 1 or self.length % 2 == self.stride % 2 == 0
 
 
 def tile_rows_(out: Tensor, twice: Tensor, rows: Rows) -> None:
@@ -61,10 +61,10 @@ def tile_rows_(out: Tensor, twice: Tensor, rows: Rows) -> None:
 
     ``length`` is at most the block's. By numpy, as :func:`tile_`.
     """
-    matrix, period, row = out.view(rows.count, rows.length).numpy(), len(twice) // 2, 0
-    while row < rows.count:
+    matrix, period, row = out.view(rows.stretches, rows.length).numpy(), len(twice) // 2, 0
+    while row < rows.stretches:
         begin = (rows.start + row * rows.stride) % period
-        count = min(rows.count - row, -(-(period - begin) // rows.stride))  # that begin before the block's end
+        count = min(rows.stretches - row, -(-(period - begin) // rows.stride))  # that begin before the block's end
         matrix[row : row + count] = twice.as_strided((count, rows.length), (rows.stride, 1), begin).numpy()
         row += count
 
@@ -139,7 +139,7 @@ class TiledExact:
             start=rows.start * (self._period + 1) // 2, stride=rows.stride // 2, length=-(-rows.length // 2)
         )
         for name, block, part in (("signs", self._signs, rows), ("codes", self._in_pairs(base), pairs)):
-            if rows.count == 1:
+            if rows.stretches == 1:
                 tile_(planes[name], block[: self._period], part.start % self._period)
             else:
                 tile_rows_(planes[name], block, part)
@@ -155,7 +155,7 @@ class TiledExact:
         endless = (rounds + escapes).flatten()
         first, end = torch.searchsorted(endless, begins), torch.searchsorted(endless, begins + rows.length)
         found = end - first
-        row = torch.arange(rows.count).repeat_interleave(found)
+        row = torch.arange(rows.stretches).repeat_interleave(found)
         inside = torch.arange(len(row)) + (end - found.cumsum(0))[row]
         at = endless[inside] - begins[row] + row * rows.length
         ends = torch.arange(1, planes["counts"].numel() + 1) * BLOCK_WEIGHTS
@@ -164,11 +164,11 @@ class TiledExact:
         planes["exponents"].copy_(self._exponents[endless[inside] % self._period])
 
     def _begins(self, rows: Rows) -> Tensor:
-        return (rows.start % self._period + torch.arange(rows.count) * rows.stride) % self._period
+        return (rows.start % self._period + torch.arange(rows.stretches) * rows.stride) % self._period
 
     def _seen(self, rows: Rows) -> Tensor:
         """How often each exponent is in these rows."""
-        if rows.count == 1:
+        if rows.stretches == 1:
             start = rows.start % self._period
             whole, end = divmod(start + rows.length, self._period)
             return whole * self._counted[-1] + self._before(end) - self._before(start)
@@ -176,9 +176,9 @@ class TiledExact:
         ends = begins + rest
         # In how many stretches each weight of the block is, by where they begin and end.
         inside = torch.zeros(self._period, dtype=torch.float64)
-        inside.index_add_(0, begins, torch.ones(rows.count, dtype=torch.float64))
-        inside.index_add_(0, ends % self._period, torch.ones(rows.count, dtype=torch.float64), alpha=-1)
-        inside[0] += int((ends >= self._period).sum()) + whole * rows.count
+        inside.index_add_(0, begins, torch.ones(rows.stretches, dtype=torch.float64))
+        inside.index_add_(0, ends % self._period, torch.ones(rows.stretches, dtype=torch.float64), alpha=-1)
+        inside[0] += int((ends >= self._period).sum()) + whole * rows.stretches
         return self._exponents.bincount(inside.cumsum_(0), minlength=256).long()  # sums below 2^53 are exact
 
     def _before(self, place: int) -> Tensor:

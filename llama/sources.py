@@ -41,7 +41,8 @@ def find_store(
     encoded = [each for each in (inputs, draft) if each is not None and _is_encoded_here(each)]
     if all(each.description is not None for each in encoded):
         return
-    plan = plan_run(options, inputs, shape)
+    with reporter.bar(None, "", "planning"):
+        plan = plan_run(options, inputs, shape)
     for each in encoded:
         streamed = each is inputs and "SSD" in plan.way
         if each.description is None and (streamed or not each.synthetic):

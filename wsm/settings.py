@@ -73,9 +73,16 @@ CHOSEN = frozenset({"gpu_cached_layers", "group_prefetch_depth", "cpu_cache_laye
 
 _VARIABLES = {declared.spelled: declared for declared in options_of(Settings).values() if declared.by_variable}
 WSM_PRESETS: Mapping[str, str] = {name: declared.default_text for name, declared in _VARIABLES.items()}
+
+
+def threads_of(cores: int, ranks: int = 1) -> int:
+    """Torch's CPU threads in each of a host's ``ranks``: 8, at most its share of the cores, at least 1."""
+    return max(1, min(8, cores // ranks))
+
+
 _CORES = len(os.sched_getaffinity(0))
 THREADS: Mapping[str, tuple[str, str, str]] = {
-    "OMP_NUM_THREADS": (str(min(8, _CORES)), "8, at most the cores there are", "CPU threads of torch"),
+    "OMP_NUM_THREADS": (str(threads_of(_CORES)), "8, at most a rank's share of the cores", "CPU threads of torch"),
     "MALLOC_ARENA_MAX": ("2", "2", "fewer malloc arenas"),
 }
 """Variables of libraries: the preset, in words, and what it is for."""
@@ -122,13 +129,38 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
 
 def preset_environment(environ: MutableMapping[str, str]) -> tuple[str, ...]:
     """Set what the user has not set; the presets' names that were. Before torch: OpenMP reads its variable once."""
+    several = environ.get("WORLD_SIZE", "1") != "1"
+    if several and _torchrun_set_threads(environ):
+        del environ["OMP_NUM_THREADS"]
     set_by_user = tuple(name for name in PRESETS if name in environ)
+    local_size = environ.get("LOCAL_WORLD_SIZE", "1")  # what is no number of ranks is refused later, with a sentence
+    if several and local_size.isascii() and local_size.isdecimal():
+        environ.setdefault("OMP_NUM_THREADS", str(threads_of(_CORES, max(1, int(local_size)))))
     for name, preset in PRESETS.items():
         environ.setdefault(name, preset)
-    if environ.get("WORLD_SIZE", "1") != "1":
+    if several:
         # The watch ends a job that lost a rank, with a sentence; NCCL's own watchdog would kill it without.
         environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     return set_by_user
+
+
+def _torchrun_set_threads(environ: Mapping[str, str]) -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's own 1 for several ranks of a host, and no value of the user's.
+
+    The user's was there when torchrun began: the system still knows with what. Its ranks, and scripts that it started
+    and that start them, have the name of its run. Where the system does not tell, the value is taken for the user's.
+    """
+    run = "TORCHELASTIC_RUN_ID"
+    if run not in environ or environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    import psutil
+
+    try:
+        began_with = (process.environ() for process in psutil.Process().parents())
+        launcher = next((variables for variables in began_with if run not in variables), None)
+    except psutil.Error:
+        return False
+    return launcher is not None and "OMP_NUM_THREADS" not in launcher
 
 
 ECHOED_ONLY = ("CUDA_VISIBLE_DEVICES",)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from llama.loading import Reporter
 from wsm import threads
 from wsm.errors import DoesNotFit
+from wsm.stop import Stopped
 
 DRAWN_S, LOGGED_S = 0.25, 30.0
 """Between two drawings of the line on a terminal, and between two lines of a log."""
@@ -28,8 +29,8 @@ class _Task:
     """
 
     def __init__(self, what: str, total: int | None, unit: str, detail: Callable[[int], str]) -> None:
-        self.total, self.unit, self._what, self._detail = total, unit, what, detail
-        self.since_s, self.done = time.monotonic(), 0
+        self.total, self.unit, self.what, self._detail = total, unit, what, detail
+        self.since_s, self.done, self.broken_off = time.monotonic(), 0, False
         self.counted_from: tuple[float, int] | None = None
 
     def advance(self, done: int) -> None:
@@ -39,7 +40,7 @@ class _Task:
 
     def named(self) -> str:
         detail = self._detail(self.done)
-        return f"{self._what}: {detail}" if detail else self._what
+        return f"{self.what}: {detail}" if detail else self.what
 
     @property
     def rate(self) -> float | None:
@@ -75,13 +76,14 @@ class ConsoleReporter(Reporter):
     """Log lines on stdout (silent where a row is printed instead); unless ``bars`` is off, progress on stderr.
 
     On a terminal that is one line, of the innermost of what is being done; elsewhere a line every 30 s. A thread shows
-    it, so that nothing that is timed waits for a terminal.
+    it, so that nothing that is timed waits for a terminal. A run that is stopped says how long what it did had taken.
     """
 
     def __init__(self, *, quiet: bool, verbose: bool, bars: bool = True) -> None:
         self._quiet, self.verbose = quiet, verbose and not quiet
         self._bars = bars and sys.stderr is not None
         self._tasks: list[_Task] = []
+        self._took_s: dict[str, float] = {}
         self._logged_s = time.monotonic()
         # Under the lock: what is on the terminal. tqdm draws too, but keeps its own lock where a write fails.
         self._terminal = threading.Lock()
@@ -106,8 +108,20 @@ class ConsoleReporter(Reporter):
             self._tasks.append(task)
             try:
                 yield task.advance
+            except Stopped:
+                task.broken_off = True
+                raise
             finally:
                 self._tasks.remove(task)
+                self._note(task)
+
+    def _note(self, task: _Task) -> None:
+        """How long it took. Where the outermost was broken off, all that is known is said: there may be no result."""
+        what = task.what.rstrip("0123456789/ ")  # all rounds together
+        self._took_s[what] = self._took_s.get(what, 0.0) + time.monotonic() - task.since_s
+        if task.broken_off and not self._tasks:
+            took = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._took_s.items())
+            self.say(f"[INFO] stopped; times so far, inner before outer: {took}")
 
     @contextmanager
     def _shown(self) -> Iterator[None]:

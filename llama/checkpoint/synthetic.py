@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, RankCheckpoint
-from llama.checkpoint.tiled import PlaneBlocks, TiledExact, start_of
+from llama.checkpoint.tiled import PlaneBlocks, Rows, TiledExact, start_of
 from llama.config import ModelConfig
-from llama.names import BY_COLUMNS, Cut
+from llama.names import Cut
 from wsm.formats.exact import Exact
 from wsm.formats.format import Plane, WeightFormat
 from wsm.layout.groups import Encoded
@@ -63,6 +63,14 @@ class SyntheticCheckpoint(Checkpoint):
         """Where the tiling of a tensor begins in the endless block."""
         return start_of(f"{self._seed} {name}")
 
+    def rows(self, name: str, cut: Cut) -> Rows:
+        """A part of a matrix as stretches of the tiling."""
+        columns = self._shapes[name][-1]
+        start = self.start(name) + cut.row * columns + cut.column
+        if cut.columns == columns:
+            return Rows(start, 0, 1, cut.rows * columns)
+        return Rows(start, columns, cut.rows, cut.columns)
+
     def share(self, shard: Shard) -> Checkpoint:
         return self if shard.size == 1 else SyntheticShare(self, shard)
 
@@ -79,26 +87,26 @@ class SyntheticCheckpoint(Checkpoint):
         return _tiled(self, name, shape, dtype, weight_format)
 
     def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
-        self.tile_into(name, self.start(name), out, weight_format)
+        self.tile_into(name, self.rows(name, Cut(0, 0, *out.shape)), out, weight_format)
 
     def planes(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
     ) -> tuple[Plane, ...] | None:
-        return self.tiled_planes(self.start(name), (shape[0], shape[1]), dtype, weight_format)
+        return self.tiled_planes(self.rows(name, Cut(0, 0, *shape)), (shape[0], shape[1]), dtype, weight_format)
 
-    def tile_into(self, name: str, start: int, out: Encoded, weight_format: WeightFormat) -> None:
-        """Planes of a part of the tiling: in ``exact`` of whole rows from ``start`` on, else blocks of their own."""
+    def tile_into(self, name: str, rows: Rows, out: Encoded, weight_format: WeightFormat) -> None:
+        """Planes of a part of the tiling: in ``exact`` of those ``rows``, else blocks of their own."""
         if isinstance(weight_format, Exact):
-            self._tiled_exact().fill_(out.planes, (out.shape[0], out.shape[1]), start)
+            self._tiled_exact().fill_(out.planes, rows)
         else:
             self._planes.fill_(name, weight_format, out.planes)
 
     def tiled_planes(
-        self, start: int, shape: tuple[int, int], dtype: torch.dtype, weight_format: WeightFormat
+        self, rows: Rows, shape: tuple[int, int], dtype: torch.dtype, weight_format: WeightFormat
     ) -> tuple[Plane, ...] | None:
         """The planes that :meth:`tile_into` fills; None where the matrix stays plain."""
         if isinstance(weight_format, Exact):
-            return self._tiled_exact().planes(shape, start)
+            return self._tiled_exact().planes(shape, rows)
         return weight_format.planes(shape, dtype)
 
     def _tiled_exact(self) -> TiledExact:
@@ -143,30 +151,29 @@ class SyntheticShare(RankCheckpoint):
         weight_format: WeightFormat,
         importance: Tensor | None = None,
     ) -> Mapping[str, Tensor] | None:
-        if importance is not None or self._is_cut(name, weight_format):
+        if importance is not None or not self._is_tiled(name, weight_format):
             return super().encode(name, shape, dtype, weight_format, importance)
         return _tiled(self, name, shape, dtype, weight_format)
 
     def encode_into(self, name: str, out: Encoded, weight_format: WeightFormat) -> None:
-        if self._is_cut(name, weight_format):
-            super().encode_into(name, out, weight_format)
+        if self._is_tiled(name, weight_format):
+            self._made.tile_into(f"{name} of rank {self._shard.rank}", self._rows(name), out, weight_format)
         else:
-            self._made.tile_into(f"{name} of rank {self._shard.rank}", self._start(name), out, weight_format)
+            super().encode_into(name, out, weight_format)
 
     def planes(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat
     ) -> tuple[Plane, ...] | None:
-        if self._is_cut(name, weight_format):
-            return super().planes(name, shape, dtype, weight_format)
-        return self._made.tiled_planes(self._start(name), (shape[0], shape[1]), dtype, weight_format)
+        if self._is_tiled(name, weight_format):
+            return self._made.tiled_planes(self._rows(name), (shape[0], shape[1]), dtype, weight_format)
+        return super().planes(name, shape, dtype, weight_format)
 
-    def _is_cut(self, name: str, weight_format: WeightFormat) -> bool:
-        """Whether rows are cut: then what ``exact`` makes of them is no tiling."""
-        return isinstance(weight_format, Exact) and name.endswith(BY_COLUMNS)
+    def _is_tiled(self, name: str, weight_format: WeightFormat) -> bool:
+        """Whether planes are filled as tilings; else they are encoded, which takes many times as long."""
+        return not isinstance(weight_format, Exact) or self._rows(name).in_pairs
 
-    def _start(self, name: str) -> int:
-        rows, columns = self._shapes[name]
-        return self._made.start(name) + self._shard.rank * rows * columns
+    def _rows(self, name: str) -> Rows:
+        return self._made.rows(name, self._in_whole(name, Cut(0, 0, *self._shapes[name])))
 
 
 def _unit_block(seed: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,41 @@ def tile_(out: Tensor, block: Tensor, start: int) -> None:
         count = min(len(flat) - place, len(source) - start)
         flat[place : place + count] = source[start : start + count]
         place, start = place + count, 0
+
+
+class Rows(NamedTuple):
+    """Weights of a matrix that is tiled: ``stretches`` of ``length`` weights each, one behind the other.
+
+    The first begins at ``start`` in the endless tiling, each later one ``stride`` weights behind the one before. Whole
+    rows of a matrix are one stretch; of a part of its columns each row is one.
+    """
+
+    start: int
+    stride: int
+    stretches: int
+    length: int
+
+    @property
+    def weights(self) -> int:
+        return self.stretches * self.length
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether pairs of weights are pairs of the tiling: none is of two stretches."""
+        return self.stretches == 1 or self.length % 2 == self.stride % 2 == 0
+
+
+def tile_rows_(out: Tensor, twice: Tensor, rows: Rows) -> None:
+    """Fill ``out`` with ``rows`` of the tiling of a block that ``twice`` holds two times: many rows in one copy.
+
+    ``length`` is at most the block's. By numpy, as :func:`tile_`.
+    """
+    matrix, period, row = out.view(rows.stretches, rows.length).numpy(), len(twice) // 2, 0
+    while row < rows.stretches:
+        begin = (rows.start + row * rows.stride) % period
+        count = min(rows.stretches - row, -(-(period - begin) // rows.stride))  # that begin before the block's end
+        matrix[row : row + count] = twice.as_strided((count, rows.length), (rows.stride, 1), begin).numpy()
+        row += count
 
 
 def start_of(text: str) -> int:
@@ -87,37 +123,63 @@ class TiledExact:
         parts = [count_exponents(part) for part in bits.split(_COUNTED)]
         self._counted = torch.stack([torch.zeros(256, dtype=torch.int64), *parts]).cumsum(0)
         self._exponents = (bits >> 7).to(torch.uint8)
-        self._signs = ((bits >> 8 & 0x80) | (bits & 0x7F)).to(torch.uint8)
+        self._signs = ((bits >> 8 & 0x80) | (bits & 0x7F)).to(torch.uint8).repeat(2)
         self._pairs: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
-    def planes(self, shape: tuple[int, int], start: int) -> tuple[Plane, ...] | None:
-        """The planes of a matrix that begins at ``start``; None where it stays plain."""
-        return Exact().planes_of(shape, self._seen(start % self._period, shape[0] * shape[1]))
+    def planes(self, shape: tuple[int, int], rows: Rows) -> tuple[Plane, ...] | None:
+        """The planes of a matrix of these rows; None where it stays plain."""
+        return Exact().planes_of(shape, self._seen(rows))
 
-    def fill_(self, planes: Mapping[str, Tensor], shape: tuple[int, int], start: int) -> None:
-        """Fill planes of these sizes."""
-        start, weights = start % self._period, shape[0] * shape[1]
-        base = Exact().base_of(self._seen(start, weights))
+    def fill_(self, planes: Mapping[str, Tensor], rows: Rows) -> None:
+        """Fill the planes of rows that are ``in_pairs``, no stretch of several longer than the block."""
+        base = Exact().base_of(self._seen(rows))
         planes["base"].fill_(base)
-        tile_(planes["signs"], self._signs, start)
-        tile_(planes["codes"], self._in_pairs(base), start * (self._period + 1) // 2 % self._period)
-        if weights % 2:
+        pairs = rows._replace(
+            start=rows.start * (self._period + 1) // 2, stride=rows.stride // 2, length=-(-rows.length // 2)
+        )
+        for name, block, part in (("signs", self._signs, rows), ("codes", self._in_pairs(base), pairs)):
+            if rows.stretches == 1:
+                tile_(planes[name], block[: self._period], part.start % self._period)
+            else:
+                tile_rows_(planes[name], block, part)
+        if rows.weights % 2:
             planes["signs"][-1] = 0
             planes["codes"][-1] &= 15
-        escapes = (self._codes(base) == WINDOW).nonzero().flatten()
-        rounds = torch.arange(-(-(start + weights) // self._period)).unsqueeze(1) * self._period
-        at = (rounds + escapes - start).flatten()
-        inside = (at >= 0) & (at < weights)
-        listed = at[inside]
-        ends = torch.arange(1, planes["counts"].numel() + 1) * BLOCK_WEIGHTS
-        planes["counts"].copy_(torch.searchsorted(listed, ends))
-        planes["places"].copy_(listed % BLOCK_WEIGHTS)
-        planes["exponents"].copy_(self._exponents[escapes].repeat(len(rounds))[inside])
+        self._list_escapes_(planes, (self._codes(base) == WINDOW).nonzero().flatten(), rows)
 
-    def _seen(self, start: int, weights: int) -> Tensor:
-        whole, end = divmod(start + weights, self._period)
-        return whole * self._counted[-1] + self._before(end) - self._before(start)
+    def _list_escapes_(self, planes: Mapping[str, Tensor], escapes: Tensor, rows: Rows) -> None:
+        """Of a matrix, by those of the block."""
+        begins = self._begins(rows)
+        rounds = torch.arange(-(-(int(begins.max()) + rows.length) // self._period)).unsqueeze(1) * self._period
+        endless = (rounds + escapes).flatten()
+        first, end = torch.searchsorted(endless, begins), torch.searchsorted(endless, begins + rows.length)
+        found = end - first
+        row = torch.arange(rows.stretches).repeat_interleave(found)
+        inside = torch.arange(len(row)) + (end - found.cumsum(0))[row]
+        at = endless[inside] - begins[row] + row * rows.length
+        ends = torch.arange(1, planes["counts"].numel() + 1) * BLOCK_WEIGHTS
+        planes["counts"].copy_(torch.searchsorted(at, ends))
+        planes["places"].copy_(at % BLOCK_WEIGHTS)
+        planes["exponents"].copy_(self._exponents[endless[inside] % self._period])
+
+    def _begins(self, rows: Rows) -> Tensor:
+        return (rows.start % self._period + torch.arange(rows.stretches) * rows.stride) % self._period
+
+    def _seen(self, rows: Rows) -> Tensor:
+        """How often each exponent is in these rows."""
+        if rows.stretches == 1:
+            start = rows.start % self._period
+            whole, end = divmod(start + rows.length, self._period)
+            return whole * self._counted[-1] + self._before(end) - self._before(start)
+        begins, (whole, rest) = self._begins(rows), divmod(rows.length, self._period)
+        ends = begins + rest
+        # In how many stretches each weight of the block is, by where they begin and end.
+        inside = torch.zeros(self._period, dtype=torch.float64)
+        inside.index_add_(0, begins, torch.ones(rows.stretches, dtype=torch.float64))
+        inside.index_add_(0, ends % self._period, torch.ones(rows.stretches, dtype=torch.float64), alpha=-1)
+        inside[0] += int((ends >= self._period).sum()) + whole * rows.stretches
+        return self._exponents.bincount(inside.cumsum_(0), minlength=256).long()  # sums below 2^53 are exact
 
     def _before(self, place: int) -> Tensor:
         """How often each exponent is in the block's first weights."""
@@ -132,5 +194,5 @@ class TiledExact:
             if base not in self._pairs:
                 codes = self._codes(base)
                 pairs = codes | codes.roll(-1) << 4
-                self._pairs[base] = pairs[torch.arange(self._period) * 2 % self._period]
+                self._pairs[base] = pairs[torch.arange(self._period) * 2 % self._period].repeat(2)
             return self._pairs[base]

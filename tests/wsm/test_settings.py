@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -19,6 +20,7 @@ from wsm.settings import (
     preset_environment,
     read_ranks,
     read_variables,
+    threads_of,
     unknown_variables,
 )
 
@@ -61,8 +63,58 @@ def test_presets_leave_alone_what_the_user_has_set() -> None:
     assert set(PRESETS) <= set(environ)
 
 
-def test_threads_are_preset_to_no_more_than_8() -> None:
-    assert 1 <= int(PRESETS["OMP_NUM_THREADS"]) <= 8
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"),
+    [(1, 1, 1), (6, 1, 6), (16, 1, 8), (32, 2, 8), (16, 4, 4), (12, 8, 1), (4, 8, 1), (2, 2, 1)],
+)
+def test_a_rank_takes_its_share_of_the_cores_at_most_8_and_at_least_1(cores: int, ranks: int, threads: int) -> None:
+    assert threads_of(cores, ranks) == threads
+
+
+@pytest.mark.parametrize(("local_size", "threads"), [("1", "8"), ("2", "8"), ("4", "5"), ("0", "8"), ("many", "8")])
+def test_ranks_without_a_value_share_the_cores_of_their_host(
+    local_size: str, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsm.settings._CORES", 20)
+    monkeypatch.setitem(PRESETS, "OMP_NUM_THREADS", "8")  # type: ignore[arg-type]
+    environ = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": local_size}
+    assert preset_environment(environ) == ()
+    assert environ["OMP_NUM_THREADS"] == threads == environment_echo(environ)["OMP_NUM_THREADS"]
+
+
+LAUNCHER = """
+import os, subprocess, sys
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks
+sys.exit(subprocess.call(sys.argv[1:], env={**os.environ, **dict.fromkeys(("RANK", "LOCAL_RANK"), "0"),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"), "TORCHELASTIC_RUN_ID": "a"}))
+"""
+"""What torchrun does to the environment of its ranks."""
+RANK = """
+import os
+import wsm.settings
+wsm.settings._CORES = 6
+print(wsm.settings.preset_environment(os.environ), os.environ["OMP_NUM_THREADS"])
+"""
+
+
+@pytest.mark.parametrize("wrapper", [(), ("sh", "-c", '"$@"; exit $?', "sh")], ids=["direct", "by a script"])
+@pytest.mark.parametrize(
+    ("users", "said"), [(None, "() 3"), ("1", "('OMP_NUM_THREADS',) 1"), ("2", "('OMP_NUM_THREADS',) 2")]
+)
+def test_torchruns_own_1_gives_way_to_a_share_and_a_value_of_the_users_stays(
+    users: str | None, said: str, wrapper: tuple[str, ...]
+) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("WSM_", "OMP_", "MALLOC_"))}
+    environ |= {} if users is None else {"OMP_NUM_THREADS": users}
+    command = [sys.executable, "-c", LAUNCHER, *wrapper, sys.executable, "-c", RANK]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said
+
+
+def test_a_1_without_torchrun_is_the_users() -> None:
+    environ = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    assert preset_environment(environ) == ("OMP_NUM_THREADS",)
+    assert environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_echo_names_every_variable_and_nothing_else() -> None:

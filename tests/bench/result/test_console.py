@@ -13,6 +13,7 @@ import pytest
 from bench.result import console
 from bench.result.console import ConsoleReporter
 from bench_infer import command_line as main
+from wsm.stop import Stopped
 
 
 class Terminal(io.StringIO):
@@ -88,6 +89,37 @@ def test_a_log_gets_a_line_at_most_every_so_often(
 
 def test_thirty_seconds_lie_between_two_lines_of_a_log() -> None:
     assert console.LOGGED_S == 30
+
+
+def test_a_run_that_is_stopped_says_how_long_each_thing_had_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    shown = ConsoleReporter(quiet=False, verbose=False, bars=False)
+    for seconds in (2, 0.5):
+        with shown.doing("planning"):
+            clock[0] += seconds
+    for number in (1, 2):
+        with shown.bar(1, "tok", f"round {number}/2"):
+            clock[0] += 3
+    assert capsys.readouterr().out == ""
+
+    def take_memory() -> None:
+        clock[0] += 4
+        raise Stopped(2)
+
+    with pytest.raises(Stopped), shown.bar(1, "layer", "loading"), shown.doing("taking memory"):
+        take_memory()
+    times = "planning 2.5 s, round 6.0 s, taking memory 4.0 s, loading 4.0 s"
+    assert capsys.readouterr().out == f"[INFO] stopped; times so far, inner before outer: {times}\n"
+
+
+def test_a_run_that_fails_or_ends_well_says_nothing_of_its_times(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ConsoleReporter(quiet=False, verbose=False, bars=False)
+    with pytest.raises(ValueError, match="bad"), shown.doing("planning"):
+        raise ValueError("bad")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_time_left_is_that_of_decode_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:

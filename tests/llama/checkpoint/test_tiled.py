@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from llama.checkpoint.base import Checkpoint, RankCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import PRESETS, ModelConfig
 from tests.stores import tensor_of
 from wsm.formats import registry
+from wsm.formats.exact import Exact
+from wsm.layout.groups import GroupId, pass_order, planes_in
 from wsm.layout.model import Shard
+from wsm.store.images import coming_layout, image_work
+from wsm.store.pack import PackRequest, pack
 
 CONFIG = ModelConfig("tiny", dim=960, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=2303, vocab_size=300)
 """The feed-forward matrices are twice as large as the block that is tiled."""
@@ -66,6 +74,55 @@ def test_a_ranks_exact_planes_are_those_of_its_share(rank: int) -> None:
             assert expected is not None
             for plane, values in expected.items():
                 assert torch.equal(found[plane].view(torch.uint8), values.view(torch.uint8)), (name, plane)
+
+
+@pytest.mark.parametrize("ffn_dim", [2304, 2302], ids=["even", "odd"])
+def test_a_pack_for_two_ranks_has_the_bytes_that_encoding_gives(ffn_dim: int, tmp_path: Path) -> None:
+    """In a share of an odd number of columns, pairs of weights are of two rows: that one is encoded."""
+    config, exact = dataclasses.replace(CONFIG, ffn_dim=ffn_dim), registry.get("exact")
+    packed = []
+    for kind in (SyntheticCheckpoint, EncodedCheckpoint):
+        place = tmp_path / kind.__name__
+        request = PackRequest((f"{place}.wsm",), Path(f"{place}.json"), BF16, tp=2, weight_format=exact)
+        pack(kind(config, seed=0, dtype=BF16), request, confirm=lambda question: True)
+        manifest = json.loads(request.manifest.read_text())
+        packed.append((Path(f"{place}.wsm").read_bytes()[4096:], manifest["groups"], manifest["globals"]))
+    assert packed[0] == packed[1]
+
+
+class EncodedCheckpoint(SyntheticCheckpoint):
+    """Synthetic weights whose planes are encoded as those of weights in files are."""
+
+    encode, encode_into, planes = Checkpoint.encode, Checkpoint.encode_into, Checkpoint.planes
+
+    def share(self, shard: Shard) -> Checkpoint:
+        return RankCheckpoint(self, shard)
+
+
+def test_no_rank_encodes_a_matrix_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it for their sizes, which it has to know of all layers before it plans: that took minutes of 70B."""
+
+    def encode(*_: object) -> None:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(Exact, "encode", encode)
+    made = SyntheticCheckpoint(dataclasses.replace(PRESETS["Llama-3.1-70B"], n_layers=1), seed=0, dtype=BF16)
+    exact, shares = registry.get("exact"), [made.share(Shard(rank, 8)) for rank in range(8)]
+    for group in pass_order(1):
+        for layout in [coming_layout(share, group, BF16, exact) for share in shares]:
+            matrices = [tensor for tensor in layout.tensors if len(tensor.shape) == 2]
+            assert {tensor.format for tensor in matrices} == {"exact"}
+            weights = sum(math.prod(tensor.shape) for tensor in matrices)
+            assert sum(tensor.nbytes for tensor in matrices) / weights == pytest.approx(1.5, abs=0.002)
+    group, layout = GroupId(0, "attn"), coming_layout(shares[7], GroupId(0, "attn"), BF16, exact)
+    buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+    for piece in image_work(shares[7], group, layout, buffer):
+        piece()
+    (wo,) = (tensor for tensor in layout.encoded if tensor.name == "wo")
+    exact.check((8192, 1024), planes_in(buffer, wo).planes)
+    out = torch.empty(8192, 1024, dtype=BF16)
+    exact.decode_(planes_in(buffer, wo).planes, out)
+    assert torch.equal(out, tensor_of(made, "layers.0.attention.wo.weight", (8192, 8192))[:, 7 * 1024 :])
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int4-g32"])

@@ -74,11 +74,11 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
         print(f"[INFO] {line}")
-    print(describe(plan, ceilings))
+    print(describe(plan, ceilings, drafted=drafted is not None))
     print(shown_by_format(formats))
     if drafted is not None:
         print(f"with --draft {options.draft}, {_assumed(options)}: {drafted.shown()}")
-    if options.auto:
+    if options.auto and plan.fits:  # else it is no command that runs
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     elif plan.fits and (unused := unused_memory(plan)):
         print(f"[INFO] {unused}")

@@ -18,13 +18,19 @@ from tests.whole.conftest import Run
         ([], None),
         (["--acceptance", "0.8"], "a level's token assumed right 0.8 of the time"),
         (["--tokens-a-pass", "2.5"], "assumed to give 2.5 tokens a pass"),
+        (
+            ["--acceptance", "0.8", "--draft-width", "4", "--verify-rows", "24"],
+            "a level's token assumed right 0.8 of the time, a tree's second choices not counted (a run's "
+            "--tokens-a-pass has them)",
+        ),
     ],
 )
 def test_what_a_prediction_believes_of_a_draft_stands_beside_it(run: Run, given: list[str], said: str | None) -> None:
     code, out, _ = run("plan", *H70B, *DRAFTED, *given)
     assert code == 0
     [decode] = re.findall(r"^decode: predicted .*$", out, re.MULTILINE)
-    assert decode.endswith(" tokens a second, as if nothing of the draft were accepted (plan --acceptance X counts it)")
+    counted = "what is assumed of it is counted below" if given else "plan --acceptance X counts it"
+    assert decode.endswith(f" tokens a second, as if nothing of the draft were accepted ({counted})")
     beside = re.findall(r"^with --draft synthetic:Llama-3.2-1B, (.*): predicted .* tokens a second", out, re.MULTILINE)
     assert beside == ([said] if said else [])
 
@@ -69,6 +75,9 @@ def test_a_plan_of_nothing_real_says_what_to_name(run: Run, tmp_path: Path) -> N
         ("RTX", "unrecognized arguments: RTX ("),
         ("--auto RTX 4090", "unrecognized arguments: RTX 4090 ("),
         ("--weight-format Q4_K_M", "not Q4_K_M; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs"),
+        ("--weight-format Q5_K_S", "without the file, plan --synthetic Llama-3.1-70B --weight-format q5_K plans nearly"),
+        ("--checkpoints none-Q5_K_M.gguf", "plan --synthetic Llama-3.1-70B --weight-format q5_K plans nearly the same"),
+        ("--checkpoints none.gguf", "plan --synthetic Llama-3.1-70B --weight-format q4_K plans nearly the same"),
         ("--weight-format Q4_K", "not Q4_K; did you mean q4_K?"),
         (
             "--manifest none.json",

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+MOST_ROWS = 16
+"""Of ``x`` in a packed product: the smallest tile of the tensor cores, so 16 rows take the time of one."""
+
+
 @cache
 def _loaded() -> tuple[ModuleType | None, str]:
     """The kernels, and what decodes in words. They are tried once: Triton also needs a C compiler."""
@@ -32,13 +36,17 @@ def loaded_kernels() -> ModuleType | None:
     return _loaded()[0]
 
 
+def has_kernels() -> bool:
+    """Whether a CUDA device has the Triton kernels.
+
+    A plan for a card, made where there is none to try them on, takes them to work: torch for CUDA brings Triton along.
+    """
+    return not torch.cuda.is_available() or loaded_kernels() is not None
+
+
 def packed_rows(dtype: torch.dtype, cuda: bool) -> int:
     """The most rows of ``dtype`` of which a format makes its packed product, on CUDA or elsewhere; 0: of none."""
-    if not cuda or dtype.itemsize != 2 or loaded_kernels() is None:
-        return 0
-    from wsm.formats.product_kernels import MOST_ROWS
-
-    return MOST_ROWS
+    return MOST_ROWS if cuda and dtype.itemsize == 2 and has_kernels() else 0
 
 
 def packed_product(

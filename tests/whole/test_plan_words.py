@@ -75,7 +75,10 @@ def test_a_plan_of_nothing_real_says_what_to_name(run: Run, tmp_path: Path) -> N
         ("RTX", "unrecognized arguments: RTX ("),
         ("--auto RTX 4090", "unrecognized arguments: RTX 4090 ("),
         ("--weight-format Q4_K_M", "not Q4_K_M; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs"),
-        ("--weight-format Q5_K_S", "without the file, plan --synthetic Llama-3.1-70B --weight-format q5_K plans nearly"),
+        (
+            "--weight-format Q5_K_S",
+            "without the file, plan --synthetic Llama-3.1-70B --weight-format q5_K plans nearly",
+        ),
         ("--checkpoints none-Q5_K_M.gguf", "plan --synthetic Llama-3.1-70B --weight-format q5_K plans nearly the same"),
         ("--checkpoints none.gguf", "plan --synthetic Llama-3.1-70B --weight-format q4_K plans nearly the same"),
         ("--weight-format Q4_K", "not Q4_K; did you mean q4_K?"),

@@ -9,9 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-
-MOST_ROWS = 16
-"""Of ``x`` in a packed product: the smallest tile of the tensor cores, so 16 rows take the time of one."""
+from wsm.formats.format import MOST_ROWS
 
 
 @cache

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wsm.formats.backend import MOST_ROWS
+from wsm.formats.format import MOST_ROWS
 from wsm.formats.kernels import DecodeTuning, joined, triton_type
 from wsm.formats.product_kernels import ProductTuning, arrivals_on, put, splits_of
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wsm.formats.backend import MOST_ROWS
+from wsm.formats.format import MOST_ROWS
 
 COUNTERS = 1 << 16
 

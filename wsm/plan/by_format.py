@@ -41,10 +41,11 @@ class FormatPlan(NamedTuple):
 
 
 Drafting = Callable[[Plan, Mapping[str, Ceiling]], Speculated | None]
+"""What a draft makes of a plan, at these rates."""
 
 
 def by_format(
-    plans: Mapping[str, Plan], ceilings: Mapping[str, Ceiling], measured: str, drafting: Drafting
+    plans: Mapping[str, Plan], ceilings: Mapping[str, Ceiling], measured: str, drafting: Drafting | None = None
 ) -> list[FormatPlan]:
     """What decoding takes counts only for the ``measured`` format, whose rate is among the ``ceilings``."""
     found = []
@@ -52,7 +53,7 @@ def by_format(
         rates = {rate: known for rate, known in ceilings.items() if rate != "weight_decode" or name == measured}
         predicted = predicted_pass_ms(plan, rates)["decode"]
         known = predicted if predicted is not None else floor_estimate(plan, rates)["decode"]
-        found.append(FormatPlan(name, plan, known, predicted is None, drafting(plan, rates)))
+        found.append(FormatPlan(name, plan, known, predicted is None, drafting and drafting(plan, rates)))
     return found
 
 

@@ -9,7 +9,6 @@ from wsm.plan.decoding import decoded_bytes, ways_to_decode
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling, Estimate, decode_work, floor_estimate, predicted_pass_ms
 
-
 LAYER_MS = 0.09
 """A draft's layer takes so long at least, whatever its bytes: some 18 small kernels, one behind the other. 1.42 ms a
 level of a chain and 1.52 of a tree were measured for the 16 layers of the 1B shape in int4 on an H100 (docs/LOG.md)."""
@@ -60,8 +59,8 @@ class Speculated(NamedTuple):
         if self.drafting_ms is not None:
             drafting = f"drafting {self.drafting_ms:.2f} ms, {self.hidden_ms:.2f} ms of it while the link copies"
         return (
-            f"predicted {self.rate_shown()} tokens a second at depth {self.depth}: {self.tokens_a_pass:.2f} tokens a pass of "
-            f"{least}{self.decode_pass.shown()} ({drafting})"
+            f"predicted {self.rate_shown()} tokens a second at depth {self.depth}: {self.tokens_a_pass:.2f} tokens a "
+            f"pass of {least}{self.decode_pass.shown()} ({drafting})"
         )
 
 

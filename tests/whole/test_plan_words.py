@@ -55,6 +55,59 @@ def test_memory_that_stays_unused_is_told_and_auto_named_where_it_was_not_given(
     assert unused(*small, "--auto") == []
 
 
+def test_a_choice_that_does_not_fit_is_not_offered_to_be_kept(run: Run) -> None:
+    machine = [
+        "--machine",
+        "RTX 4090",
+        "--cpu-mem-gb",
+        "64",
+        "--ssd-gbps",
+        "7",
+        "--synthetic",
+        "Llama-3.1-70B",
+        "--auto",
+    ]
+    code, out, err = run("plan", *machine, "--mode", "stream")
+    assert code == 3
+    assert "to keep this choice" not in out
+    assert "it fits with --mode mixed (--auto stays)" in err
+    assert "a decode pass of 8067.60 ms instead of 4791.66 ms (+68.4 %); a pass moves +56473.2 MB from the SSD" in err
+    assert "the first run writes 141.11 GB into " in err
+    [fewer] = re.findall(r"--synthetic (Llama-3.1-70B:layers=\d+)$", err, re.MULTILINE)
+    assert run("plan", *machine, "--mode", "stream", "--synthetic", fewer)[0] == 0
+    code, out, _ = run("plan", *machine, "--mode", "mixed")
+    assert (code, out.count("to keep this choice")) == (0, 1)
+    assert "decode: predicted 8067.60 ms" in out
+    code, out, err = run("--mode", "stream", "--auto", "--cpu-mem-gb", "0.01", "--device", "cpu")
+    assert code == 3
+    assert "--auto chose" not in out
+    assert "to keep this choice" not in out
+
+
+def test_the_table_of_formats_has_a_column_for_what_is_assumed_of_a_draft(run: Run) -> None:
+    def table(*more: str) -> tuple[str, list[str], str]:
+        code, out, _ = run("plan", *H70B, *DRAFTED, *more)
+        assert code == 0
+        lines = out.splitlines()
+        at = next(at for at, line in enumerate(lines) if line.startswith("the same in each weight format"))
+        return lines[at], re.split(r"\s{2,}", lines[at + 1].strip()), out
+
+    title, head, _ = table()
+    assert title.endswith(
+        "; tok/s: one token a row's pass, nothing of the draft accepted (plan --acceptance X counts it)"
+    )
+    assert "with draft" not in head
+    title, head, out = table("--acceptance", "0.8")
+    assert title.endswith("nothing of the draft accepted, with draft: as it is assumed")
+    [row] = re.findall(r"^  int4 +.*$", out, re.MULTILINE)
+    [told] = re.findall(r"^with --draft .*: predicted ([\d.]+) tokens a second", out, re.MULTILINE)
+    assert row.split()[head.index("with draft")] == told
+    plan = json.loads(run("plan", *H70B, *DRAFTED, "--acceptance", "0.8", "-o", "json")[1])
+    of_formats = {found["weight_format"]: found["tokens_per_s_with_draft"] for found in plan["weight_formats"]}
+    assert of_formats["int4"] == plan["speculation"]["tokens_per_s"]
+    assert of_formats["int8"] < of_formats["int4"]
+
+
 def test_a_plan_of_nothing_real_says_what_to_name(run: Run, tmp_path: Path) -> None:
     cache = ["--cache-dir", tmp_path, "--cpu-mem-gb", 128]
     code, out, _ = run("plan", *cache, "--machine", "RTX 4090")

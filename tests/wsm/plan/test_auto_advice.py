@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llama.config import ModelConfig
-from tests.plans import ROOMY, TINY, inputs_for
+from tests.plans import H70B, ROOMY, TINY, inputs_for
 from tests.wsm.plan.test_advice import follow, machines, shapes, small_models
 from tests.wsm.plan.test_cost import RATES
 from wsm.errors import DoesNotFit
@@ -21,12 +21,14 @@ from wsm.plan.inputs import PlanInputs, RunShape
 from wsm.plan.levers import as_asked, changed_flags, choose_settings, steps
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.search import most_layers, smallest_change
-from wsm.plan.time import predicted_pass_ms
+from wsm.plan.time import Ceiling, predicted_pass_ms
 from wsm.settings import Settings
 
+EIGHT_LAYERS = replace(H70B, n_layers=8)
 
-def auto(batch: int = 1, more: dict[str, Any] | None = None, **settings: object) -> Plan:
-    inputs = inputs_for(settings=Settings(**settings), shape=RunShape(batch, 217, 32, batch * 217), **(more or {}))  # type: ignore[arg-type]
+
+def auto(batch: int = 1, tokens: int = 217, **settings: Any) -> Plan:
+    inputs = inputs_for(EIGHT_LAYERS, Settings(**settings), RunShape(batch, tokens, 32, batch * tokens))
     return make_plan(choose_settings(inputs))
 
 
@@ -37,7 +39,7 @@ def refused(plan: Plan) -> list[str]:
 
 
 def test_the_cost_told_beside_auto_is_that_of_the_command_advised() -> None:
-    plan, mended = (auto(mode=mode, gpu_mem_gb=23.5, cpu_mem_gb=64) for mode in ("stream", "mixed"))
+    plan, mended = (auto(mode=mode, gpu_mem_gb=12, cpu_mem_gb=8) for mode in ("stream", "mixed"))
     first, cost = refused(plan)
     assert first.endswith("it fits with --mode mixed (--auto stays)")
     before, after = (predicted_pass_ms(each, RATES)["decode"] for each in (plan, mended))
@@ -45,7 +47,7 @@ def test_the_cost_told_beside_auto_is_that_of_the_command_advised() -> None:
     assert after is not None
     assert f"a decode pass of {after.shown()} instead of {before.shown()}" in cost
     assert f"+{mended.bytes_per_pass['ssd_read'] / 1e6:.1f} MB from the SSD" in cost
-    assert mended.bytes_per_pass["ssd_read"] < 0.5 * plan.bytes_per_pass["weight_h2d"]
+    assert mended.bytes_per_pass["ssd_read"] < 0.7 * plan.bytes_per_pass["weight_h2d"]
 
 
 @given(config=small_models, mode=st.sampled_from(["mixed", "stream", "preload"]), shape=shapes, hardware=machines)
@@ -76,9 +78,7 @@ def test_following_the_advice_beside_auto_fits_and_what_fits_by_hand_is_found(
 def test_where_auto_finds_nothing_it_is_given_up_and_named() -> None:
     """It keeps two slots a kind; one is less."""
     one_slot = Settings(mode="mixed", gpu_cached_layers=0, cpu_cache_layers=1, group_prefetch_depth=1, embedding="cpu")
-    least = make_plan(
-        inputs_for(settings=replace(one_slot, aggressive_gpu_prefetch=1), shape=RunShape(1, 217, 32, 217))
-    )
+    least = make_plan(inputs_for(EIGHT_LAYERS, replace(one_slot, aggressive_gpu_prefetch=1), RunShape(1, 217, 32, 217)))
     plan = auto(mode="mixed", gpu_mem_gb=least.gpu_bytes / GIB + 0.1, aggressive_gpu_prefetch=1)
     first = refused(plan)[0]
     assert "it fits without --auto, with --embedding cpu " in first
@@ -88,17 +88,16 @@ def test_where_auto_finds_nothing_it_is_given_up_and_named() -> None:
 
 
 def test_fewer_rows_are_advised_beside_auto_where_they_keep_the_mode() -> None:
-    enough = auto(64, mode="stream", gpu_mem_gb=24).cpu_bytes
-    plan = auto(64, mode="stream", gpu_mem_gb=24, cpu_mem_gb=(enough - GIB // 4) / GIB)
-    assert not plan.fits
-    fitting = smallest_change(plan.inputs, RATES)
+    plans = (auto(64, 2016, mode="stream", gpu_mem_gb=12, cpu_mem_gb=quarters / 4) for quarters in range(60, 0, -1))
+    plan = next(plan for plan in plans if not plan.fits)
+    fitting = smallest_change(plan.inputs, {**RATES, "ssd": Ceiling(100.0, 100.0, "MBps", 0.0, "")})
     assert fitting is not None
     [flag] = changed_flags(plan.inputs, fitting)
     assert flag.startswith("--batch-size ")
 
 
 def test_a_device_that_runs_out_is_advised_a_budget_which_auto_then_fills() -> None:
-    plan = auto(mode="stream", gpu_mem_gb=24)
+    plan = auto(mode="stream", gpu_mem_gb=12)
     first, cost, *_ = str(ran_out(plan, "CUDA out of memory", RATES)).splitlines()
     assert first.endswith(" (--auto stays)")
     budget = float(first.split("it fits with --gpu-mem-gb ")[1].split()[0])
@@ -110,11 +109,11 @@ def test_a_device_that_runs_out_is_advised_a_budget_which_auto_then_fills() -> N
 
 
 def test_a_step_beside_auto_is_what_auto_then_chooses() -> None:
-    plan = auto(mode="mixed", gpu_mem_gb=24, cpu_mem_gb=64)
+    plan = auto(mode="mixed", gpu_mem_gb=12, cpu_mem_gb=8)
     by_flag = {step.flag: step.after for step in steps(plan, RATES)}
     for flag, after in (
-        ("--mode stream", auto(mode="stream", gpu_mem_gb=24, cpu_mem_gb=64)),
-        ("--batch-size 2", auto(2, mode="mixed", gpu_mem_gb=24, cpu_mem_gb=64)),
+        ("--mode stream", auto(mode="stream", gpu_mem_gb=12, cpu_mem_gb=8)),
+        ("--batch-size 2", auto(2, mode="mixed", gpu_mem_gb=12, cpu_mem_gb=8)),
     ):
         assert by_flag[flag].inputs.settings == after.inputs.settings
         assert by_flag[flag].gpu_bytes == after.gpu_bytes
@@ -150,11 +149,11 @@ def test_the_most_layers_that_fit_are_offered_for_a_shape(mode: str, chosen: boo
 
 
 def test_a_mend_that_packs_the_model_says_how_much_and_where() -> None:
-    plan = auto(mode="stream", gpu_mem_gb=24, cpu_mem_gb=64)
+    plan = auto(mode="stream", gpu_mem_gb=12, cpu_mem_gb=8)
     packed = make_plan(replace(plan.inputs, packed_into="/there"))
     nbytes = sum(layout.nbytes for layout in plan.inputs.layouts.values())
     said = f"--mode mixed reads a packed file: the first run writes {nbytes / 1e9:.2f} GB into /there (--cache-dir "
     assert [line for line in refused(packed) if line.startswith(said)]
     assert not [line for line in refused(plan) if "packed" in line]
-    reading = make_plan(replace(inputs_for(settings=Settings(cpu_mem_gb=32)), packed_into="/there"))
+    reading = make_plan(replace(inputs_for(EIGHT_LAYERS, Settings(cpu_mem_gb=4)), packed_into="/there"))
     assert not [line for line in refused(reading) if "packed" in line]

@@ -129,6 +129,9 @@ class ModelConfig:
                 )
         return dataclasses.replace(self, **{field: count // ranks for field, count in counts.items()})
 
+    def with_layers(self, count: int) -> ModelConfig:
+        return dataclasses.replace(self, n_layers=count)
+
     def to_json(self) -> dict[str, Any]:
         """All fields, for a manifest; ``factors`` of RoPE only where there are any, as older versions have it."""
         fields = dataclasses.asdict(self)

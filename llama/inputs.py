@@ -71,6 +71,11 @@ class Inputs:
         """Whether the weights are in no file: they are made in any format, fast enough to need no store."""
         return self.checkpoint.directory is None
 
+    @property
+    def encoded_here(self) -> bool:
+        """Whether weights are put into a weight format here, and do not come in it."""
+        return self.weight_format is not None and not isinstance(self.weight_format, Mix)
+
     @cached_property
     def layouts(self) -> Mapping[GroupId | None, GroupLayout]:
         """All images of this rank; in a format whose sizes follow from the weights, before it is packed, the least.

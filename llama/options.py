@@ -35,7 +35,14 @@ _speculation = partial(option, group="speculation")
 def _of_gguf(text: str) -> str:
     """What to do instead of giving the name that GGUF files have for a mix of formats."""
     is_mix = re.fullmatch(r"q[45]_k_[sm]", text, re.IGNORECASE)
-    return "; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs as it is" if is_mix else ""
+    if not is_mix:
+        return ""
+    return "; that is the mix of a GGUF file, which --checkpoints MODEL.gguf runs as it is; " + planned_alike(text[1])
+
+
+def planned_alike(bits: str) -> str:
+    """How to plan what a GGUF file of so many bits would do, without the file."""
+    return f"without the file, plan --synthetic Llama-3.1-70B --weight-format q{bits}_K plans nearly the same"
 
 
 _FORMATS = one_of("auto", *PLAIN_FORMATS, *registry.ALL)._replace(mend=_of_gguf)

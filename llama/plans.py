@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from llama.checkpoint import shape_without_layers
 from llama.inputs import Inputs, OpenedDraft
 from llama.options import BuildOptions
 from llama.speculation.ngram import TOKEN_BYTES
@@ -36,7 +37,8 @@ def plan_run(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: H
 
 
 def _planned(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: Hardware) -> PlanInputs:
-    world = inputs.world
+    world, is_new = inputs.world, inputs.description is None
+    packed_later = is_new and (inputs.synthetic or not inputs.encoded_here)
     return PlanInputs(
         config=inputs.share.config,
         dtype=inputs.dtype,
@@ -53,6 +55,8 @@ def _planned(options: BuildOptions, inputs: Inputs, shape: RunShape, hardware: H
         ranks_here=world.local.size,
         verify_rows=options.nodes,
         draft=_planned_draft(inputs.draft, hardware) if inputs.draft is not None else None,
+        synthetic=shape_without_layers(options.synthetic) if is_new and options.synthetic is not None else None,
+        packed_into=str(inputs.cache_dir) if packed_later else None,
     )
 
 

@@ -9,7 +9,6 @@ from llama.inputs import Inputs
 from llama.loading import Reporter
 from llama.options import BuildOptions
 from llama.plans import plan_run
-from wsm.formats.mix import Mix
 from wsm.plan.advice import check_fits
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
@@ -38,7 +37,7 @@ def find_store(
     drive; UnusableInput if it cannot pack.
     """
     draft = inputs.draft.inputs if inputs.draft is not None else None
-    encoded = [each for each in (inputs, draft) if each is not None and _is_encoded_here(each)]
+    encoded = [each for each in (inputs, draft) if each is not None and each.encoded_here]
     if all(each.description is not None for each in encoded):
         return
     with reporter.bar(None, "", "planning"):
@@ -48,10 +47,6 @@ def find_store(
         if each.description is None and (streamed or not each.synthetic):
             check_fits(plan, ceilings)
             each.read_from(_cached(each, reporter))
-
-
-def _is_encoded_here(inputs: Inputs) -> bool:
-    return inputs.weight_format is not None and not isinstance(inputs.weight_format, Mix)
 
 
 def _cached(inputs: Inputs, reporter: Reporter) -> StoreDescription:

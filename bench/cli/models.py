@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,7 +30,7 @@ from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open
 from llama.drafting import planned_shape
 from llama.inputs import Inputs, read_manifest
 from llama.opening import open_inputs
-from llama.options import BuildOptions
+from llama.options import BuildOptions, planned_alike
 from llama.parallel.world import World
 from llama.plans import hardware_here, plan_run, plans_by_format
 from wsm.errors import UnusableInput
@@ -63,8 +64,11 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     hardware = _hardware(options, inputs, machine, elsewhere)
     plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, say), options), hardware)
     ceilings = _rates(options, inputs, machine, plan)
-    formats = by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name)
-    drafted = _drafted(options, inputs, plan, ceilings)
+    drafting = partial(_drafted, options, inputs)
+    drafted = drafting(plan, ceilings)
+    if drafted is not None and options.tokens_a_pass is not None:
+        _check_assumed(options.tokens_a_pass, drafted)
+    formats = by_format(plans_by_format(options, inputs, plan), ceilings, inputs.format_name, drafting)
     text = json.dumps(significant(plan_json(plan, ceilings, formats, drafted)))
     if place is not None:
         write_figures(place, text)
@@ -74,11 +78,11 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
         print(f"[INFO] {line}")
-    print(describe(plan, ceilings))
+    print(describe(plan, ceilings, drafted=drafted is not None))
     print(shown_by_format(formats))
     if drafted is not None:
-        print(f"with --draft {options.draft}, {_assumed(options)}: {drafted.shown()}")
-    if options.auto:
+        print(f"with --draft {options.draft}, {_assumed(options, drafted)}: {drafted.shown()}")
+    if options.auto and plan.fits:  # else it is no command that runs
         print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
     elif plan.fits and (unused := unused_memory(plan)):
         print(f"[INFO] {unused}")
@@ -94,7 +98,11 @@ def _opened(options: PlanOptions, world: World) -> Inputs:
     except UnusableInput as error:
         if options.checkpoints is None or options.checkpoints.exists():
             raise
-        raise UnusableInput(f"{error}; --synthetic NAME plans a model's shape without its files") from error
+        hint = "--synthetic NAME plans a model's shape without its files"
+        if options.checkpoints.suffix == ".gguf":
+            found = re.search(r"q([456])_k", options.checkpoints.name, re.IGNORECASE)
+            hint = planned_alike(found[1] if found else "4")
+        raise UnusableInput(f"{error}; {hint}") from error
 
 
 def _of_no_real_model(options: PlanOptions) -> Iterator[str]:
@@ -141,25 +149,30 @@ def _rates(options: PlanOptions, inputs: Inputs, machine: Machine | None, plan: 
 
 
 def _drafted(options: PlanOptions, inputs: Inputs, plan: Plan, ceilings: Mapping[str, Ceiling]) -> Speculated | None:
-    """The decode at the acceptance that is asked for; None where none is."""
+    """The decode at the acceptance that is asked for, of at most what a draft so deep gives; None where none is."""
     asked = options.acceptance if options.acceptance is not None else options.tokens_a_pass
     if asked is None or inputs.draft is None:
         return None
     shape = planned_shape(inputs.draft.speculating, plan, ceilings)
     tokens = tokens_a_pass(asked, shape.depth) if options.acceptance is not None else asked
-    if tokens > shape.depth + 1:
+    return speculated(plan, ceilings, shape.depth, shape.width, min(tokens, shape.depth + 1))
+
+
+def _check_assumed(tokens: float, drafted: Speculated) -> None:
+    """Raises UnusableInput where ``--tokens-a-pass`` are more than that draft can give."""
+    if tokens > drafted.depth + 1:
         raise UnusableInput(
-            f"--tokens-a-pass {tokens:g}: a draft of depth {shape.depth} gives at most {shape.depth + 1}; raise "
+            f"--tokens-a-pass {tokens:g}: a draft of depth {drafted.depth} gives at most {drafted.depth + 1}; raise "
             "--draft-depth, or lower it"
         )
-    return speculated(plan, ceilings, shape.depth, shape.width, tokens)
 
 
-def _assumed(options: PlanOptions) -> str:
+def _assumed(options: PlanOptions, drafted: Speculated) -> str:
     """What is believed of the draft, in words."""
     if options.tokens_a_pass is not None:
         return f"assumed to give {options.tokens_a_pass:g} tokens a pass"
-    return f"a level's token assumed right {options.acceptance:g} of the time"
+    tree = ", a tree's second choices not counted (a run's --tokens-a-pass has them)" if drafted.width > 1 else ""
+    return f"a level's token assumed right {options.acceptance:g} of the time{tree}"
 
 
 def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, Ceiling]) -> Iterator[str]:

@@ -77,12 +77,14 @@ def _in_format(found: FormatPlan) -> dict[str, Any]:
         "pass_range_ms": found.decode_pass and found.decode_pass[1:],
         "at_least": found.at_least,
         "tokens_per_s": found.tokens_per_s,
+        "tokens_per_s_with_draft": found.drafted and found.drafted.tokens_per_s,
     }
 
 
 def _speculated(found: Speculated) -> dict[str, Any]:
     return {
         "depth": found.depth,
+        "width": found.width,
         "tokens_a_pass": found.tokens_a_pass,
         "drafting_ms": found.drafting_ms,
         "drafting_hidden_ms": found.hidden_ms,

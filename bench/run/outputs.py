@@ -42,7 +42,7 @@ _MOST_BYTES = 2 << 30
 def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, plan: Plan, argv: Sequence[str]) -> None:
     """What was decided, in the guide's lines."""
     mode = options.mode
-    if options.auto:
+    if options.auto and plan.fits:  # else it is no command that runs
         chosen = auto_flags(plan)
         reporter.say(f"[INFO] --auto chose {' '.join(chosen) or 'nothing: the mode has no layers to place'}")
         reporter.say(f"[INFO] to keep this choice: {kept_command(argv, chosen)}")

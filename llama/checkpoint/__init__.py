@@ -11,7 +11,13 @@ from llama.checkpoint.gguf import GGUFCheckpoint, gguf_files
 from llama.checkpoint.hf import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.synthetic import SyntheticCheckpoint
-from llama.checkpoint.synthetic_spec import SYNTHETIC_DRAFT, is_of_pair, synthetic_checkpoint, synthetic_draft
+from llama.checkpoint.synthetic_spec import (
+    SYNTHETIC_DRAFT,
+    is_of_pair,
+    shape_without_layers,
+    synthetic_checkpoint,
+    synthetic_draft,
+)
 from llama.config import ModelConfig
 from llama.files import read_json
 from llama.names import Cut
@@ -26,6 +32,7 @@ __all__ = [
     "has_weights",
     "is_of_pair",
     "open_checkpoint",
+    "shape_without_layers",
     "synthetic_checkpoint",
     "synthetic_draft",
 ]

@@ -54,6 +54,12 @@ def is_of_pair(draft: str | None) -> bool:
     return draft is not None and draft.startswith(SYNTHETIC_DRAFT) and ("agree=" in draft or "second=" in draft)
 
 
+def shape_without_layers(spec: str) -> str:
+    """What ``--synthetic`` names, less its ``layers=N``."""
+    name, *words = spec.replace(",", ":").split(":")
+    return ":".join([name, *(word for word in words if not word.startswith("layers="))])
+
+
 def _named(spec: str, said: str, known: str, options: Sequence[str]) -> tuple[ModelConfig, dict[str, str]]:
     """The shape, ``layers`` applied, and the other options with their values; colons or commas stand between them.
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.wsm.formats.matrices import planes_of
 from wsm.formats import backend, gguf_kernels, kernels, product_kernels
-from wsm.formats.format import WeightFormat
+from wsm.formats.format import MOST_ROWS, WeightFormat
 from wsm.formats.integer import Integer
 from wsm.formats.registry import ALL, BLOCK_TYPES, get
 
@@ -127,7 +127,7 @@ def product() -> None:
     for rows in (1, 8, 16, 32):
         plain = layer_ms(None, rows)
         for form in (None, *forms):
-            times = plain if form is None else layer_ms(form, rows, decoded=rows > product_kernels.MOST_ROWS)
+            times = plain if form is None else layer_ms(form, rows, decoded=rows > MOST_ROWS)
             each = " ".join(f"{ms:.4f}" for ms in times)
             name = form.name if form is not None else "bfloat16"
             print(f"  B={rows:2} {name:8} {sum(times):.4f} ({sum(times) / sum(plain):.2f})  {each}", flush=True)

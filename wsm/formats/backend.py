@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from wsm.formats.format import MOST_ROWS
+
 
 @cache
 def _loaded() -> tuple[ModuleType | None, str]:
@@ -32,13 +34,17 @@ def loaded_kernels() -> ModuleType | None:
     return _loaded()[0]
 
 
+def has_kernels() -> bool:
+    """Whether a CUDA device has the Triton kernels.
+
+    A plan for a card, made where there is none to try them on, takes them to work: torch for CUDA brings Triton along.
+    """
+    return not torch.cuda.is_available() or loaded_kernels() is not None
+
+
 def packed_rows(dtype: torch.dtype, cuda: bool) -> int:
     """The most rows of ``dtype`` of which a format makes its packed product, on CUDA or elsewhere; 0: of none."""
-    if not cuda or dtype.itemsize != 2 or loaded_kernels() is None:
-        return 0
-    from wsm.formats.product_kernels import MOST_ROWS
-
-    return MOST_ROWS
+    return MOST_ROWS if cuda and dtype.itemsize == 2 and has_kernels() else 0
 
 
 def packed_product(

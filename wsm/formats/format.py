@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PLANE_ALIGNMENT = 512
 """What each plane is aligned to in an image, as every tensor is."""
+MOST_ROWS = 16
+"""Of ``x`` in a packed product: the smallest tile of the tensor cores, so 16 rows take the time of one."""
 CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 24
 """Weights that are encoded or decoded at once by torch: a cache full, and enough to fill a GPU."""
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wsm.formats.format import MOST_ROWS
 from wsm.formats.kernels import DecodeTuning, joined, triton_type
-from wsm.formats.product_kernels import MOST_ROWS, ProductTuning, arrivals_on, put, splits_of
+from wsm.formats.product_kernels import ProductTuning, arrivals_on, put, splits_of
 
 BLOCKS = DecodeTuning(4096, 8)
 """Its tile is in pairs of values."""

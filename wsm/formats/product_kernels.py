@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_ROWS = 16
-"""Of ``x`` in a packed product: the smallest tile of the tensor cores, so 16 rows take the time of one."""
+from wsm.formats.format import MOST_ROWS
+
 COUNTERS = 1 << 16
 
 

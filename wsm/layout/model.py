@@ -68,6 +68,9 @@ class ModelShape(Protocol):
     def full_name(self, group: GroupId | None, short: str) -> str:
         """The checkpoint's name of a tensor; ``group`` is None for the globals."""
 
+    def with_layers(self, count: int) -> ModelShape:
+        """The same of ``count`` layers."""
+
     def share(self, ranks: int) -> ModelShape:
         """The shape of one of ``ranks`` equal shares; raises UnusableInput if it cannot be cut evenly."""
 

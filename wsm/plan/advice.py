@@ -10,9 +10,9 @@ from itertools import groupby
 from wsm.errors import DoesNotFit
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs
-from wsm.plan.levers import Step, changed_flags, more_bytes, steps
+from wsm.plan.levers import Step, as_asked, changed_flags, choose_settings, more_bytes, steps
 from wsm.plan.plan import Plan, make_plan
-from wsm.plan.search import least_memory, smallest_change
+from wsm.plan.search import least_memory, most_layers, smallest_change
 from wsm.plan.time import Ceiling, Estimate, floor_estimate, pass_times, predicted_floor, predicted_pass_ms
 
 UNKNOWN_TIME = "not known in time yet: the first run of this model measures this machine's rates, and plans use them"
@@ -28,8 +28,11 @@ _RESOURCE |= {
 }
 
 
-def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
-    """The plan for people: tiers, pools, budgets, bytes per pass, the floor, and what a step of each flag would buy."""
+def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None, *, drafted: bool = False) -> str:
+    """The plan for people: tiers, pools, budgets, bytes per pass, the floor, and what a step of each flag would buy.
+
+    ``drafted``: what the draft makes of it is told beside this.
+    """
     config, residency, placement = plan.inputs.config, plan.placement.residency, plan.placement
     layer = plan.inputs.slot_bytes()
     tiers = (("GPU", residency.gpu), ("CPU", residency.cpu), ("SSD", residency.ssd))
@@ -56,13 +59,13 @@ def describe(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None) -> str:
                 f"({', '.join(f'{part} {ms:.2f} ms' for part, ms in floor.parts_ms.items())})"
                 for phase, floor in predicted_floor(plan, best).items()
             ),
-            *_predicted(plan, ceilings or {}),
+            *_predicted(plan, ceilings or {}, drafted),
             what_each_flag_buys(plan, ceilings or {}),
         ]
     )
 
 
-def _predicted(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[str]:
+def _predicted(plan: Plan, ceilings: Mapping[str, Ceiling], drafted: bool) -> list[str]:
     """A decode pass as it is predicted, and tokens a second of all rows."""
     estimate = predicted_pass_ms(plan, ceilings)["decode"]
     if estimate is None:
@@ -70,7 +73,8 @@ def _predicted(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[str]:
     rate = estimate.rate_shown(plan.shape.batch)
     text = f"decode: predicted {estimate.shown()} a pass, {rate} tokens a second{_of_rates(estimate)}"
     if plan.inputs.draft is not None:
-        text += ", as if nothing of the draft were accepted (plan --acceptance X counts it)"
+        counted = "what is assumed of it is counted below" if drafted else "plan --acceptance X counts it"
+        text += f", as if nothing of the draft were accepted ({counted})"
     return [text]
 
 
@@ -191,13 +195,15 @@ def ran_out(plan: Plan, cause: str, ceilings: Mapping[str, Ceiling]) -> DoesNotF
     # leaves, a smaller budget, since nothing else frees any.
     target = int(0.95 * plan.gpu_bytes)
     sentence = f"the GPU ran out of memory ({cause}), though {_gib(plan.gpu_bytes)} were planned"
-    fitting = None if plan.kv.below else smallest_change(plan.inputs, ceilings, target)
+    auto = plan.inputs.asked is not None  # which fills whatever budget there is
+    fitting = None if plan.kv.below or auto else smallest_change(plan.inputs, ceilings, target)
     if fitting is None:
         # Rounded down to two digits that count: what is typed is to be what was planned with.
         scale = 10.0 ** (1 - math.floor(math.log10(target / GIB)))
         budget = math.floor(target / GIB * scale) / scale
-        less = replace(plan.inputs, settings=replace(plan.inputs.settings, gpu_mem_gb=budget))
-        fitting = smallest_change(less, ceilings)
+        asked = as_asked(plan.inputs)
+        less = replace(asked, settings=replace(asked.settings, gpu_mem_gb=budget))
+        fitting = smallest_change(choose_settings(less) if auto else less, ceilings)
     return DoesNotFit(_explained(sentence, plan, fitting, ceilings))
 
 
@@ -206,8 +212,23 @@ def _explained(
 ) -> str:
     lines = [f"{sentence}; {_advice(plan.inputs, fitting)}"]
     if fitting is not None:
-        lines.append(cost_of(plan, make_plan(fitting), ceilings))
+        after = make_plan(fitting)
+        lines += [cost_of(plan, after, ceilings), *_packed_first(plan, after)]
+    if plan.inputs.synthetic is not None and not plan.fits and (layers := most_layers(plan.inputs)):
+        shape = f"--synthetic {plan.inputs.synthetic}:layers={layers}"
+        lines.append(f"or fewer layers, with all other flags as they are: {shape}")
     return "\n".join(lines if told else [*lines, budget_text(plan)])
+
+
+def _packed_first(before: Plan, after: Plan) -> list[str]:
+    """A sentence where following an advice writes the model to a drive, which no one asked for."""
+    into, nbytes = after.inputs.packed_into, after.inputs.store_bytes
+    if into is None or "SSD" not in after.way or "SSD" in before.way:
+        return []
+    return [
+        f"--mode {after.placement.mode} reads a packed file: the first run writes {nbytes / 1e9:.2f} GB into {into} "
+        "(--cache-dir names another place)"
+    ]
 
 
 def _gib(nbytes: int) -> str:
@@ -218,15 +239,20 @@ def _gib(nbytes: int) -> str:
 
 def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
     """The smallest change that fits, as flags to type; or the least memory that would do."""
+    kept = fitting is not None and fitting.asked is not None
+    without = "" if kept or inputs.asked is None else "without --auto"
+    inputs = inputs if kept else as_asked(inputs)
     if fitting is not None:
         budget = fitting.settings.gpu_mem_gb
         smaller = [] if budget == inputs.settings.gpu_mem_gb else [f"--gpu-mem-gb {budget:g}"]
-        return f"it fits with {' '.join([*smaller, *changed_flags(inputs, fitting)])}"
+        flags = " ".join([*smaller, *changed_flags(inputs, fitting)])
+        with_flags = f"with {flags}" if flags else ""
+        return f"it fits {', '.join(filter(None, (without, with_flags)))}{' (--auto stays)' if kept else ''}"
     least = least_memory(inputs)
     needed = f"{_gib(least.cpu_bytes)} of CPU memory"
     if least.gpu_budget_bytes is not None:
         needed = f"{_gib(least.gpu_bytes)} of GPU memory and {needed}"
-    flags = " ".join(changed_flags(inputs, least.inputs))
+    flags = " ".join(filter(None, (without, *changed_flags(inputs, least.inputs))))
     return f"no change of flags suffices: {f'even {flags}' if flags else 'it'} would take {needed}"
 
 

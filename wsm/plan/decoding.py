@@ -68,9 +68,9 @@ def decoding_extra_bytes(inputs: PlanInputs) -> int:
     """What decoding takes on a GPU besides its result: nothing with Triton's kernels, some float32 values without."""
     if not (inputs.in_format and inputs.hardware.has_gpu):
         return 0
-    from wsm.formats.backend import loaded_kernels  # it needs torch
+    from wsm.formats.backend import has_kernels  # it needs torch
 
-    return TORCH_BYTES * GPU_PIECE if loaded_kernels() is None else 0
+    return 0 if has_kernels() else TORCH_BYTES * GPU_PIECE
 
 
 def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int = 1) -> int:

@@ -46,7 +46,10 @@ class PlanInputs:
     whose KV is moved and attended together) are chosen where they are None. ``kv_record_bytes`` are those of one head's
     keys or values of a token; None: as the model computes them. With several ``ranks``, ``config``, ``layouts`` and
     ``hardware`` are one's share, and so is the plan; ``ranks_here`` of them share this host. A decode pass computes
-    ``verify_rows`` nodes a row.
+    ``verify_rows`` nodes a row. Where ``--auto`` chose the settings, ``asked`` are those that it was given.
+
+    What a mend needs to be named: the shape that ``--synthetic`` names, without its number of layers, and the directory
+    where the model is packed before a pass can read the SSD; None where it is no shape, or is packed in any case.
     """
 
     config: ModelShape
@@ -64,6 +67,9 @@ class PlanInputs:
     ranks_here: int = 1
     draft: DraftInputs | None = None
     verify_rows: int = 1
+    asked: Settings | None = None
+    synthetic: str | None = None
+    packed_into: str | None = None
 
     @property
     def nodes(self) -> int:
@@ -78,6 +84,16 @@ class PlanInputs:
             return None
         shape = replace(self.shape, new_tokens=self.shape.new_tokens + self.draft.columns)
         return replace(self.draft.model, shape=shape, hardware=self.hardware)
+
+    @property
+    def store_bytes(self) -> int:
+        """Of the packed file of the whole model, for all ranks; its headers aside."""
+        return self.ranks * sum(layout.nbytes for layout in self.layouts.values())
+
+    def with_layers(self, count: int) -> PlanInputs:
+        """The same model of only so many layers."""
+        layouts = {g: layout for g, layout in self.layouts.items() if g is None or g.layer < count}
+        return replace(self, config=self.config.with_layers(count), layouts=layouts)
 
     def layers_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of the images of so many layers."""

@@ -61,6 +61,11 @@ def _with(inputs: PlanInputs, changes: dict[str, Any]) -> PlanInputs:
     return replace(inputs, settings=replace(inputs.settings, **changes))
 
 
+def as_asked(inputs: PlanInputs) -> PlanInputs:
+    """The inputs as they were before ``--auto`` chose any."""
+    return inputs if inputs.asked is None else replace(inputs, settings=inputs.asked, asked=None)
+
+
 def _least_depth(inputs: PlanInputs) -> int:
     """WSM_AGGRESSIVE_GPU_PREFETCH is a floor under the depth: a smaller depth would free nothing."""
     return max(1, inputs.settings.aggressive_gpu_prefetch)
@@ -100,12 +105,18 @@ class Step(NamedTuple):
 
 
 def steps(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[Step]:
-    """A step for every flag that moves other bytes or takes other memory in this plan's mode."""
+    """A step for every flag that moves other bytes or takes other memory in this plan's mode.
+
+    A flag that ``--auto`` leaves alone is typed beside it: then the rest is chosen anew.
+    """
     found = []
     for lever in LEVERS:
         if plan.inputs.settings.mode in lever.modes:
             value = lever.step(plan.inputs, lever.asked(plan.inputs))
-            after = make_plan(lever.at(plan.inputs, value))
+            if plan.inputs.asked is None or lever.field in CHOSEN:
+                after = make_plan(lever.at(plan.inputs, value))
+            else:
+                after = make_plan(choose_settings(lever.at(as_asked(plan.inputs), value)))
             if any(more_bytes(plan, after).values()):
                 found.append(Step(lever.spelled(value), plan, after, pass_times(plan, after, ceilings)))
     return found
@@ -118,10 +129,9 @@ def more_bytes(before: Plan, after: Plan) -> dict[str, int]:
 
 
 def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
-    """The flags that lead from one set of inputs to the other, as they are typed."""
-    return [
-        lever.spelled(lever.value(after)) for lever in (MODE, *GIVEN_UP) if lever.value(before) != lever.value(after)
-    ]
+    """The flags that lead from one set of inputs to the other, as they are typed; ``--auto`` is kept where it chose."""
+    levers = [lever for lever in (MODE, *GIVEN_UP) if after.asked is None or lever.field not in CHOSEN]
+    return [lever.spelled(lever.value(after)) for lever in levers if lever.value(before) != lever.value(after)]
 
 
 Good = Callable[[Plan], bool]
@@ -163,10 +173,10 @@ def choose_settings(inputs: PlanInputs) -> PlanInputs:
     move fewer bytes: first from the drives, then over the link. The mode stays as it is: ``full`` and ``preload`` have
     nothing to choose. Where nothing fits, it is the smallest choice, for the advice to explain.
     """
-    if inputs.settings.mode not in _PAGED:
-        return inputs
-
-    return min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=_moved).inputs
+    found = inputs
+    if inputs.settings.mode in _PAGED:
+        found = min(_most_layers(inputs), _most_layers(EMBEDDING.at(inputs, "cpu")), key=_moved).inputs
+    return replace(found, asked=inputs.settings)
 
 
 _LINK_BYTES_A_MS = 54e6
@@ -190,15 +200,17 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     # The globals are loaded through CPU layers where these are as large, and else through a buffer of their own: one
     # layer more on the GPU may cost several in CPU memory. So both starts are followed to their end.
     as_large = min(layers, -(-inputs.layouts[None].nbytes // inputs.slot_bytes()))
-    starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in (1, as_large)]
+    counts = {1, as_large} if inputs.settings.mode == "mixed" else {1}
+    starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in sorted(counts)]
     # So do residents of the GPU: where all layers are there, fewer may fit where all do not.
     goods: list[Good] = [lambda plan: plan.fits, lambda plan: plan.inputs.hardware.has_gpu and plan.fits_gpu]
     found = [make_plan(RESIDENTS.at(starts[-1], 0))]
     for good in goods:
-        fitting = [
-            largest(RESIDENTS, start, range(layers + 1), each) for start in starts for each in (good, _with_kv(good))
-        ]
-        if any(fitting):
+        fitting: list[Plan | None] = []
+        for start in starts:
+            if (plan := largest(RESIDENTS, start, range(layers + 1), good)) is not None:
+                fitting += [plan, largest(RESIDENTS, start, range(layers + 1), _with_kv(good))]
+        if fitting:
             found = [plan for plan in fitting if plan is not None]
             break
     return min((_most_in_cpu(plan, layers) for plan in found), key=_moved)

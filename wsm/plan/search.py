@@ -7,6 +7,7 @@ the time that a row takes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,7 +23,9 @@ from wsm.plan.levers import (
     MODE,
     RESIDENTS,
     Lever,
+    as_asked,
     changed_flags,
+    choose_settings,
     largest,
 )
 from wsm.plan.plan import Plan, make_plan
@@ -55,8 +58,11 @@ def smallest_change(
     """The inputs that fit and whose rows take the least predicted time; None if nothing fits.
 
     Flags are only ever turned down, the embedding moved to CPU memory, or a mode that pages more is taken. Besides
-    fitting the budget, at most ``most_gpu_bytes`` are planned.
+    fitting the budget, at most ``most_gpu_bytes`` are planned. Beside ``--auto``, which chooses all else anew, only
+    mode and rows are changed; where that is not enough, it is given up, and ``asked`` is None in what is found.
     """
+    if inputs.asked is not None:
+        return _chosen_anew(inputs, ceilings or {}) or smallest_change(as_asked(inputs), ceilings, most_gpu_bytes)
     search = _Search(inputs, ceilings or {}, most_gpu_bytes)
     if search.good(make_plan(inputs)):
         return inputs
@@ -65,6 +71,32 @@ def smallest_change(
         for choice in _choices(inputs, MODE.at(inputs, mode)):
             best = search.over_rows(choice, best)
     return None if best is None else search.turned_up(best.plan.inputs)
+
+
+def _chosen_anew(inputs: PlanInputs, ceilings: Mapping[str, Ceiling]) -> PlanInputs | None:
+    """What ``--auto`` chooses in the mode and for the rows that take the least time; None where it finds nothing.
+
+    All rows in each mode, and the rows that the search finds: it goes down from all layers that ``--auto`` would take.
+    """
+    asked, layers = as_asked(inputs), inputs.config.n_layers
+    tried = [MODE.at(asked, mode) for mode in (asked.settings.mode, *_OTHER_MODES[asked.settings.mode])]
+    plans = [plan for each in tried if (plan := make_plan(choose_settings(each))).fits]
+    if inputs.shape.batch > 1 and not (plans and plans[0].placement.mode == asked.settings.mode):
+        roomy = CPU_LAYERS.at(replace(inputs, asked=None), layers)
+        if (fewer := smallest_change(roomy, ceilings)) is not None:
+            fewer = replace(asked, shape=fewer.shape, settings=MODE.at(asked, fewer.settings.mode).settings)
+            plans += [plan for plan in [make_plan(choose_settings(fewer))] if plan.fits]
+    return min(plans, key=lambda plan: row_ms(plan, ceilings)).inputs if plans else None
+
+
+def most_layers(inputs: PlanInputs) -> int:
+    """How many of the model's layers fit as it was asked for; 0 if not even one does. For weights that are random."""
+
+    def fits(count: int) -> bool:
+        model = as_asked(inputs).with_layers(count)
+        return make_plan(choose_settings(model) if inputs.asked is not None else model).fits
+
+    return bisect_left(range(1, inputs.config.n_layers + 1), True, key=lambda count: not fits(count))
 
 
 def _choices(original: PlanInputs, inputs: PlanInputs) -> Iterator[PlanInputs]:
@@ -219,7 +251,7 @@ def least_memory(inputs: PlanInputs) -> Plan:
 
     The embedding stays on the GPU where only CPU memory is short.
     """
-    inputs = MODE.at(inputs, "mixed")
+    inputs = MODE.at(as_asked(inputs), "mixed")
     for lever in GIVEN_UP:
         if lever is not EMBEDDING:
             inputs = lever.at(inputs, min(lever.value(inputs), lever.least(inputs)))

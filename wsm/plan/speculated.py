@@ -9,15 +9,21 @@ from wsm.plan.decoding import decoded_bytes, ways_to_decode
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling, Estimate, decode_work, floor_estimate, predicted_pass_ms
 
+LAYER_MS = 0.09
+"""A draft's layer takes so long at least, whatever its bytes: some 18 small kernels, one behind the other. 1.42 ms a
+level of a chain and 1.52 of a tree were measured for the 16 layers of the 1B shape in int4 on an H100 (docs/LOG.md)."""
+
 
 class Speculated(NamedTuple):
-    """A draft that looks ``depth`` tokens ahead. ``decode_pass`` has the drafting that is not hidden in it; None where
-    not known, ``at_least``: a floor.
+    """A draft that looks ``depth`` tokens ahead, ``width`` nodes a level.
+
+    ``decode_pass`` has the drafting that is not hidden in it; None where not known, ``at_least``: a floor.
 
     ``drafting_ms`` is None where the rate of the device's memory is not known: then it counts nothing.
     """
 
     depth: int
+    width: int
     tokens_a_pass: float
     drafting_ms: float | None
     hidden_ms: float
@@ -38,18 +44,23 @@ class Speculated(NamedTuple):
         found = self.decode_pass
         return 1e3 * self.rows * self.tokens_a_pass / found.ms if found is not None and found.steady else None
 
+    def rate_shown(self) -> str:
+        """Tokens a second of all rows, in words; a dash where not known."""
+        if self.decode_pass is None:
+            return "-"
+        return ("at most " if self.at_least else "") + self.decode_pass.rate_shown(self.rows * self.tokens_a_pass)
+
     def shown(self) -> str:
         """In words, after what was asked."""
         if self.decode_pass is None:
             return f"{self.tokens_a_pass:.2f} tokens a pass; how long one takes is not known"
-        most, least = ("at most ", "at least ") if self.at_least else ("", "")
-        rate = self.decode_pass.rate_shown(self.rows * self.tokens_a_pass)
+        least = "at least " if self.at_least else ""
         drafting = "drafting not counted: --hbm-gbps is not known"
         if self.drafting_ms is not None:
             drafting = f"drafting {self.drafting_ms:.2f} ms, {self.hidden_ms:.2f} ms of it while the link copies"
         return (
-            f"predicted {most}{rate} tokens a second at depth {self.depth}: {self.tokens_a_pass:.2f} tokens a pass of "
-            f"{least}{self.decode_pass.shown()} ({drafting})"
+            f"predicted {self.rate_shown()} tokens a second at depth {self.depth}: {self.tokens_a_pass:.2f} tokens a "
+            f"pass of {least}{self.decode_pass.shown()} ({drafting})"
         )
 
 
@@ -71,11 +82,14 @@ def speculated(plan: Plan, ceilings: Mapping[str, Ceiling], depth: int, width: i
         hidden_ms = min(drafting_ms, slots_bytes / ceilings["h2d"].median / 1e3)
     if known is not None and drafting_ms is not None:
         known = Estimate(*(ms + drafting_ms - hidden_ms for ms in known))
-    return Speculated(depth, tokens, drafting_ms, hidden_ms, known, predicted is None, plan.shape.batch)
+    return Speculated(depth, width, tokens, drafting_ms, hidden_ms, known, predicted is None, plan.shape.batch)
 
 
 def _drafting_ms(plan: Plan, ceilings: Mapping[str, Ceiling], depth: int, width: int) -> float | None:
-    """The draft's weights are read once a level, and once more for the last: a decoded matrix is written and read."""
+    """A level, and once more for the last, reads the draft's weights, but takes no less than its kernels do.
+
+    A matrix that is decoded is written and read besides; products of few rows take it as it lies.
+    """
     model = plan.inputs.draft_model
     if model is None:
         return 0.0
@@ -85,4 +99,4 @@ def _drafting_ms(plan: Plan, ceilings: Mapping[str, Ceiling], depth: int, width:
     work = decode_work(model.config, rows, 1, model.bytes_a_weight, model.kv_token_bytes)
     *_, decoding = ways_to_decode(model, 1)
     moved = work.hbm_bytes + 2 * decoded_bytes(model, decoding, plan.shape.batch * width)
-    return (depth + 1) * moved / ceilings["hbm"].median / 1e3
+    return (depth + 1) * max(moved / ceilings["hbm"].median / 1e3, LAYER_MS * model.config.n_layers)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama import LLaMA
 from llama.batch import prefill_batch
-from llama.checkpoint import SYNTHETIC_DRAFT, is_of_pair, synthetic_checkpoint, synthetic_draft
+from llama.checkpoint import SYNTHETIC_DRAFT, is_of_pair, shape_without_layers, synthetic_checkpoint, synthetic_draft
 from llama.checkpoint.agreement import Agreement, CycleDraft, CycleTarget
 from llama.config import PRESETS, ModelConfig
 from llama.kv.cache import KVCache
@@ -183,3 +183,18 @@ def test_a_draft_of_a_pair_needs_its_target(presets: None, tmp_path: Path) -> No
     assert opened.draft is not None
     assert opened.draft.inputs is not None
     assert isinstance(opened.draft.inputs.checkpoint, CycleDraft)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("Llama-3.2-1B", "Llama-3.2-1B"),
+        ("llama-3.2-1b:layers=3", "llama-3.2-1b"),
+        ("Llama-3.2-1B:cycle:layers=3", "Llama-3.2-1B:cycle"),
+        ("Llama-3.2-1B:layers=3,cycle", "Llama-3.2-1B:cycle"),
+    ],
+)
+def test_a_shape_without_its_layers_can_be_given_others(spec: str, shape: str) -> None:
+    assert shape_without_layers(spec) == shape
+    other = synthetic_checkpoint(f"{shape}:layers=2", seed=0, dtype=torch.float32)
+    assert other.config.n_layers == 2

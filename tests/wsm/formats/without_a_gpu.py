@@ -20,6 +20,7 @@ from tests.without_gpu import compiled
 from tests.wsm.formats.matrices import FORMATS, matrix, planes_of, random_blocks
 from wsm.formats import backend, exact, fp8, gguf_blocks, gguf_kernels, integer, kernels, product_kernels
 from wsm.formats.exact import Exact
+from wsm.formats.format import MOST_ROWS
 from wsm.formats.gguf_blocks import TYPES, BlockType
 from wsm.formats.registry import get
 
@@ -49,7 +50,7 @@ def compile_for(capability: int) -> None:
              SIZE=size, TILE=gguf_kernels.BLOCKS.tile // (32 if size > 64 else 16), TO=to)  # fmt: skip
         tuning, to = gguf_kernels.PRODUCT, "fp16" if size % 2 else "bf16"
         made("blocks_product_kernel", tuning.warps, tuning.stages, {"x": f"*{to}", "out": f"*{to}"},
-             SIZE=size, SPLIT=size != 12, N=product_kernels.MOST_ROWS, ROWS=tuning.rows)  # fmt: skip
+             SIZE=size, SPLIT=size != 12, N=MOST_ROWS, ROWS=tuning.rows)  # fmt: skip
     made("exact_kernel", kernels.EXACT.warps, TILE=kernels.EXACT.tile)
     made("escapes_kernel", 1, WEIGHTS=1 << 16, TILE=32)
     for group, per_row, to in ((128, False, tl.bfloat16), (32, False, tl.float16), (128, True, tl.float32)):
@@ -60,7 +61,7 @@ def compile_for(capability: int) -> None:
             made("bytes_kernel", 4, pointers={"out": f"*{to}"}, E4M3=e4m3, PART=group, PARTS=32, TO=to, **constants)
         for bits in (4, 8) if to != tl.float32 else ():
             tuning, whole = product_kernels.PRODUCT[bits], bits == 4 and group == 128
-            tile = {"STEP": group, "N": product_kernels.MOST_ROWS, "ROWS": tuning.rows, "EVEN": whole, "SPLIT": whole}
+            tile = {"STEP": group, "N": MOST_ROWS, "ROWS": tuning.rows, "EVEN": whole, "SPLIT": whole}
             made("product_kernel", tuning.warps, tuning.stages, {"x": f"*{to}", "out": f"*{to}"},
                  BITS=bits, ASSEMBLED=True, **tile, **constants)  # fmt: skip
 

@@ -71,12 +71,8 @@ class Floor(NamedTuple):
 
 _BOUNDS: tuple[Bound, ...] = get_args(Bound)
 """The resources, in the order of :class:`Work`."""
-
-
 KV_DEVICE: tuple[Bound, ...] = ("kv_read", "kv_write")
 """Both ways of ``--kv-device``, each with a ceiling of its name."""
-
-
 BURST_S = 0.5
 """How long a card may compute above its lasting clocks, at most: a floor may not be beaten."""
 

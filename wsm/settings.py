@@ -134,7 +134,7 @@ def preset_environment(environ: MutableMapping[str, str]) -> tuple[str, ...]:
         del environ["OMP_NUM_THREADS"]
     set_by_user = tuple(name for name in PRESETS if name in environ)
     local_size = environ.get("LOCAL_WORLD_SIZE", "1")  # what is no number of ranks is refused later, with a sentence
-    if several and local_size.isascii() and local_size.isdecimal():
+    if several and local_size.isascii() and local_size.isdecimal() and len(local_size) < 9:
         environ.setdefault("OMP_NUM_THREADS", str(threads_of(_CORES, max(1, int(local_size)))))
     for name, preset in PRESETS.items():
         environ.setdefault(name, preset)
@@ -158,9 +158,11 @@ def _torchrun_set_threads(environ: Mapping[str, str]) -> bool:
     try:
         began_with = (process.environ() for process in psutil.Process().parents())
         launcher = next((variables for variables in began_with if run not in variables), None)
-    except psutil.Error:
+    except (psutil.Error, OSError, RuntimeError):
         return False
-    return launcher is not None and "OMP_NUM_THREADS" not in launcher
+    if not launcher:  # none, or one that has just ended and has no variables at all
+        return False
+    return "OMP_NUM_THREADS" not in launcher
 
 
 ECHOED_ONLY = ("CUDA_VISIBLE_DEVICES",)

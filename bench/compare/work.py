@@ -104,6 +104,8 @@ def _fault(base: Result, side: Result) -> str:
         return f"passes of {rows[0]} and of {rows[1]} rows may round otherwise; give both --verify-rows {max(rows)}"
     if flags := differing_flags((base, side), ("tp",)):
         return f"sums over more ranks may round otherwise; {_give(flags)}"
+    if not _format(base)[1] and (flags := differing_flags((base, side), ("manifest",))):
+        return f"the packed stores may have been calibrated otherwise; {_give(flags)}"
     versions = [(r.provenance.git_commit, r.provenance.torch, r.provenance.cuda) for r in (base, side)]
     if versions[0] != versions[1]:
         return "the program or torch is another version; run both with the same"
@@ -132,7 +134,7 @@ def _rounded(base: Result, side: Result) -> Iterator[str]:
     """What of formats and KV makes other tokens of the same work: one of the two lossy, or of another dtype."""
     both = (base, side)
     formats = [_format(result) for result in both]
-    if formats[0] != formats[1] and (lossy := {name: None for name, exact, _ in formats if not exact}):
+    if formats[0] != formats[1] and (lossy := {name: None for name, exact in formats if not exact}):
         yield f"{' and '.join(lossy)} round{'s' * (len(lossy) == 1)} the weights ({_QUALITY})"
     dtypes = [str(result.config.resolved.get("dtype")) for result in both]
     if dtypes[0] != dtypes[1]:
@@ -140,18 +142,27 @@ def _rounded(base: Result, side: Result) -> Iterator[str]:
     kept = [result.config.resolved.get("kv_dtype", "auto") for result in both]
     if kept[0] != kept[1] and "int8" in kept:
         yield "--kv-dtype int8 rounds the KV (docs/KV.md says how much)"
-    chosen = {(kv.topk_blk, kv.fraction_fetched) if kv and not kv.exact else None for kv in map(_kv, both)}
-    if len(chosen) > 1:
-        blocks = dict.fromkeys(str(found[0]) for found in sorted(filter(None, chosen)))
-        yield f"--topk-blk {' and '.join(blocks)} left KV blocks out (0 takes all)"
+    left_out = [_blocks_left_out(result) for result in both]
+    if left_out[0] != left_out[1]:
+        blocks = sorted({found[0] for found in left_out if found})
+        yield f"--topk-blk {' and '.join(map(str, blocks))} left KV blocks out (0 takes all)"
 
 
-def _format(result: Result) -> tuple[str, bool, Any]:
-    """The weight format, whether it is exact, and the store that a lossy one was read from: each may round its own."""
+def _format(result: Result) -> tuple[str, bool]:
+    """The weight format, and whether it is exact."""
     held = result.weights
     if not isinstance(held, Weights):
-        return str(result.config.resolved.get("dtype")), True, None
-    return held.weight_format, held.exact, None if held.exact else result.config.resolved.get("manifest")
+        return str(result.config.resolved.get("dtype")), True
+    return held.weight_format, held.exact
+
+
+def _blocks_left_out(result: Result) -> tuple[int, object] | None:
+    """How many KV blocks a step takes, and of which KV: where it lies. None where every step saw the whole context.
+
+    How much was fetched is no part of it: that is what a run did, and has to be the same where these are.
+    """
+    kv = _kv(result)
+    return None if kv is None or kv.exact else (kv.topk_blk, (kv.stretch_rows, kv.gpu, kv.cpu, kv.disk))
 
 
 def _kv(result: Result) -> KV | None:

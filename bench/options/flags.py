@@ -225,7 +225,7 @@ def _left_over(argv: Sequence[str], left: Sequence[str], verb: str) -> str:
     """The sentence for words that belong to nothing."""
     words = " ".join(left)
     if listed := [declared for declared in options_of(VERBS[verb][0]).values() if declared.positional]:
-        return f"{words}: name every {metavar_of(listed[0])} of {verb} one behind the other, before or after all flags"
+        return f"{words}: {verb} takes every {metavar_of(listed[0])} in one place, before the flags or behind them"
     return f"{verb} takes no argument {words}{_unquoted(argv, left) or ', only flags and their values'}"
 
 

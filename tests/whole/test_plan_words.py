@@ -70,7 +70,7 @@ def test_a_choice_that_does_not_fit_is_not_offered_to_be_kept(run: Run) -> None:
     code, out, err = run("plan", *machine, "--mode", "stream")
     assert code == 3
     assert "to keep this choice" not in out
-    assert "it fits with --mode mixed (--auto stays)" in err
+    assert "it fits with --mode mixed beside --auto" in err
     assert "a decode pass of 8067.60 ms instead of 4791.66 ms (+68.4 %); a pass moves +56473.2 MB from the SSD" in err
     assert "the first run writes 141.11 GB into " in err
     assert re.search(r"--synthetic Llama-3.1-70B:layers=\d+$", err, re.MULTILINE)

@@ -247,7 +247,7 @@ def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
         smaller = [] if budget == inputs.settings.gpu_mem_gb else [f"--gpu-mem-gb {budget:g}"]
         flags = " ".join([*smaller, *changed_flags(inputs, fitting)])
         with_flags = f"with {flags}" if flags else ""
-        return f"it fits {', '.join(filter(None, (without, with_flags)))}{' (--auto stays)' if kept else ''}"
+        return f"it fits {', '.join(filter(None, (without, with_flags)))}{' beside --auto' if kept else ''}"
     least = least_memory(inputs)
     needed = f"{_gib(least.cpu_bytes)} of CPU memory"
     if least.gpu_budget_bytes is not None:

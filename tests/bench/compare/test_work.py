@@ -103,8 +103,16 @@ def test_two_lossy_formats_are_both_named(against: Callable[..., Against]) -> No
         ({"config__resolved__prefetch_distance": 2}, {}),
         ({"config__resolved__topk_blk": 4, "kv__topk_blk": 4}, {}),
         (INT4, INT4),
+        ({**PARTLY, "kv__fraction_fetched": 0.51}, PARTLY),
     ],
-    ids=["exact beside bf16", "modes", "prefetching", "blocks of which none was left out", "int4 beside itself"],
+    ids=[
+        "exact beside bf16",
+        "modes",
+        "prefetching",
+        "blocks of which none was left out",
+        "int4 beside itself",
+        "as many blocks, of which a run fetched more",
+    ],
 )
 def test_other_tokens_of_settings_that_change_none_stay_an_error(
     against: Callable[..., Against], changes: dict[str, Any], base: dict[str, Any]
@@ -113,6 +121,18 @@ def test_other_tokens_of_settings_that_change_none_stay_an_error(
     assert (found.verdict, found.expected) == ("not comparable", "")
     assert found.obstacles[0].endswith(
         "no setting that differs may change tokens, so it is an error of the program or the machine"
+    )
+
+
+@pytest.mark.parametrize("first", [None, "a.json"])
+def test_another_store_of_a_lossy_format_excuses_nothing_and_may_be_the_reason(
+    against: Callable[..., Against], first: str | None
+) -> None:
+    """`full` has no manifest and `mixed` one: all modes give the same tokens."""
+    found = against({**INT4, "config__resolved__manifest": "b.json"}, {**INT4, "config__resolved__manifest": first})
+    assert found.expected == ""
+    assert found.obstacles[0].endswith(
+        ": the packed stores may have been calibrated otherwise; give both the same --manifest"
     )
 
 

@@ -372,7 +372,7 @@ def test_another_seed_is_of_the_same_synthetic_weights() -> None:
         (["-b"], "-b/--batch-size needs a value: --batch-size N ("),
         (["--auto=1"], "--auto takes no value: leave '1' out ("),
         (["run", "extra.json"], "run takes no argument extra.json, only flags and their values ("),
-        (["compare", "a", "--threshold", "3", "b"], "b: name every RESULT of compare one behind the other, "),
+        (["compare", "a", "--threshold", "3", "b"], "b: compare takes every RESULT in one place, "),
     ],
 )
 def test_what_argparse_misses_is_said_with_what_to_give(argv: list[str], said: str) -> None:

@@ -41,7 +41,7 @@ def refused(plan: Plan) -> list[str]:
 def test_the_cost_told_beside_auto_is_that_of_the_command_advised() -> None:
     plan, mended = (auto(mode=mode, gpu_mem_gb=12, cpu_mem_gb=8) for mode in ("stream", "mixed"))
     first, cost = refused(plan)
-    assert first.endswith("it fits with --mode mixed (--auto stays)")
+    assert first.endswith("it fits with --mode mixed beside --auto")
     before, after = (predicted_pass_ms(each, RATES)["decode"] for each in (plan, mended))
     assert before is not None
     assert after is not None
@@ -99,7 +99,7 @@ def test_fewer_rows_are_advised_beside_auto_where_they_keep_the_mode() -> None:
 def test_a_device_that_runs_out_is_advised_a_budget_which_auto_then_fills() -> None:
     plan = auto(mode="stream", gpu_mem_gb=12)
     first, cost, *_ = str(ran_out(plan, "CUDA out of memory", RATES)).splitlines()
-    assert first.endswith(" (--auto stays)")
+    assert first.endswith(" beside --auto")
     budget = float(first.split("it fits with --gpu-mem-gb ")[1].split()[0])
     after = auto(mode="stream", gpu_mem_gb=budget)
     assert after.gpu_bytes <= 0.95 * plan.gpu_bytes

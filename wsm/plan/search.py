@@ -159,9 +159,8 @@ class _Search:
                 inputs = RESIDENTS.at(inputs, max(0, on_gpu - fewer), self._original)
             elif over_gpu <= 0 and in_cpu > 1 and mode in CPU_LAYERS.modes:
                 inputs = CPU_LAYERS.at(inputs, max(1, in_cpu - max(1, over_cpu // layer)), self._original)
-            elif (
-                over_gpu <= 0 and on_gpu and mode == "mixed"
-            ):  # the buffer that a layer is loaded through may be too much
+            elif over_gpu <= 0 and on_gpu and mode == "mixed":
+                # The buffer that a layer is loaded through may be too much for CPU memory.
                 inputs, too_many = RESIDENTS.at(inputs, on_gpu - 1, self._original), on_gpu
             else:
                 break

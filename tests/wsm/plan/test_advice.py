@@ -129,6 +129,13 @@ def test_one_row_less_is_advised_where_it_saves_a_layer() -> None:
     assert changed_flags(short, fitting) == ["--batch-size 99"]
 
 
+def _tight(mode: str, on_gpu: int, *, gpu_MiB: int, cpu_MiB: int) -> dict[str, Any]:
+    """A row with the least of all that is not named."""
+    ones = dict.fromkeys(("cpu_cache_layers", "prefetch_distance", "group_prefetch_depth"), 1)
+    chosen = {"mode": mode, "gpu_cached_layers": on_gpu, **ones}
+    return {"chosen": chosen, "rows": 1, "gpu_MiB": gpu_MiB, "cpu_MiB": cpu_MiB, "ssd_MBps": 500.0}
+
+
 @given(
     chosen=st.fixed_dictionaries(
         {
@@ -144,45 +151,13 @@ def test_one_row_less_is_advised_where_it_saves_a_layer() -> None:
     cpu_MiB=st.integers(5, 200),
     ssd_MBps=st.sampled_from([500.0, 7_000.0]),
 )
-@example(  # a layer less also makes a chunk smaller, and frees what three layers take
-    chosen={
-        "mode": "mixed",
-        "gpu_cached_layers": 2,
-        "cpu_cache_layers": 1,
-        "prefetch_distance": 1,
-        "group_prefetch_depth": 1,
-    },
-    rows=1,
-    gpu_MiB=129,
-    cpu_MiB=21,
-    ssd_MBps=500.0,
-)
-@example(  # without layers on the GPU there are too many in CPU memory, with one on each side they fit
-    chosen={
-        "mode": "stream",
-        "gpu_cached_layers": 2,
-        "cpu_cache_layers": 1,
-        "prefetch_distance": 1,
-        "group_prefetch_depth": 1,
-    },
-    rows=1,
-    gpu_MiB=125,
-    cpu_MiB=24,
-    ssd_MBps=500.0,
-)
-@example(  # a layer less on the GPU takes less of CPU memory, too
-    chosen={
-        "mode": "mixed",
-        "gpu_cached_layers": 3,
-        "cpu_cache_layers": 1,
-        "prefetch_distance": 1,
-        "group_prefetch_depth": 1,
-    },
-    rows=1,
-    gpu_MiB=135,
-    cpu_MiB=21,
-    ssd_MBps=500.0,
-)
+@example(
+    **_tight("mixed", 2, gpu_MiB=129, cpu_MiB=21)
+)  # a layer less makes a chunk smaller, and frees as much as three
+@example(
+    **_tight("stream", 2, gpu_MiB=125, cpu_MiB=24)
+)  # without layers there, too many in CPU memory; with one they fit
+@example(**_tight("mixed", 3, gpu_MiB=135, cpu_MiB=21))  # a layer less on the GPU takes less of CPU memory, too
 @hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
 def test_no_other_change_that_fits_is_predicted_to_cost_a_row_noticeably_less(
     chosen: dict[str, Any], rows: int, gpu_MiB: int, cpu_MiB: int, ssd_MBps: float

@@ -7,7 +7,9 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from wsm.errors import UnusableInput
@@ -168,10 +170,12 @@ def unused(cls: type, name: str) -> Any:
     return dataclasses.field(default=options_of(cls)[name].default, init=False)
 
 
+@cache
 def options_of(cls: type) -> Mapping[str, Option]:
     """The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
-    return {
+    found = {
         field.name: dataclasses.replace(field.metadata["option"], name=field.name, default=field.default)
         for field in dataclasses.fields(cls)
         if "option" in field.metadata
     }
+    return MappingProxyType(found)  # shared by all who ask: a planner asks thousands of times

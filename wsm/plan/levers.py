@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -202,18 +203,35 @@ def _most_layers(inputs: PlanInputs) -> Plan:
     as_large = min(layers, -(-inputs.layouts[None].nbytes // inputs.slot_bytes()))
     counts = {1, as_large} if inputs.settings.mode == "mixed" else {1}
     starts = [_with(small, {"cpu_cache_layers": in_cpu}) for in_cpu in sorted(counts)]
+    found = [make_plan(RESIDENTS.at(starts[-1], 0))]
+    most = _most_held(found[0], _gpu_limit(found[0]), layers)
+
+    @cache  # it is asked for the same ones again and again
+    def planned(place: int, on_gpu: int) -> Plan:
+        return make_plan(RESIDENTS.at(starts[place], on_gpu))
+
+    def largest_on_gpu(place: int, good: Good) -> Plan | None:
+        return next(filter(good, (planned(place, on_gpu) for on_gpu in range(most, -1, -1))), None)
+
     # So do residents of the GPU: where all layers are there, fewer may fit where all do not.
     goods: list[Good] = [lambda plan: plan.fits, lambda plan: plan.inputs.hardware.has_gpu and plan.fits_gpu]
-    found = [make_plan(RESIDENTS.at(starts[-1], 0))]
     for good in goods:
-        fitting: list[Plan | None] = []
-        for start in starts:
-            if (plan := largest(RESIDENTS, start, range(layers + 1), good)) is not None:
-                fitting += [plan, largest(RESIDENTS, start, range(layers + 1), _with_kv(good))]
-        if fitting:
+        fitting = [largest_on_gpu(place, each) for place in range(len(starts)) for each in (good, _with_kv(good))]
+        if any(fitting):
             found = [plan for plan in fitting if plan is not None]
             break
     return min((_most_in_cpu(plan, layers) for plan in found), key=_moved)
+
+
+def _gpu_limit(plan: Plan) -> int:
+    """What the GPU tier may take at most, also where it is ordinary memory."""
+    return plan.cpu_budget_bytes if plan.gpu_budget_bytes is None else plan.gpu_budget_bytes
+
+
+def _most_held(plan: Plan, limit: int, layers: int) -> int:
+    """How many of the ``layers`` a tier could hold if it held nothing else: no more need be tried."""
+    smallest = min(plan.inputs.layers_bytes([layer]) for layer in range(_layers(plan.inputs)))
+    return min(layers, limit // smallest)
 
 
 def _with_kv(good: Good) -> Good:
@@ -225,9 +243,10 @@ def _most_in_cpu(plan: Plan, layers: int) -> Plan:
     """The same with as many layers in CPU memory as fit, or as many as make the drives' reads shortest."""
     if plan.inputs.settings.mode == "stream":
         return plan
-    in_cpu = range(1, max(1, layers - plan.inputs.settings.gpu_cached_layers) + 1)
+    most = _most_held(plan, plan.cpu_budget_bytes, layers - plan.inputs.settings.gpu_cached_layers)
+    in_cpu = range(1, max(1, most) + 1)
     found = largest(CPU_LAYERS, plan.inputs, in_cpu, lambda plan: plan.fits) or plan
-    if not found.kv.disk:
+    if not found.fits or not found.kv.disk:
         return found
     # Then a layer more in CPU memory drives as many bytes of KV to the device.
     fewer = (make_plan(CPU_LAYERS.at(plan.inputs, count)) for count in reversed(in_cpu))

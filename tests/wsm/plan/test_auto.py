@@ -169,3 +169,26 @@ def test_auto_shares_cpu_memory_between_weights_and_kv_where_both_have_a_drive()
     assert plan.fits
     assert abs(moved["ssd_read"] - moved["kv_read"]) < 2 * layer
     assert max(moved["ssd_read"], moved["kv_read"]) < 9e9
+
+
+@pytest.mark.parametrize("kv_device", [None, "/kv"])
+def test_where_nothing_fits_auto_asks_for_as_little_cpu_memory_as_it_can(kv_device: str | None) -> None:
+    settings = Settings(mode="mixed", gpu_mem_gb=4, cpu_mem_gb=2)
+    plan = make_plan(
+        choose_settings(inputs_for(EIGHT_LAYERS, settings, RunShape(8, 2016, 32, 8 * 2016), kv_device=kv_device))
+    )
+    assert not plan.fits
+    assert plan.inputs.settings.cpu_cache_layers == 3  # what loads the globals; 8 were asked for beside --kv-device
+
+
+def test_auto_plans_no_more_layers_in_a_tier_than_it_could_hold_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[PlanInputs] = []
+
+    def counted(inputs: PlanInputs) -> Plan:
+        tried.append(inputs)
+        return make_plan(inputs)
+
+    monkeypatch.setattr("wsm.plan.levers.make_plan", counted)
+    choose_settings(inputs_for(settings=Settings(mode="mixed", gpu_mem_gb=12, cpu_mem_gb=4)))
+    assert max(inputs.settings.gpu_cached_layers for inputs in tried) == 7  # of 80: 8 layers are more than 12 GiB
+    assert len(tried) < 100

@@ -31,7 +31,9 @@ NOTHING_DECODED = Decoding()
 
 def ways_to_decode(inputs: PlanInputs, chunks: int) -> Iterator[Decoding]:
     """What there is to choose from, the fastest first; the last is what takes least."""
-    encoded = [layout for layout in _groups(inputs.layouts).values() if layout.encoded]
+    # Most layers share one: what is asked of each is asked once.
+    distinct = {id(layout): layout for layout in _groups(inputs.layouts).values()}
+    encoded = [layout for layout in distinct.values() if layout.encoded]
     if not encoded:
         yield NOTHING_DECODED
         return

@@ -67,12 +67,13 @@ def obstacles(base: Side, side: Side) -> Iterator[str]:
 
 def _unlike(base: Result, side: Result) -> Iterator[str]:
     """What has to be equal for a time to mean the same; what follows from one that is told is not told as well."""
-    both, told = (base, side), 0
+    both, told, named = (base, side), 0, set[str]()
     for fact in _FACTS:
         before, now = map(fact.of, both)
         flags = differing_flags(both, fact.settings)
-        if before != now and (flags or not told):
+        if before != now and (not told or not named.issuperset(flags)):
             told += 1
+            named.update(flags)
             yield f"{fact.name}: {short(before)} against {short(now)}: {_give(flags) or fact.mend}"
     before, now = map(device_of, both)
     if before != now:

@@ -225,3 +225,14 @@ def test_the_table_says_that_its_figures_are_medians_and_a_summarys_are_not(
 ) -> None:
     side = Side("a", (typed(varied(measured, rounds)),), tmp_path)
     assert ("a run's own summary shows its round of median e2e_ms" in as_text(compare([side, side]))) is said
+
+
+def test_another_checkpoint_is_told_once_and_not_again_for_its_digest(against: Callable[..., Against]) -> None:
+    other = {
+        "config__resolved__model": "other",
+        "config__resolved__checkpoints": "/other",
+        "provenance__model_digest": "1",
+    }
+    [told] = against(other).obstacles
+    assert told.startswith("model: ")
+    assert told.endswith("give both the same --checkpoints")

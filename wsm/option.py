@@ -170,12 +170,17 @@ def unused(cls: type, name: str) -> Any:
     return dataclasses.field(default=options_of(cls)[name].default, init=False)
 
 
-@cache
 def options_of(cls: type) -> Mapping[str, Option]:
     """The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
+    return _declared(cls)
+
+
+@cache
+def _declared(cls: type) -> Mapping[str, Option]:
+    """Made once, and shared: a planner asks thousands of times."""
     found = {
         field.name: dataclasses.replace(field.metadata["option"], name=field.name, default=field.default)
         for field in dataclasses.fields(cls)
         if "option" in field.metadata
     }
-    return MappingProxyType(found)  # shared by all who ask: a planner asks thousands of times
+    return MappingProxyType(found)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# A 70B-shaped GGUF of eight layers, streamed and mixed: bash tests/gpu/gguf.sh OUTDIR
+# A 70B-shaped GGUF of eight layers, streamed and mixed: bash tests/gpu/gguf.sh OUTDIR [stream] [mixed]
 # The file and the packed store lie in ${FAST:-/dev/shm}, a stand-in for a fast drive; on a real one, FAST=/tmp REPEATS=1.
 set -u
 out=${1:?the folder for the results}
+shift
+modes=${*:-stream mixed}
 fast=${FAST:-/dev/shm}/wsm-gguf
 python=${PYTHON:-python3}
 mkdir -p "$out" "$fast"
@@ -19,8 +21,12 @@ step() {
   echo "$name: exit $?, $((SECONDS - began)) s"
 }
 
-step stream --mode stream --gpu-cached-layers 2
-step mixed --mode mixed --gpu-cached-layers 2 --cpu-cache-layers 3 --prefetch-distance 2
+for mode in $modes; do
+  case $mode in
+    stream) step stream --mode stream --gpu-cached-layers 2 ;;
+    mixed) step mixed --mode mixed --gpu-cached-layers 2 --cpu-cache-layers 3 --prefetch-distance 2 ;;
+  esac
+done
 rm -rf "$fast"
 "$python" - "$out" <<'PYTHON'
 import json, pathlib, sys

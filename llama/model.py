@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama.batch import Segment, TokenBatch, cut
 from llama.config import ModelConfig
-from llama.fused.ops import attend_rows, gate_, rms_norm, rotate_
+from llama.fused.ops import attend_rows, linear, rms_norm, rotate_
 from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
@@ -265,8 +265,7 @@ class Transformer:
     def _feed_forward_(self, h: Tensor, w: Products) -> None:
         """Add the feed-forward block to a chunk's residual ``[n, dim]``."""
         x = w.norm(h, "ffn_norm")
-        gate = w.linear(x, "w1")  # [n, ffn_dim]
-        gate_(gate, w.linear(x, "w3"))
+        gate = w.gated_linear(x, "w1", "w3")  # [n, ffn_dim]
         del x
         w.add_linear_(h, gate, "w2")
 
@@ -277,5 +276,5 @@ class Transformer:
         logits = torch.empty(h.shape[0], head.shape[0], dtype=torch.float32, device=self.device)
         for begin in range(0, h.shape[0], chunk_tokens):
             part = slice(begin, begin + chunk_tokens)
-            logits[part] = F.linear(rms_norm(h[part], w["norm"], self.config.norm_eps), head)
+            logits[part] = linear(rms_norm(h[part], w["norm"], self.config.norm_eps), head)
         return self.collective.gather(logits)

@@ -12,10 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llama.fused.ops import rms_norm
+from llama.fused import ops
 from llama.parallel.world import Collective
 from llama.weights import WeightSource
 from wsm.engine.telemetry import Telemetry
@@ -74,7 +73,17 @@ class Products:
         """``x [n, inputs]`` times the transposed matrices, side by side in one product: ``[n, sum of outputs]``."""
         self._source.saw(self._group, names, x)
         packed = self._packed_product(x, names)
-        return packed if packed is not None else F.linear(x, self._matrix(names))
+        return packed if packed is not None else ops.linear(x, self._matrix(names))
+
+    def gated_linear(self, x: Tensor, gate: str, up: str) -> Tensor:
+        """``silu(x gate^T) * (x up^T)``, ``[n, outputs]``."""
+        matrices = [self._tensors[name] for name in (gate, up)]
+        plain = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        if len(plain) < len(matrices):
+            return ops.gate_(self.linear(x, gate), self.linear(x, up))
+        for name in (gate, up):
+            self._source.saw(self._group, (name,), x)
+        return ops.gated_linear(x, *plain)
 
     def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
         """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
@@ -83,15 +92,15 @@ class Products:
         if (packed := self._packed_product(x, (name,))) is not None:
             h.add_(collective.reduce_(packed))
         elif collective.shard.size == 1:
-            h.addmm_(x, self._matrix((name,)).t())
+            ops.add_linear_(h, x, self._matrix((name,)))
         else:
-            h.add_(collective.reduce_(F.linear(x, self._matrix((name,)))))
+            h.add_(collective.reduce_(ops.linear(x, self._matrix((name,)))))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """The root-mean-square norm of ``x [n, dim]``."""
         weight = self._tensors[name]
         assert isinstance(weight, Tensor)
-        return rms_norm(x, weight, self._source.eps)
+        return ops.rms_norm(x, weight, self._source.eps)
 
     def _packed_product(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """The product straight from the planes, where the format has one for so few rows: the same in every mode."""

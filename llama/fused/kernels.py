@@ -53,18 +53,64 @@ def norm_kernel(x, weight, out, dim, x_stride, eps, COLS: tl.constexpr):
 
 
 @triton.jit
-def gate_kernel(gate, up, count, TILE: tl.constexpr, LIBRARY: tl.constexpr):
-    """``silu(gate) * up`` into ``gate``, with the bits of torch's two operations: each is rounded.
+def gated(gate, up, LIBRARY: tl.constexpr):
+    """``silu(gate) * up`` with the bits of torch's two operations: each is rounded.
 
     ``tl.exp`` and a plain division are less exact than torch's; the interpreter has no LIBRARY of the device.
     """
+    wide = gate.to(tl.float32)
+    faded = libdevice.exp(-wide) if LIBRARY else tl.exp(-wide)
+    silu = tl.div_rn(wide, 1.0 + faded).to(gate.dtype)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
+def gate_kernel(gate, up, count, TILE: tl.constexpr, LIBRARY: tl.constexpr):
+    """``silu(gate) * up`` into ``gate``."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < count
     x, y = tl.load(gate + at, mask=inside, other=0), tl.load(up + at, mask=inside, other=0)
-    wide = x.to(tl.float32)
-    faded = libdevice.exp(-wide) if LIBRARY else tl.exp(-wide)
-    silu = tl.div_rn(wide, 1.0 + faded).to(x.dtype)
-    tl.store(gate + at, (silu.to(tl.float32) * y.to(tl.float32)).to(x.dtype), mask=inside)
+    tl.store(gate + at, gated(x, y, LIBRARY), mask=inside)
+
+
+@triton.jit
+def read_once(at, inside, EVEN: tl.constexpr):
+    """Weights as float32: they leave the cache first."""
+    if EVEN:
+        found = tl.load(at, eviction_policy="evict_first")
+    else:
+        found = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+    return found.to(tl.float32)
+
+
+@triton.jit
+def row_product_kernel(
+    x, weight, second, residual, out, rows, cols,
+    GATED: tl.constexpr, ADDED: tl.constexpr, EVEN: tl.constexpr, LIBRARY: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row ``x`` times ROWS rows of ``weight``, summed in float32 and rounded once.
+
+    GATED: ``silu(x weight^T) * (x second^T)``, each step rounded; ADDED: on top of ``residual``.
+    """
+    TO: tl.constexpr = out.dtype.element_ty
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, STEP)
+    apart = row.to(tl.int64)[:, None] * cols + col[None, :]
+    total = tl.zeros((ROWS, STEP), dtype=tl.float32)
+    other = tl.zeros((ROWS, STEP), dtype=tl.float32)
+    for begin in tl.range(0, cols, STEP, num_stages=STAGES):
+        known = begin + col < cols
+        inside = (row < rows)[:, None] & known[None, :]
+        values = tl.load(x + begin + col, mask=known, other=0).to(tl.float32)[None, :]
+        total += read_once(weight + apart + begin, inside, EVEN) * values
+        if GATED:
+            other += read_once(second + apart + begin, inside, EVEN) * values
+    found = tl.sum(total, axis=1)
+    if GATED:
+        found = gated(found.to(TO), tl.sum(other, axis=1).to(TO), LIBRARY)
+    if ADDED:
+        found += tl.load(residual + row, mask=row < rows, other=0).to(tl.float32)
+    tl.store(out + row, found.to(TO), mask=row < rows)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,18 @@ from wsm.formats.product_kernels import COUNTERS, arrivals_on
 from wsm.plan.memory import DECODE_KEYS, DECODE_SPLITS
 
 GATE_TILE, HEADS_AT_ONCE = 2048, 8
+
+
+class RowTuning(NamedTuple):
+    """Of a product with one row: rows of the matrix and inputs that a program takes at once, its warps and stages."""
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+
+ROW_PRODUCT = RowTuning(rows=4, step=512, warps=2, stages=4)
 LONGEST_NORM = 1 << 16
 """Values of a row: a program holds all of them."""
 _HALVES = (torch.bfloat16, torch.float16)
@@ -72,6 +85,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     cols = int(triton.next_power_of_2(dim))
     warps = min(16, max(1, cols // 512))
     kernels.norm_kernel[(n,)](x, weight, out, dim, x.stride(0), eps, COLS=cols, num_warps=warps)
+    return out
+
+
+def can_multiply(x: Tensor, *weights: Tensor) -> bool:
+    """Whether products are of one row of 16-bit values, with matrices without gaps: with more rows cuBLAS is faster."""
+    one = x.shape[0] == 1 and x.dtype in _HALVES and x.stride(1) == 1
+    return one and all(weight.dtype == x.dtype and weight.is_contiguous() for weight in weights)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T``, ``[1, rows]``."""
+    return _row_product(x, weight, x.new_empty(1, weight.shape[0]))
+
+
+def add_linear_(h: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add ``x weight^T`` to ``h [1, rows]``, rounded once."""
+    _row_product(x, weight, h, residual=h)
+
+
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """See :func:`llama.fused.ops.gated_linear`."""
+    return _row_product(x, gate, x.new_empty(1, gate.shape[0]), second=up)
+
+
+def _row_product(
+    x: Tensor, weight: Tensor, out: Tensor, *, second: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    (rows, cols), tuning = weight.shape, ROW_PRODUCT
+    kernels.row_product_kernel[(triton.cdiv(rows, tuning.rows),)](
+        x, weight, weight if second is None else second, x if residual is None else residual, out, rows, cols,
+        GATED=second is not None, ADDED=residual is not None, EVEN=rows % tuning.rows == 0 and cols % tuning.step == 0,
+        LIBRARY=_LIBRARY, ROWS=tuning.rows, STEP=tuning.step, STAGES=tuning.stages, num_warps=tuning.warps,
+    )  # fmt: skip
     return out
 
 

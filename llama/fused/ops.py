@@ -1,4 +1,4 @@
-"""What the model computes between its products: Triton on CUDA, torch elsewhere.
+"""What the model computes between its products, and products with one row: Triton on CUDA, torch elsewhere.
 
 Which of them computes depends on nothing but dtype, device and shapes: all modes take the same one.
 """
@@ -57,6 +57,28 @@ def gate_(gate: Tensor, up: Tensor) -> Tensor:
     if (launch := launchers_for(gate)) is not None and gate.is_contiguous() and up.is_contiguous():
         return launch.gate_(gate, up)  # type: ignore[no-any-return]
     return F.silu(gate, inplace=True).mul_(up)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T``, ``[n, rows]``."""
+    if (launch := launchers_for(x)) is not None and launch.can_multiply(x, weight):
+        return launch.linear(x, weight)  # type: ignore[no-any-return]
+    return F.linear(x, weight)
+
+
+def add_linear_(h: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add ``x weight^T`` to ``h [n, rows]``."""
+    if (launch := launchers_for(x)) is not None and launch.can_multiply(x, weight) and h.stride(1) == 1:
+        launch.add_linear_(h, x, weight)
+    else:
+        h.addmm_(x, weight.t())
+
+
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(x gate^T) * (x up^T)``, with the bits of :func:`linear` twice and :func:`gate_`."""
+    if (launch := launchers_for(x)) is not None and launch.can_multiply(x, gate, up):
+        return launch.gated_linear(x, gate, up)  # type: ignore[no-any-return]
+    return gate_(linear(x, gate), linear(x, up))
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -57,6 +57,27 @@ def test_gating_gives_the_bits_of_torch(dtype: torch.dtype) -> None:
     assert torch.equal(ops.gate_(apart, up), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(14336, 4096), (4096, 14336), (128256, 4096), (1536, 576), (576, 1536), (4096, 7168), (7, 515)]
+)
+def test_a_product_with_one_row_is_rounded_once_and_gated_in_one_kernel_as_in_three(
+    rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    x, first, h = random(1, cols, dtype=dtype), random(rows, cols, dtype=dtype), random(1, rows, dtype=dtype)
+    second = random(rows, cols, dtype=dtype)
+    launch = ops.launchers_for(x)
+    assert launch is not None
+    assert launch.can_multiply(x, first)
+    found, expected = ops.linear(x, first), (x.double() @ first.double().t())
+    half_a_step = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-5 * cols
+    assert ((found.double() - expected).abs() <= half_a_step).all()
+    added = h.clone()
+    ops.add_linear_(added, x, first)
+    assert close(added, h.double() + expected, 1.0 + expected.abs())
+    assert torch.equal(ops.gated_linear(x, first, second), ops.gate_(found, ops.linear(x, second)))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
 @pytest.mark.parametrize(
     ("n_heads", "n_kv_heads", "dim"), [(8, 2, 128), (9, 3, 64), (4, 4, 96), (5, 1, 80), (3, 3, 256)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -102,6 +103,23 @@ def test_plain_matrices_beside_encoded_ones_count_as_room_for_the_whole_group() 
         expected = h.clone().addmm_(x, matrices["wo"].t())
         w.add_linear_(h, x, "wo")
         assert torch.equal(h, expected)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("encodes", [(), ("w1",), ("w3",), ("w1", "w3")])
+def test_a_gated_product_is_the_same_wherever_its_matrices_lie_and_its_inputs_are_seen(
+    encodes: tuple[str, ...], kept: bool
+) -> None:
+    matrices = {name: torch.randn(96, 64).bfloat16() for name in ("w1", "w3")}
+    held: dict[str, Stored] = {n: encoded(m, "exact") if n in encodes else m for n, m in matrices.items()}
+    w = products(held, scratch=Scratch(1 << 16 if kept else 96 * 64 * 2, torch.device("cpu")))
+    seen: list[Sequence[str]] = []
+    w._source.observer = mock.Mock(saw=lambda group, names, x: seen.append(names))
+    x = torch.randn(1, 64).bfloat16()
+    expected = F.silu(F.linear(x, matrices["w1"])) * F.linear(x, matrices["w3"])
+    for _ in range(2):
+        assert torch.equal(w.gated_linear(x, "w1", "w3"), expected)
+    assert seen == [("w1",), ("w3",)] * 2
 
 
 def test_with_room_for_the_whole_group_a_matrix_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

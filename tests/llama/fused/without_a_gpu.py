@@ -30,7 +30,8 @@ def compile_for(capability: int) -> None:
 
     def made(name: str, warps: int, to: str, **constants: Any) -> None:
         floats, whole = ("freqs", "parts", "facts"), ("places", "positions")
-        values = ("heads", "window", "gate", "up", "x", "weight", "out", "q", "keys", "values", "mask")
+        values = ("heads", "window", "gate", "up", "x", "weight", "second", "residual", "out")
+        values += ("q", "keys", "values", "mask")
         types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i64") | dict.fromkeys(values, to)
         types |= {"scale": "fp32", "eps": "fp32", "arrivals": "*i32"}
         made = compiled(getattr(kernels, name), capability, types, constants, num_warps=warps)
@@ -42,6 +43,14 @@ def compile_for(capability: int) -> None:
         made("rotary_kernel", 4, to, DIM=128 if written else 96, PAIRS=64, HEADS=launch.HEADS_AT_ONCE, WRITE=written)
         made("gate_kernel", 4, to, TILE=launch.GATE_TILE, LIBRARY=True)
         made("norm_kernel", 16, to, COLS=16384 if written else 64)
+    tuning = launch.ROW_PRODUCT
+    tile = {"ROWS": tuning.rows, "STEP": tuning.step, "STAGES": tuning.stages, "LIBRARY": True}
+    for to, gated, added, even in (
+        ("*bf16", True, False, True),
+        ("*fp16", False, True, False),
+        ("*bf16", False, False, True),
+    ):
+        made("row_product_kernel", tuning.warps, to, GATED=gated, ADDED=added, EVEN=even, **tile)
     for rep, dim, width in ((4, 128, 64), (3, 96, 256), (16, 64, 64), (20, 256, 64)):
         cols = int(triton.next_power_of_2(dim))
         shared = {"SHARED": 32 if rep > 16 else 16, "REP": rep, "DIM": dim, "COLS": cols}
@@ -56,6 +65,7 @@ def interpret() -> None:
     norm()
     rotate()
     gate()
+    multiply()
     attend()
     operands()
     attend_within_its_plan()
@@ -93,6 +103,24 @@ def gate() -> None:
     one, up = random(3, 1000), random(3, 1000)
     expected = ops.gate_(one.clone(), up)
     assert ((launch.gate_(one, up) - expected).abs() <= 2e-3 * expected.abs() + 1e-6).all()
+
+
+def multiply() -> None:
+    """One row with matrices of whole and of broken tiles: as torch's, on top of a residual, and gated."""
+    for rows, cols in ((12, 1024), (7, 576), (5, 1)):
+        x, first, second, h = random(1, cols), random(rows, cols), random(rows, cols), random(1, rows)
+        product = launch.linear(x, first)
+        expected = x.double() @ first.double().t()
+        assert torch.equal(product, expected.float().half()) or (product - expected).abs().max() < 1e-3 * cols**0.5
+        added = h.clone()
+        launch.add_linear_(added, x, first)
+        assert (added - (h.double() + expected)).abs().max() < 0.01 * cols**0.5
+        assert torch.equal(launch.gated_linear(x, first, second), launch.gate_(product, launch.linear(x, second)))
+    assert launch.can_multiply(x, first, second)
+    assert not launch.can_multiply(random(2, cols), first)
+    assert not launch.can_multiply(x.float(), first.float())
+    assert not launch.can_multiply(random(1, 64), random(8, 72)[:, :64])
+    assert not launch.can_multiply(random(1, 128)[:, ::2], random(8, 64))
 
 
 def attend() -> None:

@@ -17,7 +17,7 @@ from llama.graphs import DecodeGraphs
 from llama.kv.cache import KVCache, Rows, attended_tokens
 from llama.names import EMBEDDING, QKV
 from llama.parallel.world import Collective
-from llama.products import Acquire, Products, ProductSource, Scratch
+from llama.products import Acquire, Products, ProductSource, Residual, Scratch
 from llama.rope import RopeScaling
 from llama.weights import WeightSource
 from wsm import stop
@@ -153,15 +153,18 @@ class Transformer:
         """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
         h = self.embed(batch.tokens)
         chunks = self._chunks(batch, chunk_tokens, kv)
+        residuals = [Residual(h[chunk.part]) for chunk in chunks]
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
-                for chunk in chunks:
+                for chunk, residual in zip(chunks, residuals, strict=True):
                     stop.check()
-                    self._attention_(h[chunk.part], w, chunk, kv, layer)
+                    self._attention_(residual, w, chunk, kv, layer)
             with acquire(GroupId(layer, "ffn")) as w:
-                for chunk in chunks:
+                for residual in residuals:
                     stop.check()
-                    self._feed_forward_(h[chunk.part], w)
+                    self._feed_forward_(residual, w)
+        for residual in residuals:
+            residual.settled()
         return h
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -213,8 +216,8 @@ class Transformer:
         mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~shown, -math.inf)[:, None, None, :]
 
-    def _attention_(self, h: Tensor, w: Products, chunk: Chunk, kv: KVCache, layer: int) -> None:
-        """Add a chunk's attention to its residual ``[n, dim]``; its keys and values go into the cache."""
+    def _attention_(self, h: Residual, w: Products, chunk: Chunk, kv: KVCache, layer: int) -> None:
+        """Add a chunk's attention to its residual; its keys and values go into the cache."""
         qkv = w.linear(w.norm(h, "attention_norm"), *QKV)
         heads = qkv.unflatten(1, (-1, self.config.head_dim))  # [n, n_heads + 2 * n_kv_heads, head_dim]
         outs = [self._attend(heads, part, chunk, kv, layer) for part in chunk.parts]
@@ -262,8 +265,8 @@ class Transformer:
         keys, values = kv.record.read(window[rows.first : rows.first + q.shape[0]], rows.tokens)
         return attend_rows(q, keys, values, rows.mask)
 
-    def _feed_forward_(self, h: Tensor, w: Products) -> None:
-        """Add the feed-forward block to a chunk's residual ``[n, dim]``."""
+    def _feed_forward_(self, h: Residual, w: Products) -> None:
+        """Add the feed-forward block to a chunk's residual."""
         x = w.norm(h, "ffn_norm")
         gate = w.gated_linear(x, "w1", "w3")  # [n, ffn_dim]
         del x

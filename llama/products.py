@@ -19,6 +19,7 @@ from llama.parallel.world import Collective
 from llama.weights import WeightSource
 from wsm.engine.telemetry import Telemetry
 from wsm.formats import registry
+from wsm.formats.format import MOST_ROWS
 from wsm.layout.groups import TENSOR_ALIGNMENT, Encoded, GroupId, Stored, round_up
 
 
@@ -56,6 +57,36 @@ class Scratch:
         return self.room[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
 
+class Residual:
+    """The residual ``[n, dim]`` of tokens that are computed at once, in the memory of ``rows``.
+
+    What ranks have summed for few tokens waits for the norm that follows, whose kernel adds it on its way.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows, self._waiting = rows, list[Tensor]()
+
+    def settled(self) -> Tensor:
+        """``rows`` with all that was added."""
+        while self._waiting:
+            self._rows.add_(self._waiting.pop())
+        return self._rows
+
+    def add_(self, part: Tensor) -> None:
+        """Add ``part [n, dim]``, which nobody changes any more."""
+        rows = self.settled()
+        if part.shape[0] <= MOST_ROWS:
+            self._waiting.append(part)
+        else:
+            rows.add_(part)
+
+    def norm(self, weight: Tensor, eps: float) -> Tensor:
+        """The root-mean-square norm of what there is."""
+        if self._waiting:
+            return ops.add_rms_norm(self._rows, self._waiting.pop(), weight, eps)
+        return ops.rms_norm(self._rows, weight, eps)
+
+
 class Products:
     """A group on the compute device, by the short names of its tensors; valid until its block ends."""
 
@@ -85,22 +116,21 @@ class Products:
             self._source.saw(self._group, (name,), x)
         return ops.gated_linear(x, *plain)
 
-    def add_linear_(self, h: Tensor, x: Tensor, name: str) -> None:
-        """Add ``x`` times a transposed matrix to the residual ``h``; where ranks share the product, their sum once."""
+    def add_linear_(self, h: Residual, x: Tensor, name: str) -> None:
+        """Add ``x`` times a transposed matrix to the residual; where ranks share the product, their sum once."""
         collective = self._source.collective
         self._source.saw(self._group, (name,), x)
-        if (packed := self._packed_product(x, (name,))) is not None:
-            h.add_(collective.reduce_(packed))
-        elif collective.shard.size == 1:
-            ops.add_linear_(h, x, self._matrix((name,)))
+        packed = self._packed_product(x, (name,))
+        if packed is None and collective.shard.size == 1:
+            ops.add_linear_(h.settled(), x, self._matrix((name,)))
         else:
-            h.add_(collective.reduce_(ops.linear(x, self._matrix((name,)))))
+            h.add_(collective.reduce_(ops.linear(x, self._matrix((name,))) if packed is None else packed))
 
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        """The root-mean-square norm of ``x [n, dim]``."""
+    def norm(self, h: Residual, name: str) -> Tensor:
+        """The root-mean-square norm of a residual ``[n, dim]``."""
         weight = self._tensors[name]
         assert isinstance(weight, Tensor)
-        return ops.rms_norm(x, weight, self._source.eps)
+        return h.norm(weight, self._source.eps)
 
     def _packed_product(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """The product straight from the planes, where the format has one for so few rows: the same in every mode."""

@@ -42,11 +42,16 @@ def rotary_kernel(
 
 
 @triton.jit
-def norm_kernel(x, weight, out, dim, x_stride, eps, COLS: tl.constexpr):
-    """The root-mean-square norm of one row of at most COLS values, in float32 and rounded once."""
+def norm_kernel(x, part, weight, out, dim, x_stride, eps, COLS: tl.constexpr, ADDED: tl.constexpr):
+    """The root-mean-square norm of one row of at most COLS values, in float32 and rounded once. ADDED: of ``x + part``,
+    rounded, which takes the place of ``x``."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, COLS)
     inside = col < dim
     wide = tl.load(x + row * x_stride + col, mask=inside, other=0).to(tl.float32)
+    if ADDED:
+        both = (wide + tl.load(part + row * dim + col, mask=inside, other=0).to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(x + row * x_stride + col, both, mask=inside)
+        wide = both.to(tl.float32)
     gain = tl.load(weight + col, mask=inside, other=0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / dim + eps)
     tl.store(out + row * dim + col, (wide * scale * gain).to(out.dtype.element_ty), mask=inside)

@@ -79,12 +79,15 @@ def can_norm(x: Tensor) -> bool:
     return alike and x.shape[1] <= LONGEST_NORM
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See :func:`llama.fused.ops.rms_norm`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, part: Tensor | None = None) -> Tensor:
+    """See :func:`llama.fused.ops.rms_norm`; of ``x + part`` where there is a part, as ``add_rms_norm`` there."""
     (n, dim), out = x.shape, x.new_empty(x.shape)
     cols = int(triton.next_power_of_2(dim))
     warps = min(16, max(1, cols // 512))
-    kernels.norm_kernel[(n,)](x, weight, out, dim, x.stride(0), eps, COLS=cols, num_warps=warps)
+    added = x if part is None else part
+    kernels.norm_kernel[(n,)](
+        x, added, weight, out, dim, x.stride(0), eps, COLS=cols, ADDED=part is not None, num_warps=warps
+    )
     return out
 
 

@@ -37,6 +37,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def add_rms_norm(x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add ``part`` to ``x [n, dim]`` in place, and give the norm of it: the bits of ``add_`` and :func:`rms_norm`."""
+    launch = launchers_for(x)
+    if launch is not None and launch.can_norm(x) and part.is_contiguous():
+        return launch.rms_norm(x, weight, eps, part)  # type: ignore[no-any-return]
+    return rms_norm(x.add_(part), weight, eps)
+
+
 def rotate_(heads: Tensor, rotated: int, freqs_cis: Tensor) -> None:
     """RoPE of the first ``rotated`` of ``heads [n, every, head_dim]`` in place, in float32 and rounded once.
 

@@ -15,7 +15,7 @@ from llama.model import Transformer
 from llama.names import QKV
 from llama.nodes.attention import attend_nodes
 from llama.nodes.tree import NodeBatch
-from llama.products import Acquire, Products
+from llama.products import Acquire, Products, Residual
 from wsm import stop
 from wsm.layout.groups import GroupId, round_up
 from wsm.plan.inputs import ALIKE_ROWS
@@ -46,7 +46,7 @@ def node_layers(model: Transformer, batch: NodeBatch, kv: KVCache, acquire: Acqu
     """The residual behind the last layer, ``[B * M, dim]``, then rows that only fill up a multiple."""
     count = batch.tokens.numel()
     padding = (0, round_up(count, ALIKE_ROWS) - count)
-    h = model.embed(F.pad(batch.tokens.flatten(), padding))
+    h = Residual(model.embed(F.pad(batch.tokens.flatten(), padding)))
     freqs_cis = model.freqs_cis[F.pad(batch.positions.flatten(), padding)].unsqueeze(1)
     stretches = _stretches(batch, kv)
     for layer in range(model.config.n_layers):
@@ -56,7 +56,7 @@ def node_layers(model: Transformer, batch: NodeBatch, kv: KVCache, acquire: Acqu
         stop.check()
         with acquire(GroupId(layer, "ffn")) as w:
             _feed_forward_(h, w)
-    return h
+    return h.settled()
 
 
 def _stretches(batch: NodeBatch, kv: KVCache) -> list[_Stretch]:
@@ -73,14 +73,14 @@ def _stretches(batch: NodeBatch, kv: KVCache) -> list[_Stretch]:
 
 def _attention_(
     model: Transformer,
-    h: Tensor,
+    h: Residual,
     w: Products,
     freqs_cis: Tensor,
     stretches: list[_Stretch],
     kv: KVCache,
     layer: int,
 ) -> None:
-    """Add the nodes' attention to their residual ``h [n, dim]``; their keys and values go into the cache."""
+    """Add the nodes' attention to their residual; their keys and values go into the cache."""
     config = model.config
     heads = w.linear(w.norm(h, "attention_norm"), *QKV).unflatten(1, (-1, config.head_dim))
     outs = []
@@ -94,8 +94,8 @@ def _attention_(
         outs.append(attend_nodes(q, keys, values, stretch.batch).flatten(0, 1).flatten(1))
         kv.leave(layer, stretch.number)
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    if len(out) < len(h):
-        out = F.pad(out, (0, 0, 0, len(h) - len(out)))
+    if len(out) < len(heads):
+        out = F.pad(out, (0, 0, 0, len(heads) - len(out)))
     w.add_linear_(h, out, "wo")
 
 
@@ -111,7 +111,7 @@ def _rotate_and_write_(
     kv.record.write_(window, stretch.places, stretch.columns, heads[:, n_heads:].unflatten(1, (2, -1)))
 
 
-def _feed_forward_(h: Tensor, w: Products) -> None:
+def _feed_forward_(h: Residual, w: Products) -> None:
     """Add the feed-forward block to the nodes' residual."""
     x = w.norm(h, "ffn_norm")
     gate = w.linear(x, "w1")  # [n, ffn_dim]

@@ -42,6 +42,10 @@ def test_a_norm_is_that_of_torch_and_does_not_depend_on_other_rows(dim: int, dty
     assert close(found, expected, expected.abs())
     for first, rows in ((0, 1), (5, 1), (3, 17)):
         assert torch.equal(ops.rms_norm(x[first : first + rows], weight, 1e-5), found[first : first + rows])
+    part, summed = random(33, dim, dtype=dtype), x.clone()
+    normed = ops.add_rms_norm(summed, part, weight, 1e-5)
+    assert torch.equal(summed, x + part)
+    assert torch.equal(normed, ops.rms_norm(x + part, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])

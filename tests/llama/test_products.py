@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.parallel.world import Collective
-from llama.products import Products, ProductSource, Scratch
+from llama.products import Products, ProductSource, Residual, Scratch
 from wsm.formats import registry
+from wsm.formats.format import MOST_ROWS
 from wsm.layout.groups import Encoded, GroupId, Stored
 from wsm.layout.model import Shard
 
@@ -25,6 +26,12 @@ def products(
 ) -> Products:
     source = ProductSource(None, 1e-5, collective or Collective(), scratch)  # type: ignore[arg-type]
     return Products(GroupId(0, "attn"), held, source, timed=False)
+
+
+def add_linear_(w: Products, h: Tensor, x: Tensor, name: str) -> None:
+    residual = Residual(h)
+    w.add_linear_(residual, x, name)
+    assert residual.settled() is h
 
 
 class _Doubling(Collective):
@@ -45,17 +52,31 @@ def test_names_side_by_side_are_one_product_wherever_the_matrices_lie(apart: boo
 
 def test_a_product_is_added_to_the_residual_once_for_all_ranks() -> None:
     h = torch.ones(5, 12)
-    products({"wo": TOGETHER}).add_linear_(h, X, "wo")
+    add_linear_(products({"wo": TOGETHER}), h, X, "wo")
     assert torch.equal(h, torch.ones(5, 12).addmm_(X, TOGETHER.t()))
     h = torch.ones(5, 12)
-    products({"wo": TOGETHER}, _Doubling()).add_linear_(h, X, "wo")
+    add_linear_(products({"wo": TOGETHER}, _Doubling()), h, X, "wo")
     assert torch.equal(h, 1 + 2 * F.linear(X, TOGETHER))
 
 
 def test_the_norm_is_that_of_its_vector() -> None:
     weight = torch.linspace(0.5, 1.5, 8)
     w = products({"ffn_norm": weight})
-    assert torch.equal(w.norm(X, "ffn_norm"), F.rms_norm(X, (8,), weight, 1e-5))
+    assert torch.equal(w.norm(Residual(X), "ffn_norm"), F.rms_norm(X, (8,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1])
+def test_what_is_added_to_a_residual_is_in_the_norm_behind_it_and_added_once(rows: int) -> None:
+    h, parts = torch.randn(rows, 8).bfloat16(), torch.randn(3, rows, 8).bfloat16()
+    weight, residual, expected = torch.linspace(0.5, 1.5, 8).bfloat16(), Residual(h.clone()), h.clone()
+    for part in parts:
+        residual.add_(part)
+        expected += part
+        if part is not parts[0]:  # two in a row without a norm between them
+            assert torch.equal(residual.norm(weight, 1e-5), F.rms_norm(expected, (8,), weight, 1e-5))
+    for _ in range(2):
+        assert torch.equal(residual.norm(weight, 1e-5), F.rms_norm(expected, (8,), weight, 1e-5))
+        assert torch.equal(residual.settled(), expected)
 
 
 def encoded(matrix: Tensor, name: str) -> Encoded:
@@ -84,7 +105,7 @@ def test_a_product_with_encoded_matrices_is_that_with_the_decoded_ones(name: str
     for _ in range(3):  # as with chunks: whatever is decoded in between
         assert torch.equal(w.linear(x, "wq", "wk", "wv"), F.linear(x, torch.cat([plain[n] for n in matrices])))
         expected = h.clone().addmm_(x.repeat(1, 2)[:, :96], plain["wo"].t())
-        w.add_linear_(h, x.repeat(1, 2)[:, :96], "wo")
+        add_linear_(w, h, x.repeat(1, 2)[:, :96], "wo")
         assert torch.equal(h, expected)
 
 
@@ -101,7 +122,7 @@ def test_plain_matrices_beside_encoded_ones_count_as_room_for_the_whole_group() 
     for _ in range(2):
         assert torch.equal(w.linear(x, "wq", "wk", "wv"), F.linear(x, qkv))
         expected = h.clone().addmm_(x, matrices["wo"].t())
-        w.add_linear_(h, x, "wo")
+        add_linear_(w, h, x, "wo")
         assert torch.equal(h, expected)
 
 
@@ -152,9 +173,9 @@ def test_a_packed_product_is_taken_for_few_rows_and_added_once(monkeypatch: pyte
     assert torch.equal(w.linear(few, *names), torch.tensor([48.0] * 48 + [24.0] * 48).bfloat16().expand(2, -1))
     assert torch.equal(w.linear(many, *names), F.linear(many, plain))
     h = torch.ones(2, 48).bfloat16()
-    w.add_linear_(h, few, "wq")
+    add_linear_(w, h, few, "wq")
     assert torch.equal(h, torch.full((2, 48), 49.0).bfloat16())
     doubled = products(held, _Doubling(), Scratch(96 * 64 * 2, torch.device("cpu")))
     h = torch.ones(2, 48).bfloat16()
-    doubled.add_linear_(h, few, "wq")
+    add_linear_(doubled, h, few, "wq")
     assert torch.equal(h, torch.full((2, 48), 97.0).bfloat16())

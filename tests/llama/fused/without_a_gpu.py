@@ -31,7 +31,7 @@ def compile_for(capability: int) -> None:
     def made(name: str, warps: int, to: str, **constants: Any) -> None:
         floats, whole = ("freqs", "parts", "facts"), ("places", "positions")
         values = ("heads", "window", "gate", "up", "x", "weight", "second", "residual", "out")
-        values += ("q", "keys", "values", "mask")
+        values += ("part", "q", "keys", "values", "mask")
         types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i64") | dict.fromkeys(values, to)
         types |= {"scale": "fp32", "eps": "fp32", "arrivals": "*i32"}
         made = compiled(getattr(kernels, name), capability, types, constants, num_warps=warps)
@@ -42,7 +42,7 @@ def compile_for(capability: int) -> None:
     for to, written in (("*bf16", True), ("*fp16", False), ("*fp32", True)):
         made("rotary_kernel", 4, to, DIM=128 if written else 96, PAIRS=64, HEADS=launch.HEADS_AT_ONCE, WRITE=written)
         made("gate_kernel", 4, to, TILE=launch.GATE_TILE, LIBRARY=True)
-        made("norm_kernel", 16, to, COLS=16384 if written else 64)
+        made("norm_kernel", 16, to, COLS=16384 if written else 64, ADDED=written)
     tuning = launch.ROW_PRODUCT
     tile = {"ROWS": tuning.rows, "STEP": tuning.step, "STAGES": tuning.stages, "LIBRARY": True}
     for to, gated, added, even in (
@@ -79,6 +79,9 @@ def norm() -> None:
         x, weight = random(n, dim + 3)[:, :dim], random(dim)
         found, expected = launch.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5)
         assert ((found - expected).abs() <= 2e-3 * expected.abs() + 1e-6).all()
+        part, summed = random(n, dim), x.clone()
+        assert torch.equal(launch.rms_norm(summed, weight, 1e-5, part), launch.rms_norm(x + part, weight, 1e-5))
+        assert torch.equal(summed, x + part)
 
 
 def rotate() -> None:

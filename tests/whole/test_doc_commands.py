@@ -106,6 +106,15 @@ def test_every_command_in_the_documents_is_understood(command: Command) -> None:
     assert parse(command.argv)[0] == command.verb
 
 
+def test_the_readmes_table_of_verbs_has_an_example_of_each_that_is_understood() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Verbs\n")[2].partition("\n## ")[0]
+    cells = [row.strip("| ").split(" | ")[-1] for row in table.splitlines() if row.startswith("| `")]
+    examples = [shlex.split(example) for cell in cells for example in re.findall(r"`([^`]+)`", cell)]
+    assert {argv[0] for argv in examples} == set(VERBS) - {"run"}
+    for argv in examples:
+        assert parse(argv)[0] == argv[0]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_one_after_the_other(
     page: str,

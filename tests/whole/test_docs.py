@@ -18,6 +18,7 @@ from bench.result.types_speculation import Speculation
 from bench.run import job as cli
 from bench.run.signals import ENDING, exit_code
 from wsm.option import options_of
+from wsm.plan.machines import MACHINES
 from wsm.settings import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,12 @@ def test_the_table_of_a_verb_has_a_row_for_each_of_its_flags_with_its_default(ve
 @pytest.mark.parametrize("verb", sorted(_verbs()))
 def test_the_readme_names_every_verb(verb: str) -> None:
     assert f"`{verb}`" in README or f"bench_infer.py {verb}" in README, f"README.md lacks the verb {verb}"
+
+
+@pytest.mark.parametrize("machine", [machine.name for machine in MACHINES])
+def test_the_readme_and_the_tuning_guide_name_every_card_that_plan_knows(machine: str) -> None:
+    assert f"`{machine}`" in README
+    assert f"\n| `{machine}` |" in TUNING
 
 
 @pytest.mark.parametrize("variable", sorted(PRESETS))

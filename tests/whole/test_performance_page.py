@@ -18,6 +18,7 @@ from tests.whole.conftest import Run
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "PERFORMANCE.md"
 CHINESE = ROOT / "docs" / "QUICKSTART.zh-CN.md"
+QUICKSTART = ROOT / "docs" / "QUICKSTART.md"
 RESULTS = ROOT / "docs" / "results"
 STREAM = "--mode stream --embedding cpu --group-prefetch-depth 2 --gpu-cached-layers"  # as --auto chooses, but sooner
 PAIR = "--synthetic Llama-3.1-70B:cycle --max-new-tokens 128 --acceptance 0.8 --draft-depth 12 --verify-rows 64 "
@@ -96,8 +97,8 @@ def test_what_two_pages_predict_for_a_4090_is_what_plan_prints(
         assert shown in page.read_text(encoding="utf-8"), page.name
 
 
-@pytest.mark.parametrize("page", [PAGE, CHINESE], ids=lambda page: page.name)
-def test_both_pages_have_the_command_of_the_row_with_a_draft(page: Path) -> None:
+@pytest.mark.parametrize("page", [PAGE, CHINESE, QUICKSTART], ids=lambda page: page.name)
+def test_three_pages_have_the_command_of_the_row_with_a_draft(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert [flag for flag in PAIR.strip().split(" --") if flag not in text] == []
 

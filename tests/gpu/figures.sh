@@ -55,20 +55,20 @@ short() {
 }
 
 kv_kinds() { # no warm-up: a prefill of these takes 12 s
-  local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 20 --warmup-rounds 0"
-  step kv_topk8 90 $flags
-  step kv_topk4 90 $flags --topk-blk 4
-  step kv_int8 90 $flags --kv-dtype int8
-  step kv_disk 90 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
+  local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 20 --warmup-rounds 0 --repeats ${REPEATS:-3}"
+  step kv_topk8 150 $flags
+  step kv_topk4 150 $flags --topk-blk 4
+  step kv_int8 150 $flags --kv-dtype int8
+  step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
   rm -f /dev/shm/wsm-kv
   "$python" tests/gpu/kv_summary.py "$out"
 }
 
 kv_drive() { # KV on the drive of $DRIVE, which bounds it
   mkdir -p "$drive"
-  step kv_drive 120 --synthetic Llama-3.1-70B:layers=4 --mode stream --cache-dir "$drive" --gpu-mem-gb 12.5 \
+  step kv_drive 240 --synthetic Llama-3.1-70B:layers=4 --mode stream --cache-dir "$drive" --gpu-mem-gb 12.5 \
     --gpu-cached-layers 1 --cpu-mem-gb 5.3 --kv-device "$drive/kv" --batch-size 32 --micro-batch 8 --prompt-len 2016 \
-    --max-new-tokens 12
+    --max-new-tokens 12 --repeats ${REPEATS:-3}
   "$python" tests/gpu/kv_summary.py "$out"
 }
 

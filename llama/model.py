@@ -153,7 +153,7 @@ class Transformer:
         """The residual ``[N, dim]`` behind the last layer, its groups handed out by ``acquire``."""
         h = self.embed(batch.tokens)
         chunks = self._chunks(batch, chunk_tokens, kv)
-        residuals = [Residual(h[chunk.part]) for chunk in chunks]
+        residuals = [Residual(h[chunk.part], len(chunks)) for chunk in chunks]
         for layer in range(self.config.n_layers):
             with acquire(GroupId(layer, "attn")) as w:
                 for chunk, residual in zip(chunks, residuals, strict=True):

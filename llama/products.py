@@ -60,11 +60,14 @@ class Scratch:
 class Residual:
     """The residual ``[n, dim]`` of tokens that are computed at once, in the memory of ``rows``.
 
-    What ranks have summed for few tokens waits for the norm that follows, whose kernel adds it on its way.
+    What ranks have summed for few tokens, or a packed product, waits for the norm that follows, whose kernel adds it on
+    its way, to the same bits. Not with more ``chunks`` in the pass: what waits for all of them would be a second
+    residual, which no plan counts.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, chunks: int = 1) -> None:
         self._rows, self._waiting = rows, list[Tensor]()
+        self._may_wait = chunks == 1 and rows.shape[0] <= MOST_ROWS
 
     def settled(self) -> Tensor:
         """``rows`` with all that was added."""
@@ -75,7 +78,7 @@ class Residual:
     def add_(self, part: Tensor) -> None:
         """Add ``part [n, dim]``, which nobody changes any more."""
         rows = self.settled()
-        if part.shape[0] <= MOST_ROWS:
+        if self._may_wait:
             self._waiting.append(part)
         else:
             rows.add_(part)

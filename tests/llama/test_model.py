@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from llama.checkpoint import open_checkpoint
 from llama.generation import Generation, GenerationOptions, generate
 from llama.kv.cache import KVCache
 from llama.model import Transformer
+from llama.parallel.world import Collective
 from llama.weights import TensorWeights
 from tests.tiny import LLAMA31_ROPE, hf_directory, hf_model
+from wsm.layout.model import Shard
 
 CPU = torch.device("cpu")
 PROMPTS = [[256, 3, 99, 14, 15], [256, 27], [256, *range(1, 60)], [256, 5, 5, 5, 250, 9, 31, 8, 8, 1, 0, 44]]
@@ -61,6 +64,32 @@ VARIANTS = {
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
     "llama-3.1": {"rope_parameters": {**LLAMA31_ROPE, "rope_theta": 500000.0}},
 }
+
+
+class _Watching(Collective):
+    """The first of two ranks; ``most`` of the sums that it has handed out have been alive at once."""
+
+    shard = Shard(0, 2)
+
+    def __init__(self) -> None:
+        self._sums: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def reduce_(self, x: Tensor) -> Tensor:
+        self._sums = [*(sum_ for sum_ in self._sums if sum_() is not None), weakref.ref(x)]
+        self.most = max(self.most, len(self._sums))
+        return x
+
+
+def test_sums_of_small_chunks_are_not_kept_for_the_whole_pass(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(hf_directory(tmp_path, hf_model()))
+    weights, ranks = TensorWeights(checkpoint, CPU, torch.float32), _Watching()
+    model = Transformer(checkpoint.config, weights, CPU, 512, ranks)
+    prompt = [index % 256 for index in range(64)]
+    together = our_logits(model, [prompt])[0]
+    ranks.most = 0
+    assert_close(our_logits(model, [prompt], chunk_tokens=4)[0], together)
+    assert ranks.most <= 2  # the residual itself is one
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

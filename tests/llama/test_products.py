@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from unittest import mock
 
@@ -77,6 +78,20 @@ def test_what_is_added_to_a_residual_is_in_the_norm_behind_it_and_added_once(row
     for _ in range(2):
         assert torch.equal(residual.norm(weight, 1e-5), F.rms_norm(expected, (8,), weight, 1e-5))
         assert torch.equal(residual.settled(), expected)
+
+
+def test_what_is_added_to_one_of_many_chunks_does_not_wait() -> None:
+    h, part, weight = torch.randn(2, 8).bfloat16(), torch.randn(2, 8).bfloat16(), torch.ones(8).bfloat16()
+    alone, among = Residual(h.clone()), Residual(h.clone(), chunks=2)
+    held = weakref.ref(part)
+    expected = h + part
+    alone.add_(part)
+    among.add_(part)
+    assert torch.equal(alone.norm(weight, 1e-5), among.norm(weight, 1e-5))  # and gives back the part
+    among.add_(part)
+    del part
+    assert held() is None
+    assert torch.equal(alone.settled(), expected)
 
 
 def encoded(matrix: Tensor, name: str) -> Encoded:

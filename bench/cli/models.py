@@ -40,7 +40,7 @@ from wsm.plan.by_format import by_format, shown_by_format
 from wsm.plan.hardware import GIB, Hardware
 from wsm.plan.levers import auto_flags
 from wsm.plan.machines import Machine, hardware_elsewhere, machine_named, rates_elsewhere
-from wsm.plan.missing import missing_rates, time_told_by
+from wsm.plan.missing import missing_rates
 from wsm.plan.plan import Plan
 from wsm.plan.speculated import Speculated, speculated, tokens_a_pass
 from wsm.plan.time import KV_DEVICE, Ceiling
@@ -197,13 +197,17 @@ def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, C
         if plan.inputs.settings.cpu_mem_gb is None:
             yield "its CPU memory is taken to be what is free here: --cpu-mem-gb says another machine's"
     missing = missing_rates(ceilings, plan)
-    if machine is None and plan.inputs.hardware.elsewhere and "the link" in missing:
+    flags = " and ".join(dict.fromkeys(missing.values()))
+    if missing and not plan.inputs.hardware.elsewhere:
+        yield (
+            f"no time is predicted: rates of {' and '.join(missing)} are missing; what measures them here stands "
+            f"beside what each flag would buy, or give {flags}"
+        )
+    elif missing.keys() - {"the drive", "--kv-device"}:
         yield (
             "there is no GPU here, and nothing is known of the one that is planned for: give --machine, or its rates "
-            "(--link-gbps and others), or plan for what is here with --device cpu"
+            f"({flags}), or plan for what is here with --device cpu"
         )
-    elif missing and not plan.inputs.hardware.elsewhere:
-        yield f"no time is predicted: {time_told_by(ceilings, plan)}; or give {' and '.join(missing.values())}"
     for what in ("the drive", "--kv-device"):
         if plan.inputs.hardware.elsewhere and what in missing:
             yield f"nothing is known of {what}, which this plan reads: give {missing[what]}"

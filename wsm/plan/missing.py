@@ -18,11 +18,14 @@ _NEEDED = {
 
 def missing_rates(ceilings: Mapping[str, Ceiling], *plans: Plan) -> dict[str, str]:
     """The flags of the rates that the plans need and nobody knows, by what each is the rate of."""
-    return {
+    moved = {
         what: flag
-        for moved, (rate, what, flag) in _NEEDED.items()
-        if rate not in ceilings and any(plan.bytes_per_pass[moved] for plan in plans)
+        for way, (rate, what, flag) in _NEEDED.items()
+        if rate not in ceilings and any(plan.bytes_per_pass[way] for plan in plans)
     }
+    if moved or ceilings.keys() & {"h2d", "hbm", "matmul"}:
+        return moved
+    return {"device memory": "--hbm-gbps", "arithmetic": "--matmul-tflops"}  # where nothing moves, one would do
 
 
 def time_told_by(ceilings: Mapping[str, Ceiling], *plans: Plan) -> str:
@@ -37,8 +40,7 @@ def _run_that_measures(missing: Mapping[str, str], plan: Plan) -> str:
     """Rates are kept by model, weight format, dtype, store and device: what another run measured does not count."""
     formats = {str(tensor.format) for layout in plan.inputs.layouts.values() for tensor in layout.encoded}
     of = f" in {' and '.join(sorted(formats))}" if formats else ""
-    what = f"of {' and '.join(missing)} " if missing else ""
     return (
-        f"rates {what}are missing, which a run of {plan.inputs.config.name}{of} with --mode {plan.placement.mode} "
-        f"measures here, and keeps where they vary by at most {STEADY_PCT:.0f} %"
+        f"rates of {' and '.join(missing)} are missing, which a run of {plan.inputs.config.name}{of} with "
+        f"--mode {plan.placement.mode} measures here, and keeps where they vary by at most {STEADY_PCT:.0f} %"
     )

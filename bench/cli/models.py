@@ -37,9 +37,10 @@ from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
 from wsm.plan.advice import check_fits, describe, unused_memory
 from wsm.plan.by_format import by_format, shown_by_format
-from wsm.plan.hardware import Hardware
+from wsm.plan.hardware import GIB, Hardware
 from wsm.plan.levers import auto_flags
 from wsm.plan.machines import Machine, hardware_elsewhere, machine_named, rates_elsewhere
+from wsm.plan.missing import missing_rates
 from wsm.plan.plan import Plan
 from wsm.plan.speculated import Speculated, speculated, tokens_a_pass
 from wsm.plan.time import KV_DEVICE, Ceiling
@@ -83,13 +84,20 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     if drafted is not None:
         print(f"with --draft {options.draft}, {_assumed(options, drafted)}: {drafted.shown()}")
     if options.auto and plan.fits:  # else it is no command that runs
-        print(f"[INFO] to keep this choice: {kept_command(argv, auto_flags(plan))}")
+        print(f"[INFO] to keep this choice: {kept_command(argv, [*_budget_of(machine, plan), *auto_flags(plan)])}")
     elif plan.fits and (unused := unused_memory(plan)):
         print(f"[INFO] {unused}")
-    for warning in (*inputs.warnings, *_of_no_real_model(options), *unknown_variables(os.environ)):
+    for warning in (*inputs.warnings, *_of_no_real_model(options), *_of_a_cpu(plan), *unknown_variables(os.environ)):
         print(f"[WARNING] {warning}")
     check_fits(plan, ceilings, told=True)
     return 0
+
+
+def _budget_of(machine: Machine | None, plan: Plan) -> list[str]:
+    """The card's memory as a flag where a machine gave it: on a larger card, the choice is for that much."""
+    if machine is None or plan.gpu_budget_bytes is None:
+        return []
+    return [f"--gpu-mem-gb {plan.gpu_budget_bytes / GIB:g}"]
 
 
 def _opened(options: PlanOptions, world: World) -> Inputs:
@@ -108,6 +116,14 @@ def _opened(options: PlanOptions, world: World) -> Inputs:
 def _of_no_real_model(options: PlanOptions) -> Iterator[str]:
     if options.machine is not None and options.checkpoints is None and options.synthetic is None:
         yield "this plans the small built-in model: --synthetic NAME, such as Llama-3.1-70B, plans a real one's shape"
+
+
+def _of_a_cpu(plan: Plan) -> Iterator[str]:
+    if not plan.inputs.hardware.has_gpu:
+        yield (
+            "the compute device is the CPU: floors and predictions are informative only; they count bytes and "
+            "operations at their best rates, and a pass takes longer, of a small model many times as long"
+        )
 
 
 def _place_of(options: PlanOptions) -> Path | None:
@@ -180,15 +196,21 @@ def _said_of_rates(machine: Machine | None, plan: Plan, ceilings: Mapping[str, C
         yield f"planned for {machine.name}: {', '.join(_rate(name, ceiling) for name, ceiling in ceilings.items())}"
         if plan.inputs.settings.cpu_mem_gb is None:
             yield "its CPU memory is taken to be what is free here: --cpu-mem-gb says another machine's"
-    if not ceilings:
+    missing = missing_rates(ceilings, plan)
+    flags = " and ".join(dict.fromkeys(missing.values()))
+    if missing and not plan.inputs.hardware.elsewhere:
         yield (
-            "no floor is predicted: this machine's ceilings are measured, and kept where they are steady, by the first "
-            "run; --machine, or --link-gbps and --ssd-gbps, give another machine's"
+            f"no time is predicted: rates of {' and '.join(missing)} are missing; what measures them here stands "
+            f"beside what each flag would buy, or give {flags}"
         )
-    elif "SSD" in plan.way and "ssd" not in ceilings:
-        yield "nothing is known of the drive, which this plan reads: give --ssd-gbps"
-    if ceilings and plan.kv.disk and "kv_read" not in ceilings:
-        yield "nothing is known of --kv-device, which this plan reads: give --kv-gbps"
+    elif missing.keys() - {"the drive", "--kv-device"}:
+        yield (
+            "there is no GPU here, and nothing is known of the one that is planned for: give --machine, or its rates "
+            f"({flags}), or plan for what is here with --device cpu"
+        )
+    for what in ("the drive", "--kv-device"):
+        if plan.inputs.hardware.elsewhere and what in missing:
+            yield f"nothing is known of {what}, which this plan reads: give {missing[what]}"
 
 
 def _rate(name: str, ceiling: Ceiling) -> str:

@@ -11,13 +11,11 @@ from wsm.errors import DoesNotFit
 from wsm.plan.hardware import GIB
 from wsm.plan.inputs import PlanInputs
 from wsm.plan.levers import Step, as_asked, changed_flags, choose_settings, more_bytes, steps
+from wsm.plan.missing import time_told_by
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.search import least_memory, most_layers, smallest_change
 from wsm.plan.time import Ceiling, Estimate, floor_estimate, pass_times, predicted_floor, predicted_pass_ms
 
-UNKNOWN_TIME = "not known in time yet: the first run of this model measures this machine's rates, and plans use them"
-_GIVEN_RATES = {"ssd_read": ("ssd", "--ssd-gbps"), "kv_read": ("kv_read", "--kv-gbps")}
-"""The rates that no table of machines has, and ``plan``'s flags for them, by what is moved."""
 _MUCH = 3
 """So many layers more in a tier that has room for them, and a plan says so."""
 _RESOURCE = {"ssd": "the SSD", "h2d": "the link", "hbm": "device memory", "compute": "arithmetic"}
@@ -145,7 +143,7 @@ def what_each_flag_buys(plan: Plan, ceilings: Mapping[str, Ceiling]) -> str:
     if not found:
         return ""
     known = next((step.times for step in found if step.times is not None), None)
-    title = f"what each flag would buy, {_unknown_time(ceilings, plan)}"
+    title = f"what each flag would buy, not known in time yet: {time_told_by(ceilings, plan)}"
     if known is not None:
         kind = "takes at least" if known.at_least else "is predicted to take"
         title = f"what each flag would buy: a decode pass {kind} {known.before.shown()} now{_of_rates(known.before)}"
@@ -166,9 +164,9 @@ def _cells(step: Step) -> list[str]:
         pass_ms = f"{step.times.change_ms:+.2f}"
         before, after = step.times.before.ms / step.before.shape.batch, step.times.after.ms / step.after.shape.batch
         token_ms = f"{after - before:+.2f}"
-    moved = [f"{more[way] / 1e6:+.1f}" for way in ("ssd_read", "weight_h2d")]
+    moved = [f"{nbytes / 1e6:+.1f}" for nbytes in (more["ssd_read"], more["weight_h2d"] + more["kv_h2d"])]
     held = [f"{more[tier] / GIB:+.3f}" for tier in ("gpu", "cpu")]
-    return [step.flag, pass_ms, token_ms, *moved, *held, "" if step.after.fits else "does not fit"]
+    return [step.flag, pass_ms, token_ms, *moved, *held, "; ".join(step.beside)]
 
 
 def check_fits(plan: Plan, ceilings: Mapping[str, Ceiling] | None = None, *, told: bool = False) -> None:
@@ -259,12 +257,16 @@ def _advice(inputs: PlanInputs, fitting: PlanInputs | None) -> str:
 def cost_of(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> str:
     """What following an advice costs, in a sentence; ``before`` is what was asked for, as if it fitted."""
     more = more_bytes(before, after)
-    ways = {"ssd_read": "from the SSD", "weight_h2d": "over the link"}
-    parts = [f"{more[way] / 1e6:+.1f} MB {where}" for way, where in ways.items() if more[way]]
+    ways = {
+        "from the SSD": more["ssd_read"],
+        "over the link": more["weight_h2d"] + more["kv_h2d"],
+        "from --kv-device": more["kv_read"],
+    }
+    parts = [f"{nbytes / 1e6:+.1f} MB {where}" for where, nbytes in ways.items() if nbytes]
     moved = f"a pass moves {' and '.join(parts) or 'the same bytes'}"
     times = pass_times(before, after, ceilings)
     if times is None:
-        return f"its cost is {_unknown_time(ceilings, before, after)}; {moved}"
+        return f"its cost is not known in time yet: {time_told_by(ceilings, before, after)}; {moved}"
     bound = "at least " if times.at_least else ""
     text = f"its predicted cost: a decode pass of {bound}{times.after.shown()} instead of {times.before.shown()}"
     if times.before.ms:
@@ -274,18 +276,6 @@ def cost_of(before: Plan, after: Plan, ceilings: Mapping[str, Ceiling]) -> str:
         each = times.before.shown(rows[0]), times.after.shown(rows[1])
         text += f", for {rows[1]} rows instead of {rows[0]}: {each[1]} a token instead of {each[0]}"
     return f"{text}{_of_rates(times.after)}; {moved}"
-
-
-def _unknown_time(ceilings: Mapping[str, Ceiling], *plans: Plan) -> str:
-    """Why a time is not known, and what tells it: no run here does, where another machine is planned for."""
-    flags = [
-        flag
-        for moved, (rate, flag) in _GIVEN_RATES.items()
-        if rate not in ceilings and any(plan.bytes_per_pass[moved] for plan in plans)
-    ]
-    if flags and plans[0].inputs.hardware.elsewhere:
-        return f"not known in time yet: give {' and '.join(flags)}"
-    return UNKNOWN_TIME
 
 
 def _of_rates(estimate: Estimate) -> str:

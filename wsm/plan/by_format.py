@@ -75,7 +75,7 @@ def shown_by_format(formats: list[FormatPlan]) -> str:
 
 
 def _cells(found: FormatPlan, drafted: bool) -> tuple[str, ...]:
-    plan, ms, tokens = found.plan, "-", "-"
+    plan, moved, ms, tokens = found.plan, found.plan.bytes_per_pass, "-", "-"
     if found.decode_pass is not None:
         least, most = ("at least ", "at most ") if found.at_least else ("", "")
         ms = least + found.decode_pass.shown().removesuffix(" ms")
@@ -83,7 +83,7 @@ def _cells(found: FormatPlan, drafted: bool) -> tuple[str, ...]:
     return (
         found.name,
         f"{found.rest_bytes / 1e6:.1f}",
-        *(f"{plan.bytes_per_pass[way] / 1e6:.1f}" for way in ("ssd_read", "weight_h2d")),
+        *(f"{nbytes / 1e6:.1f}" for nbytes in (moved["ssd_read"], moved["weight_h2d"] + moved["kv_h2d"])),
         f"{plan.gpu_bytes / GIB:.3f}",
         f"{plan.cpu_bytes / GIB:.3f}",
         ms,

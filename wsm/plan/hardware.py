@@ -22,7 +22,8 @@ class Hardware:
     """Memory of a machine, in bytes; the GPU's is None where the compute device is the CPU.
 
     ``gpu_available_bytes`` is what this process may take in all, its CUDA context included; ``gpu_context_bytes`` is
-    what the context takes of it once all kernels are loaded. ``elsewhere``: it was named, and no run here measures it.
+    what the context takes of it once all kernels are loaded. ``elsewhere``: its GPU is not this machine's,
+    and no run here measures it.
     """
 
     device: str

@@ -104,6 +104,25 @@ class Step(NamedTuple):
     after: Plan
     times: PassTimes | None
 
+    @property
+    def beside(self) -> list[str]:
+        """What the figures do not say: that it does not fit, and what else changes with the flag."""
+        old, new = self.before, self.after
+        said = [] if new.fits else ["does not fit"]
+        for name, where in (("cpu", "in CPU memory"), ("disk", "on --kv-device")):
+            if more := len(getattr(new.kv, name)) - len(getattr(old.kv, name)):
+                parts = "1 part" if abs(more) == 1 else f"{abs(more)} parts"
+                said.append(f"{parts} of KV {'more' if more > 0 else 'fewer'} {where}")
+        if new.placement.cpu_slots == 1 < old.placement.cpu_slots:
+            said.append("with one slot the drive waits for copies, which is not counted: --auto keeps 2")
+        others = (lever for lever in LEVERS if lever.field in CHOSEN and not self.flag.startswith(lever.spelled("")))
+        changed = [
+            lever.spelled(lever.asked(new.inputs))
+            for lever in others
+            if new.placement.mode in lever.modes and lever.asked(old.inputs) != lever.asked(new.inputs)
+        ]
+        return [*said, f"--auto then chooses {' '.join(changed)}"] if changed else said
+
 
 def steps(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[Step]:
     """A step for every flag that moves other bytes or takes other memory in this plan's mode.
@@ -220,7 +239,19 @@ def _most_layers(inputs: PlanInputs) -> Plan:
         if any(fitting):
             found = [plan for plan in fitting if plan is not None]
             break
-    return min((_most_in_cpu(plan, layers) for plan in found), key=_moved)
+    return _one_by_one(min((_most_in_cpu(plan, layers) for plan in found), key=_moved), layers)
+
+
+def _one_by_one(plan: Plan, layers: int) -> Plan:
+    """The same with a layer more or less on the GPU, for as long as that is better: KV goes down in whole parts, so
+    between all of it on the device and as many layers as fit there may be something better than both."""
+    while True:
+        counts = {plan.inputs.settings.gpu_cached_layers + more for more in (1, -1)} & {*range(layers + 1)}
+        beside = [make_plan(RESIDENTS.at(plan.inputs, count)) for count in sorted(counts)]
+        best = min([plan, *(_most_in_cpu(each, layers) for each in beside if each.fits_gpu)], key=_moved)
+        if best is plan:
+            return plan
+        plan = best
 
 
 def _gpu_limit(plan: Plan) -> int:

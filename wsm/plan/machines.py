@@ -20,6 +20,7 @@ _USABLE = 0.98
 """Of a card's memory: the rest is the driver's, and on some cards error correction's."""
 _ALIKE = 0.8
 """How like a card's name what was typed has to be, to be taken for it: a slip does, another card does not."""
+_PARTS = (r"[0-9]", r"[^0-9]")
 
 
 class Machine(NamedTuple):
@@ -40,8 +41,13 @@ PCIE_GBPS = {4: 25.0, 5: 54.0}
 """What copies from page-locked memory reach over 16 lanes: practical rates, the second one measured (docs/LOG.md)."""
 MACHINES = (
     Machine("RTX 3090", 24, 4, 936, 71.0, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
+    Machine("RTX 3090 Ti", 24, 4, 1008, 80.0, "NVIDIA Ada GPU Architecture whitepaper"),
     Machine("RTX 4090", 24, 4, 1008, 165.2, "NVIDIA Ada GPU Architecture whitepaper"),
     Machine("RTX 5090", 32, 5, 1792, 209.5, "NVIDIA RTX Blackwell GPU Architecture whitepaper"),
+    Machine("RTX A5000", 24, 4, 768, 111.1, "NVIDIA RTX A5000 data sheet, without sparsity"),
+    Machine("RTX A6000", 48, 4, 768, 154.8, "NVIDIA RTX A6000 data sheet, without sparsity"),
+    Machine("A10", 22.5, 4, 600, 125.0, "NVIDIA A10 data sheet, without sparsity; 24 GB less error correction"),
+    Machine("L4", 22.5, 4, 300, 121.0, "NVIDIA L4 data sheet, without sparsity; 24 GB less error correction"),
     Machine("A100-40", 40, 4, 1555, 312.0, "NVIDIA A100 data sheet, 40 GB"),
     Machine("A100-80", 80, 4, 1935, 312.0, "NVIDIA A100 data sheet, 80 GB PCIe"),
     Machine("H100-PCIe", 80, 5, 2000, 756.0, "NVIDIA H100 data sheet, PCIe, without sparsity"),
@@ -55,7 +61,11 @@ def machine_named(name: str) -> Machine:
     found = spelled.get(_plain(name)) or spelled.get(f"rtx{_plain(name)}")
     if found is None:
         names = [machine.name for machine in MACHINES]
-        hint = meant(name, names, _ALIKE) or "."
+        # Of one family, or of one number: RTX A4000 and RTX 5090 have only most of their letters in common.
+        near = [
+            each for each in names if any(re.sub(p, "", _plain(each)) == re.sub(p, "", _plain(name)) for p in _PARTS)
+        ]
+        hint = meant(name, near, _ALIKE) or "."
         raise UnusableInput(
             f"--machine {name} is not known{hint} Known are {', '.join(names)}; for another card give "
             "--gpu-mem-gb, --link-gbps, --hbm-gbps and --matmul-tflops"
@@ -72,12 +82,12 @@ def hardware_elsewhere(here: Hardware, machine: Machine | None, settings: Settin
 
     A GPU is planned for where one is here, or a machine or ``--gpu-mem-gb`` is given.
     """
-    here = replace(here, elsewhere=machine is not None)
     if settings.cpu_mem_gb is not None:
         here = replace(here, cpu_available_bytes=math.ceil(settings.cpu_mem_gb / ranks_here * GIB))
     gpu_gib = settings.gpu_mem_gb or (machine and _USABLE * machine.memory_gib)
     if gpu_gib is None:
         return here
+    here = replace(here, elsewhere=machine is not None or not here.has_gpu)
     gpu_bytes = math.ceil(gpu_gib * GIB)
     context = here.gpu_context_bytes or _CONTEXT_BYTES
     device = here.device if here.has_gpu else "cuda"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench_infer import command_line as main
 from wsm.plan.machines import MACHINES
@@ -89,6 +90,9 @@ def test_a_rate_alone_is_enough_for_a_prediction(planned: Planned) -> None:
     [
         ("rtx4080", "is not known; did you mean RTX 4090? Known are RTX 3090,"),
         ("GTX 1080", "is not known. Known are RTX 3090,"),
+        ("RTX A4000", "is not known; did you mean RTX A5000? Known are"),
+        ("RTX A9090", "is not known. Known are RTX 3090,"),
+        ("RXT 4090", "is not known; did you mean RTX 4090?"),
     ],
 )
 def test_a_machine_that_is_not_known_is_answered_with_those_that_are(planned: Planned, typed: str, said: str) -> None:
@@ -116,6 +120,71 @@ def test_a_run_takes_no_machine_and_the_kept_command_names_none(
     assert "--machine" not in kept
     assert "--link-gbps" not in kept
     assert "--gpu-cached-layers" in kept
+
+
+@pytest.mark.parametrize(("given", "budget"), [([], "23.52"), (["--gpu-mem-gb", "16"], "16")])
+def test_the_kept_command_holds_a_larger_card_to_the_machine_s_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], budget: str
+) -> None:
+    argv = ["plan", *H70B, "--cache-dir", str(tmp_path), "--machine", "RTX 4090", "--cpu-mem-gb", "256"]
+    assert main([*argv, "--mode", "stream", "--auto", *given]) == 0
+    [kept] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[INFO] to keep this choice")]
+    words = kept.split()
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--gpu-mem-gb"] == [budget]
+    assert words[words.index("--cpu-mem-gb") + 1] == "256"
+
+
+@pytest.mark.parametrize("name", ["RTX 3090 Ti", "RTX A5000", "A10", "L4"])
+def test_usual_cards_of_24_gb_are_known(planned: Planned, name: str) -> None:
+    code, plan, _ = planned("--machine", name.lower(), "--cpu-mem-gb", 256, "--mode", "stream", "--auto")
+    assert code == 0
+    assert 22 * GIB < plan["gpu_memory"]["budget_bytes"] < 24 * GIB
+
+
+def told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    main(["plan", "--cache-dir", str(tmp_path), *argv])
+    return capsys.readouterr().out
+
+
+NO_GPU = (
+    "[INFO] there is no GPU here, and nothing is known of the one that is planned for: give --machine, or its rates "
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for a GPU that is not here")
+def test_a_gpu_that_is_not_here_is_said_to_be_none_whose_rates_a_run_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = told_of(tmp_path, capsys, "--gpu-mem-gb", "24", "--mode", "stream")
+    assert f"{NO_GPU}(--link-gbps), or plan for what is here with --device cpu" in said
+    assert "not known in time yet: give --link-gbps\n" in said
+    said = told_of(tmp_path, capsys, "--gpu-mem-gb", "24", "--mode", "full")
+    assert f"{NO_GPU}(--hbm-gbps and --matmul-tflops), or plan" in said
+    said = told_of(tmp_path, capsys, "--gpu-mem-gb", "24", "--mode", "stream", "--link-gbps", "25")
+    assert NO_GPU not in said
+    assert "decode: predicted" in said
+
+
+def test_rates_that_are_missing_are_named_with_the_run_that_measures_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = ["--device", "cpu", "--weight-format", "int4", "--cpu-mem-gb", "8"]
+    said = told_of(tmp_path, capsys, *cpu, "--mode", "stream")
+    assert "[INFO] no time is predicted: rates of the link are missing; what measures them here stands " in said
+    assert "rates of the link are missing, which a run of builtin-v1 in int4 with --mode stream measures here" in said
+    said = told_of(tmp_path, capsys, *cpu, "--mode", "mixed", "--link-gbps", "25")
+    assert "rates of the drive are missing, which a run of builtin-v1 in int4 with --mode mixed measures here" in said
+    assert "or give --ssd-gbps\n" in said
+    said = told_of(tmp_path, capsys, *cpu, "--mode", "full")
+    assert "no time is predicted: rates of device memory and arithmetic are missing" in said
+
+
+@pytest.mark.parametrize(("device", "told"), [(["--device", "cpu"], 1), (["--machine", "H100"], 0)])
+def test_a_plan_on_the_cpu_says_what_its_predictions_are_worth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: list[str], told: int
+) -> None:
+    said = told_of(tmp_path, capsys, *device, "--mode", "stream", "--link-gbps", "25")
+    assert said.count("[WARNING] the compute device is the CPU: floors and predictions are informative only") == told
 
 
 def test_where_the_drive_is_not_known_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

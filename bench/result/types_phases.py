@@ -8,7 +8,6 @@ from msgspec import UNSET, Meta
 from msgspec.structs import force_setattr
 
 from bench.result.fields import (
-    MOST_BELIEVED_PCT,
     Above0,
     Amount,
     ByPhase,
@@ -21,7 +20,9 @@ from bench.result.fields import (
 )
 from wsm.plan.time import Bound
 
-_ROOFLINE = "percent, at most 100: 100 * floor_ms / {}; null without a floor, and where the run or its tier beat it by over 5 %"
+_ROOFLINE = (
+    "percent, at most 100: 100 * floor_ms / {}; null without a floor, and where the run or its tier beat it by over 5 %"
+)
 Range = Annotated[list[Annotated[Amount, says("an end, in ms")]], Meta(min_length=2, max_length=2)]
 Over5 = Annotated[float, Meta(gt=5)]
 

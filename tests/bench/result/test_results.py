@@ -45,7 +45,7 @@ from tests.plans import inputs_for
 from tests.results import stored, typed, varied
 from wsm.disk.checks import CheckCost
 from wsm.engine.records import Transfer
-from wsm.engine.stretch import PhaseStats, MoveRate
+from wsm.engine.stretch import MoveRate, PhaseStats
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of

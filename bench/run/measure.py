@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from msgspec.structs import replace as replace_part
+import msgspec
 
 from bench.options.run_flags import RunOptions
 from bench.result.fields import MOST_BELIEVED_PCT, ByPhase, believed
@@ -28,9 +28,7 @@ from wsm.plan.time import Bound, Ceiling, Estimate, Work, ceiling_of, decode_wor
 from wsm.store.packed_store import PackedStore
 
 _MOVED_OVER = {"ssd": "ssd_read", "h2d": "weight_h2d", "d2h": "kv_d2h", "kv_read": "kv_read", "kv_write": "kv_write"}
-"""What tells a tier's rate, by the bound that it may be."""
-LEAST_JUDGED_S = 0.02
-"""Of a tier's moves: CUDA times an hour's run to 0.25 ms, see :class:`wsm.engine.device.CudaDevice`."""
+LEAST_JUDGED_S = 0.02  # of a tier's moves: CUDA times an hour's run to 0.25 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,21 +244,17 @@ def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted: Esti
         roofline_pct=None if floor_ms is None or stats.wall_ms == 0 else 100 * floor_ms / stats.wall_ms,
         ceiling_spread_pct=spread if spread > 5 else None,
     )
-    return replace_part(phase, roofline_pct=None) if _tier_beats(phase, stats, ceilings) else phase
+    return msgspec.structs.replace(phase, roofline_pct=None) if _tier_beats(phase, stats, ceilings) else phase
 
 
 def _tier_beats(phase: Phase, stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> bool:
-    """Whether the link or drive behind the floor was faster than its ceiling by more than noise.
-
-    By its busy time, and by what began and ended inside: a move across an edge counts by its share of time, which
-    says nothing of when its bytes went.
-    """
+    """Whether the link or drive behind the floor was faster than its ceiling: by its busy time, and by whole moves."""
+    # A move across an edge of the phase counts by its share of time, which is not always that of its bytes.
     whole = stats.whole.get(_MOVED_OVER.get(phase.bound_by or "", ""))
     busy_ms, floor_ms = phase.bound_busy_ms, phase.floor_ms
-    if whole is None or busy_ms is None or floor_ms is None or whole.busy_s < LEAST_JUDGED_S:
+    if not whole or not busy_ms or floor_ms is None or whole.busy_s < LEAST_JUDGED_S:
         return False
-    rate_pct = 100 * whole.MBps / ceilings[str(phase.bound_by)].value
-    return min(rate_pct, 100 * floor_ms / max(busy_ms, 1e-3)) > MOST_BELIEVED_PCT
+    return min(whole.MBps / ceilings[str(phase.bound_by)].value, floor_ms / busy_ms) > MOST_BELIEVED_PCT / 100
 
 
 def _from_0(times_ms: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -172,7 +172,10 @@ class Stretch:
         self._moved[tier] += moved_bytes(moves, self.window)
         self._busy[tier].add(((t.start, t.end) for t in moves), self.window)
         # Moves that overlap those of another fold count twice in the time: the rate is never too high.
-        self.whole[tier] = MoveRate(*map(sum, zip(self.whole[tier], self._inside(moves), strict=True)))
+        before, inside = self.whole[tier], self._inside(moves)
+        self.whole[tier] = MoveRate(
+            before.moves + inside.moves, before.nbytes + inside.nbytes, before.busy_s + inside.busy_s
+        )
 
     def _inside(self, moves: Moves) -> MoveRate:
         """Those that began and ended in its time."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from bench.result.results import checked, dump, plain, read_result, significant
 from bench.result.summary import row, summary
 from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION, LinkRates, Tpot
 from bench.result.types_machine import BytesPerPass, LoadRate
-from bench.result.types_phases import Idle
+from bench.result.types_phases import Idle, RankPhase
 from bench.run.measure import (
     Round,
     floor_of,
@@ -38,6 +39,7 @@ from bench.run.measure import (
     repeats_of,
     tpot_of,
 )
+from bench.run.ranks import _job_phase
 from bench.run.warnings import beaten_floors, drive_warnings, plan_warnings, prediction_warnings
 from bench_infer import command_line as main
 from llama.generation import Generation
@@ -425,6 +427,16 @@ def test_a_tier_that_was_faster_than_its_ceiling_is_told_though_the_phase_took_l
     assert part.roofline_pct == (None if warned else pytest.approx(50))
     told = f"decode: {bound} was busy for 400 ms of it, less than the floor of 1000 ms: the ceiling of {bound} was dist"
     assert [line[: len(told)] for line in beaten_floors({"decode": part})] == [told] * warned
+
+
+def test_of_several_ranks_the_one_behind_the_floor_says_whether_it_was_one() -> None:
+    whole = phase_of(stats_of(hbm_bytes=10**9, wall_ms=2000), ceilings_of(hbm=1000))
+    shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
+    ranks = [RankPhase(**shared | {"floor_ms": ms}, collectives_ms=None, collectives=0) for ms in (900.0, 1000.0)]
+    assert _job_phase(list(enumerate(ranks))).roofline_pct == pytest.approx(50)
+    for beaten, told in ((0, pytest.approx(50)), (1, None)):
+        parts = [msgspec.structs.replace(r, roofline_pct=None) if n == beaten else r for n, r in enumerate(ranks)]
+        assert _job_phase(list(enumerate(parts))).roofline_pct == told
 
 
 def test_the_link_is_judged_by_its_weights_and_by_all_its_time() -> None:

@@ -13,7 +13,7 @@ from msgspec import UNSET
 from bench.compare.difference import Difference, first_difference
 from bench.compare.sides import Side, differing, mixed_within, once, provenance_of, settings_of
 from bench.compare.verdict import FEWEST, Ratio, ratio_of
-from bench.compare.work import expected, obstacles, short
+from bench.compare.work import expected, nodes_of, obstacles, short
 from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
 from bench.result.types_speculation import Speculation
@@ -77,10 +77,15 @@ def compare(sides: Sequence[Side]) -> Comparison:
         figures=dict(_figures(sides, typical)),
         where_time_went=dict(_where(typical)),
         against=[_against(sides[0], side) for side in sides[1:]],
-        settings=differing([None if result is None else settings_of(result) for result in typical]),
+        settings=differing([None if result is None else _settings_run(result) for result in typical]),
         provenance=differing([None if result is None else provenance_of(result) for result in typical]),
         warnings=_warnings(sides),
     )
+
+
+def _settings_run(result: Result) -> dict[str, Any]:
+    """With the rows of a pass that were run where --verify-rows left them open."""
+    return {**settings_of(result), "verify_rows": nodes_of(result)}
 
 
 # -- figures
@@ -91,7 +96,7 @@ def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterato
     for metric in (*PASS_FIGURES, *METRICS):
         found = [side.samples(metric) for side in sides]
         yield f"median {metric}", [statistics.median(samples) if samples else None for samples in found]
-    if any(rates := [_tokens_a_pass(result) for result in typical]):
+    if any(rates := [tokens_a_pass(result) for result in typical]):
         yield "tokens a pass", rates
     found = [side.samples("e2e_ms") for side in sides]
     yield "stdev e2e_ms", [statistics.stdev(samples) if len(samples) > 1 else None for samples in found]
@@ -103,7 +108,7 @@ def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterato
     yield "page_locked_MB", _cells(typical, "memory.cpu_page_locked_bytes", 1e6)
 
 
-def _tokens_a_pass(result: Result | None) -> float | None:
+def tokens_a_pass(result: Result | None) -> float | None:
     """Of a row; None without a draft."""
     return result.speculation.tokens_a_pass if result and isinstance(result.speculation, Speculation) else None
 

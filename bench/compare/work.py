@@ -100,7 +100,7 @@ def _unlike_draws(base: Result, side: Result, *, same_device: bool) -> Iterator[
 
 def _fault(base: Result, side: Result) -> str:
     """What to do about outputs that should have been equal."""
-    rows = _nodes(base), _nodes(side)
+    rows = nodes_of(base), nodes_of(side)
     if rows[0] != rows[1]:
         return f"passes of {rows[0]} and of {rows[1]} rows may round otherwise; give both --verify-rows {max(rows)}"
     if flags := differing_flags((base, side), ("tp",)):
@@ -170,7 +170,7 @@ def _kv(result: Result) -> KV | None:
     return None if result.kv is UNSET else result.kv
 
 
-def _nodes(result: Result) -> int:
+def nodes_of(result: Result) -> int:
     """Rows of a pass for each row of the batch."""
     if isinstance(result.speculation, Speculation):
         return result.speculation.nodes

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.compare.compare import Comparison, compare, copied
-from bench.compare.sides import PLACES, Side, provenance_of, settings_of
+from bench.compare.compare import Comparison, compare, copied, tokens_a_pass
+from bench.compare.sides import PLACES, Side, device_of, provenance_of, settings_of
 from bench.compare.text import MEDIANS, differing_lines, letters, output_lines, shown_cell, verdict_lines
 from bench.compare.work import spelled
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
@@ -34,7 +34,8 @@ _HEAD = """<!doctype html>
 _COLUMNS = ("tpot_ms", "decode_tok_s", "prefill_ms", "ttft_ms", "decode_ms", "e2e_ms")
 _MOST_FLAGS = 6
 """That the first table has room for; the list of settings has all."""
-_FIGURES = ("n", *_COLUMNS, "floor reached")
+_A_PASS = "tokens a pass"
+_FIGURES = ("n", *_COLUMNS, _A_PASS, "floor reached")
 
 
 def page(sides: Sequence[Side]) -> str:
@@ -63,17 +64,38 @@ def _heading(sides: Sequence[Side]) -> str:
     models = dict.fromkeys(str(s.typical.config.resolved["model"]) for s in sides if s.typical is not None)
     results, failed = sum(len(side.results) for side in sides), sum(len(side.failures) for side in sides)
     counted = f"{results} result{'s' * (results != 1)}" + (f", {failed} failed" if failed else "")
+    ran = "".join(f"<p>{escaped(line)}</p>" for line in dict.fromkeys(_what_ran(s) for s in sides) if line)
     return (
-        f"<header><h1>{escaped(', '.join(models) or 'No result')}</h1>"
+        f"<header><h1>{escaped(', '.join(models) or 'No result')}</h1>{ran}"
         f'<p class="note">{escaped(counted)}. Times are in milliseconds, GB are 10^9 bytes, GiB 2^30.</p></header>'
+    )
+
+
+def _what_ran(side: Side) -> str:
+    """Where and of how much a side is, in a line: the card or processor, its budget, rows and tokens."""
+    if (result := side.typical) is None:
+        return ""
+    budget = result.config.resolved.get("gpu_mem_gb")
+    device = device_of(result)
+    if result.provenance.gpu is not None:
+        device += " with all of its memory" if budget is None else f" with --gpu-mem-gb {_setting(budget)}"
+    rows = result.batch_size
+    return (
+        f"{device}: {rows} row{'s' * (rows != 1)}, {result.prefill_tokens_total} prompt tokens and "
+        f"{result.decode_tokens_total} new tokens"
     )
 
 
 def _overview(sides: Sequence[Side]) -> Iterator[str]:
     comparison = compare(sides) if len(sides) > 1 else None
-    head = ["", "setting", "mode", *_FIGURES, "bound by", *(["against A"] if comparison else [])]
+    head = ["", "setting", "mode", "n", *_COLUMNS, "floor reached", "bound by", *(["against A"] if comparison else [])]
     verdicts = [["base"], *([against.verdict] for against in comparison.against)] if comparison else [[]]
     rows = [[letters(place), *_overview_row(side), *verdicts[place]] for place, side in enumerate(sides)]
+    if any(drafted := [tokens_a_pass(side.typical) for side in sides]):
+        at = head.index("decode_tok_s")
+        head.insert(at, _A_PASS)
+        for row, rate in zip(rows, drafted, strict=True):
+            row.insert(at, shown_cell(rate))
     flags = _flags_that_differ(sides, comparison)
     if any(flags):
         head.insert(2, "flags that differ")
@@ -96,8 +118,17 @@ def _flags_that_differ(sides: Sequence[Side], comparison: Comparison | None) -> 
     # By its spelling: a variable is in the settings by both its names.
     shown = {spelled(name): values for name, values in comparison.settings.items() if name not in ("mode", *PLACES)}
     many = f", and {len(shown) - _MOST_FLAGS} more (below)" if len(shown) > _MOST_FLAGS else ""
-    told = [[f"{flag} {_setting(values[place])}" for flag, values in shown.items()] for place in range(len(sides))]
-    return [", ".join(each[:_MOST_FLAGS]) + many for each in told]
+    names = list(shown)[:_MOST_FLAGS]
+    drafts = [side.typical is not None and isinstance(side.typical.speculation, Speculation) for side in sides]
+
+    def told(place: int) -> str:
+        """Without a draft, what a draft would have done by default says nothing."""
+        given = {flag: shown[flag][place] for flag in names}
+        quiet = () if drafts[place] else ("auto", None)
+        kept = [f"{f} {_setting(v)}" for f, v in given.items() if not (f.startswith("--draft") and v in quiet)]
+        return ", ".join(kept) + (many if kept else many.removeprefix(", "))
+
+    return [told(place) for place in range(len(sides))]
 
 
 def _setting(value: Any) -> str:

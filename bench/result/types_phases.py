@@ -8,7 +8,6 @@ from msgspec import UNSET, Meta
 from msgspec.structs import force_setattr
 
 from bench.result.fields import (
-    MOST_BELIEVED_PCT,
     Above0,
     Amount,
     ByPhase,
@@ -21,7 +20,9 @@ from bench.result.fields import (
 )
 from wsm.plan.time import Bound
 
-_ROOFLINE = "percent, at most 100: 100 * floor_ms / {}; null without a floor, and where the run beat it by over 5 %"
+_ROOFLINE = (
+    "percent, at most 100: 100 * floor_ms / {}; null without a floor, and where the run or its tier beat it by over 5 %"
+)
 Range = Annotated[list[Annotated[Amount, says("an end, in ms")]], Meta(min_length=2, max_length=2)]
 Over5 = Annotated[float, Meta(gt=5)]
 
@@ -108,8 +109,16 @@ class Phase(Part, frozen=True, kw_only=True):
 
     @property
     def beats_floor(self) -> bool:
-        """Whether it took less than its floor by more than noise: no phase can, so a ceiling was measured too low."""
-        return self.floor_ms is not None and 100 * self.floor_ms > MOST_BELIEVED_PCT * self.wall_ms > 0
+        """Whether it, or the tier behind its floor, took less by more than noise: so a ceiling was measured too low."""
+        return self.floor_ms is not None and self.roofline_pct is None and self.wall_ms > 0
+
+    @property
+    def bound_busy_ms(self) -> float | None:
+        """Time in which the link or drive behind the floor worked; None where that was not measured, or is none."""
+        link = None if self.idle_ms.h2d is None else self.wall_ms - self.idle_ms.h2d
+        busy = {"h2d": link, "d2h": self.busy_ms.kv_d2h}
+        busy |= {tier: getattr(self.busy_ms, tier) for tier in ("ssd", "kv_read", "kv_write")}
+        return busy.get(self.bound_by or "")
 
 
 class Rate(Part, frozen=True, kw_only=True):
@@ -150,6 +159,7 @@ class RankPhase(Part, frozen=True, kw_only=True):
     idle_ms: Annotated[Idle, says("ms in which a tier did nothing, as in `phases`")]
     floor_ms: Annotated[Amount | None, says("ms: as in `phases`, from this rank's own bytes and ceilings")]
     bound_by: Annotated[Bound | None, says("the resource that sets this rank's floor_ms")]
+    roofline_pct: Annotated[Above0 | None, says(_ROOFLINE.format("this rank's wall_ms"))] = None
     collectives_ms: Annotated[
         Amount | None,
         says("ms in sums and gathers over the ranks, with waiting for the slowest rank; null in CUDA graphs"),

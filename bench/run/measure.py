@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import msgspec
+
 from bench.options.run_flags import RunOptions
-from bench.result.fields import ByPhase, believed
+from bench.result.fields import MOST_BELIEVED_PCT, ByPhase, believed
 from bench.result.spread import statistic
 from bench.result.types import METRICS, LinkRates, Metrics, Repeats, Statistics, Tpot
 from bench.result.types_machine import LoadRate
@@ -24,6 +26,9 @@ from wsm.engine.stretch import PhaseStats, Stretch
 from wsm.layout.groups import KINDS
 from wsm.plan.time import Bound, Ceiling, Estimate, Work, ceiling_of, decode_work, parts_ms, prefill_work
 from wsm.store.packed_store import PackedStore
+
+_MOVED_OVER = {"ssd": "ssd_read", "h2d": "weight_h2d", "d2h": "kv_d2h", "kv_read": "kv_read", "kv_write": "kv_write"}
+LEAST_JUDGED_S = 0.02  # of a tier's moves: CUDA times an hour's run to 0.25 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +215,8 @@ def phases_of(
         decode_work(llm.config, rows, decode.passes, itemsize, planned.kv_token_bytes, planned.verify_rows),
     )
     found = {}
-    for name, stats, work in zip(timed.windows, (prefill, decode), works, strict=True):
-        stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes))
+    for name, stats, work, stretch in zip(timed.windows, (prefill, decode), works, timed.stretches, strict=True):
+        stats = replace(stats, flops=int(work.flops), hbm_bytes=int(work.hbm_bytes), whole=stretch.whole)
         found[name] = phase_of(stats, ceilings, predicted[name])
     return ByPhase(**found)
 
@@ -221,7 +226,7 @@ def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted: Esti
     floor_ms, bound_by = floor_of(stats, ceilings)
     predicted = predicted if stats.passes else None
     spread = ceilings[ceiling_of(bound_by)].spread_pct if bound_by is not None else 0.0
-    return Phase(
+    phase = Phase(
         wall_ms=stats.wall_ms,
         passes=stats.passes,
         bytes=Traffic(**stats.bytes),
@@ -239,6 +244,17 @@ def phase_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling], predicted: Esti
         roofline_pct=None if floor_ms is None or stats.wall_ms == 0 else 100 * floor_ms / stats.wall_ms,
         ceiling_spread_pct=spread if spread > 5 else None,
     )
+    return msgspec.structs.replace(phase, roofline_pct=None) if _tier_beats(phase, stats, ceilings) else phase
+
+
+def _tier_beats(phase: Phase, stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> bool:
+    """Whether the link or drive behind the floor was faster than its ceiling: by its busy time, and by whole moves."""
+    # A move across an edge of the phase counts by its share of time, which is not always that of its bytes.
+    whole = stats.whole.get(_MOVED_OVER.get(phase.bound_by or "", ""))
+    busy_ms, floor_ms = phase.bound_busy_ms, phase.floor_ms
+    if not whole or not busy_ms or floor_ms is None or whole.busy_s < LEAST_JUDGED_S:
+        return False
+    return min(whole.MBps / ceilings[str(phase.bound_by)].value, floor_ms / busy_ms) > MOST_BELIEVED_PCT / 100
 
 
 def _from_0(times_ms: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -129,6 +129,7 @@ def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:
     wall_ms = parts[0].wall_ms
     floors = [(part.floor_ms, rank, part.bound_by) for rank, part in ranks if part.floor_ms is not None]
     floor_ms, rank, bound_by = max(floors) if len(floors) == len(ranks) else (None, None, None)
+    beaten = any(part.roofline_pct is None for number, part in ranks if number == rank)
     known = [part.collectives_ms for part in parts if part.collectives_ms is not None]
     collectives_ms = min(known) if len(known) == len(parts) else None
     return JobPhase(
@@ -136,7 +137,7 @@ def _job_phase(ranks: Sequence[tuple[int, RankPhase]]) -> JobPhase:
         floor_ms=floor_ms,
         bound_by=bound_by,
         bound_rank=rank,
-        roofline_pct=None if floor_ms is None or not wall_ms else 100 * floor_ms / wall_ms,
+        roofline_pct=None if floor_ms is None or beaten or not wall_ms else 100 * floor_ms / wall_ms,
         collectives=parts[0].collectives,
         collectives_ms=collectives_ms,
         collectives_pct=100 * collectives_ms / wall_ms if wall_ms and collectives_ms is not None else None,

@@ -10,7 +10,7 @@ import torch
 
 from bench.result.types_machine import BytesPerPass
 from bench.result.types_phases import Phase
-from wsm.engine.stretch import ReadRate
+from wsm.engine.stretch import MoveRate
 from wsm.plan.time import Ceiling
 
 FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
@@ -21,11 +21,17 @@ _MAD_TO_STDEV = 1.4826
 
 
 def beaten_floors(phases: Mapping[str, Phase]) -> Iterator[str]:
-    """A line for each phase that was faster than its floor by over 5 %: no floor may be, so its ceiling was wrong."""
+    """A line for each phase that was faster than its floor by over 5 %: no floor may be, so its ceiling was wrong.
+
+    So it was where the phase took longer, and the link or drive that its floor is of was busy for less than that.
+    """
     for name, phase in phases.items():
-        if phase.beats_floor:
+        if phase.beats_floor and phase.floor_ms is not None:
+            took = f"took {phase.wall_ms:.0f} ms, less than its floor of"
+            if phase.wall_ms >= phase.floor_ms:
+                took = f"{phase.bound_by} was busy for {phase.bound_busy_ms or 0:.0f} ms of it, less than the floor of"
             yield (
-                f"{name}: took {phase.wall_ms:.0f} ms, less than its floor of {phase.floor_ms:.0f} ms: the ceiling of "
+                f"{name}: {took} {phase.floor_ms:.0f} ms: the ceiling of "
                 f"{phase.bound_by} was disturbed while it was measured (other work on the machine, or a device that "
                 "varies), so roofline_pct is null; measure again on a quiet machine"
             )
@@ -59,14 +65,14 @@ def prediction_warnings(phases: Mapping[str, Phase]) -> Iterator[str]:
             )
 
 
-def drive_warnings(passes: Sequence[ReadRate]) -> list[str]:
+def drive_warnings(passes: Sequence[MoveRate]) -> list[str]:
     """A line where the drive's rate in the last third of the passes fell below four fifths of that in the first.
 
     Fewer than three reads in either say nothing.
     """
     third = len(passes) // 3
     first, last = map(_sum, (passes[:third], passes[len(passes) - third :]))
-    if min(first.reads, last.reads) < 3 or last.MBps >= 0.8 * first.MBps:
+    if min(first.moves, last.moves) < 3 or last.MBps >= 0.8 * first.MBps:
         return []
     return [
         f"the drive slowed down in the run, from {first.MBps:.0f} to {last.MBps:.0f} MB/s: the ssd figures, and the "
@@ -74,8 +80,8 @@ def drive_warnings(passes: Sequence[ReadRate]) -> list[str]:
     ]
 
 
-def _sum(passes: Sequence[ReadRate]) -> ReadRate:
-    return ReadRate(sum(p.reads for p in passes), sum(p.nbytes for p in passes), sum(p.busy_s for p in passes))
+def _sum(passes: Sequence[MoveRate]) -> MoveRate:
+    return MoveRate(sum(p.moves for p in passes), sum(p.nbytes for p in passes), sum(p.busy_s for p in passes))
 
 
 def early_ends(tokens: Sequence[int], most: int) -> Iterator[str]:

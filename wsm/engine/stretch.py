@@ -7,7 +7,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wsm.engine.records import KV_TIERS, Interval, KVTransfer, Records, Transfer, Use, length_s, merged, moved_bytes
@@ -30,7 +30,7 @@ class PhaseStats:
     embedding, head, sampling and read-back, so its busy time, the stalls of ``h2d`` and ``kv`` and its idle time make
     up the phase. ``decoding_ms`` is the part of computing in which matrices were decoded, to ``decoded_bytes``.
     ``drafting_ms`` is the time in which a draft computed, ``drafting_link_ms`` the part of it in which the link copied.
-    What was not measured is None.
+    ``whole`` is the stretch's, where it was asked for. What was not measured is None.
     """
 
     passes: int
@@ -46,18 +46,22 @@ class PhaseStats:
     decoded_bytes: int = 0
     drafting_ms: float | None = None
     drafting_link_ms: float | None = None
+    whole: dict[str, MoveRate] = field(default_factory=dict)
 
 
-class ReadRate(NamedTuple):
-    """Reads from the SSD, their bytes, and the seconds in which any of them was under way."""
+class MoveRate(NamedTuple):
+    """Moves over one tier, their bytes, and the seconds in which any of them was under way."""
 
-    reads: int
+    moves: int
     nbytes: int
     busy_s: float
 
     @property
     def MBps(self) -> float:
         return self.nbytes / self.busy_s / 1e6 if self.busy_s else math.inf
+
+
+NOTHING_MOVED = MoveRate(0, 0, 0.0)
 
 
 class Cover:
@@ -96,6 +100,8 @@ class Stretch:
         pass_no: the number of its first pass since the model's start.
         seen: kinds of records that the run has had so far, one set for all its stretches.
         records: whether to keep every record of it, as a trace needs them.
+
+    ``whole`` has of each of ``TIERS`` what began and ended inside; moves across its edges do not blur that rate.
     """
 
     def __init__(self, start: float, step: int, pass_no: int, seen: set[str], *, records: bool = False) -> None:
@@ -108,6 +114,7 @@ class Stretch:
         self._seen = seen
         self._bytes, self._moved = Counter[str](), dict.fromkeys(TIERS, 0.0)
         self._busy = {tier: Cover() for tier in (*TIERS, "link")}
+        self.whole = dict.fromkeys(TIERS, NOTHING_MOVED)
         self._starved, self._kv_waits, self._held = Cover(), Cover(), Cover()
         self._drafts, self._link_or_draft = Cover(), Cover()
         self._waited_s = self._used_s = 0.0
@@ -151,10 +158,8 @@ class Stretch:
         ended_inside = [span for span in new.collectives if self.window[0] <= span[1] <= self.window[1]]
         self.collectives += len(ended_inside)
         self.collectives_cover.add(ended_inside, self.window)
-        inside = [t for t in new.reads if self.window[0] <= t.start and t.end <= self.window[1]]
-        if inside:
-            busy_s = length_s(merged((t.start, t.end) for t in inside))
-            self._rates.extend((len(inside), sum(t.nbytes for t in inside), busy_s))
+        if (reads := self._inside(new.reads)).moves:
+            self._rates.extend(reads)
         if self.records is not None:
             self._keep(self.records, new)
 
@@ -166,6 +171,17 @@ class Stretch:
         self._bytes[tier] += sum(t.nbytes for t in own)
         self._moved[tier] += moved_bytes(moves, self.window)
         self._busy[tier].add(((t.start, t.end) for t in moves), self.window)
+        # Moves that overlap those of another fold count twice in the time: the rate is never too high.
+        before, inside = self.whole[tier], self._inside(moves)
+        self.whole[tier] = MoveRate(
+            before.moves + inside.moves, before.nbytes + inside.nbytes, before.busy_s + inside.busy_s
+        )
+
+    def _inside(self, moves: Moves) -> MoveRate:
+        """Those that began and ended in its time."""
+        inside = [t for t in moves if self.window[0] <= t.start and t.end <= self.window[1]]
+        busy_s = length_s(merged((t.start, t.end) for t in inside))
+        return MoveRate(len(inside), sum(t.nbytes for t in inside), busy_s)
 
     def _add_uses(self, own: list[Use]) -> None:
         self._uses += len(own)
@@ -190,10 +206,10 @@ class Stretch:
     # -- what it comes to
 
     @property
-    def read_rates(self) -> list[ReadRate]:
+    def read_rates(self) -> list[MoveRate]:
         """Of the reads inside, pass by pass."""
         reads, nbytes, busy_s = self._rates[::3], self._rates[1::3], self._rates[2::3]
-        return [ReadRate(int(n), int(b), s) for n, b, s in zip(reads, nbytes, busy_s, strict=True)]
+        return [MoveRate(int(n), int(b), s) for n, b, s in zip(reads, nbytes, busy_s, strict=True)]
 
     def stats(self) -> PhaseStats:
         """To be asked when it is closed and all is folded in."""

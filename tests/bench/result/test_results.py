@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from bench.result.results import checked, dump, plain, read_result, significant
 from bench.result.summary import row, summary
 from bench.result.types import FIXED_KEYS, METRICS, SCHEMA_VERSION, LinkRates, Tpot
 from bench.result.types_machine import BytesPerPass, LoadRate
-from bench.result.types_phases import Idle
+from bench.result.types_phases import Idle, RankPhase
 from bench.run.measure import (
     Round,
     floor_of,
@@ -38,6 +39,7 @@ from bench.run.measure import (
     repeats_of,
     tpot_of,
 )
+from bench.run.ranks import _job_phase
 from bench.run.warnings import beaten_floors, drive_warnings, plan_warnings, prediction_warnings
 from bench_infer import command_line as main
 from llama.generation import Generation
@@ -45,7 +47,7 @@ from tests.plans import inputs_for
 from tests.results import stored, typed, varied
 from wsm.disk.checks import CheckCost
 from wsm.engine.records import Transfer
-from wsm.engine.stretch import PhaseStats, ReadRate
+from wsm.engine.stretch import MoveRate, PhaseStats
 from wsm.errors import UnusableInput
 from wsm.layout.groups import GroupId
 from wsm.option import options_of
@@ -115,8 +117,8 @@ def ceilings_of(**values: float) -> dict[str, Ceiling]:
 
 
 def test_a_drive_that_slows_down_is_warned_of_and_a_steady_one_is_not() -> None:
-    def passes(*rates: int, reads: int = 1) -> list[ReadRate]:
-        return [ReadRate(reads, rate * 10**6, 1.0) for rate in rates]
+    def passes(*rates: int, reads: int = 1) -> list[MoveRate]:
+        return [MoveRate(reads, rate * 10**6, 1.0) for rate in rates]
 
     slowing = [2000] * 6 + [1000] * 6
     assert drive_warnings(passes(*[1000] * 12)) == []
@@ -406,6 +408,44 @@ def test_a_run_is_never_said_to_be_faster_than_it_can_be(wall_ms: int, told: flo
     assert all(
         "took 500 ms, less than its floor of 1000 ms: the ceiling of hbm was disturbed" in line for line in lines
     )
+
+
+@pytest.mark.parametrize(
+    ("busy_ms", "whole_s", "warned"),
+    [(400, 0.4, 1), (970, 0.97, 0), (400, 1.0, 0), (400, 0.01, 0), (1900, 0.4, 0), (None, 0.4, 0)],
+)
+@pytest.mark.parametrize(("bound", "moved"), [("ssd", "ssd_read"), ("kv_read", "kv_read"), ("d2h", "kv_d2h")])
+def test_a_tier_that_was_faster_than_its_ceiling_is_told_though_the_phase_took_longer(
+    busy_ms: float | None, whole_s: float, warned: int, bound: str, moved: str
+) -> None:
+    """Of 2 s a tier with a floor of 1 s was busy for 0.4 s. By 3 %, by what crossed an edge or was short: nothing."""
+    tier = {"ssd": "ssd", "d2h": "kv_d2h"}.get(bound, bound)
+    stats = stats_of(moved={moved: 10**9}, busy={tier: busy_ms}, wall_ms=2000)
+    whole = {moved: MoveRate(9, 10**9 if whole_s > 0.1 else 10**8, whole_s)}
+    part = phase_of(dataclasses.replace(stats, whole=whole), ceilings_of(**{bound: 1000}))
+    assert (part.floor_ms, part.bound_by) == (pytest.approx(1000), bound)
+    assert part.roofline_pct == (None if warned else pytest.approx(50))
+    told = f"decode: {bound} was busy for 400 ms of it, less than the floor of 1000 ms: the ceiling of {bound} was dist"
+    assert [line[: len(told)] for line in beaten_floors({"decode": part})] == [told] * warned
+
+
+def test_of_several_ranks_the_one_behind_the_floor_says_whether_it_was_one() -> None:
+    whole = phase_of(stats_of(hbm_bytes=10**9, wall_ms=2000), ceilings_of(hbm=1000))
+    shared = {key: getattr(whole, key) for key in RankPhase.__struct_fields__ if hasattr(whole, key)}
+    ranks = [RankPhase(**shared | {"floor_ms": ms}, collectives_ms=None, collectives=0) for ms in (900.0, 1000.0)]
+    assert _job_phase(list(enumerate(ranks))).roofline_pct == pytest.approx(50)
+    for beaten, told in ((0, pytest.approx(50)), (1, None)):
+        parts = [msgspec.structs.replace(r, roofline_pct=None) if n == beaten else r for n, r in enumerate(ranks)]
+        assert _job_phase(list(enumerate(parts))).roofline_pct == told
+
+
+def test_the_link_is_judged_by_its_weights_and_by_all_its_time() -> None:
+    """KV on the link counts as busy, too: 0.4 s of weights and 0.7 s of KV are no less than the floor."""
+    stats = stats_of(moved={"weight_h2d": 10**9}, busy={"h2d": 400.0}, wall_ms=2000)
+    stats = dataclasses.replace(stats, whole={"weight_h2d": MoveRate(9, 10**9, 0.4)})
+    for idle_ms, told in ((1600.0, None), (900.0, pytest.approx(50))):
+        part = phase_of(dataclasses.replace(stats, idle_ms={**stats.idle_ms, "h2d": idle_ms}), ceilings_of(h2d=1000))
+        assert part.roofline_pct == told
 
 
 def test_the_summary_of_a_run_that_beat_its_floor_gives_no_share_of_it() -> None:

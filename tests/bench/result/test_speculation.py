@@ -124,3 +124,12 @@ def test_a_pair_is_marked_and_an_agreement_that_was_missed_is_told(
 def test_a_model_s_own_acceptance_is_not_marked() -> None:
     assert not list(agreement_warnings(None, 256))
     assert not list(agreement_warnings(msgspec.structs.replace(FOUND, synthetic_agreement=None), 256))
+
+
+def test_a_comparison_shows_the_rows_that_a_draft_ran_where_the_flag_left_them_open(
+    measured: Mapping[str, Any],
+) -> None:
+    results = measured, with_draft(measured, config__resolved__verify_rows=24), with_draft(measured)
+    sides = [Side(name, (typed(result),), Path(name)) for name, result in zip("abc", results, strict=True)]
+    assert compare(sides).settings["verify_rows"] == [1, 24, 24]
+    assert "verify_rows" not in compare(sides[1:]).settings

@@ -76,7 +76,7 @@ def test_sums_that_grow_pass_by_pass_are_those_of_all_records_at_once() -> None:
         assert figures(mine) == pytest.approx(figures(theirs))
     rates = stretches[1].read_rates
     assert sum(rate.nbytes for rate in rates) <= (ROUND - 1) * GROUPS * 100
-    assert [rate.reads * 100 for rate in rates] == [rate.nbytes for rate in rates]
+    assert [rate.moves * 100 for rate in rates] == [rate.nbytes for rate in rates]
     decode = grown[1]
     assert decode.passes == ROUND - 1
     assert decode.bytes["ssd_read"] == (ROUND - 1) * GROUPS * 100
@@ -154,3 +154,15 @@ def test_a_cover_counts_overlaps_once_also_where_the_first_are_only_a_sum_by_the
         cover.add(some, window)
         cover.settle(1.5 * number)
     assert cover.ms == pytest.approx(1e3 * (3.0 + 2.0 + 1.0))
+
+
+def test_what_crosses_an_edge_of_a_stretch_is_no_part_of_its_whole_moves() -> None:
+    telemetry = Telemetry(Device())
+    telemetry.begin(10.0, 0, 0)
+    stretch = telemetry.begin(20.0, 0, 0)
+    telemetry.begin(30.0, 9, 9)
+    for start, end in ((19.0, 21.0), (22.0, 24.0), (23.0, 26.0), (29.0, 31.0)):
+        telemetry.read_done(GroupId(0, "attn"), 1, [ChunkRead(100, start, end)])
+    telemetry.fold()
+    assert stretch.whole["ssd_read"] == (2, 200, 4.0)
+    assert stretch.stats().bytes_moved["ssd_read"] == 300

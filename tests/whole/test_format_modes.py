@@ -160,7 +160,10 @@ def test_the_result_says_format_bytes_and_decoding(run: Run, home: Path, tmp_pat
 def test_plan_has_a_line_for_each_format(run: Run, home: Path) -> None:
     code, said, _ = run("plan", "--checkpoints", home / "model", "--cache-dir", home / "cache", *SMALL)
     assert code == 0
-    rows = {line.split()[0]: line.split() for line in said.split("the same in each weight format")[1].splitlines()[2:]}
+    rows = {
+        line.split()[0]: line.split()
+        for line in said.split("the same in each weight format")[1].split("\n[")[0].splitlines()[2:]
+    }
     assert tuple(rows) == ("bf16", *registry.NAMES)
     at_rest = {name: float(row[1]) for name, row in rows.items()}
     assert at_rest["int4"] < at_rest["int8"] < at_rest["exact"] < at_rest["bf16"]

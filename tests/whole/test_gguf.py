@@ -197,7 +197,7 @@ def test_calibration_and_a_quality_against_itself_are_named(run: Run, model: Pat
 def test_plan_names_the_mix_and_no_format_that_the_file_is_not_in(run: Run, model: Path, tmp_path: Path) -> None:
     code, said, _ = run("plan", "--checkpoints", model, "--cache-dir", tmp_path, *SMALL[:-1])
     assert code == 0
-    rows = said.split("the same in each weight format")[1].splitlines()[2:]
+    rows = said.split("the same in each weight format")[1].split("\n[")[0].splitlines()[2:]
     assert [row.split()[0] for row in rows if row.strip()] == ["q4_K+q6_K"]
 
 

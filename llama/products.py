@@ -66,28 +66,31 @@ class Residual:
     """
 
     def __init__(self, rows: Tensor, chunks: int = 1) -> None:
-        self._rows, self._waiting = rows, list[Tensor]()
+        self._rows = rows
+        self._waiting: Tensor | None = None
         self._may_wait = chunks == 1 and rows.shape[0] <= MOST_ROWS
 
     def settled(self) -> Tensor:
         """``rows`` with all that was added."""
-        while self._waiting:
-            self._rows.add_(self._waiting.pop())
+        if self._waiting is not None:
+            self._rows.add_(self._waiting)
+            self._waiting = None
         return self._rows
 
     def add_(self, part: Tensor) -> None:
         """Add ``part [n, dim]``, which nobody changes any more."""
         rows = self.settled()
         if self._may_wait:
-            self._waiting.append(part)
+            self._waiting = part
         else:
             rows.add_(part)
 
     def norm(self, weight: Tensor, eps: float) -> Tensor:
         """The root-mean-square norm of what there is."""
-        if self._waiting:
-            return ops.add_rms_norm(self._rows, self._waiting.pop(), weight, eps)
-        return ops.rms_norm(self._rows, weight, eps)
+        part, self._waiting = self._waiting, None
+        if part is None:
+            return ops.rms_norm(self._rows, weight, eps)
+        return ops.add_rms_norm(self._rows, part, weight, eps)
 
 
 class Products:

@@ -10,7 +10,7 @@ import torch
 
 from bench.result.types_machine import BytesPerPass
 from bench.result.types_phases import Phase
-from wsm.engine.stretch import MoveRate
+from wsm.engine.stretch import MoveRate, together
 from wsm.plan.time import Ceiling
 
 FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
@@ -71,17 +71,13 @@ def drive_warnings(passes: Sequence[MoveRate]) -> list[str]:
     Fewer than three reads in either say nothing.
     """
     third = len(passes) // 3
-    first, last = map(_sum, (passes[:third], passes[len(passes) - third :]))
+    first, last = map(together, (passes[:third], passes[len(passes) - third :]))
     if min(first.moves, last.moves) < 3 or last.MBps >= 0.8 * first.MBps:
         return []
     return [
         f"the drive slowed down in the run, from {first.MBps:.0f} to {last.MBps:.0f} MB/s: the ssd figures, and the "
         "floor where the SSD bounds it, are a mean of both; let it cool, or fill its cache less (trim it, leave room)"
     ]
-
-
-def _sum(passes: Sequence[MoveRate]) -> MoveRate:
-    return MoveRate(sum(p.moves for p in passes), sum(p.nbytes for p in passes), sum(p.busy_s for p in passes))
 
 
 def early_ends(tokens: Sequence[int], most: int) -> Iterator[str]:

@@ -64,6 +64,11 @@ class MoveRate(NamedTuple):
 NOTHING_MOVED = MoveRate(0, 0, 0.0)
 
 
+def together(rates: Sequence[MoveRate]) -> MoveRate:
+    """All their moves as one rate; seconds in which those of two were under way count twice."""
+    return MoveRate(sum(r.moves for r in rates), sum(r.nbytes for r in rates), sum(r.busy_s for r in rates))
+
+
 class Cover:
     """Seconds that intervals cover, however many at a time; of those that are long over only the sum is kept."""
 
@@ -136,7 +141,8 @@ class Stretch:
 
     def add(self, new: Records) -> None:
         """What of ``new`` concerns it: moved in its time, or belongs to its passes."""
-        self._add_moves("ssd_read", new.reads, self._own(new.reads))
+        if (reads := self._add_moves("ssd_read", new.reads, self._own(new.reads))).moves:
+            self._rates.extend(reads)
         self._add_moves("weight_h2d", new.copies, self._own(new.copies))
         for tier in KV_TIERS if new.kv else ():
             moves = [t for t in new.kv if t.tier == tier]
@@ -158,8 +164,6 @@ class Stretch:
         ended_inside = [span for span in new.collectives if self.window[0] <= span[1] <= self.window[1]]
         self.collectives += len(ended_inside)
         self.collectives_cover.add(ended_inside, self.window)
-        if (reads := self._inside(new.reads)).moves:
-            self._rates.extend(reads)
         if self.records is not None:
             self._keep(self.records, new)
 
@@ -167,21 +171,17 @@ class Stretch:
         """What its passes used. None is asked for first: a range looks through all its numbers for what is none."""
         return [t for t in moves if t.step is not None and t.step in self.steps]
 
-    def _add_moves(self, tier: str, moves: Moves, own: Moves) -> None:
+    def _add_moves(self, tier: str, moves: Moves, own: Moves) -> MoveRate:
+        """Gives those of ``moves`` that began and ended in its time."""
         self._bytes[tier] += sum(t.nbytes for t in own)
         self._moved[tier] += moved_bytes(moves, self.window)
         self._busy[tier].add(((t.start, t.end) for t in moves), self.window)
         # Moves that overlap those of another fold count twice in the time: the rate is never too high.
-        before, inside = self.whole[tier], self._inside(moves)
-        self.whole[tier] = MoveRate(
-            before.moves + inside.moves, before.nbytes + inside.nbytes, before.busy_s + inside.busy_s
-        )
-
-    def _inside(self, moves: Moves) -> MoveRate:
-        """Those that began and ended in its time."""
-        inside = [t for t in moves if self.window[0] <= t.start and t.end <= self.window[1]]
-        busy_s = length_s(merged((t.start, t.end) for t in inside))
-        return MoveRate(len(inside), sum(t.nbytes for t in inside), busy_s)
+        whole = [t for t in moves if self.window[0] <= t.start and t.end <= self.window[1]]
+        busy_s = length_s(merged((t.start, t.end) for t in whole))
+        inside = MoveRate(len(whole), sum(t.nbytes for t in whole), busy_s)
+        self.whole[tier] = together([self.whole[tier], inside])
+        return inside
 
     def _add_uses(self, own: list[Use]) -> None:
         self._uses += len(own)

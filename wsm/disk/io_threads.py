@@ -17,8 +17,8 @@ from wsm.layout.groups import BLOCK
 
 Piece = Callable[[], None]
 
-MOST_BYTES = 8 << 20
-"""In one system call."""
+MOST_BYTES = 32 << 20
+"""In one system call, and Python runs between two."""
 MOST_PARTS = 1024
 """Of memory, in one system call (IOV_MAX)."""
 
@@ -45,7 +45,7 @@ def transfer_fully(
     needed = total if needed is None else needed
     while done < total:
         try:
-            moved = transfer(file, _rest(parts, done), offset + done)
+            moved = transfer(file, _rest(parts, done, total), offset + done)
         except OSError as error:
             raise failed(offset + done, error) from error
         if moved > 0 and done + moved >= needed:
@@ -57,8 +57,10 @@ def transfer_fully(
         done, tried = done + whole, whole == 0
 
 
-def _rest(parts: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What one call moves of what is left behind the first ``done`` bytes."""
+def _rest(parts: Sequence[memoryview], done: int, total: int) -> Sequence[memoryview]:
+    """What one call moves of what is left of ``total`` bytes behind the first ``done``."""
+    if not done and total <= MOST_BYTES and len(parts) <= MOST_PARTS:
+        return parts
     rest, room = list[memoryview](), MOST_BYTES
     for part in parts:
         if done >= len(part):

@@ -21,9 +21,12 @@ from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.settings import VerifyWhen
 
-SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 8 << 20
-"""Of a request, by one thread at a time: a device in memory gives so much in half a millisecond, and each piece costs
-Python some 30 microseconds, in which no other thread runs."""
+SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20
+"""Of a request, by one thread at a time. Few: of each Python takes some 50 microseconds, in which no other thread runs,
+and the thread that computes waits for its turn at each of its calls."""
+
+THREADS = 6
+"""Each wants the interpreter as often as it moves a piece; five read 12 GB/s of a device in memory, beside the link."""
 
 Move = tuple[int, Tensor]
 """An offset on the device and what lies there in one piece: CPU memory in one piece, or blocks ``[n, unit]`` that may
@@ -35,7 +38,7 @@ Blocks = npt.NDArray[np.uint8]
 class KVDevice:
     """Bytes of offloaded KV, at offsets from 0 to ``nbytes``.
 
-    Requests are begun in the order asked, and a large one is worked on by all threads, in pieces of at most 8 MiB. Two
+    Requests are begun in the order asked, and a large one is worked on by all threads, in pieces of at most 32 MiB. Two
     that touch the same bytes are not ordered: whoever reads what was written waits until its future has ended.
 
     Bytes are written and read in whole units. In memory there is a checksum of each that was written, made before it
@@ -54,7 +57,7 @@ class KVDevice:
         weights: Sequence[str],
         unit: int = BLOCK,
         verify: VerifyWhen = "auto",
-        threads: int = 8,
+        threads: int = THREADS,
         pread: Transfer = os.preadv,
         pwrite: Transfer = os.pwritev,
     ) -> None:
@@ -117,13 +120,14 @@ class KVDevice:
 
     def _pieces(self, moves: Iterable[Move], *, writing: bool) -> Iterator[Piece]:
         known = [(offset, self._blocks(offset, memory)) for offset, memory in moves]
-        total = sum(len(blocks) for _, blocks in known) * self._unit
-        most = min(LARGEST_PIECE, max(SMALLEST_PIECE, total // self._n_threads))
-        together = max(1, most // self._unit)
+        fewest, most = SMALLEST_PIECE // self._unit, LARGEST_PIECE // self._unit
+        of_each = -(-sum(len(blocks) for _, blocks in known) // self._n_threads)
+        together = max(1, min(most, max(fewest, of_each)))
         work = self._write if writing else self._read
         for offset, blocks in known:
-            for start in range(0, len(blocks), together):
-                yield partial(work, blocks[start : start + together], offset + start * self._unit)
+            share = -(-len(blocks) // -(-len(blocks) // together))  # all pieces of a move are of about one size
+            for start in range(0, len(blocks), share):
+                yield partial(work, blocks[start : start + share], offset + start * self._unit)
 
     def _blocks(self, offset: int, memory: Tensor) -> Blocks:
         """What a move touches in memory, as blocks of a unit; ValueError where it cannot be moved."""

@@ -23,6 +23,9 @@ from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
 from wsm.plan.kv import DISK_SLOTS, tail_bytes
 from wsm.settings import VerifyWhen
 
+TAIL_BYTES = 8 << 20
+"""Newest blocks that one thread copies at a time."""
+
 
 class KVDisk:
     """Reads units into page-locked slots ahead of their fetch, and writes blocks as they fill.
@@ -113,15 +116,24 @@ class KVDisk:
                     yield self._offset(fetch.unit, block, begin), compact[begin : begin + 1 + len(others), number]
 
     def _add_tails(self, fetch: Fetch, slot: Tensor) -> Iterator[Piece]:
-        """Copies of the newest blocks, a row each, by those who read: numpy's, which takes one thread."""
+        """Copies of the newest blocks, some rows each, by those who read: numpy's, which takes one thread."""
         tails = self.tails[fetch.unit].numpy()
         tokens = fetch.k * KV_BLOCK_TOKENS or self.layout.tokens
         shape = self.layout.shape(len(fetch.lengths), tokens)
         window = slot[: torch.Size(shape).numel()].view(shape).numpy()
-        for row, length in enumerate(fetch.lengths):
-            begin = tokens - KV_BLOCK_TOKENS if fetch.k else length // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
-            if length % KV_BLOCK_TOKENS:
-                yield partial(np.copyto, window[row, :, begin : begin + KV_BLOCK_TOKENS], tails[row])
+
+        together = max(1, TAIL_BYTES // tails[0].nbytes)
+
+        def place(row: int) -> tuple[int | None, int]:
+            whole, newest = divmod(fetch.lengths[row], KV_BLOCK_TOKENS)
+            begin = tokens - KV_BLOCK_TOKENS if fetch.k else whole * KV_BLOCK_TOKENS
+            return begin if newest else None, row // together
+
+        for (begin, _), run in groupby(range(len(fetch.lengths)), place):
+            if begin is not None:
+                first, *others = run
+                rows = slice(first, first + 1 + len(others))
+                yield partial(np.copyto, window[rows, :, begin : begin + KV_BLOCK_TOKENS], tails[rows])
 
     # -- down
 

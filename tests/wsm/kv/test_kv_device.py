@@ -29,7 +29,7 @@ from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.kv import device as kv_device
 from wsm.kv import target as kv_target
-from wsm.kv.device import KVDevice
+from wsm.kv.device import THREADS, KVDevice
 from wsm.kv.target import MAGIC, kv_superblock, run_of
 from wsm.layout.groups import BLOCK
 from wsm.settings import VerifyWhen
@@ -137,18 +137,18 @@ def test_what_was_written_is_read(data: st.DataObject, tmp_path_factory: pytest.
 
 
 def test_a_unit_of_several_megabytes_comes_back_through_the_real_drive(path: str) -> None:
-    """As KV comes: ``[rows, n_kv_heads, tokens, 2, record]``, in pieces of 8 MiB."""
-    unit = random_bytes(18 * MIB).view(2, 4, 256, 2, -1)
+    """As KV comes: ``[rows, n_kv_heads, tokens, 2, record]``, in pieces of one size and at most 32 MiB."""
+    unit = random_bytes(72 * MIB).view(2, 4, 256, 2, -1)
     write, read = FakeDrive(os.pwritev), FakeDrive(os.preadv)
-    device = KVDevice(path, 20 * MIB, weights=[], threads=2, pread=read, pwrite=write)
+    device = KVDevice(path, 74 * MIB, weights=[], threads=2, pread=read, pwrite=write)
     assert device.warnings == []
     assert outcome(device.write, 2 * MIB, unit) is None
-    found = aligned(18 * MIB).view(unit.shape)
+    found = aligned(72 * MIB).view(unit.shape)
     assert outcome(device.read, 2 * MIB, found) is None
     device.close()
     assert torch.equal(found, unit)
     for drive in (read, write):
-        assert sorted(nbytes for _, nbytes in drive.calls) == [2 * MIB, *[8 * MIB] * 2]
+        assert [nbytes for _, nbytes in drive.calls] == [24 * MIB] * 3
 
 
 def test_blocks_that_lie_apart_in_memory_lie_together_on_the_drive(path: str) -> None:
@@ -198,7 +198,7 @@ def test_work_beside_a_read_is_part_of_the_request(path: str) -> None:
 
 def test_all_threads_work_on_one_large_request(path: str) -> None:
     """Each read waits until all are under way: fewer at a time would never end."""
-    together = threading.Barrier(8)
+    together = threading.Barrier(THREADS)
 
     def answer(number: int, offset: int, nbytes: int) -> int:
         together.wait(10)
@@ -469,7 +469,7 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
 def test_a_file_that_this_run_made_is_private_and_goes_again(path: str) -> None:
     before = open_files()
     device = KVDevice(path, MIB, weights=[])
-    assert len(kv_threads()) == 8
+    assert len(kv_threads()) == THREADS
     assert os.stat(path).st_mode & 0o777 == 0o600
     device.close()
     assert not os.path.exists(path)

@@ -11,10 +11,10 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
 
 from wsm.disk.checks import Checks
+from wsm.disk.checksums import xxh3_64
 from wsm.disk.io_threads import IOThreads, Piece, Transfer, transfer_fully
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
@@ -193,11 +193,4 @@ class KVDevice:
 
 def _sums_of(blocks: Blocks) -> npt.NDArray[np.uint64]:
     """Of each block; never 0. As an array: a list would be compared as floats, of which 53 bits count."""
-    return np.fromiter((checksum(block) or 1 for block in blocks), np.uint64, len(blocks))
-
-
-def checksum(block: Blocks) -> int:
-    """xxh3-64. By ``update``, beside which other threads run: beside one-shot functions of xxhash 3 they do not."""
-    found = xxhash.xxh3_64()
-    found.update(block.data)
-    return int(found.intdigest())
+    return np.fromiter((xxh3_64(block.data) or 1 for block in blocks), np.uint64, len(blocks))

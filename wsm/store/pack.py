@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 
 from wsm import stop
 from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
+from wsm.disk.checksums import xxh3_128
 from wsm.disk.direct import aligned_block
 from wsm.disk.io_threads import IOThreads, transfer_fully
 from wsm.disk.targets import check_place, check_targets, opened
@@ -198,7 +198,7 @@ def _write_groups(
                 image = memoryview(buffer[:nbytes].numpy().data)
                 extents = stripes(nbytes, offset + rank * stride_of(nbytes, plan.targets), plan.targets)
                 moved = out.submit(partial(_write_extent, files, image, extent, out) for extent in extents)
-                checksums.append(xxhash.xxh3_128_hexdigest(image))
+                checksums.append(xxh3_128(image))
                 stop.result(moved)
                 progress(plan.layouts[group].nbytes)
             written[group] = WrittenGroup(offset, layouts, checksums)

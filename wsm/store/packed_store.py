@@ -12,12 +12,12 @@ from functools import partial
 from itertools import chain, cycle, pairwise, zip_longest
 
 import torch
-import xxhash
 from torch import Tensor
 
 from wsm import stop
 from wsm.disk.blockdev import target_size
 from wsm.disk.checks import Checks
+from wsm.disk.checksums import xxh3_128
 from wsm.disk.direct import open_for_reading
 from wsm.disk.io_threads import IOThreads, Transfer, transfer_fully
 from wsm.errors import StoreError
@@ -28,10 +28,12 @@ from wsm.store.description import StoreDescription, StoredGroup
 from wsm.store.layout import AGAIN, Extent
 from wsm.store.source import ChunkRead, GroupRead
 
-SMALLEST_CHUNK, LARGEST_CHUNK = 256 << 10, 4 << 20
+SMALLEST_CHUNK, LARGEST_CHUNK = 256 << 10, 8 << 20
+"""Each is read by a thread, and after it wants the interpreter, as those do who queue copies: few and large. A pass of
+`mixed` from tmpfs took 549 ms with sixteen threads of 4 MiB and 405 with eight of 8 (docs/LOG.md)."""
 CHUNK_UNIT = 64 << 10
 """A multiple of every logical block size."""
-MOST_THREADS = 32
+MOST_THREADS = 16
 CHECKSUM_THREADS = 8
 """One makes 6 to 13 GB/s of them."""
 _CLOSED = "the packed store was closed before the read was done"
@@ -49,7 +51,7 @@ def _chunks(extents: Sequence[Extent], chunk_bytes: int) -> Iterator[tuple[Exten
 class PackedStore:
     """Reads a packed store's groups; a ``GroupSource``.
 
-    A chunk is at most 4 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Groups are
+    A chunk is at most 8 MiB, and as many are in flight as make ``staging_bytes`` (at least one, of 256 KiB). Groups are
     read in the order asked, the next one's chunks beginning while the last of this one's are under way; checksums are
     made by threads of their own, meanwhile, where ``checks`` ask for it. After every read the superblocks are looked at
     again: packing takes them away before it changes a group. A test's fake drive reads by ``pread``.
@@ -69,7 +71,7 @@ class PackedStore:
         self.warnings: list[str] = []
         self.checks, self._pread = Checks(verify), pread
         self._verified: set[GroupId | None] = set()
-        wanted = max(SMALLEST_CHUNK, staging_bytes // 16)
+        wanted = max(SMALLEST_CHUNK, staging_bytes // 8)
         self.chunk_bytes = min(LARGEST_CHUNK, wanted - wanted % CHUNK_UNIT)
         self.threads = max(1, min(MOST_THREADS, staging_bytes // self.chunk_bytes))
         self._files: list[int] = []
@@ -199,7 +201,7 @@ class PackedStore:
             self._check_superblocks(sorted({extent.target for extent in stored.extents}))
         if stored.checksum is None or not self.checks.needed(stored.group in self._verified):
             return
-        if self.checks.timed(len(image), lambda: xxhash.xxh3_128_hexdigest(image)) != stored.checksum:
+        if self.checks.timed(len(image), lambda: xxh3_128(image)) != stored.checksum:
             where = ", ".join(f"{self.description.targets[e.target]} at byte {e.offset}" for e in stored.extents)
             raise StoreError(
                 f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"

@@ -368,7 +368,7 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
 def test_all_64_bits_of_a_checksum_are_compared(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's integers of both sides of 2**63 would become floats, which tell only 53 bits apart."""
     sums = iter([5, 2**64 - 1, 5, 2**64 - 3])
-    monkeypatch.setattr(kv_device, "checksum", lambda block: next(sums))
+    monkeypatch.setattr(kv_device, "xxh3_64", lambda block: next(sums))
     device = KVDevice(path, 2 * BLOCK, weights=[])
     device._n_threads = 1
     assert outcome(device.write, 0, aligned(2 * BLOCK).zero_()) is None

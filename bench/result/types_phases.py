@@ -145,6 +145,7 @@ class Ceilings(Part, frozen=True, kw_only=True):
     h2d_with_ssd: Annotated[Later[Rate], says("copies from CPU to GPU memory while the SSD is read")] = UNSET
     kv_read: Annotated[Later[Rate], says("reads of --kv-device as the run makes them")] = UNSET
     kv_write: Annotated[Later[Rate], says("writes to --kv-device as the run makes them")] = UNSET
+    h2d_with_kv: Annotated[Later[Rate], says("copies from CPU to GPU memory while --kv-device is read")] = UNSET
 
 
 # -- several ranks

@@ -138,7 +138,7 @@ def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]
     steady = {name: ceiling for name, ceiling in ceilings.items() if ceiling.steady}
     inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the keys
     place = _place(options, inputs)
-    of_kv = {str(name): steady.pop(name) for name in KV_DEVICE if name in steady}
+    of_kv = {str(name): steady.pop(name) for name in (*KV_DEVICE, "h2d_with_kv") if name in steady}
     found = {place.exact: steady, place.near: steady}
     if of_kv:
         found[place.kv] = of_kv

@@ -265,7 +265,8 @@ def _from_0(times_ms: Mapping[str, float | None]) -> dict[str, float | None]:
 def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float | None, Bound | None]:
     """The shortest time that the bytes moved inside the phase and its operations allow, and what sets it.
 
-    The link's rate beside a busy SSD, ``h2d_with_ssd``, is in the JSON for information: a floor may not be beaten.
+    The link's rates beside a busy drive, ``h2d_with_ssd`` and ``h2d_with_kv``, are in the JSON for information: a floor
+    may not be beaten.
     """
     moved = stats.bytes_moved
     work = Work(

@@ -18,7 +18,8 @@ def lines(name: str, result: Result) -> list[str]:
     floor = (phase["floor_ms"] or 0.0) / passes
     p50, mean = result["tpot_ms"]["p50"], phase["wall_ms"] / passes
     found = [
-        f"{name}: {p50:.1f} ms p50, {mean:.1f} mean, floor {floor:.1f} ({phase['bound_by']}): "
+        f"{name}: {p50:.1f} ms p50, {mean:.1f} mean, predicted {(phase['predicted_ms'] or 0.0) / passes:.1f}, "
+        f"floor {floor:.1f} ({phase['bound_by']}): "
         f"{100 * floor / p50:.1f} % by p50, {100 * floor / mean:.1f} % by the mean; "
         f"sha {result['output']['sha256'][:8]}"
     ]

@@ -180,12 +180,7 @@ def _ssd_and_link(
     rates = _window_rates(chunks)
     read_MB = sum(chunk.nbytes for chunk in chunks) / 1e6
     how = f"O_DIRECT, the run's chunks and depth, {read_MB:.0f} MB in {len(rates)} windows, while H2D runs"
-    # As many samples as of the drive, each as long: one copy that is held up is no spread of the link.
-    edges = [len(copies_s) * place // SAMPLES for place in range(SAMPLES + 1)]
-    parts = [copies_s[start:end] for start, end in itertools.pairwise(edges) if end > start]
-    link_rates = [8 * piece * len(part) / sum(part) / 1e6 for part in parts]
-    link_how = f"pieces of {piece / 2**20:.3g} MiB while the SSD is read, {len(parts)} samples"
-    return ceiling_from(rates, "MBps", how), ceiling_from(link_rates, "MBps", link_how)
+    return ceiling_from(rates, "MBps", how), rate_beside(copies_s, piece, "the SSD is read")
 
 
 @contextmanager
@@ -204,6 +199,15 @@ def link_busy(device: Device, host: Tensor, slot: Tensor, piece: int) -> Iterato
             yield copies_s
         finally:
             over.set()
+
+
+def rate_beside(copies_s: Sequence[float], piece: int, what: str) -> Ceiling:
+    """The link's rate while ``what`` went on: of the seconds that :func:`link_busy` gave, each of 8 pieces."""
+    # Few samples, each as long: one copy that is held up is no spread of the link.
+    edges = [len(copies_s) * place // SAMPLES for place in range(SAMPLES + 1)]
+    parts = [copies_s[start:end] for start, end in itertools.pairwise(edges) if end > start]
+    rates = [8 * piece * len(part) / sum(part) / 1e6 for part in parts]
+    return ceiling_from(rates, "MBps", f"pieces of {piece / 2**20:.3g} MiB while {what}, {len(parts)} samples")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wsm import stop
 from wsm.engine.device import Device
-from wsm.engine.probe import SAMPLES, Anyone, ceiling_from, link_busy, sizes_for, steadied
+from wsm.engine.probe import SAMPLES, Anyone, ceiling_from, link_busy, rate_beside, sizes_for, steadied
 from wsm.kv.device import Move
 from wsm.kv.disk import KVDisk
 from wsm.plan.time import Ceiling
@@ -26,7 +26,8 @@ MOST_REQUESTS = 16
 def probe_kv_device(
     device: Device, disk: KVDisk, host: Tensor, slot: Tensor, anyone: Anyone = bool
 ) -> dict[str, Ceiling]:
-    """``kv_write`` and ``kv_read``, while the link is busy between page-locked ``host`` and ``slot``.
+    """``kv_write`` and ``kv_read``, while the link is busy between page-locked ``host`` and ``slot``, and
+    ``h2d_with_kv``: its rate while the device is read.
 
     Random bytes are written, as many as a sample's time allows, and read back into the slots that the run reads into,
     a request for each of them at a time. Afterwards the slots are zeros and the device is as if nothing was written;
@@ -36,7 +37,8 @@ def probe_kv_device(
     unit = disk.layout.block_bytes
     down = disk.down[: min(LARGEST_REQUEST, disk.down.nbytes, disk.nbytes) // unit * unit]
     down[: down.nbytes // 8 * 8].view(torch.int64).random_()
-    with link_busy(device, host, slot, min(LARGEST_REQUEST, host.nbytes, slot.nbytes)):
+    piece = min(LARGEST_REQUEST, host.nbytes, slot.nbytes)
+    with link_busy(device, host, slot, piece) as copies_s:
         began = time.perf_counter()
         stop.result(disk.device.write([(0, down)]))
         # A slow drive gets smaller requests, not a longer probe.
@@ -44,11 +46,14 @@ def probe_kv_device(
         size = max(1, int(share * down.nbytes) // unit) * unit
         places, up = range(0, disk.nbytes - size + 1, size), [slot.buffer[:size] for slot in disk.slots]
         kv_write, written = _rate(device, disk.device.write, [down[:size]], places, anyone)
+        before = len(copies_s)
         kv_read, _ = _rate(device, disk.device.read, up, places[:written], anyone)
+    # But for those that began beside writes, where there are others.
+    link = rate_beside(copies_s[before + 1 :] or copies_s[-1:], piece, "--kv-device is read")
     for buffer in (down, *up):
         buffer.zero_()  # what a mask hides must be finite
     disk.device.forget()
-    return {"kv_read": kv_read, "kv_write": kv_write}
+    return {"kv_read": kv_read, "kv_write": kv_write, "h2d_with_kv": link}
 
 
 def _rate(

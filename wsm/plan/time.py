@@ -229,7 +229,7 @@ def predict(work: Work, ceilings: Mapping[str, Ceiling], gpu_slots: int) -> Esti
     """A streamed pass that moves and computes so much, whatever its weights' format.
 
     From the medians of the probe, where the floor takes the best samples. The tiers work side by side, so the slowest
-    one decides; while the SSD is read, the link has only its rate beside it. None where no weights are streamed, or
+    one decides; while a drive is read, the link has only its rate beside it. None where no weights are streamed, or
     where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
     """
     needed = {
@@ -269,17 +269,24 @@ def _on_gpu_ms(work: Work, rates: Mapping[str, float]) -> float:
 def _streaming_ms(work: Work, rates: Mapping[str, float]) -> float:
     parts = parts_ms(work, rates)
     ssd_ms, kv_ms = parts.get("ssd") or 0.0, max(parts.get(way) or 0.0 for way in KV_DEVICE)
-    link_ms = 1e3 * _link_s(work.h2d_bytes, ssd_ms / 1e3, rates) if "h2d" in rates else 0.0
+    beside = {"h2d_with_ssd": ssd_ms / 1e3, "h2d_with_kv": (parts.get("kv_read") or 0.0) / 1e3}
+    link_ms = 1e3 * _link_s(work.h2d_bytes, beside, rates) if "h2d" in rates else 0.0
     return max(ssd_ms, kv_ms, link_ms + KV_WAIT_MS * work.kv_layers)
 
 
-def _link_s(nbytes: float, ssd_s: float, rates: Mapping[str, float]) -> float:
-    """Seconds of the link: at its rate beside the SSD while that is read, at its own afterwards."""
-    alone = rates["h2d"] * 1e6
-    # A rate beside the SSD above the link's own is the probe's noise: sharing makes nothing faster.
-    beside = min(alone, rates.get("h2d_with_ssd", rates["h2d"]) * 1e6)
-    moved = beside * ssd_s
-    return nbytes / beside if moved >= nbytes else ssd_s + (nbytes - moved) / alone
+def _link_s(nbytes: float, beside: Mapping[str, float], rates: Mapping[str, float]) -> float:
+    """Seconds of the link: at its rate ``beside`` a drive for the seconds that it is read, at its own afterwards.
+
+    With two drives one is taken to be read after the other: what the link has beside both is not measured.
+    """
+    spent = 0.0
+    for name, seconds in beside.items():
+        # A rate beside a drive above the link's own is the probe's noise: sharing makes nothing faster.
+        rate = 1e6 * min(rates["h2d"], rates.get(name, rates["h2d"]))
+        if rate * seconds >= nbytes:
+            return spent + nbytes / rate
+        nbytes, spent = nbytes - rate * seconds, spent + seconds
+    return spent + nbytes / rates["h2d"] / 1e6
 
 
 class PassTimes(NamedTuple):

@@ -21,6 +21,7 @@ from wsm.kv import probe
 from wsm.kv.disk import KVDisk
 from wsm.kv.probe import probe_kv_device
 from wsm.layout.kv import KVLayout, KVPlacement
+from wsm.plan.time import KV_DEVICE
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def test_both_ways_are_measured_and_the_device_is_empty_again(tmp_path: Path) ->
     with disk_of(KVLayout(3, 2, 2, 2, 512, 32), tmp_path / "kv") as disk:
         host = torch.zeros(1 << 20, dtype=torch.uint8)
         found = probe_kv_device(Device(), disk, host, host.clone())
-        assert set(found) == {"kv_read", "kv_write"}
+        assert set(found) == {"kv_read", "kv_write", "h2d_with_kv"}
         for ceiling in found.values():
             assert ceiling.value >= ceiling.median > 0
             assert ceiling.unit == "MBps"
@@ -80,5 +81,5 @@ def test_a_slow_device_gets_smaller_requests_and_no_longer_probe(
         host = torch.zeros(1 << 20, dtype=torch.uint8)
         found = probe_kv_device(Device(), disk, host, host.clone())
         assert disk.layout.window_bytes == 16 << 20
-    assert [ceiling.value for ceiling in found.values()] == pytest.approx([20, 20])
+    assert [found[way].value for way in KV_DEVICE] == pytest.approx([20, 20])
     assert clock.perf_counter() < 2.0

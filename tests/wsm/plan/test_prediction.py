@@ -44,6 +44,21 @@ def test_while_a_fast_drive_is_read_the_link_has_only_its_rate_beside_it() -> No
     assert found == pytest.approx(expected * 1e3, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kv", "ssd", "ms"),
+    [
+        pytest.param(7e9, 0, 500 + 200, id="20 of 30 GB beside the reads, the rest alone"),
+        pytest.param(7e9, 1e8, 100 + 500 + 160, id="beside the SSD first, then beside KV"),
+        pytest.param(14e9, 0, 1000, id="the reads take longest"),
+    ],
+)
+def test_while_kv_is_read_the_link_has_only_its_rate_beside_it(kv: float, ssd: float, ms: float) -> None:
+    found = rates(h2d=50_000.0, h2d_with_kv=40_000.0, kv_read=14_000.0, ssd=1_000.0, h2d_with_ssd=20_000.0)
+    estimate = predict(Work(h2d_bytes=30e9, kv_read_bytes=kv, ssd_bytes=ssd), found, 2)
+    assert estimate is not None
+    assert estimate.ms == pytest.approx(ms)
+
+
 def test_a_probe_that_saw_the_link_faster_beside_the_drive_makes_fewer_reads_no_dearer() -> None:
     noisy = {"h2d": 1_000.0, "h2d_with_ssd": 9_000.0, "ssd": 60_000.0}
     more_cached = Settings(mode="mixed", gpu_cached_layers=4, cpu_cache_layers=60, prefetch_distance=6)
@@ -77,6 +92,20 @@ def test_a_rate_of_arithmetic_that_is_given_is_not_mixed_with_the_one_here() -> 
     here = rates(matmul=700.0, matmul_burst=800.0)
     assert rates_elsewhere(here, None, {}, None) == here
     assert set(rates_elsewhere(here, None, {}, 100.0)) == {"matmul"}
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, {"h2d_with_ssd", "h2d_with_kv"}),
+        ({"h2d": 20.0}, set()),
+        ({"ssd": 3.0}, {"h2d_with_kv"}),
+        ({"kv_read": 3.0, "kv_write": 3.0}, {"h2d_with_ssd"}),
+    ],
+)
+def test_what_the_link_has_beside_a_drive_is_not_known_beside_another(given: dict[str, float], left: set[str]) -> None:
+    here = rates(h2d=50_000.0, h2d_with_ssd=45_000.0, h2d_with_kv=40_000.0)
+    assert {name for name in rates_elsewhere(here, None, given, None) if "with" in name} == left
 
 
 def test_a_steady_pass_is_not_predicted_at_what_a_card_does_from_rest() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs behind docs/PERFORMANCE.md beside its table (performance.py): bash tests/gpu/figures.sh OUTDIR [part ...]
-# Parts: stream short mixed drive resident kv kv_kinds kv_drive.
+# Parts: stream short mixed drive resident kv kv_kinds kv_disk kv_drive.
 # Without a part: stream mixed drive resident. bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two of the results side by side.
 # Stores go to /dev/shm (a stand-in for a fast drive) and to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
@@ -54,12 +54,22 @@ short() {
   step stream16 60 $(shape 16) --mode stream --cache-dir $drive --max-new-tokens 12 --repeats 3
 }
 
-kv_kinds() { # no warm-up: a prefill of these takes 12 s
-  local flags="$(shape 16 2016) --mode stream --cache-dir $drive --batch-size 128 --max-new-tokens 20 --warmup-rounds 0 --repeats ${REPEATS:-3}"
-  step kv_topk8 150 $flags
-  step kv_topk4 150 $flags --topk-blk 4
-  step kv_int8 150 $flags --kv-dtype int8
-  step kv_disk 150 $flags --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
+kv_step() { # NAME [flag ...]; no warm-up: a prefill of these takes 12 s
+  local name=$1
+  shift
+  step "$name" 150 $(shape 16 2016) --mode stream --cache-dir "$drive" --batch-size 128 --max-new-tokens 20 --warmup-rounds 0 \
+    --repeats ${REPEATS:-3} "$@"
+}
+
+kv_kinds() {
+  kv_step kv_topk8
+  kv_step kv_topk4 --topk-blk 4
+  kv_step kv_int8 --kv-dtype int8
+  kv_disk
+}
+
+kv_disk() { # KV on tmpfs
+  kv_step kv_disk --kv-device /dev/shm/wsm-kv --cpu-mem-gb 24
   rm -f /dev/shm/wsm-kv
   "$python" tests/gpu/kv_summary.py "$out"
 }

@@ -30,7 +30,7 @@ from wsm.disk.blockdev import is_block_device
 from wsm.errors import UnusableInput
 from wsm.formats import registry
 from wsm.formats.mix import Formats, Mix
-from wsm.layout.groups import GroupId, GroupLayout
+from wsm.layout.groups import GroupId, GroupLayout, alike_as_one
 from wsm.layout.model import WHOLE, Shard
 from wsm.plan.plan import Plan
 from wsm.store import manifest
@@ -84,7 +84,7 @@ class Inputs:
         that all make the same plan.
         """
         if self.description is not None:
-            return {group: stored.layout for group, stored in self.description.groups.items()}
+            return alike_as_one({group: stored.layout for group, stored in self.description.groups.items()})
         shapes = planned_layouts(self.share.config, self.dtype, self.weight_format, most=False)
         weight_format = self.weight_format
         if weight_format is None or isinstance(weight_format, Mix) or not self.synthetic:
@@ -95,7 +95,8 @@ class Inputs:
         }
         told = self.world.exchange(json.dumps([layout.nbytes for layout in own.values()]))
         sizes = map(max, zip(*(json.loads(text) for text in told if text is not None), strict=True))
-        return {group: GroupLayout(size, own[group].tensors) for group, size in zip(own, sizes, strict=True)}
+        widest = {group: GroupLayout(size, own[group].tensors) for group, size in zip(own, sizes, strict=True)}
+        return alike_as_one(widest)
 
     def read_from(self, description: StoreDescription) -> None:
         """Read the weights from that store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -168,6 +169,18 @@ def largest_images(layouts: Mapping[GroupId | None, GroupLayout]) -> dict[Kind, 
         if group is not None:
             largest[group.kind] = max(largest[group.kind], layout.nbytes)
     return largest
+
+
+def alike_as_one(layouts: Mapping[GroupId | None, GroupLayout]) -> dict[GroupId | None, GroupLayout]:
+    """The same images, equal ones as one object: a plan asks each but once."""
+    known: dict[GroupLayout, GroupLayout] = {}
+    return {group: known.setdefault(layout, layout) for group, layout in layouts.items()}
+
+
+def counted(layouts: Mapping[GroupId | None, GroupLayout]) -> list[tuple[GroupLayout, int]]:
+    """Each image of the layers' groups, and of how many it is."""
+    number = Counter(id(layout) for group, layout in layouts.items() if group is not None)
+    return [(layout, number.pop(id(layout))) for layout in layouts.values() if id(layout) in number]
 
 
 def without(layout: GroupLayout, name: str) -> GroupLayout:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 from wsm.formats import registry
 from wsm.formats.format import GPU_PIECE
-from wsm.layout.groups import TENSOR_ALIGNMENT, GroupId, GroupLayout, decoded_layout
+from wsm.layout.groups import TENSOR_ALIGNMENT, GroupId, GroupLayout, counted, decoded_layout
 from wsm.plan.inputs import PlanInputs
 
 MANY_CHUNKS = 4
@@ -31,9 +31,7 @@ NOTHING_DECODED = Decoding()
 
 def ways_to_decode(inputs: PlanInputs, chunks: int) -> Iterator[Decoding]:
     """What there is to choose from, the fastest first; the last is what takes least."""
-    # Most layers share one: what is asked of each is asked once.
-    distinct = {id(layout): layout for layout in _groups(inputs.layouts).values()}
-    encoded = [layout for layout in distinct.values() if layout.encoded]
+    encoded = [layout for layout, _ in counted(inputs.layouts) if layout.encoded]
     if not encoded:
         yield NOTHING_DECODED
         return
@@ -81,9 +79,9 @@ def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int
         return 0
     most = cache(lambda name: registry.get(name).packed_rows(inputs.dtype, inputs.hardware.has_gpu))
     total = 0
-    for layout in _groups(inputs.layouts).values():
+    for layout, groups in counted(inputs.layouts):
         # Else products take the weights as they lie.
-        made = sum(tensor.decoded_bytes for tensor in layout.encoded if rows > most(str(tensor.format)))
+        made = groups * sum(tensor.decoded_bytes for tensor in layout.encoded if rows > most(str(tensor.format)))
         if made:
             total += made * (1 if _whole_bytes(layout) <= decoding.scratch_bytes else chunks)
     return total
@@ -91,11 +89,6 @@ def decoded_bytes(inputs: PlanInputs, decoding: Decoding, rows: int, chunks: int
 
 def decoded_layouts(inputs: PlanInputs) -> dict[GroupId | None, GroupLayout]:
     """The images of all groups once nothing is in a weight format; those of a kind are alike then."""
-    by_kind = {
-        group.kind: decoded_layout(layout) for group, layout in _groups(inputs.layouts).items() if not group.layer
-    }
+    first = {group.kind: layout for group, layout in inputs.layouts.items() if group is not None and not group.layer}
+    by_kind = {kind: decoded_layout(layout) for kind, layout in first.items()}
     return {group: layout if group is None else by_kind[group.kind] for group, layout in inputs.layouts.items()}
-
-
-def _groups(layouts: Mapping[GroupId | None, GroupLayout]) -> dict[GroupId, GroupLayout]:
-    return {group: layout for group, layout in layouts.items() if group is not None}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
-from wsm.layout.groups import BLOCK, KINDS, GroupId, bytes_apart, round_up
+from wsm.layout.groups import BLOCK, KINDS, GroupId, bytes_apart, counted, round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS
 from wsm.layout.model import ModelShape
 from wsm.plan.decoding import NOTHING_DECODED, Decoding, decoded_layouts, decoding_extra_bytes
@@ -170,8 +170,8 @@ def gpu_lines(
     held = inputs if not decoding.at_load else replace(inputs, layouts=decoded_layouts(inputs))
     converted = _converted_kv(inputs, portions)
     # The model takes queries, keys and values in one product: where their matrices are apart, it copies them first.
-    attn = [layout for group, layout in inputs.layouts.items() if group and group.kind == "attn"]
-    copied = 0 if placement.mode == "full" else max(bytes_apart(layout, inputs.config.fused) for layout in attn)
+    images, fused = [layout for layout, _ in counted(inputs.layouts)], inputs.config.fused
+    copied = 0 if placement.mode == "full" else max(bytes_apart(layout, fused) for layout in images)
     # Logits of the whole vocabulary, and what gathering and sampling them takes, beyond one rank's share of both.
     rows, elsewhere = inputs.nodes, inputs.config.vocab_size * (inputs.ranks - 1)
     gathered = 4 * 4 * rows * elsewhere + min(rows, SAMPLED_AT_ONCE) * elsewhere * (SORTED_BYTES + SCRATCH_BYTES)

@@ -25,8 +25,9 @@ class Probe(msgspec.Struct):
     ceilings: dict[str, Ceiling]
 
 
-class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 2"):
-    """Of version 1, ``matmul`` was what a card does from rest, which is ``matmul_burst`` now: it is measured anew."""
+class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 3"):
+    """Of version 1, ``matmul`` was what a card does from rest, which is ``matmul_burst`` now; of version 2, drives were
+    read by more threads in smaller pieces, which left the link less beside them. All is measured anew."""
 
     machine: str
     probes: dict[str, Probe]

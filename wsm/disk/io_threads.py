@@ -17,7 +17,7 @@ from wsm.layout.groups import BLOCK
 
 Piece = Callable[[], None]
 
-MOST_BYTES = 32 << 20
+MOST_BYTES = 16 << 20
 """In one system call, and Python runs between two."""
 MOST_PARTS = 1024
 """Of memory, in one system call (IOV_MAX)."""

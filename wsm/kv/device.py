@@ -15,30 +15,38 @@ from torch import Tensor
 
 from wsm.disk.checks import Checks
 from wsm.disk.checksums import xxh3_64
-from wsm.disk.io_threads import IOThreads, Piece, Transfer, transfer_fully
+from wsm.disk.io_threads import MOST_PARTS, IOThreads, Piece, Transfer, transfer_fully
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.settings import VerifyWhen
 
-SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20
-"""Of a request, by one thread at a time. Few: of each Python takes some 50 microseconds, in which no other thread runs,
-and the thread that computes waits for its turn at each of its calls."""
-
+SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 16 << 20
+"""Of a request, by one thread at a time and in one system call. Each piece wants the interpreter, for which the threads
+that compute and copy wait meanwhile: few of them, and nothing is made for each of their blocks."""
 THREADS = 6
-"""Each wants the interpreter as often as it moves a piece; five read 12 GB/s of a device in memory, beside the link."""
+"""From memory, beside a busy link, four read 11.7 GB/s, six 16, eight 19.5; all slow down the one that computes."""
 
-Move = tuple[int, Tensor]
-"""An offset on the device and what lies there in one piece: CPU memory in one piece, or blocks ``[n, unit]`` that may
-lie apart there."""
-Blocks = npt.NDArray[np.uint8]
-"""``[n, unit]``; each in one piece, but the next one may lie elsewhere."""
+Blocks = Sequence[memoryview]
+"""CPU memory, each of a unit's bytes at an address that is a multiple of 4096; the next one may lie elsewhere."""
+Move = tuple[int, Blocks]
+"""An offset on the device and the blocks that lie there, one behind the other."""
+
+
+def blocks_of(memory: Tensor, unit: int) -> list[memoryview]:
+    """CPU memory in one piece as blocks of ``unit`` bytes; ValueError where it is not whole ones, or misaligned."""
+    if not memory.is_contiguous() or memory.nbytes % unit or memory.data_ptr() % BLOCK or unit % BLOCK:
+        raise ValueError(
+            f"{memory.nbytes} bytes at {memory.data_ptr():#x} are no blocks: they must be in one piece, a multiple of "
+            f"{unit}, and their address one of {BLOCK}"
+        )
+    return [block.data for block in memory.view(-1).view(torch.uint8).view(-1, unit).numpy()]
 
 
 class KVDevice:
     """Bytes of offloaded KV, at offsets from 0 to ``nbytes``.
 
-    Requests are begun in the order asked, and a large one is worked on by all threads, in pieces of at most 32 MiB. Two
+    Requests are begun in the order asked, and a large one is worked on by all threads, in pieces of at most 16 MiB. Two
     that touch the same bytes are not ordered: whoever reads what was written waits until its future has ended.
 
     Bytes are written and read in whole units. In memory there is a checksum of each that was written, made before it
@@ -83,16 +91,16 @@ class KVDevice:
             raise
 
     def read(self, moves: Iterable[Move], beside: Iterable[Piece] = ()) -> Future[None]:
-        """Queue one request: to fill each tensor from its offset on, and to do the work ``beside`` it.
+        """Queue one request: to fill blocks from each offset on, and to do the work ``beside`` it.
 
         Its future ends, with the first failure, when nothing touches their memory any more; what has not been begun
-        after a failure is left out. Tensors are in CPU memory; their sizes and the offsets are whole units, and their
-        addresses multiples of 4096, else ValueError. Raises RuntimeError if the device is closed.
+        after a failure is left out. Offsets are whole units, and so are the blocks, else ValueError. Raises
+        RuntimeError if the device is closed.
         """
         return self._submit(chain(self._pieces(moves, writing=False), beside))
 
     def write(self, moves: Iterable[Move]) -> Future[None]:
-        """Queue one request: to write each tensor to its offset; all else as :meth:`read`."""
+        """Queue one request: to write blocks from each offset on; all else as :meth:`read`."""
         return self._submit(self._pieces(moves, writing=True))
 
     def _submit(self, pieces: Iterable[Piece]) -> Future[None]:
@@ -119,47 +127,49 @@ class KVDevice:
             self._target.give_back()
 
     def _pieces(self, moves: Iterable[Move], *, writing: bool) -> Iterator[Piece]:
-        known = [(offset, self._blocks(offset, memory)) for offset, memory in moves]
-        fewest, most = SMALLEST_PIECE // self._unit, LARGEST_PIECE // self._unit
-        of_each = -(-sum(len(blocks) for _, blocks in known) // self._n_threads)
-        together = max(1, min(most, max(fewest, of_each)))
+        runs = self._joined(moves)
+        units, most = sum(len(blocks) for _, blocks in runs), max(1, min(LARGEST_PIECE // self._unit, MOST_PARTS))
+        # As many pieces as keep all threads at work to the end, but for small requests.
+        pieces = self._n_threads * max(1, -(-units // (self._n_threads * most)))
+        share = max(1, SMALLEST_PIECE // self._unit, -(-units // pieces))
         work = self._write if writing else self._read
-        for offset, blocks in known:
-            share = -(-len(blocks) // -(-len(blocks) // together))  # all pieces of a move are of about one size
+        for offset, blocks in runs:
             for start in range(0, len(blocks), share):
                 yield partial(work, blocks[start : start + share], offset + start * self._unit)
 
-    def _blocks(self, offset: int, memory: Tensor) -> Blocks:
-        """What a move touches in memory, as blocks of a unit; ValueError where it cannot be moved."""
-        if memory.nbytes == 0 or memory.nbytes % self._unit or offset % self._unit or memory.data_ptr() % BLOCK:
-            raise ValueError(
-                f"{memory.nbytes} bytes at {offset}: size and offset must be multiples of {self._unit}, the address of "
-                f"{BLOCK}"
-            )
-        if not 0 <= offset <= self._nbytes - memory.nbytes:
-            raise ValueError(f"{memory.nbytes} bytes at {offset} are not in the {self._nbytes} bytes of {self._path}")
-        if memory.is_contiguous():
-            memory = memory.view(-1).view(torch.uint8).view(-1, self._unit)
-        if memory.shape[1:] != (self._unit,) or memory.stride(1) != 1 or memory.stride(0) % BLOCK:
-            raise ValueError("memory that is not contiguous has to be blocks of a unit, each of them in one piece")
-        blocks: Blocks = memory.numpy()
-        return blocks
+    def _joined(self, moves: Iterable[Move]) -> list[tuple[int, list[memoryview]]]:
+        """Moves that follow one another on the device as one; ValueError for one that is not in it."""
+        runs = list[tuple[int, list[memoryview]]]()
+        for offset, blocks in moves:
+            nbytes = len(blocks) * self._unit
+            if not blocks or len(blocks[0]) != self._unit or offset % self._unit:
+                raise ValueError(f"{nbytes} bytes at {offset}: not whole blocks of {self._unit} bytes")
+            if not 0 <= offset <= self._nbytes - nbytes:
+                raise ValueError(f"{nbytes} bytes at {offset} are not in the {self._nbytes} bytes of {self._path}")
+            if runs and runs[-1][0] + len(runs[-1][1]) * self._unit == offset:
+                runs[-1][1].extend(blocks)
+            else:
+                runs.append((offset, list(blocks)))
+        return runs
+
+    def _units(self, blocks: Blocks, offset: int) -> slice:
+        return slice(offset // self._unit, offset // self._unit + len(blocks))
 
     def _write(self, blocks: Blocks, offset: int) -> None:
-        units = slice(offset // self._unit, offset // self._unit + len(blocks))
-        sums = self._checks.timed(blocks.nbytes, partial(_sums_of, blocks))
+        units = self._units(blocks, offset)
+        sums = self._checks.timed(len(blocks) * self._unit, partial(_sums_of, blocks))
         self._sums[units] = 0  # until all of it is there
         self._seen_right[units] = False
         self._move(blocks, BLOCK + offset, writing=True)
         self._sums[units] = sums
 
     def _read(self, blocks: Blocks, offset: int) -> None:
-        with self._checks.reading(blocks.nbytes):
+        units, nbytes = self._units(blocks, offset), len(blocks) * self._unit
+        with self._checks.reading(nbytes):
             self._move(blocks, BLOCK + offset, writing=False)
-        units = slice(offset // self._unit, offset // self._unit + len(blocks))
         if not self._checks.needed(bool(self._seen_right[units].all())):
             return
-        right = self._sums[units] == self._checks.timed(blocks.nbytes, partial(_sums_of, blocks))
+        right = self._sums[units] == self._checks.timed(nbytes, partial(_sums_of, blocks))
         if not right.all():
             at = BLOCK + offset + int(right.argmin()) * self._unit
             raise KVDeviceError(
@@ -171,15 +181,13 @@ class KVDevice:
 
     def _move(self, blocks: Blocks, offset: int, *, writing: bool) -> None:
         transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")
-        # As few parts as there are: the drive gets what lies together in memory in one.
-        apart = [blocks.reshape(-1)] if blocks.flags.c_contiguous else blocks
-        transfer_fully(transfer, self._target.file, [block.data for block in apart], offset, partial(self._error, verb))
+        transfer_fully(transfer, self._target.file, blocks, offset, partial(self._error, verb))
         if not self._target.buffered:
             return
         try:
             if writing:
                 os.fdatasync(self._target.file)  # before it leaves the page cache: its errors are ours to tell
-            os.posix_fadvise(self._target.file, offset, blocks.nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._target.file, offset, len(blocks) * self._unit, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._error("write", offset, error) from error
 
@@ -193,4 +201,4 @@ class KVDevice:
 
 def _sums_of(blocks: Blocks) -> npt.NDArray[np.uint64]:
     """Of each block; never 0. As an array: a list would be compared as floats, of which 53 bits count."""
-    return np.fromiter((xxh3_64(block.data) or 1 for block in blocks), np.uint64, len(blocks))
+    return np.fromiter((xxh3_64(block) or 1 for block in blocks), np.uint64, len(blocks))

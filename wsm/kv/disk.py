@@ -16,7 +16,7 @@ from wsm.disk.io_threads import Piece
 from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.errors import UnusableInput
-from wsm.kv.device import KVDevice, Move
+from wsm.kv.device import Blocks, KVDevice, Move, blocks_of
 from wsm.kv.schedule import Fetch, Write
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
@@ -61,27 +61,38 @@ class KVDisk:
             self.tails[unit] = take(tail_bytes(layout, rows)).view(layout.shape(rows, KV_BLOCK_TOKENS))
         self.slots = [Slot(take(layout.window_bytes)) for _ in range(DISK_SLOTS - 1)]  # on the way up
         self.down = take(layout.window_bytes)  # for a window on its way down
+        # The blocks of all that memory, made once: in a pass each would cost the interpreter more than its read.
+        memory = [*self.tails.values(), *(slot.buffer for slot in self.slots), self.down]
+        self._blocks = {part.data_ptr(): blocks_of(part, layout.block_bytes) for part in memory}
         # The first row and the blocks to bring of each unit next time, in CPU memory.
         self.wanted: dict[Unit, tuple[int, Tensor]] = {}
         self.nbytes = ends[-1]
         self.device = KVDevice(path, self.nbytes, weights=weights, unit=layout.block_bytes, verify=verify)
         self.warnings = self.device.warnings
 
+    def blocks(self, memory: Tensor) -> Blocks:
+        """Those of a slot, of ``down`` or of a unit's newest ones, in the order in which they lie there."""
+        return self._blocks[memory.data_ptr()]
+
+    def in_order(self, memory: Tensor) -> Blocks:
+        """Those of a slot or of ``down`` in the order in which a full part lies on the device."""
+        blocks, apart = self.blocks(memory), self.layout.blocks
+        return [block for first in range(apart) for block in blocks[first::apart]]
+
     def _offset(self, unit: Unit, block: int, head: int) -> int:
         """Where a block is on the device; ``head`` counts those of all rows."""
         heads = len(self.layout.rows_of(unit.stretch)) * self.layout.n_kv_heads
         return self._offsets[unit] + (block * heads + head) * self.layout.block_bytes
 
-    def _whole(self, unit: Unit, memory: Tensor, blocks: Sequence[int]) -> Iterator[Move]:
+    def _whole(self, unit: Unit, memory: Tensor, counts: Sequence[int]) -> Iterator[Move]:
         """The first so many blocks of each row, which are in ``memory`` as a window has them."""
-        layout, heads = self.layout, self.layout.n_kv_heads
-        window = memory[: len(blocks) * layout.row_bytes].view(-1, layout.blocks, layout.block_bytes)
-        for block in range(max(blocks, default=0)):
-            for has_it, run in groupby(range(len(blocks)), lambda row: blocks[row] > block):  # noqa: B023 - asked at once
+        heads, apart, window = self.layout.n_kv_heads, self.layout.blocks, self.blocks(memory)
+        for block in range(max(counts, default=0)):
+            for has_it, run in groupby(range(len(counts)), lambda row: counts[row] > block):  # noqa: B023 - asked at once
                 if has_it:
-                    first, *others = run
-                    end = first + 1 + len(others)
-                    yield self._offset(unit, block, first * heads), window[first * heads : end * heads, block]
+                    first, *others = (row * heads for row in run)
+                    end = first + (1 + len(others)) * heads
+                    yield self._offset(unit, block, first), window[first * apart + block : end * apart : apart]
 
     # -- up
 
@@ -100,10 +111,10 @@ class KVDisk:
 
     def _chosen(self, fetch: Fetch, slot: Tensor) -> Iterator[Move]:
         """The chosen whole blocks; the newest comes from memory, and what is masked stays as it is."""
-        heads, k, size = self.layout.n_kv_heads, fetch.k, self.layout.block_bytes
+        heads, k = self.layout.n_kv_heads, fetch.k
         first, wanted = self.wanted[fetch.unit]
         chosen = wanted.view(-1, k).tolist()
-        compact = slot[: len(fetch.lengths) * heads * k * size].view(-1, k, size)
+        compact = self.blocks(slot)
         whole = [length // KV_BLOCK_TOKENS for length in fetch.lengths]
         for number in range(k - 1):
             there = [
@@ -113,7 +124,8 @@ class KVDisk:
             for block, run in groupby(range(len(there)), there.__getitem__):
                 begin, *others = (first * heads + place for place in run)
                 if block is not None:
-                    yield self._offset(fetch.unit, block, begin), compact[begin : begin + 1 + len(others), number]
+                    end = begin + 1 + len(others)
+                    yield self._offset(fetch.unit, block, begin), compact[begin * k + number : end * k : k]
 
     def _add_tails(self, fetch: Fetch, slot: Tensor) -> Iterator[Piece]:
         """Copies of the newest blocks, some rows each, by those who read: numpy's, which takes one thread."""
@@ -121,10 +133,10 @@ class KVDisk:
         tokens = fetch.k * KV_BLOCK_TOKENS or self.layout.tokens
         shape = self.layout.shape(len(fetch.lengths), tokens)
         window = slot[: torch.Size(shape).numel()].view(shape).numpy()
-
         together = max(1, TAIL_BYTES // tails[0].nbytes)
 
         def place(row: int) -> tuple[int | None, int]:
+            """Where a row's newest block begins in the window, None where it has none; and whose turn it is."""
             whole, newest = divmod(fetch.lengths[row], KV_BLOCK_TOKENS)
             begin = tokens - KV_BLOCK_TOKENS if fetch.k else whole * KV_BLOCK_TOKENS
             return begin if newest else None, row // together
@@ -150,11 +162,12 @@ class KVDisk:
 
     def write_full(self, write: Write, rows: Sequence[int]) -> None:
         """Blocks that a decode step has filled, from memory to the device."""
-        heads, tails = self.layout.n_kv_heads, self.tails[write.unit]
+        heads, tails = self.layout.n_kv_heads, self.blocks(self.tails[write.unit])
         full = [row for row in rows if write.after[row] % KV_BLOCK_TOKENS == 0]
-        begun = [write.before[row] // KV_BLOCK_TOKENS for row in full]
-        places = zip(full, begun, strict=True)
-        self._write(write, [(self._offset(write.unit, block, row * heads), tails[row]) for row, block in places])
+        places = [(row * heads, write.before[row] // KV_BLOCK_TOKENS) for row in full]
+        self._write(
+            write, [(self._offset(write.unit, block, head), tails[head : head + heads]) for head, block in places]
+        )
 
     def _write(self, write: Write, moves: Sequence[Move]) -> None:
         """All of them, and until all are done; the first failure is raised."""
@@ -163,10 +176,11 @@ class KVDisk:
         self._tell("kv_write", write.unit, write.pass_no, moves, started)
 
     def _tell(self, tier: str, unit: Unit, pass_no: int, moves: Sequence[Move], started: float) -> None:
-        nbytes = sum(memory.nbytes for _, memory in moves)
+        nbytes = sum(len(blocks) for _, blocks in moves) * self.layout.block_bytes
         self._telemetry.kv_disk(tier, unit.layer, pass_no, nbytes, started, time.perf_counter())
 
     def close(self) -> None:
         """Give the device back."""
         self.device.close()
         self.tails.clear()
+        self._blocks.clear()

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,23 @@ from torch import Tensor
 from wsm import stop
 from wsm.engine.device import Device
 from wsm.engine.probe import SAMPLES, Anyone, ceiling_from, link_busy, rate_beside, sizes_for, steadied
-from wsm.kv.device import Move
+from wsm.kv.device import Blocks, Move
 from wsm.kv.disk import KVDisk
 from wsm.plan.time import Ceiling
 
-LARGEST_REQUEST = 64 << 20
+FIRST_REQUEST, LARGEST_REQUEST = 64 << 20, 256 << 20
+"""The first tells how large the others may be: as a part of many rows is, where the device is fast."""
 MOST_REQUESTS = 16
 """Of a sample: a device in memory gives a gigabyte in 50 ms."""
+LINK_PIECE = 64 << 20
+
+
+class _Rate(NamedTuple):
+    """Of requests, how many there were, and the seconds of the link's copies beside those that count."""
+
+    ceiling: Ceiling
+    requests: int
+    beside_s: list[float]
 
 
 def probe_kv_device(
@@ -30,47 +41,48 @@ def probe_kv_device(
     ``h2d_with_kv``: its rate while the device is read.
 
     Random bytes are written, as many as a sample's time allows, and read back into the slots that the run reads into,
-    a request for each of them at a time. Afterwards the slots are zeros and the device is as if nothing was written;
-    not after a failure, when requests may be under way and the run ends. ``anyone`` asks all ranks whether to measure
-    again.
+    a request for each of them at a time, block by block of all heads, as a part lies there. Afterwards the slots are
+    zeros and the device is as if nothing was written; not after a failure, when requests may be under way and the run
+    ends. ``anyone`` asks all ranks whether to measure again.
     """
-    unit = disk.layout.block_bytes
-    down = disk.down[: min(LARGEST_REQUEST, disk.down.nbytes, disk.nbytes) // unit * unit]
-    down[: down.nbytes // 8 * 8].view(torch.int64).random_()
-    piece = min(LARGEST_REQUEST, host.nbytes, slot.nbytes)
+    unit, piece = disk.layout.block_bytes, min(LINK_PIECE, host.nbytes, slot.nbytes)
+    disk.down[: disk.down.nbytes // 8 * 8].view(torch.int64).random_()
+    down, *up = (disk.in_order(memory) for memory in (disk.down, *(slot.buffer for slot in disk.slots)))
+    first, most = (max(1, min(nbytes, disk.nbytes) // unit) for nbytes in (FIRST_REQUEST, LARGEST_REQUEST))
     with link_busy(device, host, slot, piece) as copies_s:
         began = time.perf_counter()
-        stop.result(disk.device.write([(0, down)]))
+        stop.result(disk.device.write([(0, down[:first])]))
         # A slow drive gets smaller requests, not a longer probe.
-        share = min(1.0, sizes_for(device).copy_s / max(time.perf_counter() - began, 1e-9))
-        size = max(1, int(share * down.nbytes) // unit) * unit
-        places, up = range(0, disk.nbytes - size + 1, size), [slot.buffer[:size] for slot in disk.slots]
-        kv_write, written = _rate(device, disk.device.write, [down[:size]], places, anyone)
-        before = len(copies_s)
-        kv_read, _ = _rate(device, disk.device.read, up, places[:written], anyone)
-    # But for those that began beside writes, where there are others.
-    link = rate_beside(copies_s[before + 1 :] or copies_s[-1:], piece, "--kv-device is read")
-    for buffer in (down, *up):
-        buffer.zero_()  # what a mask hides must be finite
+        paced = sizes_for(device).copy_s / max(time.perf_counter() - began, 1e-9)
+        count = max(1, min(len(down), most, int(paced * len(down[:first]))))
+        places = range(0, disk.nbytes - count * unit + 1, count * unit)
+        written = _rate(device, disk.device.write, [down[:count]], places, copies_s, anyone)
+        touched = places[: written.requests]
+        read = _rate(device, disk.device.read, [blocks[:count] for blocks in up], touched, copies_s, anyone)
+    for memory in (disk.down, *(slot.buffer for slot in disk.slots)):
+        memory.zero_()  # what a mask hides must be finite
     disk.device.forget()
-    return {"kv_read": kv_read, "kv_write": kv_write, "h2d_with_kv": link}
+    link = rate_beside(read.beside_s or copies_s[-1:], piece, "--kv-device is read")
+    return {"kv_read": read.ceiling, "kv_write": written.ceiling, "h2d_with_kv": link}
 
 
 def _rate(
     device: Device,
     request: Callable[[Iterable[Move]], Future[None]],
-    buffers: Sequence[Tensor],
+    buffers: Sequence[Blocks],
     places: Sequence[int],
+    copies_s: Sequence[float],
     anyone: Anyone,
-) -> tuple[Ceiling, int]:
-    """Of requests for ``places`` round and round, one for each of ``buffers`` at a time; and how many were touched."""
-    size, touched = buffers[0].nbytes, 0
+) -> _Rate:
+    """Of requests for ``places`` round and round, one for each of ``buffers`` at a time."""
+    nbytes, requests = sum(map(len, buffers[0])), 0
     moves = zip(itertools.cycle(places), itertools.cycle(buffers))
+    beside: dict[float, list[float]] = {}
 
     def seconds(count: int) -> float:
-        nonlocal touched
+        nonlocal requests
         stop.check()
-        touched += count
+        requests += count
         began, under_way = time.perf_counter(), deque[Future[None]]()
         for move in itertools.islice(moves, count):
             if len(under_way) == len(buffers):
@@ -84,10 +96,12 @@ def _rate(
     count = max(1, min(MOST_REQUESTS, int(sizes_for(device).copy_s / max(seconds(1), 1e-9))))
 
     def measure(times: int) -> Ceiling:
-        times = min(times, 2)
-        rates = [times * count * size / seconds(times * count) / 1e6 for _ in range(SAMPLES)]
-        how = f"{times * count} x {size / 2**20:.3g} MiB, {len(buffers)} at a time, while H2D runs, {SAMPLES} samples"
-        return ceiling_from(rates, "MBps", how)
+        times, before = min(times, 2), len(copies_s)
+        rates = [times * count * nbytes / seconds(times * count) / 1e6 for _ in range(SAMPLES)]
+        how = f"{times * count} x {nbytes / 2**20:.3g} MiB, {len(buffers)} at a time, while H2D runs, {SAMPLES} samples"
+        found = ceiling_from(rates, "MBps", how)
+        beside[found.spread_pct] = [*copies_s[before + 1 :]]  # but for what had begun before
+        return found
 
     found = steadied(measure, anyone)
-    return found, min(touched, len(places))
+    return _Rate(found, requests, beside[found.spread_pct])

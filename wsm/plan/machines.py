@@ -106,7 +106,7 @@ def rates_elsewhere(
     """Rates as they are given, else the machine's, else what is known ``here`` (nothing of it beside a machine).
 
     Args:
-        given_gbps: ``h2d``, ``ssd`` and ``hbm`` in GB/s.
+        given_gbps: ``h2d``, ``ssd``, ``hbm``, ``kv_read`` and ``kv_write`` in GB/s.
         matmul: matrix products in TFLOPs.
     """
     found = dict(here) if machine is None else {}

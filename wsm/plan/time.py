@@ -229,7 +229,8 @@ def predict(work: Work, ceilings: Mapping[str, Ceiling], gpu_slots: int) -> Esti
     """A streamed pass that moves and computes so much, whatever its weights' format.
 
     From the medians of the probe, where the floor takes the best samples. The tiers work side by side, so the slowest
-    one decides; while a drive is read, the link has only its rate beside it. None where no weights are streamed, or
+    one decides; while a drive is read (not while KV is written), the link has only its
+    rate beside it. None where no weights are streamed, or
     where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
     """
     needed = {
@@ -277,16 +278,17 @@ def _streaming_ms(work: Work, rates: Mapping[str, float]) -> float:
 def _link_s(nbytes: float, beside: Mapping[str, float], rates: Mapping[str, float]) -> float:
     """Seconds of the link: at its rate ``beside`` a drive for the seconds that it is read, at its own afterwards.
 
-    With two drives one is taken to be read after the other: what the link has beside both is not measured.
+    Beside two drives it keeps the share that one leaves it of what the other does: that is not measured.
     """
-    spent = 0.0
-    for name, seconds in beside.items():
-        # A rate beside a drive above the link's own is the probe's noise: sharing makes nothing faster.
-        rate = 1e6 * min(rates["h2d"], rates.get(name, rates["h2d"]))
-        if rate * seconds >= nbytes:
-            return spent + nbytes / rate
-        nbytes, spent = nbytes - rate * seconds, spent + seconds
-    return spent + nbytes / rates["h2d"] / 1e6
+    # A rate beside a drive above the link's own is the probe's noise: sharing makes nothing faster.
+    left = sorted((seconds, min(1.0, rates.get(name, rates["h2d"]) / rates["h2d"])) for name, seconds in beside.items())
+    now = 0.0
+    for place, (until, _) in enumerate(left):
+        rate = 1e6 * rates["h2d"] * math.prod(share for _, share in left[place:])
+        if rate * (until - now) >= nbytes:
+            return now + nbytes / rate
+        nbytes, now = nbytes - rate * (until - now), until
+    return now + nbytes / rates["h2d"] / 1e6
 
 
 class PassTimes(NamedTuple):

@@ -29,7 +29,7 @@ from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.kv import device as kv_device
 from wsm.kv import target as kv_target
-from wsm.kv.device import THREADS, KVDevice
+from wsm.kv.device import THREADS, KVDevice, blocks_of
 from wsm.kv.target import MAGIC, kv_superblock, run_of
 from wsm.layout.groups import BLOCK
 from wsm.settings import VerifyWhen
@@ -92,8 +92,9 @@ def random_bytes(nbytes: int, seed: int = 0) -> Tensor:
 
 
 def outcome(request: Callable[..., Future[None]], offset: int, buffer: Tensor) -> BaseException | None:
-    """How a request of one move ended."""
-    return request([(offset, buffer)]).exception(20)
+    """How a request of one move, by a method of a device, ended."""
+    unit: int = request.__self__._unit  # type: ignore[attr-defined]
+    return request([(offset, blocks_of(buffer, unit))]).exception(20)
 
 
 def kv_threads() -> list[threading.Thread]:
@@ -137,18 +138,18 @@ def test_what_was_written_is_read(data: st.DataObject, tmp_path_factory: pytest.
 
 
 def test_a_unit_of_several_megabytes_comes_back_through_the_real_drive(path: str) -> None:
-    """As KV comes: ``[rows, n_kv_heads, tokens, 2, record]``, in pieces of one size and at most 32 MiB."""
-    unit = random_bytes(72 * MIB).view(2, 4, 256, 2, -1)
+    """As KV comes: ``[rows, n_kv_heads, tokens, 2, record]``; in pieces of one size, so many that all threads work."""
+    kv = random_bytes(72 * MIB).view(2, 4, 9 * 256, 2, -1)
     write, read = FakeDrive(os.pwritev), FakeDrive(os.preadv)
-    device = KVDevice(path, 74 * MIB, weights=[], threads=2, pread=read, pwrite=write)
+    device = KVDevice(path, 74 * MIB, weights=[], unit=MIB, threads=2, pread=read, pwrite=write)
     assert device.warnings == []
-    assert outcome(device.write, 2 * MIB, unit) is None
-    found = aligned(72 * MIB).view(unit.shape)
+    assert outcome(device.write, 2 * MIB, kv) is None
+    found = aligned(72 * MIB).view(kv.shape)
     assert outcome(device.read, 2 * MIB, found) is None
     device.close()
-    assert torch.equal(found, unit)
+    assert torch.equal(found, kv)
     for drive in (read, write):
-        assert [nbytes for _, nbytes in drive.calls] == [24 * MIB] * 3
+        assert [nbytes for _, nbytes in drive.calls] == [12 * MIB] * 6
 
 
 def test_blocks_that_lie_apart_in_memory_lie_together_on_the_drive(path: str) -> None:
@@ -159,23 +160,36 @@ def test_blocks_that_lie_apart_in_memory_lie_together_on_the_drive(path: str) ->
     )
     device = KVDevice(path, 40 * unit, weights=[], unit=unit, threads=1, pread=pread, pwrite=pwrite)
     content = random_bytes(80 * unit).view(40, 2, unit)
-    assert outcome(device.write, 0, content[:, 1]) is None
+    assert device.write([(0, blocks_of(content, unit)[1::2])]).exception(20) is None
     together = aligned(40 * unit).view(40, unit)
     assert outcome(device.read, 0, together) is None
     assert torch.equal(together, content[:, 1])
     apart = aligned(80 * unit).zero_().view(40, 2, unit)
-    assert outcome(device.read, 3 * unit, apart[3:, 0]) is None
+    assert device.read([(3 * unit, blocks_of(apart, unit)[6::2])]).exception(20) is None
     device.close()
     assert torch.equal(apart[3:, 0], content[3:, 1])
     assert not apart[:, 1].any()
     assert not apart[:3].any()
 
 
-def test_memory_whose_blocks_are_cut_is_refused(path: str) -> None:
-    device = KVDevice(path, 4 * BLOCK, weights=[])
-    with pytest.raises(ValueError, match="each of them in one piece"):
-        device.read([(0, aligned(4 * BLOCK).view(2, 2 * BLOCK)[:, ::2])])
+def test_moves_that_follow_one_another_on_the_drive_are_cut_as_one(path: str) -> None:
+    """Whatever their sizes; what lies elsewhere begins a piece of its own."""
+    drive = FakeDrive(os.preadv)
+    device = filled(path, 8 * MIB, unit=64 * KIB, threads=2, pread=drive)
+    blocks, unit = blocks_of(aligned(4 * MIB), 64 * KIB), 64 * KIB
+    moves = [(MIB, blocks[:1]), (MIB + unit, blocks[1:40]), (MIB + 40 * unit, blocks[40:48]), (0, blocks[48:56])]
+    assert device.read(moves).exception(20) is None
     device.close()
+    share = 28 * unit  # of 56 blocks and two threads
+    assert sorted(drive.calls) == [(BLOCK, 8 * unit), (BLOCK + MIB, share), (BLOCK + MIB + share, 20 * unit)]
+
+
+def test_a_piece_is_one_call_of_the_system_however_small_its_blocks(path: str) -> None:
+    drive = FakeDrive(os.preadv)
+    device = filled(path, 10 * MIB, threads=1, pread=drive)
+    assert outcome(device.read, 0, aligned(10 * MIB)) is None
+    device.close()
+    assert [nbytes for _, nbytes in drive.calls] == [854 * BLOCK, 854 * BLOCK, 852 * BLOCK]
 
 
 def test_what_is_forgotten_counts_as_never_written(path: str) -> None:
@@ -187,7 +201,7 @@ def test_what_is_forgotten_counts_as_never_written(path: str) -> None:
 
 def test_work_beside_a_read_is_part_of_the_request(path: str) -> None:
     device, done = filled(path, MIB), list[int]()
-    assert device.read([(0, aligned(MIB))], beside=[partial(done.append, 1)]).exception(10) is None
+    assert device.read([(0, blocks_of(aligned(MIB), BLOCK))], beside=[partial(done.append, 1)]).exception(10) is None
     assert device.read([], beside=[partial(done.append, 2)]).exception(10) is None
     assert device.read([]).exception(10) is None
     failed = device.read([], beside=[lambda: done[7]]).exception(10)
@@ -220,7 +234,7 @@ def test_requests_are_begun_in_the_order_asked(path: str) -> None:
         finished.append(offset)
 
     for offset in offsets:
-        device.read([(offset, aligned(BLOCK))]).add_done_callback(partial(tell, offset))
+        device.read([(offset, blocks_of(aligned(BLOCK), BLOCK))]).add_done_callback(partial(tell, offset))
     assert outcome(device.read, 0, aligned(BLOCK)) is None
     device.close()
     assert finished == offsets
@@ -275,13 +289,13 @@ def test_without_o_direct_a_warning_says_so_and_writes_wait_for_the_drive(
 @pytest.mark.parametrize(
     ("offset", "buffer", "named"),
     [
-        (0, lambda: aligned(2 * BLOCK)[8 : BLOCK + 8], "multiples of 4096"),
-        (0, lambda: aligned(BLOCK)[:100], "multiples of 4096"),
-        (0, lambda: aligned(BLOCK)[:0], "multiples of 4096"),
-        (512, lambda: aligned(BLOCK), "multiples of 4096"),
+        (0, lambda: aligned(2 * BLOCK)[8 : BLOCK + 8], "are no blocks"),
+        (0, lambda: aligned(BLOCK)[:100], "are no blocks"),
+        (0, lambda: aligned(BLOCK)[:0], "not whole blocks of 4096"),
+        (512, lambda: aligned(BLOCK), "not whole blocks of 4096"),
         (3 * BLOCK, lambda: aligned(2 * BLOCK), "are not in the 16384 bytes"),
         (-BLOCK, lambda: aligned(BLOCK), "are not in the 16384 bytes"),
-        (0, lambda: aligned(2 * BLOCK).view(2, 2, -1)[:, 0], "contiguous"),
+        (0, lambda: aligned(2 * BLOCK).view(2, 2, -1)[:, 0], "in one piece"),
     ],
 )
 def test_a_request_that_o_direct_cannot_serve_is_refused(
@@ -290,7 +304,7 @@ def test_a_request_that_o_direct_cannot_serve_is_refused(
     device = KVDevice(path, 4 * BLOCK - 1, weights=[])
     for request in (device.read, device.write):
         with pytest.raises((ValueError, RuntimeError), match=named):
-            request([(offset, buffer())])
+            request([(offset, blocks_of(buffer(), BLOCK))])
     device.close()
 
 
@@ -351,7 +365,7 @@ def test_after_a_failure_nothing_touches_the_buffer_any_more(path: str) -> None:
 
     drive = FakeDrive(os.preadv, answer)
     device = KVDevice(path, 20 * MIB, weights=[], threads=2, pread=drive)
-    read = device.read([(0, aligned(20 * MIB))])
+    read = device.read([(0, blocks_of(aligned(20 * MIB), BLOCK))])
     read.add_done_callback(lambda _: slow_was_over.append(slow_over.is_set()))
     with pytest.raises(concurrent.futures.TimeoutError):
         read.exception(0.05)
@@ -447,7 +461,7 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
     device = filled(path, MIB, threads=1, pread=FakeDrive(os.preadv, slow))
     answers: list[BaseException | None] = []
     for number in range(3):  # the first is one chunk and under way, the others wait
-        read = device.read([(0, aligned(BLOCK if number == 0 else MIB))])
+        read = device.read([(0, blocks_of(aligned(BLOCK if number == 0 else MIB), BLOCK))])
         read.add_done_callback(lambda ended: answers.append(ended.exception()))
     assert began.wait(10)
     closing = threading.Thread(target=device.close)
@@ -462,7 +476,7 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
     assert not os.path.exists(path)
     device.close()
     with pytest.raises(RuntimeError, match="closed"):
-        device.read([(0, aligned(BLOCK))])
+        device.read([(0, blocks_of(aligned(BLOCK), BLOCK))])
     assert len(answers) == 3
 
 

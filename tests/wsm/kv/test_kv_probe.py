@@ -8,35 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.stores import aligned
+from tests.wsm.kv.disks import disk_of
 from wsm.disk.io_threads import Transfer
 from wsm.engine.device import Device
-from wsm.engine.telemetry import Telemetry
 from wsm.errors import KVDeviceError
 from wsm.kv import probe
-from wsm.kv.disk import KVDisk
 from wsm.kv.probe import probe_kv_device
-from wsm.layout.kv import KVLayout, KVPlacement
-from wsm.plan.time import KV_DEVICE
-
-
-@contextmanager
-def disk_of(layout: KVLayout, path: Path) -> Iterator[KVDisk]:
-    disk = KVDisk(
-        KVPlacement(layout, disk=layout.units()),
-        str(path),
-        [],
-        lambda nbytes: aligned(nbytes).zero_(),
-        Telemetry(Device()),
-    )
-    try:
-        yield disk
-    finally:
-        disk.close()
+from wsm.layout.kv import KVLayout
+from wsm.plan.time import KV_DEVICE, Ceiling
 
 
 def test_both_ways_are_measured_and_the_device_is_empty_again(tmp_path: Path) -> None:
@@ -48,8 +33,8 @@ def test_both_ways_are_measured_and_the_device_is_empty_again(tmp_path: Path) ->
             assert ceiling.value >= ceiling.median > 0
             assert ceiling.unit == "MBps"
         assert not any(buffer.any() for buffer in (disk.down, *(slot.buffer for slot in disk.slots)))
-        block = aligned(disk.layout.block_bytes)
-        assert isinstance(disk.device.read([(0, block)]).exception(10), KVDeviceError)
+        block = aligned(disk.layout.block_bytes).numpy().data
+        assert isinstance(disk.device.read([(0, [block])]).exception(10), KVDeviceError)
 
 
 def test_a_device_of_one_small_unit_is_measured_too(tmp_path: Path) -> None:
@@ -83,3 +68,40 @@ def test_a_slow_device_gets_smaller_requests_and_no_longer_probe(
         assert disk.layout.window_bytes == 16 << 20
     assert [found[way].value for way in KV_DEVICE] == pytest.approx([20, 20])
     assert clock.perf_counter() < 2.0
+
+
+def test_the_link_is_judged_by_its_copies_beside_the_reads_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by those beside writes, nor by those while other ranks are waited for, nor by a round that was disturbed."""
+    copies_s = list[float]()
+
+    @contextmanager
+    def link(*_: object) -> Iterator[list[float]]:
+        yield copies_s
+
+    rounds = iter([80.0, 2.0])  # percent of spread, of both rounds of reads
+    monkeypatch.setattr(probe, "link_busy", link)
+    with disk_of(KVLayout(3, 2, 2, 2, 512, 32), tmp_path / "kv") as disk:
+        read, reading = disk.device.read, [False]
+
+        def of_samples(values: Sequence[float], unit: str, how: str) -> Ceiling:
+            if reading[0]:
+                copies_s.extend([9.0, 1.0, 1.0] if (spread := next(rounds)) > 50 else [9.0, 0.5, 0.5])
+                return Ceiling(1.0, 1.0, unit, spread, how)
+            copies_s.append(7.0)
+            return Ceiling(1.0, 1.0, unit, 1.0, how)
+
+        def reads(moves: Any) -> Any:
+            reading[0] = True
+            return read(moves)
+
+        def others(disturbed: bool) -> bool:
+            copies_s.append(8.0)
+            return disturbed
+
+        monkeypatch.setattr(disk.device, "read", reads)
+        monkeypatch.setattr(probe, "ceiling_from", of_samples)
+        host = torch.zeros(1 << 20, dtype=torch.uint8)
+        found = probe_kv_device(Device(), disk, host, host.clone(), others)["h2d_with_kv"]
+    assert (found.value, found.spread_pct) == (pytest.approx(8 * 2**20 / 0.5 / 1e6), 0.0)

@@ -48,7 +48,7 @@ def test_while_a_fast_drive_is_read_the_link_has_only_its_rate_beside_it() -> No
     ("kv", "ssd", "ms"),
     [
         pytest.param(7e9, 0, 500 + 200, id="20 of 30 GB beside the reads, the rest alone"),
-        pytest.param(7e9, 1e8, 100 + 500 + 160, id="beside the SSD first, then beside KV"),
+        pytest.param(7e9, 1e8, 100 + 400 + 248, id="beside both at 40 % of 80 % first"),
         pytest.param(14e9, 0, 1000, id="the reads take longest"),
     ],
 )

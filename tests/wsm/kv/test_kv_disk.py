@@ -26,9 +26,7 @@ def fetch(slot: Any, lengths: tuple[int, ...], k: int = 0) -> Fetch:
     ("lengths", "runs"),
     [
         pytest.param((800,) * 6, [(0, 36)], id="equally long rows are one stretch"),
-        pytest.param(
-            (1024,) * 5 + (0,), [(0, 10), (12, 10), (24, 10), (36, 10)], id="without a row that ended"
-        ),
+        pytest.param((1024,) * 5 + (0,), [(0, 10), (12, 10), (24, 10), (36, 10)], id="without a row that ended"),
         pytest.param((600, 600, 300, 300, 255, 0), [(0, 8), (12, 4)], id="rows of different lengths"),
         pytest.param((255,) * 6, [], id="no whole block"),
     ],

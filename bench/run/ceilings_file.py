@@ -27,7 +27,7 @@ class Probe(msgspec.Struct):
 
 class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 3"):
     """Of version 1, ``matmul`` was what a card does from rest, which is ``matmul_burst`` now; of version 2, drives were
-    read by more threads in smaller pieces, which left the link less beside them. All is measured anew."""
+    read by more threads, which left the link less beside them. All is measured anew."""
 
     machine: str
     probes: dict[str, Probe]

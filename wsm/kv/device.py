@@ -15,15 +15,15 @@ from torch import Tensor
 
 from wsm.disk.checks import Checks
 from wsm.disk.checksums import xxh3_64
-from wsm.disk.io_threads import MOST_PARTS, IOThreads, Piece, Transfer, transfer_fully
+from wsm.disk.io_threads import MOST_BYTES, MOST_PARTS, IOThreads, Piece, Transfer, transfer_fully
 from wsm.errors import KVDeviceError
 from wsm.kv.target import KVTarget
 from wsm.layout.groups import BLOCK, round_up
 from wsm.settings import VerifyWhen
 
-SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 16 << 20
+SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, MOST_BYTES
 """Of a request, by one thread at a time and in one system call. Each piece wants the interpreter, for which the threads
-that compute and copy wait meanwhile: few of them, and nothing is made for each of their blocks."""
+that compute and copy wait meanwhile: few of them, and nothing is made for each of their blocks but checksums."""
 THREADS = 6
 """From memory, beside a busy link, four read 11.7 GB/s, six 16, eight 19.5; all slow down the one that computes."""
 
@@ -40,7 +40,8 @@ def blocks_of(memory: Tensor, unit: int) -> list[memoryview]:
             f"{memory.nbytes} bytes at {memory.data_ptr():#x} are no blocks: they must be in one piece, a multiple of "
             f"{unit}, and their address one of {BLOCK}"
         )
-    return [block.data for block in memory.view(-1).view(torch.uint8).view(-1, unit).numpy()]
+    view = memory.view(-1).view(torch.uint8).numpy().data
+    return [view[start : start + unit] for start in range(0, len(view), unit)]
 
 
 class KVDevice:
@@ -94,8 +95,8 @@ class KVDevice:
         """Queue one request: to fill blocks from each offset on, and to do the work ``beside`` it.
 
         Its future ends, with the first failure, when nothing touches their memory any more; what has not been begun
-        after a failure is left out. Offsets are whole units, and so are the blocks, else ValueError. Raises
-        RuntimeError if the device is closed.
+        after a failure is left out. Blocks are those of :func:`blocks_of`, offsets whole units, else ValueError.
+        Raises RuntimeError if the device is closed.
         """
         return self._submit(chain(self._pieces(moves, writing=False), beside))
 
@@ -129,11 +130,13 @@ class KVDevice:
     def _pieces(self, moves: Iterable[Move], *, writing: bool) -> Iterator[Piece]:
         runs = self._joined(moves)
         units, most = sum(len(blocks) for _, blocks in runs), max(1, min(LARGEST_PIECE // self._unit, MOST_PARTS))
-        # As many pieces as keep all threads at work to the end, but for small requests.
-        pieces = self._n_threads * max(1, -(-units // (self._n_threads * most)))
-        share = max(1, SMALLEST_PIECE // self._unit, -(-units // pieces))
+        if sum(-(-len(blocks) // most) for _, blocks in runs) < 3 * self._n_threads:
+            # Few pieces: so many that no thread has nothing left while others do, but for small requests.
+            pieces = self._n_threads * max(1, -(-units // (self._n_threads * most)))
+            most = max(1, SMALLEST_PIECE // self._unit, -(-units // pieces))
         work = self._write if writing else self._read
         for offset, blocks in runs:
+            share = -(-len(blocks) // -(-len(blocks) // most))  # all pieces of a run are of about one size
             for start in range(0, len(blocks), share):
                 yield partial(work, blocks[start : start + share], offset + start * self._unit)
 

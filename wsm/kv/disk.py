@@ -61,8 +61,8 @@ class KVDisk:
             self.tails[unit] = take(tail_bytes(layout, rows)).view(layout.shape(rows, KV_BLOCK_TOKENS))
         self.slots = [Slot(take(layout.window_bytes)) for _ in range(DISK_SLOTS - 1)]  # on the way up
         self.down = take(layout.window_bytes)  # for a window on its way down
-        # The blocks of all that memory, made once: in a pass each would cost the interpreter more than its read.
-        memory = [*self.tails.values(), *(slot.buffer for slot in self.slots), self.down]
+        # Their blocks, made once: all of them anew for each read would hold the interpreter for a millisecond.
+        memory = [self.down, *(slot.buffer for slot in self.slots)]
         self._blocks = {part.data_ptr(): blocks_of(part, layout.block_bytes) for part in memory}
         # The first row and the blocks to bring of each unit next time, in CPU memory.
         self.wanted: dict[Unit, tuple[int, Tensor]] = {}
@@ -71,7 +71,7 @@ class KVDisk:
         self.warnings = self.device.warnings
 
     def blocks(self, memory: Tensor) -> Blocks:
-        """Those of a slot, of ``down`` or of a unit's newest ones, in the order in which they lie there."""
+        """Those of a slot or of ``down``, in the order in which they lie there."""
         return self._blocks[memory.data_ptr()]
 
     def in_order(self, memory: Tensor) -> Blocks:
@@ -162,12 +162,10 @@ class KVDisk:
 
     def write_full(self, write: Write, rows: Sequence[int]) -> None:
         """Blocks that a decode step has filled, from memory to the device."""
-        heads, tails = self.layout.n_kv_heads, self.blocks(self.tails[write.unit])
+        heads, tails, size = self.layout.n_kv_heads, self.tails[write.unit], self.layout.block_bytes
         full = [row for row in rows if write.after[row] % KV_BLOCK_TOKENS == 0]
-        places = [(row * heads, write.before[row] // KV_BLOCK_TOKENS) for row in full]
-        self._write(
-            write, [(self._offset(write.unit, block, head), tails[head : head + heads]) for head, block in places]
-        )
+        places = [(row, self._offset(write.unit, write.before[row] // KV_BLOCK_TOKENS, row * heads)) for row in full]
+        self._write(write, [(offset, blocks_of(tails[row], size)) for row, offset in places])
 
     def _write(self, write: Write, moves: Sequence[Move]) -> None:
         """All of them, and until all are done; the first failure is raised."""

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -180,8 +181,20 @@ def test_moves_that_follow_one_another_on_the_drive_are_cut_as_one(path: str) ->
     moves = [(MIB, blocks[:1]), (MIB + unit, blocks[1:40]), (MIB + 40 * unit, blocks[40:48]), (0, blocks[48:56])]
     assert device.read(moves).exception(20) is None
     device.close()
-    share = 28 * unit  # of 56 blocks and two threads
-    assert sorted(drive.calls) == [(BLOCK, 8 * unit), (BLOCK + MIB, share), (BLOCK + MIB + share, 20 * unit)]
+    assert sorted(drive.calls) == [(BLOCK, 8 * unit), (BLOCK + MIB, 24 * unit), (BLOCK + MIB + 24 * unit, 24 * unit)]
+
+
+def test_a_row_that_is_left_out_costs_no_more_calls_than_it_must(path: str) -> None:
+    """28 runs of 31 blocks where a piece takes 16: two of each, and none is small."""
+    drive = FakeDrive(os.preadv)
+    device = filled(path, 32 * 28 * MIB // 16, unit=64 * KIB, threads=6, pread=drive)
+    blocks, unit = blocks_of(aligned(28 * 2 * MIB), 64 * KIB), 64 * KIB
+    with mock.patch.object(kv_device, "LARGEST_PIECE", 16 * unit):
+        read = device.read([(32 * unit * n, blocks[32 * n : 32 * n + 31]) for n in range(28)])
+    assert read.exception(20) is None
+    device.close()
+    assert len(drive.calls) == 2 * 28
+    assert {nbytes // unit for _, nbytes in drive.calls} == {15, 16}
 
 
 def test_a_piece_is_one_call_of_the_system_however_small_its_blocks(path: str) -> None:

@@ -42,8 +42,19 @@ def test_what_lies_together_on_the_device_is_one_run(
         assert [((at - start) // size, len(part)) for at, part in disk.device._joined(moves)] == runs
         for at, part in moves:
             block, head = divmod((at - start) // size, 12)
-            part[0][0] = 7
-            assert slot.view(12, 4, size)[head, block, 0] == 7
+            for number, view in enumerate(part):
+                view[0] = 7
+                assert slot.view(12, 4, size)[head + number, block, 0] == 7
+                view[0] = 0
+
+
+def test_the_probe_moves_blocks_in_the_order_of_a_full_part(tmp_path: Path) -> None:
+    with disk_of(LAYOUT, tmp_path / "kv") as disk:
+        slot = disk.slots[1].buffer
+        [(_, whole)] = disk.device._joined(disk._whole(UNIT, slot, [4] * 6))
+        for number, (view, other) in enumerate(zip(disk.in_order(slot), whole, strict=True)):
+            view[0] = number
+            assert other[0] == number
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 4, 6])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,35 @@ def test_a_slow_device_gets_smaller_requests_and_no_longer_probe(
         assert disk.layout.window_bytes == 16 << 20
     assert [found[way].value for way in KV_DEVICE] == pytest.approx([20, 20])
     assert clock.perf_counter() < 2.0
+
+
+@pytest.mark.parametrize("rate", [5e6, 50e6, 1e12])
+def test_as_many_requests_are_under_way_as_in_a_run(
+    rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the rate of the device: of a slow one they are small, of a fast one as large as a part."""
+    moved, lock = [0], Lock()
+
+    def counted(call: Transfer) -> Transfer:
+        def transfer(file: int, parts: Sequence[memoryview], offset: int) -> int:
+            done = call(file, parts, offset)
+            with lock:
+                moved[0] += done
+            return done
+
+        return transfer
+
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: moved[0] / rate))
+    with disk_of(KVLayout(8, 4, 4, 4, 1024, 64), tmp_path / "kv") as disk:
+        monkeypatch.setattr(disk.device, "_pread", counted(os.preadv))
+        monkeypatch.setattr(disk.device, "_pwrite", counted(os.pwritev))
+        host = torch.zeros(1 << 20, dtype=torch.uint8)
+        found = probe_kv_device(Device(), disk, host, host.clone())
+        part, block = disk.layout.window_bytes, disk.layout.block_bytes
+    count, size = re.match(r"(\d+) x ([\d.e+-]+) MiB, 3 at a time", found["kv_read"].how).groups()  # type: ignore[union-attr]
+    assert int(count) >= 3
+    nbytes = round(float(size) * 2**20 / block) * block
+    assert {5e6: nbytes == block, 50e6: block < nbytes < part, 1e12: nbytes == part}[rate]
 
 
 def test_the_link_is_judged_by_its_copies_beside_the_reads_that_count(

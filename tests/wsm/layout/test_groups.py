@@ -16,9 +16,12 @@ from wsm.layout.groups import (
     BLOCK,
     KINDS,
     TENSOR_ALIGNMENT,
+    GroupId,
     GroupLayout,
     InFormat,
     Kind,
+    alike_as_one,
+    counted,
     gaps,
     image_layout,
     round_up,
@@ -112,3 +115,18 @@ def test_views_share_the_image_s_memory(dtype: torch.dtype) -> None:
     for place in layout.tensors:
         gaps[place.offset : place.offset + place.nbytes] = False
     assert not image[gaps].any()
+
+
+def test_equal_images_become_one_and_are_counted() -> None:
+    specs = {kind: CONFIG.specs(kind) for kind in KINDS}
+    layouts = {GroupId(layer, kind): image_layout(specs[kind], torch.bfloat16) for layer in range(3) for kind in KINDS}
+    other = layouts[GroupId(2, "ffn")] = image_layout(specs["ffn"], torch.float32)
+    images = {None: image_layout(CONFIG.specs(None), torch.bfloat16), **layouts}
+    one = alike_as_one(images)
+    assert one == images
+    assert len({id(layout) for layout in one.values()}) == 4
+    assert sorted(number for _, number in counted(one)) == [1, 2, 3]
+    assert sum(number * layout.nbytes for layout, number in counted(images)) == sum(
+        lay.nbytes for lay in layouts.values()
+    )
+    assert [number for layout, number in counted(one) if layout == other] == [1]

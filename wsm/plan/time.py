@@ -229,9 +229,9 @@ def predict(work: Work, ceilings: Mapping[str, Ceiling], gpu_slots: int) -> Esti
     """A streamed pass that moves and computes so much, whatever its weights' format.
 
     From the medians of the probe, where the floor takes the best samples. The tiers work side by side, so the slowest
-    one decides; while a drive is read, and not while KV
-    is written, the link has only its rate beside it. None where no weights are streamed, or
-    where arithmetic or device memory takes longest: kernels and launches decide there, and no rate says how long.
+    one decides; while a drive is read, and not while KV is written, the link has only its rate beside it. None where no
+    weights are streamed, or where arithmetic or device memory takes longest: kernels and launches decide there, and no
+    rate says how long.
     """
     needed = {
         "h2d": work.h2d_bytes,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wsm import stop
 from wsm.disk.io_threads import IOThreads
-from wsm.engine.device import Device
+from wsm.engine.device import PIECE_BYTES, Device
 from wsm.engine.records import moved_bytes
 from wsm.layout.groups import GroupId
 from wsm.plan.time import STEADY_PCT, Ceiling
@@ -108,7 +108,7 @@ def probe_link(
     The samples go through both, ``uint8`` and overwritten, piece after piece. ``in_step`` is called before each; with a
     barrier, several ranks' links are measured at the same time; ``anyone`` asks all of them whether to measure again.
     """
-    piece = min(64 << 20, host.nbytes, slot.nbytes)
+    piece = min(PIECE_BYTES, host.nbytes, slot.nbytes)
     hosts, slots = _walk(host, piece), _walk(slot, piece)
     # The first copies of each way are slower, and one that other work holds up says nothing of the link.
     piece_s = min(max(_copies(device, hosts, slots, 1), _copies(device, slots, hosts, 1)) for _ in range(2))
@@ -174,7 +174,7 @@ def _ssd_and_link(
     buffers: Sequence[Tensor],
     slot: Tensor,
 ) -> tuple[Ceiling, Ceiling]:
-    piece = min(64 << 20, buffers[-1].nbytes, slot.nbytes)
+    piece = min(PIECE_BYTES, buffers[-1].nbytes, slot.nbytes)
     with link_busy(device, buffers[-1], slot, piece) as copies_s:
         chunks = _read_for(seconds, source, groups, buffers[:-1])
     rates = _window_rates(chunks)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wsm import stop
-from wsm.engine.device import Device
+from wsm.engine.device import PIECE_BYTES, Device
 from wsm.engine.probe import SAMPLES, Anyone, ceiling_from, link_busy, rate_beside, sizes_for, steadied
 from wsm.kv.device import Blocks, Move
 from wsm.kv.disk import KVDisk
@@ -21,11 +21,11 @@ from wsm.plan.time import Ceiling
 
 FIRST_REQUEST, LARGEST_REQUEST = 64 << 20, 256 << 20
 """The first tells how large the others may be: as a part of many rows is, where the device is fast."""
+NOISE = 16 << 20
 LEAST_REQUESTS = 6
 """Of a sample: two for each slot, so that as many are under way at a time as in a run."""
 MOST_REQUESTS = 16
 """Of a sample: a device in memory gives a gigabyte in 50 ms."""
-LINK_PIECE = 64 << 20
 
 
 class _Rate(NamedTuple):
@@ -47,12 +47,12 @@ def probe_kv_device(
     zeros and the device is as if nothing was written; not after a failure, when requests may be under way and the run
     ends. ``anyone`` asks all ranks whether to measure again.
     """
-    unit, piece = disk.layout.block_bytes, min(LINK_PIECE, host.nbytes, slot.nbytes)
+    unit, piece = disk.layout.block_bytes, min(PIECE_BYTES, host.nbytes, slot.nbytes)
     down, *up = (disk.in_order(memory) for memory in (disk.down, *(slot.buffer for slot in disk.slots)))
     first, most = (max(1, min(nbytes, disk.nbytes) // unit) for nbytes in (FIRST_REQUEST, LARGEST_REQUEST))
-    noise = torch.empty(max(unit, 16 << 20) + 4096 * 256, dtype=torch.uint8).random_().numpy().data
+    noise = torch.empty(NOISE + unit, dtype=torch.uint8).random_().numpy().data
     for number, block in enumerate(down[:most]):  # no two alike, whatever a drive makes of such ones
-        start = number % 256 * 4096 + number // 256 % 256
+        start = number * 4099 % NOISE
         block[:] = noise[start : start + unit]
     with link_busy(device, host, slot, piece) as copies_s:
         began = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from wsm.errors import UnusableInput
 from wsm.option import meant
 from wsm.plan.hardware import GIB, MIB, MODULES_BYTES, Hardware
-from wsm.plan.time import KV_DEVICE, Ceiling
+from wsm.plan.time import BESIDE, Ceiling
 from wsm.settings import Settings
 
 _CONTEXT_BYTES = 512 * MIB + MODULES_BYTES
@@ -117,9 +117,8 @@ def rates_elsewhere(
         found["hbm"] = _exact(1e3 * machine.hbm_gbps, "MBps", sheet)
         found["matmul"] = _exact(machine.matmul_tflops, "TFLOPs", f"{sheet}, dense bf16")
     given = {name: gbps for name, gbps in given_gbps.items() if gbps is not None}
-    # How the link does beside a drive was measured with both.
-    for beside, of in {"h2d_with_ssd": ("h2d", "ssd"), "h2d_with_kv": ("h2d", *KV_DEVICE)}.items():
-        if not given.keys().isdisjoint(of):
+    for beside, drive in BESIDE.items():
+        if given.keys() & {"h2d", drive}:  # how the link does beside the drive was measured with both
             found.pop(beside, None)
     found |= {name: _exact(1e3 * gbps, "MBps", "as given") for name, gbps in given.items()}
     if matmul is not None:

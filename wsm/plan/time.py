@@ -73,6 +73,8 @@ _BOUNDS: tuple[Bound, ...] = get_args(Bound)
 """The resources, in the order of :class:`Work`."""
 KV_DEVICE: tuple[Bound, ...] = ("kv_read", "kv_write")
 """Both ways of ``--kv-device``, each with a ceiling of its name."""
+BESIDE: Mapping[str, Bound] = {"h2d_with_ssd": "ssd", "h2d_with_kv": "kv_read"}
+"""Ceilings of the link while a drive is read, and which."""
 BURST_S = 0.5
 """How long a card may compute above its lasting clocks, at most: a floor may not be beaten."""
 
@@ -270,7 +272,7 @@ def _on_gpu_ms(work: Work, rates: Mapping[str, float]) -> float:
 def _streaming_ms(work: Work, rates: Mapping[str, float]) -> float:
     parts = parts_ms(work, rates)
     ssd_ms, kv_ms = parts.get("ssd") or 0.0, max(parts.get(way) or 0.0 for way in KV_DEVICE)
-    beside = {"h2d_with_ssd": ssd_ms / 1e3, "h2d_with_kv": (parts.get("kv_read") or 0.0) / 1e3}
+    beside = {name: (parts.get(drive) or 0.0) / 1e3 for name, drive in BESIDE.items()}
     link_ms = 1e3 * _link_s(work.h2d_bytes, beside, rates) if "h2d" in rates else 0.0
     return max(ssd_ms, kv_ms, link_ms + KV_WAIT_MS * work.kv_layers)
 

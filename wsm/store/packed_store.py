@@ -33,7 +33,7 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 256 << 10, 8 << 20
 `mixed` from tmpfs took 549 ms with sixteen threads of 4 MiB and 405 with eight of 8 (docs/LOG.md)."""
 CHUNK_UNIT = 64 << 10
 """A multiple of every logical block size."""
-MOST_THREADS = 16
+USUAL_THREADS, MOST_THREADS = 8, 16
 CHECKSUM_THREADS = 8
 """One makes 6 to 13 GB/s of them."""
 _CLOSED = "the packed store was closed before the read was done"
@@ -71,7 +71,7 @@ class PackedStore:
         self.warnings: list[str] = []
         self.checks, self._pread = Checks(verify), pread
         self._verified: set[GroupId | None] = set()
-        wanted = max(SMALLEST_CHUNK, staging_bytes // 8)
+        wanted = max(SMALLEST_CHUNK, staging_bytes // USUAL_THREADS)
         self.chunk_bytes = min(LARGEST_CHUNK, wanted - wanted % CHUNK_UNIT)
         self.threads = max(1, min(MOST_THREADS, staging_bytes // self.chunk_bytes))
         self._files: list[int] = []
@@ -201,7 +201,7 @@ class PackedStore:
             self._check_superblocks(sorted({extent.target for extent in stored.extents}))
         if stored.checksum is None or not self.checks.needed(stored.group in self._verified):
             return
-        if self.checks.timed(len(image), lambda: xxh3_128(image)) != stored.checksum:
+        if self.checks.timed(len(image), partial(xxh3_128, image)) != stored.checksum:
             where = ", ".join(f"{self.description.targets[e.target]} at byte {e.offset}" for e in stored.extents)
             raise StoreError(
                 f"{stored.name} ({where}) does not match its checksum: the store was damaged or overwritten; {AGAIN}"

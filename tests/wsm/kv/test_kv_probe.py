@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from wsm.disk.io_threads import Transfer
 from wsm.engine.device import Device
 from wsm.errors import KVDeviceError
 from wsm.kv import probe
+from wsm.kv.disk import KVDisk
 from wsm.kv.probe import probe_kv_device
 from wsm.layout.kv import KVLayout
 from wsm.plan.time import KV_DEVICE, Ceiling
@@ -44,31 +45,36 @@ def test_a_device_of_one_small_unit_is_measured_too(tmp_path: Path) -> None:
         assert all(ceiling.value > 0 for ceiling in probe_kv_device(Device(), disk, host, host.clone()).values())
 
 
+class PacedDrive:
+    """A device's own reads and writes, on a clock of so many bytes a second that the probe goes by."""
+
+    def __init__(self, rate: float, disk: KVDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._rate, self._moved, self._lock = rate, 0, Lock()
+        monkeypatch.setattr(probe, "time", self)
+        for name, call in (("_pread", os.preadv), ("_pwrite", os.pwritev)):
+            monkeypatch.setattr(disk.device, name, partial(self._transfer, call))
+
+    def perf_counter(self) -> float:
+        return self._moved / self._rate
+
+    def _transfer(self, call: Transfer, file: int, parts: Sequence[memoryview], offset: int) -> int:
+        done = call(file, parts, offset)
+        with self._lock:
+            self._moved += done
+        return done
+
+
 def test_a_slow_device_gets_smaller_requests_and_no_longer_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the clock of a drive of 20 MB/s, which needs 0.8 s for what a slot holds."""
-    clock, lock = SimpleNamespace(perf_counter=lambda: moved[0] / 20e6), Lock()
-    moved = [0]
-
-    def slow(call: Transfer) -> Transfer:
-        def transfer(file: int, parts: Sequence[memoryview], offset: int) -> int:
-            done = call(file, parts, offset)
-            with lock:
-                moved[0] += done
-            return done
-
-        return transfer
-
-    monkeypatch.setattr(probe, "time", clock)
     with disk_of(KVLayout(2, 4, 4, 4, 1024, 512), tmp_path / "kv") as disk:
-        monkeypatch.setattr(disk.device, "_pread", slow(os.preadv))
-        monkeypatch.setattr(disk.device, "_pwrite", slow(os.pwritev))
+        drive = PacedDrive(20e6, disk, monkeypatch)
         host = torch.zeros(1 << 20, dtype=torch.uint8)
         found = probe_kv_device(Device(), disk, host, host.clone())
         assert disk.layout.window_bytes == 16 << 20
     assert [found[way].value for way in KV_DEVICE] == pytest.approx([20, 20])
-    assert clock.perf_counter() < 2.0
+    assert drive.perf_counter() < 2.0
 
 
 @pytest.mark.parametrize("rate", [5e6, 50e6, 1e12])
@@ -76,21 +82,8 @@ def test_as_many_requests_are_under_way_as_in_a_run(
     rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the rate of the device: of a slow one they are small, of a fast one as large as a part."""
-    moved, lock = [0], Lock()
-
-    def counted(call: Transfer) -> Transfer:
-        def transfer(file: int, parts: Sequence[memoryview], offset: int) -> int:
-            done = call(file, parts, offset)
-            with lock:
-                moved[0] += done
-            return done
-
-        return transfer
-
-    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: moved[0] / rate))
     with disk_of(KVLayout(8, 4, 4, 4, 1024, 64), tmp_path / "kv") as disk:
-        monkeypatch.setattr(disk.device, "_pread", counted(os.preadv))
-        monkeypatch.setattr(disk.device, "_pwrite", counted(os.pwritev))
+        PacedDrive(rate, disk, monkeypatch)
         host = torch.zeros(1 << 20, dtype=torch.uint8)
         found = probe_kv_device(Device(), disk, host, host.clone())
         part, block = disk.layout.window_bytes, disk.layout.block_bytes

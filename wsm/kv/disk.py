@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import accumulate, groupby
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from wsm.settings import VerifyWhen
 
 TAIL_BYTES = 8 << 20
 """Newest blocks that one thread copies at a time."""
+_Key = TypeVar("_Key")
 
 
 class KVDisk:
@@ -88,11 +90,10 @@ class KVDisk:
         """The first so many blocks of each row, which are in ``memory`` as a window has them."""
         heads, apart, window = self.layout.n_kv_heads, self.layout.blocks, self.blocks(memory)
         for block in range(max(counts, default=0)):
-            for has_it, run in groupby(range(len(counts)), lambda row: counts[row] > block):  # noqa: B023 - asked at once
+            for has_it, row, end in _runs(count > block for count in counts):
                 if has_it:
-                    first, *others = (row * heads for row in run)
-                    end = first + (1 + len(others)) * heads
-                    yield self._offset(unit, block, first), window[first * apart + block : end * apart : apart]
+                    lies = slice(row * heads * apart + block, end * heads * apart, apart)
+                    yield self._offset(unit, block, row * heads), window[lies]
 
     # -- up
 
@@ -121,10 +122,8 @@ class KVDisk:
                 blocks[number] if number < whole[first + place // heads] else None
                 for place, blocks in enumerate(chosen)
             ]
-            for block, run in groupby(range(len(there)), there.__getitem__):
-                begin, *others = (first * heads + place for place in run)
+            for block, begin, end in _runs(there, first * heads):
                 if block is not None:
-                    end = begin + 1 + len(others)
                     yield self._offset(fetch.unit, block, begin), compact[begin * k + number : end * k : k]
 
     def _add_tails(self, fetch: Fetch, slot: Tensor) -> Iterator[Piece]:
@@ -141,11 +140,9 @@ class KVDisk:
             begin = tokens - KV_BLOCK_TOKENS if fetch.k else whole * KV_BLOCK_TOKENS
             return begin if newest else None, row // together
 
-        for (begin, _), run in groupby(range(len(fetch.lengths)), place):
+        for (begin, _), row, end in _runs(map(place, range(len(fetch.lengths)))):
             if begin is not None:
-                first, *others = run
-                rows = slice(first, first + 1 + len(others))
-                yield partial(np.copyto, window[rows, :, begin : begin + KV_BLOCK_TOKENS], tails[rows])
+                yield partial(np.copyto, window[row:end, :, begin : begin + KV_BLOCK_TOKENS], tails[row:end])
 
     # -- down
 
@@ -182,3 +179,10 @@ class KVDisk:
         self.device.close()
         self.tails.clear()
         self._blocks.clear()
+
+
+def _runs(keys: Iterable[_Key], end: int = 0) -> Iterator[tuple[_Key, int, int]]:
+    """Each key that comes once or more in a row, the number of the first and of what follows; counted from ``end``."""
+    for key, run in groupby(keys):
+        begin, end = end, end + sum(1 for _ in run)
+        yield key, begin, end

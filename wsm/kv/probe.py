@@ -82,7 +82,7 @@ def _rate(
     """Of requests for ``places`` round and round, one for each of ``buffers`` at a time."""
     nbytes, requests = sum(map(len, buffers[0])), 0
     moves = zip(itertools.cycle(places), itertools.cycle(buffers))
-    rounds: list[tuple[Ceiling, list[float]]] = []
+    beside: dict[float, list[float]] = {}
 
     def seconds(count: int) -> float:
         nonlocal requests
@@ -106,9 +106,8 @@ def _rate(
         at_a_time = f"{min(len(buffers), times * count)} at a time"
         how = f"{times * count} x {nbytes / 2**20:.3g} MiB, {at_a_time}, while H2D runs, {SAMPLES} samples"
         found = ceiling_from(rates, "MBps", how)
-        rounds.append((found, [*copies_s[before + 1 :]]))  # but for what had begun before
+        beside[found.spread_pct] = [*copies_s[before + 1 :]]  # but for what had begun before
         return found
 
     found = steadied(measure, anyone)
-    _, beside_s = min(rounds, key=lambda of: of[0].spread_pct)  # as `steadied` chooses
-    return _Rate(found, requests, beside_s)
+    return _Rate(found, requests, beside[found.spread_pct])

@@ -43,7 +43,7 @@ def as_csv(comparison: Comparison) -> str:
     compared = {**_bare_ratios(comparison.against), **_bare_differences(comparison.against)}
     rows: Rows = {**comparison.figures, **compared, **comparison.where_time_went}
     for what, values in (("setting", comparison.settings), ("provenance", comparison.provenance)):
-        rows |= {f"{what} {name}": [_setting(value) for value in found] for name, found in values.items()}
+        rows |= {f"{what} {name}": [shown_setting(value) for value in found] for name, found in values.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["side", *rows])
@@ -212,8 +212,13 @@ def outputs_line(comparison: Comparison) -> str:
 
 def differing_lines(values: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     for name, found in values.items():
-        yield f"{name}: " + ", ".join(f"{letters(place)} {_setting(value)}" for place, value in enumerate(found))
+        yield f"{name}: " + ", ".join(f"{letters(place)} {shown_setting(value)}" for place, value in enumerate(found))
 
 
-def _setting(value: Any) -> str:
+def shown_setting(value: Any) -> str:
+    """A flag's value as it is given, or on and off; two that differ look different."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
     return "-" if value is None else str(value)

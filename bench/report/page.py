@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.compare.compare import Comparison, compare, copied, tokens_a_pass
 from bench.compare.sides import PLACES, Side, device_of, provenance_of, settings_of
-from bench.compare.text import MEDIANS, differing_lines, letters, output_lines, shown_cell, verdict_lines
+from bench.compare.text import MEDIANS, differing_lines, letters, output_lines, shown_cell, shown_setting, verdict_lines
 from bench.compare.work import spelled
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
@@ -78,7 +78,7 @@ def _what_ran(side: Side) -> str:
     budget = result.config.resolved.get("gpu_mem_gb")
     device = device_of(result)
     if result.provenance.gpu is not None:
-        device += " with all of its memory" if budget is None else f" with --gpu-mem-gb {_setting(budget)}"
+        device += " with all of its memory" if budget is None else f" with --gpu-mem-gb {shown_setting(budget)}"
     rows = result.batch_size
     return (
         f"{device}: {rows} row{'s' * (rows != 1)}, {result.prefill_tokens_total} prompt tokens and "
@@ -125,16 +125,10 @@ def _flags_that_differ(sides: Sequence[Side], comparison: Comparison | None) -> 
         """Without a draft, what a draft would have done by default says nothing."""
         given = {flag: shown[flag][place] for flag in names}
         quiet = () if drafts[place] else ("auto", None)
-        kept = [f"{f} {_setting(v)}" for f, v in given.items() if not (f.startswith("--draft") and v in quiet)]
+        kept = [f"{f} {shown_setting(v)}" for f, v in given.items() if not (f.startswith("--draft") and v in quiet)]
         return ", ".join(kept) + (many if kept else many.removeprefix(", "))
 
     return [told(place) for place in range(len(sides))]
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def twice_lines(sides: Sequence[Side]) -> list[str]:

@@ -28,7 +28,7 @@ from wsm.formats.mix import Mix
 from wsm.kv.probe import probe_kv_device
 from wsm.layout.groups import GroupId
 from wsm.plan.plan import Plan
-from wsm.plan.time import KV_DEVICE, Ceiling
+from wsm.plan.time import BESIDE, KV_DEVICE, Ceiling
 from wsm.store.packed_store import PackedStore
 
 MOST_BUFFERS = 9
@@ -138,7 +138,8 @@ def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]
     steady = {name: ceiling for name, ceiling in ceilings.items() if ceiling.steady}
     inputs.cache_dir.mkdir(parents=True, exist_ok=True)  # first: the drive below it is part of the keys
     place = _place(options, inputs)
-    of_kv = {str(name): steady.pop(name) for name in (*KV_DEVICE, "h2d_with_kv") if name in steady}
+    beside_kv = [name for name, drive in BESIDE.items() if drive in KV_DEVICE]
+    of_kv = {str(name): steady.pop(name) for name in (*KV_DEVICE, *beside_kv) if name in steady}
     found = {place.exact: steady, place.near: steady}
     if of_kv:
         found[place.kv] = of_kv

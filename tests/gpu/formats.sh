@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind docs/FORMATS.md's table of weight formats: bash tests/gpu/formats.sh OUTDIR [part ...]
-# Parts: int4_80_batch exact24 resident prefill drive calibrate; 80 layers at B=1 are rows of performance.py.
+# The runs by weight format behind docs/LOG.md and docs/PERFORMANCE.md: bash tests/gpu/formats.sh OUTDIR [part ...]
+# Parts: int4_80_batch exact24 resident prefill drive calibrate; without one: exact24. 80 layers at B=1 are rows of performance.py.
 # bench_infer.py compare OUTDIR/A.json OUTDIR/B.json sets two results side by side. Stores go to ${DRIVE:-/tmp}; every step has a limit of its own.
 set -u
 out=${1:?the folder for the results}

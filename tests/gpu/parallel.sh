@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/LOG.md's two-GPU figures: bash tests/gpu/parallel.sh OUTDIR [step …]
+# The two-GPU runs behind docs/LOG.md and docs/PERFORMANCE.md: bash tests/gpu/parallel.sh OUTDIR [step …]
 # Two GPUs of one host, 256 GiB of memory; about 8 minutes in all. Every step has a limit of its own; the log of one that
 # was stopped at it says how long each thing had taken ("stopped; times so far").
 # Without steps named, all of them: one two two_layers full1 full2 all80 int4_80 exact_80 kill.

@@ -286,13 +286,16 @@ class LLaMA:
     def stop(self) -> None:
         """Fetch nothing more: after this the telemetry is complete, and nothing can be generated.
 
-        What goes wrong here is raised, and the telemetry is still as complete as it can be.
+        What goes wrong here is raised, and so is what a drive failed with behind the last token; the telemetry is still
+        as complete as it can be.
         """
         try:
-            for part in (self.manager, self.kv_tiers):
-                if part is not None:
-                    part.stop()
+            parts = [part for part in (self.manager, self.kv_tiers) if part is not None]
+            for part in parts:
+                part.stop()
             self.device.synchronize()
+            for part in parts:
+                part.raise_unheard()
         finally:
             self.telemetry.fold()
 

@@ -57,7 +57,7 @@ class Settings:
     skip_preload_wait: bool = _variable(True, SWITCH, "1: the warm-up starts while residents are still loading")
     evict_finished: bool = _variable(True, SWITCH, "0: a finished group stays until its slot is needed")
     kv_throttle_threshold: int = _variable(8, whole(1), "wanted groups from which on a KV write-back pauses first")
-    kv_throttle_ms: float = _variable(16.0, number(0, says="milliseconds, 0 or more"), "how long it pauses")
+    kv_throttle_ms: float = _variable(16.0, number(0, 1e3, says="0 to 1000 milliseconds"), "how long it pauses")
     balance_prefetch: bool = _variable(True, SWITCH, "1: a later group of the other kind may overtake a held-up one")
     balance_tol: int = _variable(1, whole(0), "by how many groups it may")
     pair_ahead: int = _variable(2, whole(0), "how many layers on such a group may be")

@@ -94,8 +94,8 @@ def _anyone(world: World) -> Callable[[bool], bool]:
 class _Place(NamedTuple):
     """Where this run's ceilings are kept: the machine's file, and in it, by key, those of this model, mode, sizes and
     rank, which a run may measure itself against (``exact``), and those of layers of this shape, however many, in any
-    mode and budget, which a plan may predict from (``near``); those of ``--kv-device`` by themselves (``kv``). Each of
-    one drive, graphics card and number of cores.
+    mode and budget, which a plan may predict from (``near``); those of ``--kv-device`` by themselves (``kv``), of
+    blocks of this size, checked as here, by as many ranks. Each of one drive, graphics card and number of cores.
     """
 
     file: Path
@@ -108,7 +108,9 @@ class _Place(NamedTuple):
 
 def _place(options: BuildOptions, inputs: Inputs) -> _Place:
     device, folder, shard = inputs.device, inputs.cache_dir, inputs.world.shard
+    ranks = shard if shard.size > 1 else ()
     kv = Path(options.kv_device) if options.kv_device is not None else None
+    kv_drive = kv and drive_of(kv if kv.is_block_device() else kv.absolute().parent)
     store = str(options.raw_device or options.manifest or folder)
     gpu = [torch.cuda.get_device_name(device), torch.version.cuda] if device.type == "cuda" else []
     hardware = [*gpu, len(os.sched_getaffinity(0)), drive_of(Path(store.partition(",")[0]))]
@@ -122,9 +124,11 @@ def _place(options: BuildOptions, inputs: Inputs) -> _Place:
         folder / f"ceilings.{_digest(machine)}.json",
         machine,
         f"{model['name']} in {inputs.format_name} {options.mode} on {processor} from {store}",
-        _digest([*common, sizes, model, *(shard if shard.size > 1 else ())]),
+        _digest([*common, sizes, model, *ranks]),
         _digest([*common, "near", {name: value for name, value in model.items() if name not in ("name", "n_layers")}]),
-        _digest(["kv", hardware[:-1], str(kv), kv and drive_of(kv if kv.is_block_device() else kv.absolute().parent)]),
+        _digest(
+            ["kv", hardware[:-1], str(kv), kv_drive, options.verify_weights, inputs.kv_format.record_bytes, *ranks]
+        ),
     )
 
 

@@ -265,18 +265,20 @@ def _from_0(times_ms: Mapping[str, float | None]) -> dict[str, float | None]:
 def floor_of(stats: PhaseStats, ceilings: Mapping[str, Ceiling]) -> tuple[float | None, Bound | None]:
     """The shortest time that the bytes moved inside the phase and its operations allow, and what sets it.
 
+    Of KV it counts what the passes used, if that is less: behind the last one more is on its way, and nobody waits.
     The link's rates beside a busy drive, ``h2d_with_ssd`` and ``h2d_with_kv``, are in the JSON for information: a floor
     may not be beaten.
     """
     moved = stats.bytes_moved
+    kv = {tier: min(moved[tier], stats.bytes[tier]) for tier in ("kv_h2d", "kv_read")}
     work = Work(
         ssd_bytes=moved["ssd_read"],
-        h2d_bytes=moved["weight_h2d"] + moved["kv_h2d"],
+        h2d_bytes=moved["weight_h2d"] + kv["kv_h2d"],
         d2h_bytes=moved["kv_d2h"],
         hbm_bytes=stats.hbm_bytes,
         flops=stats.flops,
         decoded_bytes=stats.decoded_bytes,
-        kv_read_bytes=moved["kv_read"],
+        kv_read_bytes=kv["kv_read"],
         kv_write_bytes=moved["kv_write"],
     )
     parts = parts_ms(work, {name: ceiling.value for name, ceiling in ceilings.items()})

@@ -241,6 +241,28 @@ def test_an_error_of_the_kv_drive_ends_the_run_without_a_token_and_leaves_nothin
     nothing_left(tmp_path)
 
 
+def test_a_filesystem_that_goes_read_only_behind_the_error_changes_nothing_of_it(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ext4 does: then the file cannot be removed."""
+    device, unlink = tmp_path / "kv", os.unlink
+
+    def broken(file: int, buffers: Sequence[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def refused(path: Any, **more: Any) -> None:
+        if Path(path) == device:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        unlink(path, **more)
+
+    monkeypatch.setattr(kv_disk, "KVDevice", partial(KVDevice, pread=broken))
+    monkeypatch.setattr(os, "unlink", refused)
+    code, _, err = run(*budgets(home, full_cpu=True), "--kv-device", device)
+    assert code == 4
+    assert "in offloaded KV: read error: Input/output error" in sentence(err)
+    assert device.exists()
+
+
 def test_ctrl_c_takes_the_kv_file_away(home: Path, tmp_path: Path) -> None:
     kv, out = tmp_path / "kv", tmp_path / "r.json"
     more = [*budgets(home, full_cpu=True), "--kv-device", kv, "--repeats", 100000]

@@ -31,6 +31,7 @@ class SharedState:
         self._name = name
         self.threads: list[threads.Thread] = []
         self._failure: BaseException | None = None
+        self._told = self._ended = False
         self.closing = False
 
     def _wake(self) -> None:
@@ -55,7 +56,9 @@ class SharedState:
         while True:
             stop.check()
             with self._lock:
-                self._raise_failure()
+                self.raise_failure()
+                if self.closing:
+                    raise RuntimeError(f"closed: {self._name}")
                 claimed = claim()
                 if claimed is not None:
                     return claimed
@@ -63,13 +66,13 @@ class SharedState:
                 self._bells.append(bell)
             self._sleep(bell)
 
-    def _raise_failure(self) -> None:
-        if (cause := self._failure) is not None:
+    def raise_failure(self, *, unless_told: bool = False) -> None:
+        """Raise what failed on a thread, as :meth:`_wait` does; ``unless_told``: but for what was raised before."""
+        if (cause := self._failure) is not None and not (unless_told and self._told):
+            self._told = True
             if isinstance(cause, StoreError | DoesNotFit | UnusableInput):
                 raise type(cause)(str(cause)) from cause
             raise RuntimeError(f"a thread of {self._name} failed: {cause!r}") from cause
-        if self.closing:
-            raise RuntimeError(f"closed: {self._name}")
 
     def _raise_where_one_is_gone(self) -> None:
         for thread in self.threads:
@@ -93,7 +96,7 @@ class SharedState:
     def fail(self, failure: BaseException) -> None:
         """Hand an exception of any thread to whoever waits, and to the next caller."""
         with self._lock:
-            if self._failure is None and not self.closing:
+            if self._failure is None and not self._ended:
                 self._failure = failure
             self._wake()
 
@@ -102,6 +105,11 @@ class SharedState:
         with self._lock:
             self.closing = True
             self._wake()
+
+    def end(self) -> None:
+        """Every thread has ended: what was under way for them may fail, and nobody is told."""
+        with self._lock:
+            self._ended = True
 
 
 class Threaded(ABC):
@@ -131,8 +139,13 @@ class Threaded(ABC):
         """Begin nothing more and join every thread: the telemetry is then complete, and nothing can be had."""
         self._state.close()
         threads.join(self._state.threads)
+        self._state.end()
         self._state.threads.clear()
         self.device.synchronize()
+
+    def raise_unheard(self) -> None:
+        """Raise what has failed on a thread since anybody last waited, after :meth:`stop`: no token hung on it."""
+        self._state.raise_failure(unless_told=True)
 
     def close(self) -> None:
         """Stop, and free every page. May be called twice, and after a failure.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -78,6 +79,8 @@ class KVDevice:
         self._sums = np.zeros(-(-self._nbytes // unit), dtype=np.uint64)
         self._seen_right = np.zeros(len(self._sums), dtype=np.bool_)
         self._checks = Checks(verify)
+        # What was read is compared and marked in one step: where nobody waits for it any more, it may be written anew.
+        self._marking = threading.Lock()
         self._closed = False
         warning = (
             f"the filesystem of {path} has no O_DIRECT: offloaded KV goes through the page cache, each write "
@@ -120,11 +123,11 @@ class KVDevice:
     def close(self) -> None:
         """Join every thread and give the target back; requests that were not done end with a KVDeviceError.
 
-        A second call does nothing.
+        Raises ThreadsStuck where the drive holds one up: another call goes on. After all that a call does nothing.
         """
+        self._threads.close(KVDeviceError(f"{self._path} was closed before this KV was read or written"))
         if not self._closed:
             self._closed = True
-            self._threads.close(KVDeviceError(f"{self._path} was closed before this KV was read or written"))
             self._target.give_back()
 
     def _pieces(self, moves: Iterable[Move], *, writing: bool) -> Iterator[Piece]:
@@ -161,8 +164,9 @@ class KVDevice:
     def _write(self, blocks: Blocks, offset: int) -> None:
         units = self._units(blocks, offset)
         sums = self._checks.timed(len(blocks) * self._unit, partial(_sums_of, blocks))
-        self._sums[units] = 0  # until all of it is there
-        self._seen_right[units] = False
+        with self._marking:
+            self._sums[units] = 0  # until all of it is there
+            self._seen_right[units] = False
         self._move(blocks, BLOCK + offset, writing=True)
         self._sums[units] = sums
 
@@ -172,7 +176,10 @@ class KVDevice:
             self._move(blocks, BLOCK + offset, writing=False)
         if not self._checks.needed(bool(self._seen_right[units].all())):
             return
-        right = self._sums[units] == self._checks.timed(nbytes, partial(_sums_of, blocks))
+        sums = self._checks.timed(nbytes, partial(_sums_of, blocks))
+        with self._marking:
+            right = self._sums[units] == sums
+            self._seen_right[units] |= right
         if not right.all():
             at = BLOCK + offset + int(right.argmin()) * self._unit
             raise KVDeviceError(
@@ -180,7 +187,6 @@ class KVDevice:
                 "checksum differs): the drive or another program changed it; check the drive, or name another "
                 "--kv-device"
             )
-        self._seen_right[units] = True
 
     def _move(self, blocks: Blocks, offset: int, *, writing: bool) -> None:
         transfer, verb = (self._pwrite, "write") if writing else (self._pread, "read")

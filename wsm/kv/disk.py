@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from itertools import accumulate, groupby
-from typing import TypeVar
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -20,13 +19,12 @@ from wsm.errors import UnusableInput
 from wsm.kv.device import Blocks, KVDevice, Move, blocks_of
 from wsm.kv.schedule import Fetch, Write
 from wsm.layout.groups import BLOCK
-from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit
+from wsm.layout.kv import KV_BLOCK_TOKENS, KVPlacement, Unit, runs_of
 from wsm.plan.kv import DISK_SLOTS, tail_bytes
 from wsm.settings import VerifyWhen
 
 TAIL_BYTES = 8 << 20
 """Newest blocks that one thread copies at a time."""
-_Key = TypeVar("_Key")
 
 
 class KVDisk:
@@ -90,7 +88,7 @@ class KVDisk:
         """The first so many blocks of each row, which are in ``memory`` as a window has them."""
         heads, apart, window = self.layout.n_kv_heads, self.layout.blocks, self.blocks(memory)
         for block in range(max(counts, default=0)):
-            for has_it, row, end in _runs(count > block for count in counts):
+            for has_it, row, end in runs_of(count > block for count in counts):
                 if has_it:
                     lies = slice(row * heads * apart + block, end * heads * apart, apart)
                     yield self._offset(unit, block, row * heads), window[lies]
@@ -122,7 +120,7 @@ class KVDisk:
                 blocks[number] if number < whole[first + place // heads] else None
                 for place, blocks in enumerate(chosen)
             ]
-            for block, begin, end in _runs(there, first * heads):
+            for block, begin, end in runs_of(there, first * heads):
                 if block is not None:
                     yield self._offset(fetch.unit, block, begin), compact[begin * k + number : end * k : k]
 
@@ -140,7 +138,7 @@ class KVDisk:
             begin = tokens - KV_BLOCK_TOKENS if fetch.k else whole * KV_BLOCK_TOKENS
             return begin if newest else None, row // together
 
-        for (begin, _), row, end in _runs(map(place, range(len(fetch.lengths)))):
+        for (begin, _), row, end in runs_of(map(place, range(len(fetch.lengths)))):
             if begin is not None:
                 yield partial(np.copyto, window[row:end, :, begin : begin + KV_BLOCK_TOKENS], tails[row:end])
 
@@ -179,10 +177,3 @@ class KVDisk:
         self.device.close()
         self.tails.clear()
         self._blocks.clear()
-
-
-def _runs(keys: Iterable[_Key], end: int = 0) -> Iterator[tuple[_Key, int, int]]:
-    """Each key that comes once or more in a row, the number of the first and of what follows; counted from ``end``."""
-    for key, run in groupby(keys):
-        begin, end = end, end + sum(1 for _ in run)
-        yield key, begin, end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,15 +42,3 @@ def gather_on(device: Device) -> Gather:
     except Exception:  # whatever keeps Triton from working: torch does the same, only slower
         pass
     return gather
-
-
-def neighbours(rows: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Ascending ``rows`` in runs without a gap, of at most ``most`` (but one where that is less)."""
-    run = list[int]()
-    for row in rows:
-        if run and (row > run[-1] + 1 or len(run) >= most):
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run

@@ -19,7 +19,7 @@ from wsm.kv.device import Blocks, Move
 from wsm.kv.disk import KVDisk
 from wsm.plan.time import Ceiling
 
-FIRST_REQUEST, LARGEST_REQUEST = 64 << 20, 256 << 20
+FIRST_REQUEST, LARGEST_REQUEST = 8 << 20, 256 << 20
 """The first tells how large the others may be: as a part of many rows is, where the device is fast."""
 NOISE = 16 << 20
 LEAST_REQUESTS = 6

@@ -127,9 +127,12 @@ class KVSchedule(SharedState):
         with self._lock:
             self.passes += 1
             now, later = self._pass, self.passes - 1 - self._pass.origin
-            expected = [old + later * (new - old) for old, new in zip(now.before, now.after, strict=True)]
+            grown = [new - old for old, new in zip(now.before, now.after, strict=True)]
+            expected = [
+                (old + later * more, old + (later + 1) * more) for old, more in zip(now.before, grown, strict=True)
+            ]
             alike = (now.stretches, now.k) == (tuple(stretches), k) and now.decoding and decoding
-            if (alike and expected == list(before)) or not self._units:
+            if (alike and expected == list(zip(before, after, strict=True))) or not self._units:
                 return
             self._epoch += 1
             self._free.extend(fetch.room for fetch in self._ready)
@@ -156,6 +159,7 @@ class KVSchedule(SharedState):
             now.used += 1
             self._units[unit].entered += 1
             self._in_use[unit] = fetch
+            self._count_blocks(fetch)
             return fetch
 
         return self._wait(take)
@@ -233,7 +237,6 @@ class KVSchedule(SharedState):
             self._free.popleft()
             now.fetched += 1
             self._fetching = fetch
-            self._count_blocks(fetch)
         return fetch
 
     def claim_staging(self) -> Fetch | None:
@@ -279,7 +282,7 @@ class KVSchedule(SharedState):
         return Fetch(unit, pass_no, room, lengths, k, progress.wanted, progress.first, self._epoch)
 
     def _count_blocks(self, fetch: Fetch) -> None:
-        """For the share of the context that decode steps bring; the block that the new token begins is not one."""
+        """For the share of the context that passes attend; the block that the new token begins is not one."""
         for length in fetch.lengths:
             blocks, begun = -(-length // KV_BLOCK_TOKENS), length % KV_BLOCK_TOKENS > 0
             self.blocks_whole += blocks

@@ -123,15 +123,16 @@ class KVTarget:
     def give_back(self) -> None:
         """Close it; remove a file that this run made, empty one that was there, leave a device its superblock.
 
-        What another run has taken since, on a filesystem without locks, is left to it.
+        What another run has taken since, on a filesystem without locks, is left to it. What a failing drive does not
+        let go stays, known as ours for the next run: what failed before says more.
         """
-        try:
+        with contextlib.suppress(OSError):
             if self._taken and not self._is_device and self._is_ours():
                 if self._made:
                     os.unlink(os.path.realpath(self.path))
                 else:
                     os.ftruncate(self.file, 0)
-        finally:
+        with contextlib.suppress(OSError):
             os.close(self.file)
 
     def _is_ours(self) -> bool:

@@ -17,9 +17,9 @@ from wsm.engine.slots import Slot
 from wsm.engine.telemetry import Telemetry
 from wsm.engine.threads import Threaded
 from wsm.kv.disk import KVDisk
-from wsm.kv.gather import Gather, gather_on, neighbours
+from wsm.kv.gather import Gather, gather_on
 from wsm.kv.schedule import Fetch, KVSchedule, Write
-from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit
+from wsm.layout.kv import KV_BLOCK_TOKENS, WINDOWS, KVPlacement, Run, Unit, runs_of
 from wsm.plan.kv import fresh_bytes, kv_cpu_lines
 from wsm.plan.memory import total
 from wsm.settings import Settings
@@ -188,7 +188,8 @@ class KVTiers(Threaded):
             return self._whole(fetch, self.layout.runs(fetch.lengths))
         if fetch.staged is None:
             return self._chosen(fetch)
-        return self._whole(fetch, [Run(0, self._view(fetch).nbytes)])
+        row = fetch.k * KV_BLOCK_TOKENS * self.layout.token_bytes * self.layout.n_kv_heads
+        return self._whole(fetch, [Run(begin * row, (end - begin) * row) for begin, end in _still_there(fetch)])
 
     def _whole(self, fetch: Fetch, runs: Sequence[Run]) -> Iterator[tuple[int, Work]]:
         """Copies of runs of bytes, from the unit's home or from a slot that holds the same."""
@@ -207,12 +208,13 @@ class KVTiers(Threaded):
         home = self.device.mapped(self._homes[fetch.unit]).view(words)
         home = home.view(len(fetch.lengths), layout.n_kv_heads * layout.blocks, -1)
         assert wanted is not None
-        there = range(fetch.first, fetch.first + len(wanted))
-        for rows in neighbours([row for row in there if fetch.lengths[row]], PIECE_BYTES // window[0].nbytes):
-            part = slice(rows[0], rows[-1] + 1)
-            chosen = wanted[part.start - fetch.first : part.stop - fetch.first]
-            gather = partial(self._gather, home[part], chosen, window[part])
-            yield window[part].nbytes, partial(self.device.run, work=gather)
+        most = max(1, PIECE_BYTES // window[0].nbytes)
+        for begin, end in _still_there(fetch):
+            for row in range(begin, end, most):
+                part = slice(row, min(row + most, end))
+                chosen = wanted[part.start - fetch.first : part.stop - fetch.first]
+                gather = partial(self._gather, home[part], chosen, window[part])
+                yield window[part].nbytes, partial(self.device.run, work=gather)
 
     @cached_property
     def _gather(self) -> Gather:
@@ -302,6 +304,13 @@ Work = Callable[[Any], None]
 def word_of(record_bytes: int) -> torch.dtype:
     """The widest type that a record is whole words of: what bytes are moved by kernels as."""
     return torch.int64 if record_bytes % 8 == 0 else torch.uint8
+
+
+def _still_there(fetch: Fetch) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows whose blocks were chosen and that have not ended: the first, and the one behind the last."""
+    assert fetch.wanted is not None
+    chosen = fetch.lengths[fetch.first : fetch.first + len(fetch.wanted)]
+    return ((begin, end) for there, begin, end in runs_of(map(bool, chosen), fetch.first) if there)
 
 
 def _pieces(copies: Iterator[tuple[int, Work]]) -> Iterator[tuple[int, list[Work]]]:

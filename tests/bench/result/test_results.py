@@ -100,7 +100,7 @@ def stats_of(
     return PhaseStats(
         passes=passes,
         wall_ms=wall_ms,
-        bytes={**nothing, **(used or {})},
+        bytes={**nothing, **((moved if used is None else used) or {})},
         bytes_moved={**nothing, **(moved or {})},
         busy_ms={**unmeasured, **(busy or {})},
         stall_ms={"ssd": None, "h2d": None, "kv": None},
@@ -274,6 +274,13 @@ def test_what_was_staged_before_the_clock_lowers_no_floor() -> None:
     ceilings = ceilings_of(h2d=1000)
     stats = stats_of(used={"weight_h2d": 10**9}, moved={"weight_h2d": 10**8})
     assert floor_of(stats, ceilings) == (pytest.approx(100), "h2d")
+
+
+@pytest.mark.parametrize(("tier", "ceiling"), [("kv_h2d", "h2d"), ("kv_read", "kv_read")])
+def test_kv_that_was_fetched_for_no_pass_raises_no_floor(tier: str, ceiling: str) -> None:
+    """Behind the last pass the next one's is on its way, and nobody waits for it."""
+    stats = stats_of(used={tier: 10**8}, moved={tier: 10**9})
+    assert floor_of(stats, ceilings_of(**{ceiling: 1000})) == (pytest.approx(100), ceiling)
 
 
 @pytest.mark.parametrize("missing", ["ssd", "h2d", "d2h", "hbm", "matmul", "kv_read", "kv_write"])

@@ -23,6 +23,7 @@ from wsm.engine.probe import ON_CPU, _window_rates, ceiling_from, probe_link, pr
 from wsm.engine.probe_compute import probe_compute, sustained
 from wsm.errors import StoreError
 from wsm.layout.groups import GroupId
+from wsm.layout.model import Shard
 from wsm.plan.time import Ceiling
 from wsm.store.source import ChunkRead
 
@@ -212,6 +213,18 @@ def test_the_ceilings_of_a_kv_device_are_those_of_no_other(tmp_path: Path) -> No
     assert set(recall_near(replace(with_kv, mode="stream"), inputs)) == {"h2d", *of_kv}
     assert set(recall_for(options, inputs)) == {"h2d"}
     assert set(recall_for(replace(options, kv_device="/dev/shm/kv"), inputs)) == {"h2d"}
+
+
+def test_a_kv_devices_ceilings_are_of_its_blocks_checks_and_ranks(tmp_path: Path) -> None:
+    options = BuildOptions(synthetic="Llama-3.2-1B:layers=1", cache_dir=tmp_path, device="cpu", kv_device="/dev/shm/kv")
+    smaller = replace(options, kv_dtype="int8")
+    checked = replace(options, verify_weights="always")
+    inputs, of_kv = open_inputs(options), {"kv_read": Ceiling(10.0, 9.0, "MBps", 5.0, "moved")}
+    remember(options, inputs, of_kv)
+    assert set(recall_for(options, inputs)) == {"kv_read"}
+    assert recall_for(checked, inputs) == recall_for(smaller, open_inputs(smaller)) == {}
+    inputs.world = SimpleNamespace(shard=Shard(0, 2))  # type: ignore[assignment]
+    assert recall_for(options, inputs) == {}
 
 
 def test_a_disturbed_ceiling_that_an_earlier_program_kept_is_not_trusted(

@@ -1,4 +1,4 @@
-"""Chosen blocks are gathered by a kernel as by torch; which rows go together."""
+"""Chosen blocks are gathered by a kernel as by torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from tests.without_gpu import GENERATIONS, needs_triton, run_part
 from wsm.engine.device import Device
-from wsm.kv.gather import gather, gather_on, neighbours
+from wsm.kv.gather import gather, gather_on
 
 SCRIPT = Path(__file__).with_name("gather_without_a_gpu.py")
 
@@ -37,16 +37,3 @@ def test_each_head_gets_its_own_blocks_in_the_order_asked() -> None:
 
 def test_without_cuda_torch_gathers() -> None:
     assert gather_on(Device()) is gather
-
-
-@pytest.mark.parametrize(
-    ("rows", "most", "runs"),
-    [
-        ([0, 1, 2, 5, 6, 9], 8, [[0, 1, 2], [5, 6], [9]]),
-        ([3, 4, 5, 6, 7], 2, [[3, 4], [5, 6], [7]]),
-        ([2, 3], 0, [[2], [3]]),
-        ([], 4, []),
-    ],
-)
-def test_rows_that_go_together_are_neighbours_and_few(rows: list[int], most: int, runs: list[list[int]]) -> None:
-    assert list(neighbours(rows, most)) == runs

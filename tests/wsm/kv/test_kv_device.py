@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llama.inputs import read_manifest
 from tests.stores import aligned, assert_equals, checkpoint, flip, loop_device, pack_tiny
+from wsm import threads
 from wsm.disk import blockdev, safety, targets
 from wsm.errors import DoesNotFit, KVDeviceError, UnusableInput
 from wsm.kv import device as kv_device
@@ -35,6 +36,7 @@ from wsm.kv.target import MAGIC, kv_superblock, run_of
 from wsm.layout.groups import BLOCK
 from wsm.settings import VerifyWhen
 from wsm.store.packed_store import PackedStore
+from wsm.threads import ThreadsStuck
 
 KIB, MIB = 1 << 10, 1 << 20
 Answer = Callable[[int, int, int], int]
@@ -443,6 +445,39 @@ def test_a_byte_that_flips_after_a_first_right_read_is_noticed_unless_only_first
     device.close()
 
 
+class _Slow:
+    """Checksums whose first comparison is slow: what may come between it and the mark that all is right does."""
+
+    def __init__(self, sums: Any, between: Callable[[], None]) -> None:
+        self._sums, self._between = sums, between
+
+    def __getitem__(self, units: slice) -> Any:
+        found, between = self._sums[units].copy(), self._between
+        self._between = lambda: None
+        between()
+        return found
+
+    def __setitem__(self, units: slice, sums: Any) -> None:
+        self._sums[units] = sums
+
+
+def test_what_is_written_while_an_older_read_is_compared_is_checked_at_its_first_read(path: str) -> None:
+    device, found = KVDevice(path, BLOCK, weights=[], verify="first"), aligned(BLOCK)
+    assert outcome(device.write, 0, random_bytes(BLOCK)) is None
+    writes = list[Future[None]]()
+
+    def write() -> None:
+        writes.append(device.write([(0, blocks_of(random_bytes(BLOCK, 1), BLOCK))]))
+        concurrent.futures.wait(writes, timeout=0.2)  # it has to wait itself for the mark
+
+    device._sums = _Slow(device._sums, write)  # type: ignore[assignment]
+    assert outcome(device.read, 0, found) is None
+    assert writes[0].exception(10) is None
+    flip(Path(path), BLOCK + 5)
+    assert isinstance(outcome(device.read, 0, found), KVDeviceError)
+    device.close()
+
+
 def test_a_write_that_the_drive_lost_is_noticed(path: str) -> None:
     """It says that all was written, and keeps what was there before."""
     lost = FakeDrive(lambda file, buffers, offset: 0)
@@ -491,6 +526,47 @@ def test_close_joins_the_threads_and_answers_what_is_pending(path: str) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         device.read([(0, blocks_of(aligned(BLOCK), BLOCK))])
     assert len(answers) == 3
+
+
+def test_where_a_thread_is_stuck_another_close_goes_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, began, before = threading.Event(), threading.Event(), open_files()
+
+    def stuck(number: int, offset: int, nbytes: int) -> int:
+        began.set()
+        assert release.wait(20)
+        return nbytes
+
+    device = filled(path, BLOCK, threads=1, pread=FakeDrive(os.preadv, stuck))
+    read = device.read([(0, blocks_of(aligned(BLOCK), BLOCK))])
+    assert began.wait(10)
+    monkeypatch.setattr(threads, "JOIN_S", 0.02)
+    for _ in range(2):
+        with pytest.raises(ThreadsStuck, match="wsm-kv-0"):
+            device.close()
+        assert os.path.exists(path)
+    release.set()
+    assert read.exception(10) is None
+    monkeypatch.undo()
+    device.close()
+    assert kv_threads() == []
+    assert not os.path.exists(path)
+    assert open_files() == before
+
+
+def test_a_file_that_a_failing_filesystem_keeps_is_taken_by_the_next_run(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    before, device = open_files(), KVDevice(path, MIB, weights=[])
+    with monkeypatch.context() as failing_drive:
+        failing_drive.setattr(os, "unlink", refused)
+        device.close()
+    assert os.path.exists(path)
+    assert open_files() == before
+    KVDevice(path, MIB, weights=[]).close()
+    assert not os.path.exists(path)
 
 
 def test_a_file_that_this_run_made_is_private_and_goes_again(path: str) -> None:

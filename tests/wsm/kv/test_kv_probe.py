@@ -67,12 +67,12 @@ class PacedDrive:
 def test_a_slow_device_gets_smaller_requests_and_no_longer_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the clock of a drive of 20 MB/s, which needs 0.8 s for what a slot holds."""
-    with disk_of(KVLayout(2, 4, 4, 4, 1024, 512), tmp_path / "kv") as disk:
+    """On the clock of a drive of 20 MB/s, which needs 3.4 s for what a slot holds."""
+    with disk_of(KVLayout(2, 16, 16, 4, 1024, 512), tmp_path / "kv") as disk:
         drive = PacedDrive(20e6, disk, monkeypatch)
         host = torch.zeros(1 << 20, dtype=torch.uint8)
         found = probe_kv_device(Device(), disk, host, host.clone())
-        assert disk.layout.window_bytes == 16 << 20
+        assert disk.layout.window_bytes == 64 << 20
     assert [found[way].value for way in KV_DEVICE] == pytest.approx([20, 20])
     assert drive.perf_counter() < 2.0
 

@@ -91,7 +91,10 @@ class Phase(Part, frozen=True, kw_only=True):
     decoded_weights: Annotated[Later[DecodedWeights], says("weights decoded just before their products")] = UNSET
     floor_ms: Annotated[
         Amount | None,
-        says("ms that these bytes and operations need at the ceilings, of the slowest rank; null where not known"),
+        says(
+            "ms that `bytes_moved` (of KV at most `bytes`) and the operations need at the ceilings, of the slowest rank; "
+            "null where not known"
+        ),
     ]
     predicted_ms: Annotated[
         Above0 | None,

@@ -92,7 +92,7 @@ class Phase(Part, frozen=True, kw_only=True):
     floor_ms: Annotated[
         Amount | None,
         says(
-            "ms that `bytes_moved` (of KV at most `bytes`) and the operations need at the ceilings, of the slowest rank; "
+            "ms that `bytes_moved` (of KV at most `bytes`) and operations need at the ceilings, of the slowest rank; "
             "null where not known"
         ),
     ]

@@ -118,9 +118,12 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     # Plan: what is read, how much is to be computed, and what will be where.
     with reporter.doing("reading what the run needs, and planning"):
         inputs = open_inputs(options, job.world)
-        prompts = batch_prompts(options, inputs, reporter.say)
+        cut = list[str]()
+        prompts = batch_prompts(options, inputs, cut.append)
         job.world.agree(facts_of(options, prompts))
         shape, ceilings = shape_of(prompts, options), recall_near(options, inputs)
+    for line in cut:
+        reporter.say(f"[INFO] {line}")
     find_store(options, inputs, shape, reporter, ceilings)
     with reporter.doing("planning"):
         plan = plan_run(options, inputs, shape)
@@ -130,7 +133,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
         outputs.check_room(options, plan)
 
     # Build, warm up, measure, write: after Ctrl-C with the rounds that were finished.
-    warnings = [*unknown_variables(os.environ), *outputs.warnings_of(user_set, plan)]
+    warnings = [*unknown_variables(os.environ), *cut, *outputs.warnings_of(user_set, plan)]
     got = Progress(argv, user_set, fill_batch(prompts, options.batch_size), warnings)
     with (
         outputs.explained(options, inputs, plan, ceilings),

@@ -61,9 +61,11 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     elsewhere = machine is not None or (options.gpu_mem_gb is not None and options.device != "cpu")
     device = "cpu" if elsewhere and not torch.cuda.is_available() else options.device
     inputs = _opened(replace(options, device=device), World(Shard(0, ranks), Shard(0, ranks)))
-    say = partial(print, file=sys.stderr) if options.output else print
     hardware = _hardware(options, inputs, machine, elsewhere)
-    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, say), options), hardware)
+    cut = list[str]()
+    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, cut.append), options), hardware)
+    for line in cut:
+        print(f"[INFO] {line}", file=sys.stderr if options.output else sys.stdout)
     ceilings = _rates(options, inputs, machine, plan)
     drafting = partial(_drafted, options, inputs)
     drafted = drafting(plan, ceilings)

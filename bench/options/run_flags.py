@@ -30,7 +30,12 @@ class RunOptions(BuildOptions):
     chat: bool = _work(
         False, SWITCH, "each prompt is a user's message in the checkpoint's own chat template (docs/SPECULATION.md)"
     )
-    prompt_len: int | None = _work(None, whole(1), "N random ids per prompt, no tokenizer needed", flags=("-p",))
+    prompt_len: int | None = _work(
+        None,
+        whole(1),
+        "N random ids per prompt, no tokenizer needed; cut where `--max-seq-len` has no room",
+        flags=("-p",),
+    )
     batch_size: int = _work(1, whole(1), "rows: the first so many prompts, repeated to fill it", flags=("-b",))
     max_new_tokens: int = _work(32, whole(1), "tokens to make per row", flags=("-n",))
     max_seq_len: int = _work(
@@ -46,7 +51,12 @@ class RunOptions(BuildOptions):
     )
     warmup_rounds: int = _work(1, whole(0), "untimed rounds")
     repeats: int = _work(1, whole(1), "timed rounds", flags=("-r",))
-    no_probe: bool = _work(False, SWITCH, "take the ceilings from the cache instead of measuring them")
+    no_probe: bool = _work(
+        False,
+        SWITCH,
+        "take the ceilings from the cache, where an earlier run of this model in this mode with these budgets and "
+        "drives left them, instead of measuring them",
+    )
     print_text: bool = _work(False, SWITCH, "print the generated texts, and keep them in the JSON")
     out_json: Path = _output(Path("bench_results.json"), PATH, "the result")
     trace: Path | None = _output(None, PATH, "timeline of reads, copies, computing, for chrome://tracing or Perfetto")

@@ -105,7 +105,9 @@ class Phase(Part, frozen=True, kw_only=True):
     ] = None
     bound_by: Annotated[Bound | None, says("the resource that sets floor_ms; null with it")]
     roofline_pct: Annotated[Above0 | None, says(_ROOFLINE.format("wall_ms"))]
-    ceiling_spread_pct: Annotated[Over5 | None, says("percent: spread of the ceiling behind floor_ms, if above 5")]
+    ceiling_spread_pct: Annotated[
+        Over5 | None, says("percent: spread of the ceiling behind floor_ms, if above 5; above 25 there is a warning")
+    ]
 
     def __post_init__(self) -> None:
         force_setattr(self, "roofline_pct", believed(self.roofline_pct))

@@ -1,4 +1,4 @@
-"""The ceilings of a run: probed in its own memory, or taken from the last probe of the same hardware."""
+"""The ceilings of a run: probed in its own memory, or taken from the last probe of the same model in the same mode."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def remember(options: BuildOptions, inputs: Inputs, ceilings: dict[str, Ceiling]
 
 
 def recall_for(options: BuildOptions, inputs: Inputs) -> dict[str, Ceiling]:
-    """The ceilings of the last probe of this hardware, store and mode; empty if there are none."""
+    """The ceilings of the last probe of this hardware, model, store, mode and budgets; empty if there are none."""
     place = _place(options, inputs)
     return _of_an_earlier_run(place, place.exact)
 

@@ -16,6 +16,7 @@ from llama.config import ModelConfig
 from llama.tokenizer import Tokenizer, encode_prompt, keep_last
 from wsm.errors import UnusableInput
 from wsm.plan.inputs import RunShape
+from wsm.words import counted
 
 if TYPE_CHECKING:
     from llama.inputs import Inputs
@@ -29,8 +30,8 @@ batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk
 """
 
 
-def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None]) -> list[list[int]]:
-    """The token ids of the prompts that fill the batch, special ones among them; ``say`` gets the line on what was cut.
+def batch_prompts(options: RunOptions, inputs: Inputs, note: Callable[[str], None]) -> list[list[int]]:
+    """The token ids of the prompts that fill the batch, special ones among them; ``note`` gets a line on what was cut.
 
     Of each at most ``max_seq_len - max_new_tokens``, the last ones, and of a text also the special ids that the model's
     tokenizer puts around it; random ids have none, and need no tokenizer. They fill the batch, repeated, only once it
@@ -52,9 +53,9 @@ def batch_prompts(options: RunOptions, inputs: Inputs, say: Callable[[str], None
         if [] in whole:
             raise UnusableInput(f"prompt {whole.index([])} gives no token with the model's tokenizer: leave it out")
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
-        say(
-            f"[INFO] {len(long)} of {len(whole)} prompts cut to their last {most} tokens (the longest had {max(long)}; "
-            f"--max-seq-len {max(long) + options.max_new_tokens} keeps it whole)"
+        note(
+            f"{len(long)} of {counted(len(whole), 'prompt')} cut to the last {counted(most, 'token')} (the longest had "
+            f"{max(long)}; --max-seq-len {max(long) + options.max_new_tokens} keeps it whole)"
         )
     if options.prompt_len is not None:
         return [prompt[-most:] for prompt in whole]

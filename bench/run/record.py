@@ -154,13 +154,14 @@ def _warnings(
     yield from warnings.early_ends(list(map(len, chosen.generation.tokens)), options.max_new_tokens)
     yield from warnings.plan_warnings(named, BytesPerPass(**llm.plan.bytes_per_pass))
     yield from warnings.beaten_floors(named)
+    yield from warnings.disturbed_ceilings(named)
     if llm.inputs.device.type == "cuda":
         yield from warnings.prediction_warnings(named)
     yield from warnings.drive_warnings(chosen.stretches[1].read_rates)
     yield from warnings.steadiness_warnings([metrics_of(timed).e2e_ms for timed in got.rounds])
     yield from got.watch.warnings
     yield from missing
-    yield from warnings.unmeasured(llm.inputs.device, got.ceilings, phases.decode)
+    yield from warnings.unmeasured(llm.inputs.device, got.ceilings, named, no_probe=options.no_probe)
 
 
 def _special_tokens(options: RunOptions, llm: LLaMA) -> SpecialTokens:

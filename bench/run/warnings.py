@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from bench.result.types_machine import BytesPerPass
-from bench.result.types_phases import Phase
+from bench.result.types_phases import DecodedWeights, Phase
 from wsm.engine.stretch import MoveRate, together
-from wsm.plan.time import Ceiling
+from wsm.plan.time import STEADY_PCT, Ceiling, ceiling_of
+from wsm.words import counted, plural
 
 FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
 OUTLIER_DEVIATIONS, OUTLIER_SHARE = 5.0, 0.05
@@ -35,6 +36,24 @@ def beaten_floors(phases: Mapping[str, Phase]) -> Iterator[str]:
                 f"{phase.bound_by} was disturbed while it was measured (other work on the machine, or a device that "
                 "varies), so roofline_pct is null; measure again on a quiet machine"
             )
+
+
+def disturbed_ceilings(phases: Mapping[str, Phase]) -> Iterator[str]:
+    """A line for each ceiling whose samples varied too much for the floor that it is behind: see ``STEADY_PCT``.
+
+    Of a phase that beat its floor there is a line already.
+    """
+    behind = dict[tuple[str, float], list[str]]()
+    for name, phase in phases.items():
+        spread = phase.ceiling_spread_pct or 0.0
+        if phase.bound_by is not None and spread > STEADY_PCT and not phase.beats_floor:
+            behind.setdefault((ceiling_of(phase.bound_by), spread), []).append(name)
+    for (ceiling, spread), names in behind.items():
+        yield (
+            f"{' and '.join(names)}: the ceiling of {ceiling}, behind "
+            f"{plural(len(names), 'this floor', 'these floors')}, varied by {spread:.0f} % while it was measured (over {STEADY_PCT:.0f} % is not steady), so floor_ms and "
+            "roofline_pct are doubtful; measure again on a quiet machine"
+        )
 
 
 def plan_warnings(phases: Mapping[str, Phase], planned: BytesPerPass) -> Iterator[str]:
@@ -86,8 +105,8 @@ def early_ends(tokens: Sequence[int], most: int) -> Iterator[str]:
     if early:
         after = f"{early[0]}" if early[0] == early[-1] else f"{early[0]} to {early[-1]}"
         yield (
-            f"{len(early)} of {len(tokens)} {'row' if len(tokens) == 1 else 'rows'} ended at a stop token, after "
-            f"{after} of {most} tokens: to compare times, run to the full length with --ignore-eos"
+            f"{len(early)} of {counted(len(tokens), 'row')} ended at a stop token, after "
+            f"{after} of {counted(most, 'token')}: to compare times, run to the full length with --ignore-eos"
         )
 
 
@@ -103,10 +122,10 @@ def _outlier_first(e2e_ms: Sequence[float]) -> Iterator[str]:
     middle = statistics.median(rest)
     deviation = _MAD_TO_STDEV * statistics.median(abs(sample - middle) for sample in rest)
     if abs(first - middle) > max(OUTLIER_DEVIATIONS * deviation, OUTLIER_SHARE * middle):
-        yield (
-            f"the first round took {first:.1f} ms, the median of the others is {middle:.1f} ms: "
-            "the machine was not warm; raise --warmup-rounds"
-        )
+        why = "the machine was not warm; raise --warmup-rounds"
+        if first < middle:
+            why = "later rounds were slower, by heat or by other work on the machine; measure again, cooled and quiet"
+        yield f"the first round took {first:.1f} ms, the median of the others is {middle:.1f} ms: {why}"
 
 
 def _trend(e2e_ms: Sequence[float]) -> Iterator[str]:
@@ -124,13 +143,38 @@ def _trend(e2e_ms: Sequence[float]) -> Iterator[str]:
         )
 
 
-def unmeasured(device: torch.device, ceilings: Mapping[str, Ceiling], decode: Phase) -> Iterator[str]:
+def unmeasured(
+    device: torch.device, ceilings: Mapping[str, Ceiling], phases: Mapping[str, Phase], *, no_probe: bool
+) -> Iterator[str]:
     """Why figures are null or mean little."""
-    if not ceilings:
-        yield "no ceilings (--no-probe, and none of this hardware in the cache): floor and roofline are not known"
-    elif "ssd" not in ceilings and decode.bytes_moved.ssd_read:
-        yield "the SSD could not be probed in so little CPU memory: floor and roofline are not known"
-    elif not ceilings.keys() >= {"kv_read", "kv_write"} and decode.bytes_moved.kv_read:
-        yield "no ceiling of --kv-device (--no-probe, and none of it in the cache): floor and roofline are not known"
+    of_phases = (name for phase in phases.values() if phase.floor_ms is None for name in _needed(phase))
+    if lacking := [name for name in dict.fromkeys(of_phases) if name not in ceilings]:
+        what = f"no ceiling of {' and '.join(lacking)}" if ceilings else "no ceilings"
+        unknown = "floor and roofline are not known"
+        if no_probe:
+            yield (
+                f"{what} (--no-probe, and the cache has none of this model in this mode with these budgets, drives and "
+                f"checks): {unknown}; run it once without --no-probe, on a quiet machine"
+            )
+        elif lacking == ["ssd"]:
+            yield f"the SSD could not be probed in so little CPU memory: {unknown}"
+        else:
+            yield f"{what} could be measured: {unknown}"
     if device.type != "cuda":
         yield "the compute device is the CPU: GPU figures are null, and roofline_pct is informative only"
+
+
+def _needed(phase: Phase) -> Iterator[str]:
+    """The ceilings of what a phase moved, computed and decoded: its floor takes them all."""
+    moved, decoded = phase.bytes_moved, phase.decoded_weights
+    amounts = {
+        "hbm": phase.hbm_bytes,
+        "matmul": phase.flops,
+        "weight_decode": decoded.bytes if isinstance(decoded, DecodedWeights) else 0,
+        "h2d": moved.weight_h2d + moved.kv_h2d,
+        "d2h": moved.kv_d2h,
+        "ssd": moved.ssd_read,
+        "kv_read": moved.kv_read,
+        "kv_write": moved.kv_write,
+    }
+    return (name for name, amount in amounts.items() if amount)

@@ -166,7 +166,7 @@ def test_a_run_that_ends_at_a_stop_token_says_so_and_goes_on_where_it_is_told_to
 
 def test_a_prompt_that_is_cut_names_the_flag_that_keeps_it(run: Callable[..., tuple[int, str, str]]) -> None:
     said = run("plan", "--max-seq-len", "12")[1]
-    assert "prompts cut to their last 8 tokens (the longest had 16; --max-seq-len 20 keeps it whole)" in said
+    assert "[INFO] 1 of 1 prompt cut to the last 8 tokens (the longest had 16; --max-seq-len 20 keeps it whole)" in said
     assert "cut to" not in run("plan", "--max-seq-len", "20")[1]
 
 
@@ -231,7 +231,7 @@ def test_a_plan_as_json_says_what_the_text_says(run: Callable[..., tuple[int, st
     flags = ["--gpu-cached-layers", "1", "--cpu-cache-layers", "2", "--prefetch-distance", "1", "--prompt-len", "3000"]
     code, out, err = run("plan", *flags, "-o", "json")
     assert code == 0
-    assert "cut to their last 2044 tokens" in err
+    assert "cut to the last 2044 tokens" in err
     plan = json.loads(out)
     assert {tier: len(layers) for tier, layers in plan["residency"].items()} == {"gpu": 1, "cpu": 1, "ssd": 4}
     assert plan["fits"] is True

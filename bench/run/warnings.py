@@ -51,8 +51,9 @@ def disturbed_ceilings(phases: Mapping[str, Phase]) -> Iterator[str]:
     for (ceiling, spread), names in behind.items():
         yield (
             f"{' and '.join(names)}: the ceiling of {ceiling}, behind "
-            f"{plural(len(names), 'this floor', 'these floors')}, varied by {spread:.0f} % while it was measured (over {STEADY_PCT:.0f} % is not steady), so floor_ms and "
-            "roofline_pct are doubtful; measure again on a quiet machine"
+            f"{plural(len(names), 'this floor', 'these floors')}, varied by {spread:.0f} % while it was measured (over "
+            f"{STEADY_PCT:.0f} % is not steady), so floor_ms and roofline_pct are doubtful; measure again on a quiet "
+            "machine"
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,18 @@ def test_every_file_of_the_packages_goes_into_a_wheel() -> None:
             package = ".".join(path.relative_to(ROOT).parent.parts)
             assert package in packages, path
             assert path.suffix == ".py" or any(path.match(pattern) for pattern in data.get(package, ())), path
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/QUICKSTART.zh-CN.md"])
+def test_the_cpu_build_is_had_by_the_pages_own_example(page: str) -> None:
+    """What stands behind TORCH is handed to pip as it is; nothing is run."""
+    row = next(line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "| `make bench` |" in line)
+    command = re.search(r"`(make bench TORCH='.+?')`", row)
+    assert command is not None, "2 GB are enough for the CPU build alone"
+    said = subprocess.run(
+        [*shlex.split(command[1]), "-nB"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "pip install --quiet torch --index-url URL\n" in said
 
 
 def test_the_default_prompts_go_with_it() -> None:

@@ -16,6 +16,7 @@ from llama.sampling import Sampling, check_sampling
 from llama.speculation.draft import Draft
 from wsm import stop
 from wsm.errors import UnusableInput
+from wsm.words import counted
 
 Observer = Callable[[str], None]
 """Called with "start", "pass" (before each pass), "queued" (after it, while the device may still compute),
@@ -177,7 +178,7 @@ def _check(
         if value < 1:
             raise UnusableInput(f"{flag} must be 1 or more, not {value}")
     if not 0 < len(prompts) <= kv.batch:
-        raise UnusableInput(f"{len(prompts)} prompts for a KV cache of {kv.batch} rows")
+        raise UnusableInput(f"{counted(len(prompts), 'prompt')} for a KV cache of {counted(kv.batch, 'row')}")
     room = min(kv.tokens - (options.verify_rows - 1), model.max_tokens)
     room = room if draft is None else min(room, draft.room)
     for row, prompt in enumerate(prompts):
@@ -185,7 +186,7 @@ def _check(
             raise UnusableInput(f"prompt {row} is empty")
         if len(prompt) + options.max_new_tokens > room:
             raise UnusableInput(
-                f"prompt {row} has {len(prompt)} tokens; with {options.max_new_tokens} new ones that is more "
+                f"prompt {row} has {counted(len(prompt), 'token')}; with {options.max_new_tokens} new that is more "
                 f"than the {room} that the KV cache holds: raise --max-seq-len"
             )
         if min(prompt) < 0 or max(prompt) >= model.vocab_size:

@@ -38,6 +38,7 @@ from wsm.store.description import DTYPE_FORMATS, DTYPES, StoreDescription
 from wsm.store.images import coming_layout
 from wsm.store.layout import FORMATTED, planned_layouts
 from wsm.store.match import Asked, check_suits
+from wsm.words import counted
 
 read_manifest = partial(manifest.read_manifest, read_shape=ModelConfig.from_json)
 """Of a packed LLaMA."""
@@ -172,11 +173,12 @@ def choose_device(name: str | None, local: Shard = WHOLE) -> torch.device:
         index, count = device.index or local.rank, torch.cuda.device_count()
         if index >= count and local.size > 1:
             raise UnusableInput(
-                f"there are {count} CUDA devices here for {local.size} ranks: start fewer with torchrun "
+                f"this host has {counted(count, 'CUDA device')} for {local.size} ranks: start fewer with torchrun "
                 f"--nproc-per-node {max(1, count)}, or give --device cpu"
             )
         if index >= count:
-            raise UnusableInput(f"--device {name}: there are {count} CUDA devices here; --device cpu runs without")
+            have = f"this host has {counted(count, 'CUDA device')}"
+            raise UnusableInput(f"--device {name}: {have}; --device cpu runs without")
         return torch.device("cuda", index)
     if device.type != "cpu":
         raise UnusableInput(f"--device {name} is not supported; cpu and cuda[:N] are")

@@ -17,6 +17,7 @@ from llama.files import AGAIN, read_json, refuse_pointer
 from llama.splits import LLAMA3_SPLIT, digestible_pieces
 from wsm.disk.files import read_file
 from wsm.errors import UnusableInput
+from wsm.words import counted, plural
 
 if TYPE_CHECKING:
     from llama.checkpoint.gguf_vocabulary import Vocabulary
@@ -61,8 +62,9 @@ def keep_last(tokenizer: Tokenizer, prompt: Sequence[int], most: int) -> list[in
     before, after = len(tokenizer.prefix), len(tokenizer.suffix)
     if most < before + after:
         raise UnusableInput(
-            f"a prompt has room for {most} tokens, but the model's tokenizer puts {before + after} special ones around "
-            "it; raise --max-seq-len or lower --max-new-tokens"
+            f"a prompt has room for {counted(most, 'token')}, but the model's tokenizer puts "
+            f"{before + after} special {plural(before + after, 'one')} around it; raise --max-seq-len or lower "
+            "--max-new-tokens"
         )
     end = len(prompt) - after
     return [*prompt[:before], *prompt[end - (most - before - after) : end], *prompt[end:]]
@@ -252,8 +254,8 @@ MOST_BEYOND = 256
 
 def _tokens_beyond(path: Path, beyond: int, config: ModelConfig) -> str:
     return (
-        f"{path} has {beyond} token(s) beyond the {config.vocab_size} of the model's embedding: a prompt with one of "
-        "them is refused"
+        f"{path} has {counted(beyond, 'token')} beyond the {config.vocab_size} of the model's embedding: a prompt "
+        "with such a token is refused"
     )
 
 

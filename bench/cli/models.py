@@ -230,9 +230,10 @@ def run_pack(options: PackOptions) -> int:
     size, ranks = plan.target_bytes, f" for {tp} ranks" if tp > 1 else ""
     form = f" in {inputs.weight_format.name}" if inputs.weight_format is not None else ""
     most = "at most " if plan.is_bound else ""
+    each = "one target" if targets == 1 else f"each of {targets} targets"
     for warning in inputs.warnings:
         reporter.say(f"[WARNING] {warning}")
-    reporter.say(f"[INFO] packing {config.name}{ranks}{form}: {most}{size / 1e9:.3f} GB on each of {targets} target(s)")
+    reporter.say(f"[INFO] packing {config.name}{ranks}{form}: {most}{size / 1e9:.3f} GB on {each}")
 
     with calibrated(options, reporter) as calibration, reporter.bar(size * targets, "B", "packing") as advance:
         target = options.to, options.manifest, inputs.dtype, options.force, tp

@@ -27,6 +27,7 @@ from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from wsm import stop
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
+from wsm.words import counted
 
 if TYPE_CHECKING:
     from bench.compare.compare import Comparison
@@ -117,7 +118,7 @@ def _run_prompts(options: PromptsOptions) -> int:
             texts.append(text)
             advance(1)
     write_atomically(options.out, prompt_file(texts, options.tokens, options.out.suffix))
-    print(f"[INFO] {options.count} prompts of {options.tokens} tokens in {options.out}")
+    print(f"[INFO] {counted(options.count, 'prompt')} of {counted(options.tokens, 'token')} in {options.out}")
     return 0
 
 

@@ -18,6 +18,7 @@ from bench.report.draw import svg
 from bench.report.timeline import timelines_of
 from bench.result.summary import speculation_lines
 from bench.result.types_speculation import Speculation
+from wsm.words import counted
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -63,11 +64,11 @@ def escaped(value: Any) -> str:
 def _heading(sides: Sequence[Side]) -> str:
     models = dict.fromkeys(str(s.typical.config.resolved["model"]) for s in sides if s.typical is not None)
     results, failed = sum(len(side.results) for side in sides), sum(len(side.failures) for side in sides)
-    counted = f"{results} result{'s' * (results != 1)}" + (f", {failed} failed" if failed else "")
+    gave = counted(results, "result") + (f", {failed} failed" if failed else "")
     ran = "".join(f"<p>{escaped(line)}</p>" for line in dict.fromkeys(_what_ran(s) for s in sides) if line)
     return (
         f"<header><h1>{escaped(', '.join(models) or 'No result')}</h1>{ran}"
-        f'<p class="note">{escaped(counted)}. Times are in milliseconds, GB are 10^9 bytes, GiB 2^30.</p></header>'
+        f'<p class="note">{escaped(gave)}. Times are in milliseconds, GB are 10^9 bytes, GiB 2^30.</p></header>'
     )
 
 
@@ -79,10 +80,10 @@ def _what_ran(side: Side) -> str:
     device = device_of(result)
     if result.provenance.gpu is not None:
         device += " with all of its memory" if budget is None else f" with --gpu-mem-gb {shown_setting(budget)}"
-    rows = result.batch_size
     return (
-        f"{device}: {rows} row{'s' * (rows != 1)}, {result.prefill_tokens_total} prompt tokens and "
-        f"{result.decode_tokens_total} new tokens"
+        f"{device}: {counted(result.batch_size, 'row')}, "
+        f"{counted(result.prefill_tokens_total, 'prompt token')} and "
+        f"{counted(result.decode_tokens_total, 'new token')}"
     )
 
 

@@ -12,6 +12,7 @@ from bench.report.charts import overview_charts, side_charts, sweep_charts
 from bench.report.timeline import timelines_of
 from wsm.disk.atomic import write_atomically
 from wsm.errors import UnusableInput
+from wsm.words import counted
 
 
 def run_report(options: ReportOptions) -> int:
@@ -24,7 +25,7 @@ def run_report(options: ReportOptions) -> int:
     except ModuleNotFoundError as error:
         raise UnusableInput(f"report needs {error.name}: {called()[0]} -m pip install matplotlib") from None
     write_atomically(options.out, page(sides))
-    print(f"[INFO] {len(sides)} side(s) in {options.out}")
+    print(f"[INFO] {counted(len(sides), 'side')} in {options.out}")
     for line in twice_lines(sides):
         print(f"[WARNING] {line}")
     if options.png is not None:
@@ -33,7 +34,7 @@ def run_report(options: ReportOptions) -> int:
         charts += [chart for side in sides for chart in (*timelines_of(side), *side_charts(side))]
         for number, chart in enumerate(charts, 1):
             write_png(chart, options.png, number)
-        print(f"[INFO] {len(charts)} plots in {options.png}")
+        print(f"[INFO] {counted(len(charts), 'plot')} in {options.png}")
     return 0
 
 

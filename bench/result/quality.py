@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from bench.result.fields import Part
 from bench.result.results import significant
+from wsm.words import counted
 
 
 class WindowQuality(Part, frozen=True):
@@ -119,7 +120,8 @@ def as_text(found: Quality) -> str:
 
     lines = {
         "model": f"{found.model}, {found.weight_format} against {found.reference}",
-        "text": f"{found.text}: {found.predicted_tokens} tokens in {found.windows} windows of {found.window_tokens}",
+        "text": f"{found.text}: {counted(found.predicted_tokens, 'token')} in {counted(found.windows, 'window')} of "
+        f"{found.window_tokens}",
         "perplexity": f"{found.perplexity:.4f}, of the reference {found.reference_perplexity:.4f}",
         "KL divergence": beside(found.kl, " nats a token"),
         "equal first choice": beside(found.equal_argmax_pct, " %"),

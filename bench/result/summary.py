@@ -16,6 +16,7 @@ from bench.result.results import plain, significant
 from bench.result.types import METRICS, Result
 from bench.result.types_machine import Weights
 from bench.result.types_speculation import Speculation, acceptance_by_depth
+from wsm.words import counted, plural
 
 _SHAPE = "mode", "device", "batch_size", "prefill_tokens_total", "decode_tokens_total"
 _COLUMNS: dict[str, Callable[[Result], Any]] = {
@@ -89,7 +90,7 @@ def speculation_lines(found: Speculation, result: Result) -> dict[str, str]:
         drafting = f", drafting {found.drafting_ms:.3f} ms a pass"
         if found.drafting_hidden_pct is not None:
             drafting += f", {found.drafting_hidden_pct:.0f} % of it while the link copied"
-    lines = {"speculation": f"{found.draft}: {shape}, depth {found.depth}, {found.nodes} nodes{drafting}"}
+    lines = {"speculation": f"{found.draft}: {shape}, depth {found.depth}, {counted(found.nodes, 'node')}{drafting}"}
     if found.tokens_a_pass is not None and found.weight_bytes_a_token is not None:
         rate = result.io_bw_MBps.weight_h2d_MBps
         link = f" over a link of {rate / 1e3:.1f} GB/s" if rate is not None else ""
@@ -110,8 +111,8 @@ def _what_ran(result: Result) -> str:
     rows, asked = result.batch_size, result.batch_size * result.max_new_tokens
     made = f"{result.decode_tokens_total} of {asked}" if result.decode_tokens_total < asked else f"{asked}"
     return (
-        f"{result.config.resolved['model']} in mode {result.mode}, {rows} {'row' if rows == 1 else 'rows'}, "
-        f"{result.prefill_tokens_total} prompt tokens, {made} new tokens"
+        f"{result.config.resolved['model']} in mode {result.mode}, {counted(rows, 'row')}, "
+        f"{counted(result.prefill_tokens_total, 'prompt token')}, {made} new {plural(asked, 'token')}"
     )
 
 

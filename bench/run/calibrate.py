@@ -26,6 +26,7 @@ from wsm.plan.hardware import GIB, measure_hardware
 from wsm.plan.inputs import RunShape
 from wsm.plan.plan import Plan
 from wsm.store.pack import Calibration
+from wsm.words import counted
 
 
 @contextmanager
@@ -47,7 +48,10 @@ def calibrated(options: PackOptions, reporter: Reporter) -> Iterator[Calibration
     feedback, plan, taken = _planned(build, inputs, windows)
     windows = windows[: plan.shape.batch]
     tokens, how = sum(map(len, windows)), "error feedback" if feedback else "a weighted search"
-    reporter.say(f"[INFO] quantising with {how}, by {tokens} tokens of {options.calibrate} in {len(windows)} windows")
+    reporter.say(
+        f"[INFO] quantising with {how}, by {counted(tokens, 'token')} of {options.calibrate} in "
+        f"{counted(len(windows), 'window')}"
+    )
     told = {
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": tokens,

@@ -16,6 +16,7 @@ import torch
 from bench.result.types_machine import Conditions
 from bench.run.provenance import Gpu, disk_of
 from wsm import threads
+from wsm.words import counted
 
 THROTTLES = {
     0x04: "power cap",
@@ -109,7 +110,10 @@ class Watch:
         if others is None:
             self.warnings.append("conditions.gpu_other_processes could not be had from NVML")
         elif others:
-            self.warnings.append(f"{others} other process(es) had the GPU open: its memory and time were shared")
+            self.warnings.append(
+                f"{counted(others, 'other process', 'other processes')} had the GPU open: its memory and time were "
+                "shared"
+            )
 
     def _judge_clocks(self) -> None:
         masks = self._throttle_masks
@@ -121,7 +125,7 @@ class Watch:
         seen.throttle_reasons = [name for bit, name in THROTTLES.items() if any(mask & bit for mask in masks)]
         if throttled > MOST_THROTTLED_SHARE * len(masks):
             self.warnings.append(
-                f"the GPU's clocks were throttled in {throttled} of {len(masks)} looks "
+                f"the GPU's clocks were throttled in {throttled} of {counted(len(masks), 'look')} "
                 f"({', '.join(seen.throttle_reasons)}): computing was slower than the card can; see its cooling and "
                 "its power limit"
             )

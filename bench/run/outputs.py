@@ -32,6 +32,7 @@ from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
+from wsm.words import counted, plural
 
 _JSON_BYTES, _ROUND_BYTES, _TEXT_BYTES, _TOKEN_BYTES, _LAYER_BYTES, _DECODING_BYTES = 1 << 20, 512, 32, 64, 4096, 1024
 """Room for a result, for a round, a token of text and a token's number and margin in it, and for a layer of a pass in a
@@ -123,7 +124,8 @@ def print_result(
                 reporter.say(f"[INFO] {before} was replaced; --out-json NAME keeps both")
             reporter.say(f"详细 JSON 已保存到: {place}")
     if stopped_by is not None:
-        done = f"{result.repeats.n} of {options.repeats} repeats are {'lost' if place is None else f'in {place}'}"
+        kept, where = result.repeats.n, "lost" if place is None else f"in {place}"
+        done = f"{kept} of {counted(options.repeats, 'repeat')} {plural(kept, 'is', 'are')} {where}"
         print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
 
 

@@ -27,6 +27,7 @@ from wsm.errors import DoesNotFit, UnusableInput
 from wsm.option import options_of
 from wsm.plan.hardware import GIB, measure_hardware
 from wsm.plan.inputs import RunShape
+from wsm.words import counted
 
 POSITIONS_AT_ONCE = 128
 """Whose probabilities are compared together: three float32 copies of so many vocabularies."""
@@ -51,11 +52,14 @@ def windows_of(tokenizer: Tokenizer, text: str, window: int, most: int | None, l
     prefix, ids = list(tokenizer.prefix), tokenizer.encode(text)
     length = window - len(prefix)
     if length < 2:
-        raise UnusableInput(f"--window {window} has no room for text behind {len(prefix)} special tokens: raise it")
+        raise UnusableInput(
+            f"--window {window} has no room for text behind {counted(len(prefix), 'special token')}: raise it"
+        )
     found = [[*prefix, *ids[begin : begin + length]] for begin in range(0, len(ids) - length + 1, length)]
     if not found:
         raise UnusableInput(
-            f"{label} has {len(ids)} tokens, fewer than a window of {window}: take a longer text or a smaller --window"
+            f"{label} has {counted(len(ids), 'token')}, fewer than a window of {window}: take a longer text or "
+            "a smaller --window"
         )
     return found[:most]
 
@@ -107,7 +111,7 @@ def _half_budgets(options: QualityOptions, inputs: Inputs) -> tuple[dict[str, An
         budgets[name] = (room - logits * here) / 2 / GIB
         if budgets[name] <= 0:
             raise DoesNotFit(
-                f"the logits of {options.batch_size} windows take {logits / GIB:.2f} GiB, and there are "
+                f"the logits of {counted(options.batch_size, 'window')} take {logits / GIB:.2f} GiB, and there are "
                 f"{room / GIB:.2f}: lower --batch-size or --window"
             )
     return budgets, logits

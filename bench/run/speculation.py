@@ -11,6 +11,7 @@ from llama.checkpoint.agreement import CycleDraft
 from llama.generation import Generation
 from llama.llm import LLaMA
 from llama.speculation.record import Counts
+from wsm.words import counted
 
 FEWEST_TOKENS, MOST_OFF = 256, 0.03
 """So many new tokens show a pair's agreement, within so much."""
@@ -61,7 +62,7 @@ def agreement_warnings(found: Speculation | None, new_tokens: int) -> Iterator[s
         return
     yield "the draft is one of a pair of known agreement (synthetic_agreement): no figure here is a model's acceptance"
     if new_tokens < FEWEST_TOKENS:
-        yield f"{new_tokens} new tokens are too few to show an agreement: take {FEWEST_TOKENS} or more"
+        yield f"{counted(new_tokens, 'new token')} cannot show an agreement: take {FEWEST_TOKENS} or more"
         return
     for name, asked, got in (
         ("agree", pair.agree, pair.realised_agree),

@@ -25,6 +25,7 @@ from wsm.disk.atomic import locked
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
 from wsm.stop import Stopped
+from wsm.words import counted
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench_infer.py"
 PATIENCE_S = 30.0
@@ -56,7 +57,8 @@ def run_sweep(options: SweepOptions, user_set: Sequence[str], check: Callable[[S
             }
         left = [(repeat, point) for repeat, point in jobs if (repeat, point.number) not in outcomes]
         reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
-        reporter.say(f"[SWEEP] {len(points)} points x {options.repeats} processes, {len(left)} to run, in {folder}")
+        asked = f"{counted(len(points), 'point')} x {counted(options.repeats, 'process', 'processes')}"
+        reporter.say(f"[SWEEP] {asked}, {len(left)} to run, in {folder}")
         outcomes |= _run(options, left, len(jobs), environment, reporter)
     return _closing(folder, list(outcomes.values()), reporter)
 
@@ -92,7 +94,8 @@ def _figures(result: Result) -> str:
 
 def _closing(folder: Path, gave: Sequence[Result | Failure], reporter: ConsoleReporter) -> int:
     failures = [failure for failure in gave if isinstance(failure, Failure)]
-    reporter.say(f"[SWEEP] {len(gave) - len(failures)} results and {len(failures)} failures in {folder}")
+    results = counted(len(gave) - len(failures), "result")
+    reporter.say(f"[SWEEP] {results} and {counted(len(failures), 'failure')} in {folder}")
     if failures and len(failures) == len(gave):
         reason = failures[0].reason
         print(f"{_PREFIX}every process of the sweep failed, the first with: {reason}", file=sys.stderr)

@@ -16,6 +16,7 @@ from llama.kv.select import BlockBounds, select_blocks
 from wsm.kv.tiers import KVTiers, word_of
 from wsm.layout.groups import round_up
 from wsm.layout.kv import KV_BLOCK_TOKENS, KVLayout
+from wsm.words import counted
 
 
 def attended_tokens(length: int, room: int) -> int:
@@ -149,7 +150,7 @@ class KVCache:
         longest = max(self.lengths[:rows])
         if longest + nodes > self.tokens:
             raise ValueError(
-                f"a row of the KV cache holds {longest} of {self.tokens} tokens: no room for {nodes} nodes"
+                f"a row of the KV cache holds {longest} of {self.tokens} tokens: no room for {counted(nodes, 'node')}"
             )
         self.passes += 1
 

@@ -101,7 +101,7 @@ def test_what_is_kept_is_the_tail_between_prefix_and_suffix(text: str, most: int
 def test_no_room_for_the_special_tokens_is_an_error_that_names_both_flags(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(written(tmp_path, post_processor=AROUND), MODEL)
     assert keep_last(tokenizer, encode_prompt(tokenizer, "abc"), 2) == [256, 257]
-    with pytest.raises(UnusableInput, match=r"room for 1 tokens.* 2 special ones.*--max-seq-len.*--max-new-tokens"):
+    with pytest.raises(UnusableInput, match=r"room for 1 token, .* 2 special ones.*--max-seq-len.*--max-new-tokens"):
         keep_last(tokenizer, encode_prompt(tokenizer, "abc"), 1)
 
 

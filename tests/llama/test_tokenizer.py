@@ -145,7 +145,7 @@ def test_an_hf_tokenizer_with_tokens_beyond_the_embedding_warns_and_refuses_only
     directory = hf_tokenizer(tmp_path, 300)
     tokenizer = load_tokenizer(directory, model(290))
     [warning] = tokenizer.warnings
-    assert warning.startswith(f"{directory}/tokenizer.json has 10 token(s) beyond the 290 of the model's embedding")
+    assert warning.startswith(f"{directory}/tokenizer.json has 10 tokens beyond the 290 of the model's embedding")
     assert tokenizer.encode("abc") == [64, 65, 66]
     fewer = load_tokenizer(directory, model(257))  # no embedding for </s>, which a text may hold
     with pytest.raises(

@@ -126,7 +126,7 @@ def test_a_token_without_an_embedding_warns_and_refuses_only_a_prompt_that_has_i
     tokenizer.save(str(directory / "tokenizer.json"))
     assert run(directory, tmp_path / "r.json", "--prompt", "no pad") == 0
     [warning] = [w for w in json.loads((tmp_path / "r.json").read_text())["warnings"] if "embedding" in w]
-    assert "1 token(s) beyond the 300 of the model's embedding" in warning
+    assert "1 token beyond the 300 of the model's embedding" in warning
     assert run(directory, tmp_path / "other.json", "--prompt", "a <pad>") == 2
     assert "'<pad>' the id 300, for which the model has no embedding" in capsys.readouterr().err
 

@@ -23,6 +23,7 @@ from wsm.store.description import DTYPE_NAMES, DTYPES, Name, StoreDescription, S
 from wsm.store.layout import AGAIN, FORMATTED, VERSION, StorePlan, Superblock, WrittenGroup, plan_store, stride_of
 from wsm.store.manifest_v1 import describe_v1
 from wsm.store.manifest_v3 import describe_v3, entry_v3
+from wsm.words import counted
 
 FORMAT = "wsm-packed-store"
 
@@ -158,7 +159,7 @@ def _describe_v2(
     plan, checksums = _checked_plan(manifest, content, path, read_shape)
     count = len(manifest.targets)
     if targets is not None and len(targets) != count:
-        raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {count}")
+        raise UnusableInput(f"--raw-device names {counted(len(targets), 'device')}, the store is striped over {count}")
     rank = min(rank, plan.tp - 1)  # a store of another number of ranks is refused by whoever wants to run it
     named_rank = rank if plan.tp > 1 else None
     groups = {

@@ -32,6 +32,7 @@ from wsm.layout.groups import (
 from wsm.layout.model import ModelShape, ReadShape, Shard, SourceFile
 from wsm.store.description import DTYPE_NAMES, DTYPES, Name, StoreDescription, StoredGroup, typed
 from wsm.store.layout import AGAIN, FORMATTED, Superblock, WrittenGroup, stride_of, stripes
+from wsm.words import counted
 
 PLANE_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -167,7 +168,7 @@ def describe_v3(
     rank = min(rank, manifest.tp - 1)  # a store of another number of ranks is refused by whoever wants to run it
     groups = _groups(manifest, config, dtype, formats, rank, said)
     if targets is not None and len(targets) != count:
-        raise UnusableInput(f"--raw-device names {len(targets)} devices, the store is striped over {count}")
+        raise UnusableInput(f"--raw-device names {counted(len(targets), 'device')}, the store is striped over {count}")
     digest = digest_of(content)
     return StoreDescription(
         FORMATTED,

@@ -110,7 +110,7 @@ def test_the_page_of_a_report_tells_it(measured: Mapping[str, Any], tmp_path: Pa
         (PAIR, 256, []),
         (msgspec.structs.replace(PAIR, realised_second=0.131), 256, ["second=0.1 was asked for"]),
         (msgspec.structs.replace(PAIR, realised_agree=0.76), 256, ["agree=0.8 was asked for"]),
-        (msgspec.structs.replace(PAIR, realised_agree=0.5), 64, ["64 new tokens are too few"]),
+        (msgspec.structs.replace(PAIR, realised_agree=0.5), 64, ["64 new tokens cannot show an agreement"]),
     ],
 )
 def test_a_pair_is_marked_and_an_agreement_that_was_missed_is_told(

@@ -86,7 +86,7 @@ def test_other_processes_on_the_gpu_are_counted(
     gpu_machine(monkeypatch, FakeNvml([FakeGpu(FIRST, processes=elsewhere), FakeGpu(SECOND, processes=here)]))
     watch = watched()
     assert watch.conditions.gpu_other_processes == others
-    said = [line for line in watch.warnings if "other process(es)" in line or "gpu_other_processes" in line]
+    said = [line for line in watch.warnings if "had the GPU open" in line or "gpu_other_processes" in line]
     assert bool(said) == (others != 0)
 
 

@@ -150,6 +150,11 @@ class BuildOptions(Settings):
                 f"--load-model=True contradicts --mode {self.mode}, which never loads the whole model on the device: "
                 "leave it out, or use --mode full"
             )
+        if self.load_model is False and self.mode in ("full", "preload"):
+            raise UnusableInput(
+                f"--load-model=False contradicts --mode {self.mode}, which loads the whole model: leave it out, or use "
+                "--mode stream or mixed"
+            )
 
 
 def build_options(mode_config: Mapping[str, Any], **given: Any) -> BuildOptions:

@@ -45,7 +45,7 @@ class Kind(NamedTuple):
         """The end of the sentence that refuses ``text``."""
         large = text.isdecimal() and len(text) > 18
         hint = self.mend(text) or meant(text, self.words)
-        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text}{hint}"
+        return f"must be {self.says}{' and below 2^63' if large else ''}, not {text or 'empty'}{hint}"
 
 
 def meant(text: str, known: Iterable[str], alike: float = 0.6) -> str:
@@ -92,12 +92,18 @@ def _is_a(*types: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, types)
 
 
+def _path(text: str) -> Path:
+    if not text:  # pathlib takes it for the folder that one is in
+        raise ValueError(text)
+    return Path(text).expanduser()
+
+
 SWITCH = Kind("0 or 1", _is_a(bool), {"0": False, "1": True}.__getitem__, "")
 TRUTH = Kind("True or False", _is_a(bool), lambda text: _TRUTHS[text.lower()], "BOOL")
 NAME = Kind("a name", _is_a(str, Path), str, "NAME")
 TEXT = Kind("a text", _is_a(str, Path), str, "TEXT")
 """Which may hold commas, as a NAME does not."""
-PATH = Kind("a path", _is_a(str, Path), lambda text: Path(text).expanduser(), "FILE")
+PATH = Kind("a path", _is_a(str, Path), _path, "FILE")
 NAMES = Kind("names with commas between them", all, lambda text: tuple(text.split(",")), "NAME[,NAME]")
 
 
@@ -128,6 +134,11 @@ class Option:
     def spelled(self) -> str:
         """How the user gives it: the flag, or the variable."""
         return f"WSM_{self.name.upper()}" if self.by_variable else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def meaning(self) -> str:
+        """What it does, and what it means without a value."""
+        return f"{self.help}; without a value `{self.alone}`" if self.alone else self.help
 
     @property
     def required(self) -> bool:

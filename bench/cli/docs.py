@@ -67,7 +67,7 @@ def flags_page() -> str:
 
 
 def _table(declared: Iterable[Option]) -> str:
-    rows = "".join(f"| {_named(each)} | {_default(each)} | {each.help} |\n" for each in declared)
+    rows = "".join(f"| {_named(each)} | {_default(each)} | {each.meaning} |\n" for each in declared)
     return f"| flag | default | meaning |\n| --- | --- | --- |\n{rows}"
 
 

@@ -115,7 +115,7 @@ def _add(to: argparse._ActionsContainer, declared: Option, *, listed: bool = Fal
     names = sorted([declared.spelled, *declared.flags], key=len)
     plain_switch = declared.kind is SWITCH and declared.default is not None
     told = f" ({declared.default_text})" if declared.default_text and not plain_switch else ""
-    shown: dict[str, Any] = {"help": declared.help.replace("`", "").replace("%", "%%") + told}
+    shown: dict[str, Any] = {"help": declared.meaning.replace("`", "").replace("%", "%%") + told}
     if declared.kind is not SWITCH or listed:
         shown["metavar"] = metavar_of(declared, listed=listed)
     if listed:
@@ -206,7 +206,8 @@ def _check_known(argv: Sequence[str], of_verb: Mapping[str, _Parser]) -> None:
     if verb[:1] == "-":  # --help alone
         return
     if verb not in of_verb:
-        raise UnusableInput(f"there is no verb {verb}{meant(verb, of_verb)} (see {_PROGRAM} --help)")
+        hint = _of_a_file(argv) or meant(verb, of_verb)
+        raise UnusableInput(f"there is no verb {verb}{hint} (see {_PROGRAM} --help)")
     known = of_verb[verb].flags
     for word in words:
         if word == "--":
@@ -221,11 +222,23 @@ def _check_known(argv: Sequence[str], of_verb: Mapping[str, _Parser]) -> None:
             raise UnusableInput(f"{flag} is no flag of {verb}{hint} (see {_PROGRAM} {verb} --help)")
 
 
+def _of_a_file(argv: Sequence[str]) -> str:
+    """What most likely was meant by a command that begins with a file."""
+    for endings, words in (((".json", ".jsonl"), ["compare"]), ((".gguf",), ["--checkpoints"])):
+        if argv[0].endswith(endings):
+            return f"; did you mean {shlex.join([*called(), *words, *argv])}"
+    return ""
+
+
 def _left_over(argv: Sequence[str], left: Sequence[str], verb: str) -> str:
     """The sentence for words that belong to nothing."""
     words = " ".join(left)
     if listed := [declared for declared in options_of(VERBS[verb][0]).values() if declared.positional]:
         return f"{words}: {verb} takes every {metavar_of(listed[0])} in one place, before the flags or behind them"
+    if verb == "run" and (late := [word for word in left if word in VERBS]):
+        flags = list(argv[1:])
+        flags.remove(late[0])
+        return f"{late[0]} is a verb and comes first: {shlex.join([*called(), late[0], *flags])}"
     return f"{verb} takes no argument {words}{_unquoted(argv, left) or ', only flags and their values'}"
 
 

@@ -204,6 +204,30 @@ def test_flags_are_not_guessed_from_their_beginning(abbreviation: str) -> None:
     assert abbreviation in refusal(abbreviation, "4")
 
 
+def test_a_verb_behind_flags_is_told_to_come_first() -> None:
+    sentence = refusal("--mode", "stream", "plan", "--auto")
+    assert sentence.startswith("plan is a verb and comes first: ")
+    assert "bench_infer.py plan --mode stream --auto (see" in sentence
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["a.json", "b.json"], "bench_infer.py compare a.json b.json"),
+        (["model.gguf", "--mode", "full"], "bench_infer.py --checkpoints model.gguf --mode full"),
+    ],
+)
+def test_a_file_for_a_verb_gets_the_command_that_takes_it(argv: list[str], meant: str) -> None:
+    sentence = refusal(*argv)
+    assert sentence.startswith(f"there is no verb {argv[0]}; did you mean ")
+    assert meant in sentence
+
+
+@pytest.mark.parametrize("flag", ["--out-json", "--trace", "--prompts", "--checkpoints", "--manifest", "--cache-dir"])
+def test_an_empty_path_is_none(flag: str) -> None:
+    assert refusal(f"{flag}=").startswith(f"argument {flag}: must be a path, not empty")
+
+
 @pytest.mark.parametrize(
     "pair",
     [
@@ -231,6 +255,11 @@ def test_new_tokens_must_leave_room_for_a_prompt() -> None:
 @pytest.mark.parametrize("mode", ["mixed", "stream"])
 def test_a_streaming_mode_cannot_load_the_whole_model(mode: str) -> None:
     assert "--load-model" in refusal("--load_model=True", "--mode", mode)
+
+
+@pytest.mark.parametrize("mode", ["full", "preload"])
+def test_a_mode_that_loads_the_whole_model_cannot_do_without(mode: str) -> None:
+    assert f"--load-model=False contradicts --mode {mode}" in refusal("--load_model=False", "--mode", mode)
 
 
 def test_two_models_exclude_each_other(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from bench.options.verb_flags import ReportOptions
 from bench.report.charts import overview_charts, side_charts, sweep_charts
 from bench.report.timeline import timelines_of
 from wsm.disk.atomic import write_atomically
+from wsm.disk.files import begins_with
 from wsm.errors import UnusableInput
 from wsm.words import counted
 
@@ -44,6 +45,8 @@ def _check_places(out: Path, png: Path | None, read: Sequence[Path]) -> None:
         raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
+    if out.exists() and not begins_with(out, b"<"):
+        raise UnusableInput(f"--out {out} is there and holds something else than a page: name another, or move it away")
     if not out.absolute().parent.is_dir():
         raise UnusableInput(f"--out {out}: its folder does not exist; make it first")
     if png is not None:

@@ -26,10 +26,10 @@ from wsm.engine.probe_decoding import Part, probe_decoding
 from wsm.formats import registry
 from wsm.formats.mix import Mix
 from wsm.kv.probe import probe_kv_device
-from wsm.layout.groups import GroupId
+from wsm.layout.groups import KINDS, GroupId
 from wsm.plan.plan import Plan
 from wsm.plan.time import BESIDE, KV_DEVICE, Ceiling
-from wsm.store.packed_store import PackedStore
+from wsm.store.packed_store import LARGEST_CHUNK, PackedStore
 
 MOST_BUFFERS = 9
 
@@ -78,11 +78,15 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
     if isinstance(source, PackedStore):
-        size = source.slot_bytes("attn")
+        # Small groups cost more than their bytes: then in a pass's own order. Large ones would make a long probe.
+        kinds = KINDS if source.slot_bytes("ffn") <= LARGEST_CHUNK else KINDS[:1]
+        size = max(map(source.slot_bytes, kinds))
         buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:MOST_BUFFERS]
         if len(buffers) > 2:
             in_step()
-            found |= probe_ssd(llm.device, source, [GroupId(layer, "attn") for layer in read], buffers, slot)
+            found |= probe_ssd(
+                llm.device, source, [GroupId(layer, kind) for layer in read for kind in kinds], buffers, slot
+            )
     return found
 
 

@@ -25,6 +25,7 @@ from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import write_atomically
+from wsm.disk.files import begins_with
 from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
 from wsm.formats.backend import decoder
@@ -141,14 +142,18 @@ def _time_of(found: Mapping[str, Any]) -> str:
 def check_outputs(options: RunOptions) -> None:
     """Every file that will be written can be, and is none that is read or written for another purpose."""
     outputs = {"--out-json": options.out_json} | ({"--trace": options.trace} if options.trace is not None else {})
-    check_writable(outputs, (options.manifest, options.prompts), options.checkpoints)
+    draft = Path(options.draft) if options.draft is not None else None
+    check_writable(outputs, (options.manifest, options.prompts), options.checkpoints, draft)
     if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
         raise UnusableInput(f"--out-json and --trace both name {options.out_json}: name two files")
 
 
 def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *checkpoints: Path | None) -> None:
-    """The files to write, by flag, can be, and are none of the ``given`` ones or of those in the ``checkpoints``."""
-    read = [path for path in given if path is not None and path.exists()]
+    """The JSON files to write, by flag, can be, and are none of the ``given`` ones or of those in the ``checkpoints``.
+
+    What is there already has to be JSON or empty: a mistyped name takes nobody's weights, store or notes.
+    """
+    read = [path for path in (*given, *checkpoints) if path is not None and path.exists()]
     for directory in checkpoints:
         if directory is not None and directory.is_dir():
             read += [path for path in directory.iterdir() if path.is_file()]
@@ -160,11 +165,16 @@ def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *c
                 raise OSError(errno.EINVAL, "it is no regular file")
             with tempfile.TemporaryFile(dir=path.absolute().parent):
                 pass
+            replaceable = not path.exists() or begins_with(path, b"{")
         except OSError as error:
             said = f"{path} cannot be written ({error.strerror}); name another {flag}"
             raise UnusableInput(said) from error
         if path.exists() and any(path.samefile(other) for other in read):
             raise UnusableInput(f"{path} is read by this run: name another file to write")
+        if not replaceable:
+            raise UnusableInput(
+                f"{path} is there and holds something else than JSON: name another {flag}, or move it away"
+            )
 
 
 def check_room(options: RunOptions, plan: Plan) -> None:

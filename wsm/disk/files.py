@@ -65,6 +65,13 @@ def read_file(path: Path, label: str = "", *, most_bytes: int = MOST_BYTES, pipe
     return content
 
 
+def begins_with(path: Path, mark: bytes) -> bool:
+    """Whether a file is empty or begins with ``mark``, blanks before it passed over; OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    return not head or head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(mark)
+
+
 def text_of(content: bytes, label: str) -> str:
     """UTF-8, with or without a byte order mark; raises UnusableInput, naming it ``label``, for anything else."""
     try:

@@ -116,7 +116,7 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     reporter.say("[INFO] Global state tracker initialized")
 
     # Plan: what is read, how much is to be computed, and what will be where.
-    with reporter.doing("reading what the run needs, and planning"):
+    with reporter.doing("reading what the run needs"):
         inputs = open_inputs(options, job.world)
         cut = list[str]()
         prompts = batch_prompts(options, inputs, cut.append)

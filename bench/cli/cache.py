@@ -20,6 +20,7 @@ from wsm.disk.direct import lock as lock_target
 from wsm.disk.files import read_json
 from wsm.disk.targets import free_bytes
 from wsm.errors import UnusableInput
+from wsm.option import options_of
 
 _PARTS = re.compile(r"(.+-[0-9a-f]{16}|ceilings\.[0-9a-f]{16})\.(?:json|wsm|lock)")
 """A packed store's files, and a machine's ceilings; those of older programs too."""
@@ -108,7 +109,7 @@ class Entry:
 def entries_of(folder: Path) -> list[Entry]:
     """What this program has put into a cache directory, the one used last first; other files are not told of."""
     try:
-        found = sorted(folder.iterdir()) if folder.exists() else []
+        found = sorted(folder.iterdir())
     except OSError as error:
         raise UnusableInput(f"--cache-dir {folder} cannot be read: {error.strerror}") from error
     grouped: dict[str, list[Path]] = {}
@@ -125,6 +126,11 @@ def entries_of(folder: Path) -> list[Entry]:
 def run_cache(options: CacheOptions) -> int:
     """List, or clear after a question; what runs use stays."""
     folder, names = options.cache_dir.expanduser(), options.words[1:]
+    if not folder.exists():
+        if options.cache_dir != options_of(CacheOptions)["cache_dir"].default:
+            raise UnusableInput(f"--cache-dir {folder} does not exist: name the one that runs were given")
+        print(f"[INFO] {folder} does not exist: no run has kept anything there yet")
+        return 0
     entries = entries_of(folder)
     for name in names:
         if not any(fnmatchcase(entry.name, name) for entry in entries):

@@ -25,8 +25,7 @@ from llama.config import PRESETS, ModelConfig
 from llama.files import read_json
 from llama.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from wsm import stop
-from wsm.disk.atomic import write_atomically
-from wsm.errors import UnusableInput
+from wsm.disk.atomic import check_folder, write_atomically
 from wsm.words import counted
 
 if TYPE_CHECKING:
@@ -108,8 +107,7 @@ def _run_prompts(options: PromptsOptions) -> int:
     from bench.run.prompts import make_prompts, prompt_file
 
     tokenizer = _tokenizer_of(options.checkpoints)
-    if not options.out.absolute().parent.is_dir():
-        raise UnusableInput(f"--out {options.out}: its directory does not exist; make it first")
+    check_folder(options.out.absolute().parent, f"--out {options.out}")
     texts = []
     reporter = ConsoleReporter(quiet=False, verbose=options.verbose, bars=not options.quiet)
     with reporter.bar(options.count, "prompt", "prompts") as advance:

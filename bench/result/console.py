@@ -83,7 +83,7 @@ class ConsoleReporter(Reporter):
         self._quiet, self.verbose = quiet, verbose and not quiet
         self._bars = bars and sys.stderr is not None
         self._tasks: list[_Task] = []
-        self._took_s: dict[str, float] = {}
+        self._took_s: dict[tuple[str, ...], float] = {}
         self._logged_s = time.monotonic()
         # Under the lock: what is on the terminal. tqdm draws too, but keeps its own lock where a write fails.
         self._terminal = threading.Lock()
@@ -106,6 +106,8 @@ class ConsoleReporter(Reporter):
         task = _Task(what, total, unit, detail)
         with contextlib.nullcontext() if self._tasks else self._shown():
             self._tasks.append(task)
+            way = tuple(each.what.rstrip("0123456789/ ") for each in self._tasks)  # all rounds together
+            self._took_s.setdefault(way, 0.0)
             try:
                 yield task.advance
             except Stopped:
@@ -113,15 +115,18 @@ class ConsoleReporter(Reporter):
                 raise
             finally:
                 self._tasks.remove(task)
-                self._note(task)
+                self._took_s[way] += time.monotonic() - task.since_s
+                if task.broken_off and not self._tasks:  # all that is known: there may be no result
+                    self.say(f"[INFO] stopped; times so far: {self._times()}")
 
-    def _note(self, task: _Task) -> None:
-        """How long it took. Where the outermost was broken off, all that is known is said: there may be no result."""
-        what = task.what.rstrip("0123456789/ ")  # all rounds together
-        self._took_s[what] = self._took_s.get(what, 0.0) + time.monotonic() - task.since_s
-        if task.broken_off and not self._tasks:
-            took = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._took_s.items())
-            self.say(f"[INFO] stopped; times so far, inner before outer: {took}")
+    def _times(self) -> str:
+        """How long each thing took, in the order of their beginnings; what was a part of it in brackets."""
+        said = []
+        for way, seconds in self._took_s.items():
+            if len(way) == 1:
+                parts = [f"{w[-1]} {s:.1f} s" for w, s in self._took_s.items() if len(w) > 1 and w[:1] == way]
+                said.append(f"{way[0]} {seconds:.1f} s" + (f" (of these {', '.join(parts)})" if parts else ""))
+        return "; ".join(said)
 
     @contextmanager
     def _shown(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from wsm.disk.files import begins_with
 from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
 from wsm.formats.backend import decoder
+from wsm.option import options_of
 from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
@@ -122,12 +123,17 @@ def print_result(
             reporter.say(f"\n[INFO] the result, with all details, is in {place}")
             if written.replaced is not None:
                 before = f"the result{_time_of(written.replaced)} that was there"
-                reporter.say(f"[INFO] {before} was replaced; --out-json NAME keeps both")
+                mend = "--out-json NAME" if _is_default("out_json", options) else "another --out-json NAME"
+                reporter.say(f"[INFO] {before} was replaced; {mend} keeps both")
             reporter.say(f"详细 JSON 已保存到: {place}")
     if stopped_by is not None:
         kept, where = result.repeats.n, "lost" if place is None else f"in {place}"
         done = f"{kept} of {counted(options.repeats, 'repeat')} {plural(kept, 'is', 'are')} {where}"
         print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
+
+
+def _is_default(name: str, options: RunOptions) -> bool:
+    return bool(getattr(options, name) == options_of(RunOptions)[name].default)
 
 
 def _time_of(found: Mapping[str, Any]) -> str:

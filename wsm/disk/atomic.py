@@ -7,6 +7,7 @@ import fcntl
 import glob
 import os
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -74,6 +75,17 @@ def write_atomically(path: Path, text: str) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(named)) from error
         raise
+
+
+def check_folder(folder: Path, label: str) -> None:
+    """UnusableInput, with ``label`` (a flag and its path) in the sentence, where no file can be made in ``folder``."""
+    if not folder.is_dir():
+        raise UnusableInput(f"{label} cannot be written: its folder does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UnusableInput(f"{label} cannot be written ({error.strerror}); name another") from error
 
 
 @contextlib.contextmanager

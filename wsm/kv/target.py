@@ -43,6 +43,10 @@ def run_of(block: bytes) -> bytes | None:
     return fields[0] if fields is not None else None
 
 
+def _told(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3f} GB ({nbytes} bytes)"
+
+
 class KVTarget:
     """A file or block device, open past the page cache, ours alone, its superblock written and its space reserved.
 
@@ -106,17 +110,18 @@ class KVTarget:
 
     def _check_room(self, nbytes: int) -> None:
         if self._is_device:
-            room, where = target_size(self.file), "the device has"
+            room, told = target_size(self.file), "the device has {}"
         elif os.statvfs(self.file).f_blocks == 0:  # a filesystem that does not say
             return
         else:
-            room, where = free_bytes(self.file) + os.fstat(self.file).st_blocks * 512, "the filesystem has free"
+            room = free_bytes(self.file) + os.fstat(self.file).st_blocks * 512
+            told = "the filesystem has {} free"
         if room < nbytes:
-            raise self._too_small(nbytes, f"{where} {room}")
+            raise self._too_small(nbytes, told.format(_told(room)))
 
     def _too_small(self, nbytes: int, room: str) -> DoesNotFit:
         return DoesNotFit(
-            f"--kv-device {self.path} is too small: the KV takes {nbytes} bytes there, {room}; "
+            f"--kv-device {self.path} is too small: the KV takes {_told(nbytes)} there, {room}; "
             "name a larger one, or lower --batch-size"
         )
 

@@ -153,3 +153,14 @@ def test_without_a_flag_it_lists_the_directory_that_runs_fill(
     monkeypatch.setenv("HOME", str(cache.parent))
     assert main(["cache", "list"]) == 0
     assert "builtin-v1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["list"], ["clear", "--all"]])
+def test_a_cache_directory_that_is_not_there_is_an_error_where_it_was_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    assert main(["cache", *words, "--cache-dir", str(tmp_path / "typo")]) == 2
+    assert f"--cache-dir {tmp_path / 'typo'} does not exist: name the one that runs" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["cache", *words]) == 0
+    assert f"{tmp_path / '.cache/wsm-bench'} does not exist: no run has kept" in capsys.readouterr().out

@@ -111,8 +111,8 @@ def test_a_run_that_is_stopped_says_how_long_each_thing_had_taken(
 
     with pytest.raises(Stopped), shown.bar(1, "layer", "loading"), shown.doing("taking memory"):
         take_memory()
-    times = "planning 2.5 s, round 6.0 s, taking memory 4.0 s, loading 4.0 s"
-    assert capsys.readouterr().out == f"[INFO] stopped; times so far, inner before outer: {times}\n"
+    times = "planning 2.5 s; round 6.0 s; loading 4.0 s (of these taking memory 4.0 s)"
+    assert capsys.readouterr().out == f"[INFO] stopped; times so far: {times}\n"
 
 
 def test_a_run_that_fails_or_ends_well_says_nothing_of_its_times(capsys: pytest.CaptureFixture[str]) -> None:

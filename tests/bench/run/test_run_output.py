@@ -178,7 +178,7 @@ def test_a_result_that_is_replaced_is_named_with_its_time(
     assert "was replaced" not in run("--mode", "full")[1], "no result was there"
     utc = json.loads(place.read_text())["provenance"]["utc"]
     said = run("--mode", "full")[1]
-    assert f"[INFO] the result of {utc} that was there was replaced; --out-json NAME keeps both\n" in said
+    assert f"[INFO] the result of {utc} that was there was replaced; another --out-json NAME keeps both\n" in said
 
 
 # -- --auto

@@ -747,7 +747,9 @@ def test_the_space_of_a_file_is_reserved_at_the_start(path: str) -> None:
 
 def test_a_filesystem_without_the_room_is_said_in_bytes_at_the_start(path: str) -> None:
     needed = 1 << 60
-    with pytest.raises(DoesNotFit, match=rf"{path} is too small: the KV takes {needed + BLOCK} bytes.*free \d+; name"):
+    with pytest.raises(
+        DoesNotFit, match=rf"{path} is too small: the KV takes .* GB .{needed + BLOCK} bytes.* has .* GB .* free; name"
+    ):
         KVDevice(path, needed, weights=[])
     assert not os.path.exists(path)
     Path(path).touch()
@@ -769,7 +771,9 @@ def test_space_that_is_gone_when_it_is_reserved_leaves_nothing_behind(
         Path(path).touch()
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = open_files()
-    with pytest.raises(DoesNotFit, match=f"takes {MIB + BLOCK} bytes there.*{os.strerror(code)}.*--batch-size"):
+    with pytest.raises(
+        DoesNotFit, match=f"takes 0.001 GB .{MIB + BLOCK} bytes. there.*{os.strerror(code)}.*--batch-size"
+    ):
         KVDevice(path, MIB, weights=[])
     assert open_files() == before
     assert (os.path.getsize(path) if there else os.path.exists(path)) == 0
@@ -838,7 +842,10 @@ def test_a_block_device_is_written_read_and_keeps_its_superblock(disk: str) -> N
 @pytest.mark.root
 def test_too_small_a_device_is_said_in_bytes_and_stays_as_it_is(disk: str) -> None:
     before = bytes_of(disk)
-    with pytest.raises(DoesNotFit, match=f"{disk} is too small: the KV takes {16 * MIB + BLOCK} .* has {16 * MIB};"):
+    with pytest.raises(
+        DoesNotFit,
+        match=f"{disk} is too small: the KV takes 0.017 GB .{16 * MIB + BLOCK} .* has 0.017 GB .{16 * MIB} bytes.;",
+    ):
         KVDevice(disk, 16 * MIB, weights=[])
     assert bytes_of(disk) == before
 

@@ -103,6 +103,12 @@ def _fault(base: Result, side: Result) -> str:
     rows = nodes_of(base), nodes_of(side)
     if rows[0] != rows[1]:
         return f"passes of {rows[0]} and of {rows[1]} rows may round otherwise; give both --verify-rows {max(rows)}"
+    prefills = [(r.plan.chunk_tokens, r.plan.wave_rows) for r in (base, side)]
+    if prefills[0] != prefills[1]:
+        shapes = " and of ".join(f"{tokens} tokens and {rows} rows" for tokens, rows in prefills)
+        chunk = min(tokens for tokens, _ in prefills)
+        mend = f"--prefill-chunk-tokens {chunk}" if prefills[0][0] != prefills[1][0] else "the same memory"
+        return f"prefills of {shapes} at a time, as the memory allows, may round otherwise; give both {mend}"
     if flags := differing_flags((base, side), ("tp",)):
         return f"sums over more ranks may round otherwise; {_give(flags)}"
     if not _format(base)[1] and (flags := differing_flags((base, side), ("manifest",))):

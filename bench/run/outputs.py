@@ -24,7 +24,7 @@ from bench.run.signals import name_of
 from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
-from wsm.disk.atomic import write_atomically
+from wsm.disk.atomic import NO_ROOM, write_atomically
 from wsm.disk.files import begins_with
 from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
@@ -202,7 +202,7 @@ def check_room(options: RunOptions, plan: Plan) -> None:
                 file = taken.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent))
                 os.posix_fallocate(file.fileno(), 0, nbytes)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if error.errno in NO_ROOM:
                     raise DoesNotFit(
                         f"{path}: {error.strerror}, and up to {nbytes / 1e6:.0f} MB may be written there; make room, "
                         "or name another --out-json or --trace"

@@ -82,7 +82,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
     chosen = got.rounds[got.chosen]
     generation = chosen.generation
     phases = phases_of(llm, chosen, got.prompts, got.ceilings, predicted_pass_ms(llm.plan, got.ceilings))
-    speculation = speculation_of(llm, chosen, got.prompts, phases.decode)
+    speculation, kv = speculation_of(llm, chosen, got.prompts, phases.decode), _kv(options, llm)
     memory, store = _memory(llm), llm.inputs.description
     drive = Path(store.targets[0]) if store is not None else None
     provenance, missing = collect(llm.inputs.checkpoint, llm.inputs.device, options.seed, drive)
@@ -113,7 +113,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         load_s=_load_seconds(llm),
         load=load_rate(llm.telemetry.load_reads if llm.manager is not None else None, got.ceilings),
         checks=_checks(llm, chosen),
-        kv=_kv(options, llm),
+        kv=kv,
         speculation=speculation,
         config=_config(options, llm, got),
         provenance=provenance,
@@ -124,6 +124,7 @@ def result_of(options: RunOptions, llm: LLaMA, got: Progress) -> Result:
         warnings=[
             *_warnings(options, llm, got, phases, missing),
             *agreement_warnings(speculation, generation.decode_tokens),
+            *warnings.blocks_left_out(kv),
         ],
     )
 

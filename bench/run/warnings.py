@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from bench.result.types_machine import BytesPerPass
+from bench.result.types_machine import KV, BytesPerPass
 from bench.result.types_phases import DecodedWeights, Phase
 from wsm.engine.stretch import MoveRate, together
 from wsm.plan.time import STEADY_PCT, Ceiling, ceiling_of
@@ -98,6 +98,16 @@ def drive_warnings(passes: Sequence[MoveRate]) -> list[str]:
         f"the drive slowed down in the run, from {first.MBps:.0f} to {last.MBps:.0f} MB/s: the ssd figures, and the "
         "floor where the SSD bounds it, are a mean of both; let it cool, or fill its cache less (trim it, leave room)"
     ]
+
+
+def blocks_left_out(kv: KV) -> Iterator[str]:
+    """That decode steps have not seen the whole context."""
+    if not kv.exact:
+        yield (
+            f"decode steps attended over {100 * kv.fraction_fetched:.0f} % of the context that lies below the GPU, "
+            f"{kv.topk_blk} blocks of 256 tokens at a time (--topk-blk): tokens may differ from those of all of it; "
+            "--topk-blk 0 takes all"
+        )
 
 
 def early_ends(tokens: Sequence[int], most: int) -> Iterator[str]:

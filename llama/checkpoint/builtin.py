@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, all_tensors
@@ -18,7 +18,8 @@ from llama.checkpoint.hf import HFCheckpoint, hf_name, to_halves
 from llama.checkpoint.hf_files import SINGLE
 from llama.checkpoint.synthetic import SyntheticCheckpoint
 from llama.config import ModelConfig
-from wsm.errors import UnusableInput
+from wsm.disk.atomic import NO_ROOM
+from wsm.errors import DoesNotFit, UnusableInput
 
 _HF_CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,13 +49,19 @@ def builtin_checkpoint(cache_dir: Path) -> Checkpoint:
     """The built-in model, bfloat16, about 80 MB; made in ``cache_dir`` at the first call.
 
     It is written beside its place and then renamed: an interrupted call leaves no half of a model, and of two
-    processes that make it at once one wins and both go on. UnusableInput if it cannot be written.
+    processes that make it at once one wins and both go on. UnusableInput if it cannot be written, DoesNotFit if there
+    is no room.
     """
     directory = cache_dir / BUILTIN.name
     if not directory.is_dir():
         try:
             _make(directory)
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise DoesNotFit(
+                    f"the built-in model takes 0.08 GB in {directory}: {error.strerror}; make room, or name another "
+                    "--cache-dir"
+                ) from error
             raise UnusableInput(
                 f"the built-in model cannot be written to {directory} ({error.strerror}); name another --cache-dir"
             ) from error
@@ -68,7 +75,7 @@ def _make(directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        save_file(_weights(), beside / SINGLE, metadata={"format": "pt"})
+        (beside / SINGLE).write_bytes(save(_weights(), metadata={"format": "pt"}))  # its own writer has no OSError
         tokenizer: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
         for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", tokenizer)):
             (beside / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

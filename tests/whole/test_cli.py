@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.result.types import FIXED_KEYS
+from bench.run import ceilings
 from bench_infer import command_line as main
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import all_tensors
@@ -63,6 +64,50 @@ def sentence(err: str, *, lines: int = 1) -> str:
 def result(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def test_no_file_that_is_not_json_is_replaced_by_a_result(
+    home: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Neither of the run's own files nor of others: a store, weights, notes. A result is, and so is an empty file."""
+    notes = tmp_path / "notes.md"
+    notes.write_text("# precious")
+    weights = home / "hf" / "model.safetensors"
+    store = ["--manifest", home / "s.json", "--checkpoints", home / "hf", "--mode", "mixed", *PLACES, *SMALL]
+    for flag in ("--out-json", "--trace"):
+        elsewhere = ["--out-json", tmp_path / "r.json"] if flag == "--trace" else []
+        for path in (home / "s.wsm", weights, notes, home / "s.json", home / "hf" / "config.json"):
+            before = path.read_bytes()
+            code, _, err = run(*store, "-p", 4, *elsewhere, flag, path)
+            assert code == 2
+            assert f"{path} is " in sentence(err)
+            assert path.read_bytes() == before
+    assert run("verify", "--manifest", home / "s.json")[0] == 0
+    (tmp_path / "r.json").touch()
+    assert [run(*store, "-p", 4, "--out-json", tmp_path / "r.json")[0] for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize(("widest", "kinds"), [(8 << 20, {"attn", "ffn"}), (1, {"attn"})])
+def test_the_probe_reads_small_groups_as_a_pass_does(
+    widest: int,
+    kinds: set[str],
+    home: Path,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probe_ssd, read = ceilings.probe_ssd, list[Any]()
+
+    def seen(device: Any, source: Any, groups: Any, *more: Any) -> Any:
+        read.extend(groups)
+        return probe_ssd(device, source, groups, *more)
+
+    monkeypatch.setattr(ceilings, "probe_ssd", seen)
+    monkeypatch.setattr(ceilings, "LARGEST_CHUNK", widest)
+    words = ["--checkpoints", home / "hf", "--manifest", home / "s.json", "--mode", "mixed", "--device", "cpu"]
+    words += ["--gpu-cached-layers", 1, "--cpu-cache-layers", 4, "--prefetch-distance", 2, "-p", 4, "-n", 2]
+    assert run(*words, "--out-json", tmp_path / "r.json", "--cache-dir", tmp_path)[0] == 0
+    assert {group.kind for group in read} == kinds
 
 
 def guide(home: Path, device: Path | str, manifest: Path, out: Path) -> list[object]:

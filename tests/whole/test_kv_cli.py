@@ -130,7 +130,11 @@ def test_the_kv_devices_rates_are_probed_and_in_the_floor(home: Path, tmp_path: 
         assert result["ceilings"][way]["value"] > 0
         assert "at a time" in result["ceilings"][way]["how"]
     decode = result["phases"]["decode"]
-    least_ms = decode["bytes_moved"]["kv_read"] / result["ceilings"]["kv_read"]["value"] / 1e3
+    least_ms = (
+        min(decode[which]["kv_read"] for which in ("bytes", "bytes_moved"))
+        / result["ceilings"]["kv_read"]["value"]
+        / 1e3
+    )
     assert decode["floor_ms"] >= 0.999 * least_ms  # figures are rounded
     assert result["plan"]["bytes_per_pass"]["kv_read"] * decode["passes"] == decode["bytes"]["kv_read"]
 

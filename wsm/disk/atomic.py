@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -16,6 +17,9 @@ from typing import TextIO
 
 from wsm import stop
 from wsm.errors import UnusableInput
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write that more room would mend."""
 
 
 def sync_directory(directory: Path) -> None:

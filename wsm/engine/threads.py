@@ -31,7 +31,7 @@ class SharedState:
         self._name = name
         self.threads: list[threads.Thread] = []
         self._failure: BaseException | None = None
-        self._told = self._ended = False
+        self._told = self._over = False
         self.closing = False
 
     def _wake(self) -> None:
@@ -96,7 +96,7 @@ class SharedState:
     def fail(self, failure: BaseException) -> None:
         """Hand an exception of any thread to whoever waits, and to the next caller."""
         with self._lock:
-            if self._failure is None and not self._ended:
+            if self._failure is None and not self._over:
                 self._failure = failure
             self._wake()
 
@@ -109,7 +109,7 @@ class SharedState:
     def end(self) -> None:
         """Every thread has ended: what was under way for them may fail, and nobody is told."""
         with self._lock:
-            self._ended = True
+            self._over = True
 
 
 class Threaded(ABC):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import struct
 import uuid
 from collections.abc import Sequence
 
+from wsm.disk.atomic import NO_ROOM
 from wsm.disk.blockdev import device_number, is_block_device, target_size
 from wsm.disk.direct import aligned_block, is_buffered
 from wsm.disk.safety import check_writable, related_devices
@@ -21,7 +21,6 @@ MAGIC = b"WSMKV\0\0\0"
 VERSION = 1
 _LOOKED_AT = 64 << 20
 _FIELDS = struct.Struct("<8sII16s")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def kv_superblock(run: bytes, *, made: bool = False) -> bytes:
@@ -100,7 +99,7 @@ class KVTarget:
             if self._made:
                 os.fchmod(self.file, 0o600)  # it tells what the prompts were
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 raise self._too_small(nbytes, f"the filesystem has no room for it ({error.strerror})") from error
             raise KVDeviceError(
                 f"--kv-device {self.path} cannot be written: {error.strerror}; check the drive, or name another place"

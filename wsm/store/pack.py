@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import mmap
 import os
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from wsm import stop
-from wsm.disk.atomic import remove_left_behind, sync_directory, write_atomically
+from wsm.disk.atomic import NO_ROOM, remove_left_behind, sync_directory, write_atomically
 from wsm.disk.checksums import xxh3_128
 from wsm.disk.direct import aligned_block
 from wsm.disk.io_threads import IOThreads, transfer_fully
@@ -238,6 +237,6 @@ def _sync(file: int) -> None:
 def _write_error(offset: int, error: OSError | int) -> Exception:
     if isinstance(error, int):
         return StoreError(f"the target took {error} bytes at byte {offset} and no more; nothing was packed")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_ROOM:
         return DoesNotFit(f"the target is full after {offset / 1e9:.3f} GB; nothing was packed: make room, then again")
     return StoreError(f"write error at byte {offset} of the target: {error.strerror}; nothing was packed")

@@ -148,6 +148,8 @@ def test_a_lossy_format_excuses_neither_other_prompts_nor_fewer_tokens(against: 
     [
         ({"config__resolved__verify_rows": 8}, "give both --verify-rows 8"),
         ({"config__resolved__tp": 2}, "give both the same --tp"),
+        ({"plan__chunk_tokens": 16}, "may round otherwise; give both --prefill-chunk-tokens 16"),
+        ({"plan__wave_rows": 77}, "may round otherwise; give both the same memory"),
         ({"provenance__torch": "2.0"}, "is another version; run both with the same"),
     ],
 )

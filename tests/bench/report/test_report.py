@@ -278,6 +278,19 @@ def test_the_page_never_replaces_what_lies_in_a_folder_it_reads(
     assert main(["report", str(sweep), "--out", str(sweep / "page.html")]) == 0
 
 
+def test_the_page_replaces_a_page_and_no_other_file(
+    measured_files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "README"
+    out.write_text("precious")
+    command = ["report", str(measured_files[0]), "--out", str(out)]
+    assert main(command) == 2
+    assert "holds something else than a page" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    out.write_text("")
+    assert [main(command), main(command)] == [0, 0]
+
+
 @pytest.mark.parametrize("png", ["taken", "taken/plots", "r.html"])
 def test_plots_that_find_no_folder_are_refused_before_the_page_is_written(
     measured_files: tuple[Path, Path], tmp_path: Path, png: str, capsys: pytest.CaptureFixture[str]

@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from bench.options.program import called
 from bench.options.verb_flags import LISTED
 from bench.result.summary import row, summary
+from bench.result.types_machine import KV
 from bench.run import measure
 from bench.run.ceilings import recall_for, recall_near, remember
-from bench.run.warnings import early_ends
+from bench.run.warnings import blocks_left_out, early_ends
 from bench_infer import command_line as main
 from llama.inputs import Inputs
 from llama.opening import open_inputs
@@ -148,6 +150,17 @@ def test_rows_that_ended_early_are_a_warning(tokens: list[int], said: str | None
     assert lines == [] if said is None else lines[0].startswith(said)
 
 
+def test_blocks_of_kv_that_were_left_out_are_a_warning(measured: Mapping[str, Any]) -> None:
+    whole = typed(measured).kv
+    assert isinstance(whole, KV)
+    assert list(blocks_left_out(whole)) == []
+    left_out = msgspec.structs.replace(whole, exact=False, fraction_fetched=0.667)
+    assert list(blocks_left_out(left_out)) == [
+        "decode steps attended over 67 % of the context that lies below the GPU, 8 blocks of 256 tokens at a time "
+        "(--topk-blk): tokens may differ from those of all of it; --topk-blk 0 takes all"
+    ]
+
+
 def test_a_run_that_ends_at_a_stop_token_says_so_and_goes_on_where_it_is_told_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +187,7 @@ def test_a_result_that_is_replaced_is_named_with_its_time(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     place = tmp_path / "r.json"
-    place.write_text("[1]")
+    place.write_text("{}")
     assert "was replaced" not in run("--mode", "full")[1], "no result was there"
     utc = json.loads(place.read_text())["provenance"]["utc"]
     said = run("--mode", "full")[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ from llama.model import Transformer
 from llama.names import full_name
 from llama.weights import TensorWeights
 from tests.tiny import hf_directory, hf_model, meta_directory, tensors_of
-from wsm.errors import UnusableInput
+from wsm.errors import DoesNotFit, UnusableInput
 from wsm.layout.groups import GroupId, pass_order
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -723,6 +724,18 @@ def test_two_processes_may_make_the_built_in_model_at_once(tmp_path: Path) -> No
     assert all(process.returncode == 0 for process in racing)
     assert len(digests) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [BUILTIN.name]
+
+
+def test_a_full_disk_is_told_with_what_the_built_in_model_takes_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DoesNotFit, match=r"takes 0\.08 GB in .*: No space left on device; make room"):
+        builtin_checkpoint(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_making_leaves_nothing_half_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

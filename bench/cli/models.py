@@ -24,7 +24,7 @@ from bench.result.results import held_result, significant
 from bench.run.calibrate import calibrated
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
-from bench.run.outputs import check_writable, write_figures
+from bench.run.outputs import check_writable, nothing_streams, write_figures
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
 from llama.drafting import planned_shape
@@ -80,6 +80,8 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
         check_fits(plan, ceilings, told=True)
         return 0
     for line in _said_of_rates(machine, plan, ceilings):
+        print(f"[INFO] {line}")
+    for line in nothing_streams(plan):
         print(f"[INFO] {line}")
     print(describe(plan, ceilings, drafted=drafted is not None))
     print(shown_by_format(formats))

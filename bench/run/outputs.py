@@ -60,7 +60,7 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
         reporter.say(f"[MODE-DECISION] use_raw_ssd=True raw_device={device}")
         reporter.say("[INFO] raw-ssd mode: large weights replaced with CPU stubs")
         reporter.say("[WSM] Initializing SSD backend...")
-    for note in (*plan.notes, *nothing_on_ssd(plan)):
+    for note in (*plan.notes, *nothing_on_ssd(plan), *nothing_streams(plan)):
         reporter.say(f"[INFO] {note}")
     if reporter.verbose:
         reporter.say(budget_text(plan))
@@ -77,7 +77,17 @@ def warnings_of(user_set: Sequence[str], plan: Plan) -> list[str]:
     """Variables that the user has set in vain, and a mode that is another one here."""
     names = ", ".join(sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")))
     said = f"{names}: no effect, since all KV is on the compute device: nothing is written back"
-    return [*([said] if names and not plan.kv.below else []), *nothing_on_ssd(plan)]
+    return [*([said] if names and not plan.kv.below else []), *nothing_on_ssd(plan), *nothing_streams(plan)]
+
+
+def nothing_streams(plan: Plan) -> list[str]:
+    """A sentence where ``stream`` has no layer below the GPU: its figures would pass for the link's."""
+    if plan.placement.mode != "stream" or "CPU" in plan.way:
+        return []
+    return [
+        f"no layer is left to stream: all {plan.placement.residency.n_layers} are on the GPU, so this run equals "
+        "--mode preload, and no weights cross the link in a pass; to stream, give fewer --gpu-cached-layers"
+    ]
 
 
 @contextlib.contextmanager

@@ -57,6 +57,22 @@ def test_mixed_without_a_layer_on_the_ssd_says_what_it_is_and_packs_nothing(
     assert same["output"]["sha256"] == result["output"]["sha256"]
 
 
+def test_stream_with_all_layers_on_the_gpu_says_that_nothing_streams(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, said = run("--mode", "stream", "--gpu-cached-layers", LAYERS)
+    [warning] = [line for line in result["warnings"] if "no layer is left to stream" in line]
+    assert "all 48 are on the GPU, so this run equals --mode preload" in warning
+    assert f"[INFO] {warning}" in said
+    assert result["phases"]["decode"]["bytes"]["weight_h2d"] == 0
+    same, _ = run("--mode", "preload")
+    assert same["output"]["sha256"] == result["output"]["sha256"]
+    assert not [line for line in run("--mode", "stream")[0]["warnings"] if "left to stream" in line]
+    argv = ["plan", "--device", "cpu", "--prompt-len", "8", "--mode", "stream", "--cache-dir", str(tmp_path)]
+    assert main([*argv, "--gpu-cached-layers", "48"]) == 0
+    assert "[INFO] no layer is left to stream" in capsys.readouterr().out
+
+
 def test_mixed_with_a_layer_on_the_ssd_is_packed_and_warns_of_nothing(run: Run, tmp_path: Path) -> None:
     result, said = run("--cpu-cache-layers", "43")
     assert "(SSD -> CPU(pinned) -> GPU by layer)" in said

@@ -92,18 +92,19 @@ def _is_a(*types: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, types)
 
 
-def _path(text: str) -> Path:
-    if not text:  # pathlib takes it for the folder that one is in
+def _filled(text: str) -> str:
+    """An empty text is most likely a variable of a shell that is not set; as a path it would be the current folder."""
+    if not text:
         raise ValueError(text)
-    return Path(text).expanduser()
+    return text
 
 
 SWITCH = Kind("0 or 1", _is_a(bool), {"0": False, "1": True}.__getitem__, "")
 TRUTH = Kind("True or False", _is_a(bool), lambda text: _TRUTHS[text.lower()], "BOOL")
-NAME = Kind("a name", _is_a(str, Path), str, "NAME")
-TEXT = Kind("a text", _is_a(str, Path), str, "TEXT")
+NAME = Kind("a name", _is_a(str, Path), _filled, "NAME")
+TEXT = Kind("a text", _is_a(str, Path), _filled, "TEXT")
 """Which may hold commas, as a NAME does not."""
-PATH = Kind("a path", _is_a(str, Path), _path, "FILE")
+PATH = Kind("a path", _is_a(str, Path), lambda text: Path(_filled(text)).expanduser(), "FILE")
 NAMES = Kind("names with commas between them", all, lambda text: tuple(text.split(",")), "NAME[,NAME]")
 
 

@@ -114,7 +114,7 @@ def test_both_quick_starts_and_the_contract_explain_every_exit_code(code: int) -
 @pytest.mark.parametrize("page", [README, QUICKSTART, CHINESE, TUNING, COMPARING, ARCHITECTURE, FLAGS, SPECULATION])
 def test_no_page_names_a_flag_or_variable_that_does_not_exist(page: str) -> None:
     known = {word for parser in _verbs().values() for action in parser._actions for word in action.option_strings}
-    foreign = {"--user", "--nproc-per-node"}  # of pip and of torchrun
+    foreign = {"--user", "--index-url", "--nproc-per-node"}  # of pip and of torchrun
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - foreign
     assert sorted(flags - known) == []
     variables = set(re.findall(r"\bWSM_[A-Z_]+[A-Z]\b", page))

@@ -223,9 +223,20 @@ def test_a_file_for_a_verb_gets_the_command_that_takes_it(argv: list[str], meant
     assert meant in sentence
 
 
-@pytest.mark.parametrize("flag", ["--out-json", "--trace", "--prompts", "--checkpoints", "--manifest", "--cache-dir"])
-def test_an_empty_path_is_none(flag: str) -> None:
-    assert refusal(f"{flag}=").startswith(f"argument {flag}: must be a path, not empty")
+@pytest.mark.parametrize(
+    ("flag", "kind"),
+    [
+        *(
+            (flag, "path")
+            for flag in ("--out-json", "--trace", "--prompts", "--checkpoints", "--manifest", "--cache-dir")
+        ),
+        *((flag, "name") for flag in ("--device", "--synthetic")),
+        *((flag, "text") for flag in ("--kv-device", "--raw-device", "--draft", "--prompt")),
+    ],
+)
+def test_an_empty_value_is_none(flag: str, kind: str) -> None:
+    """As of a shell's variable that is not set; pathlib takes it for the folder that one is in."""
+    assert refusal(f"{flag}=").startswith(f"argument {flag}: must be a {kind}, not empty")
 
 
 @pytest.mark.parametrize(
@@ -241,8 +252,8 @@ def test_two_sources_of_prompts_exclude_each_other(pair: tuple[str, str]) -> Non
     assert all(flag.partition("=")[0] in sentence for flag in pair)
 
 
-def test_an_empty_prompt_still_counts_as_given() -> None:
-    assert "--prompt-len" in refusal("--prompt", "", "--prompt-len", "4")
+def test_a_blank_prompt_still_counts_as_given() -> None:
+    assert "--prompt-len" in refusal("--prompt", " ", "--prompt-len", "4")
 
 
 def test_new_tokens_must_leave_room_for_a_prompt() -> None:

@@ -102,6 +102,7 @@ def test_a_failed_point_is_a_result_with_its_reason_and_not_the_end(
     assert "SIGKILL" in str(told[2, 1][1])
     assert told[3, 1] == (0, None)
     said = capsys.readouterr().out
+    assert "[SWEEP] 3 points x 1 process, 3 to run" in said
     assert f"1 result and 2 failures in {tmp_path / 's'}\n" in said
     assert f"[SWEEP] next: {shlex.join([*called(), 'compare', str(tmp_path / 's')])}\n" in said
     assert [side.failures[0].exit_code for side in read_sides([tmp_path / "s"]) if side.failures] == [3, -9]

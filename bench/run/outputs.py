@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from bench.run.signals import name_of
 from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
-from wsm.disk.atomic import NO_ROOM, write_atomically
+from wsm.disk.atomic import NO_ROOM, check_folder, write_atomically
 from wsm.disk.files import begins_with
 from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
@@ -174,20 +173,14 @@ def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *c
         if directory is not None and directory.is_dir():
             read += [path for path in directory.iterdir() if path.is_file()]
     for flag, path in outputs.items():
-        if not path.absolute().parent.is_dir():
-            raise UnusableInput(f"{path} cannot be written: its directory does not exist; make it first")
-        try:
-            if path.exists() and not path.is_file():
-                raise OSError(errno.EINVAL, "it is no regular file")
-            with tempfile.TemporaryFile(dir=path.absolute().parent):
-                pass
-            replaceable = not path.exists() or begins_with(path, b"{")
-        except OSError as error:
-            said = f"{path} cannot be written ({error.strerror}); name another {flag}"
-            raise UnusableInput(said) from error
-        if path.exists() and any(path.samefile(other) for other in read):
+        check_folder(path.absolute().parent, f"{flag} {path}")
+        if not path.exists():
+            continue
+        if not path.is_file():
+            raise UnusableInput(f"{flag} {path} cannot be written (it is no regular file); name another")
+        if any(path.samefile(other) for other in read):
             raise UnusableInput(f"{path} is read by this run: name another file to write")
-        if not replaceable:
+        if not begins_with(path, b"{"):
             raise UnusableInput(
                 f"{path} is there and holds something else than JSON: name another {flag}, or move it away"
             )

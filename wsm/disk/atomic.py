@@ -84,7 +84,7 @@ def write_atomically(path: Path, text: str) -> None:
 def check_folder(folder: Path, label: str) -> None:
     """UnusableInput, with ``label`` (a flag and its path) in the sentence, where no file can be made in ``folder``."""
     if not folder.is_dir():
-        raise UnusableInput(f"{label} cannot be written: its folder does not exist; make it first")
+        raise UnusableInput(f"{label} cannot be written: its directory does not exist; make it first")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

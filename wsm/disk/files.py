@@ -66,9 +66,12 @@ def read_file(path: Path, label: str = "", *, most_bytes: int = MOST_BYTES, pipe
 
 
 def begins_with(path: Path, mark: bytes) -> bool:
-    """Whether a file is empty or begins with ``mark``, blanks before it passed over; OSError if it cannot be read."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
+    """Whether a file is empty or begins with ``mark``, blanks before it passed over; not if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
     return not head or head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(mark)
 
 

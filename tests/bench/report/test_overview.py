@@ -78,4 +78,4 @@ def test_a_page_whose_folder_is_missing_says_to_make_it(
 ) -> None:
     one = str(stored(tmp_path / "r.json", measured))
     assert main(["report", one, "--out", str(tmp_path / "none" / "r.html")]) == 2
-    assert "its folder does not exist; make it first" in capsys.readouterr().err
+    assert "its directory does not exist; make it first" in capsys.readouterr().err

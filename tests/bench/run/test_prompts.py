@@ -218,7 +218,7 @@ def test_an_empty_prompt_among_others_is_an_error_that_says_where(
 
 def test_an_empty_prompt_on_the_command_line_is_an_error() -> None:
     for text in ("", " \n"):
-        with pytest.raises(UnusableInput, match="--prompt is empty"):
+        with pytest.raises(UnusableInput, match=r"--prompt(: must be a text, not| is) empty"):
             parse(["--prompt", text])
 
 

@@ -31,7 +31,7 @@ from llama.weights import ImageWeights, TensorWeights, WeightSource
 from wsm.engine.device import Device, Link, open_device
 from wsm.engine.stream import WeightStreamingManager
 from wsm.engine.telemetry import Telemetry
-from wsm.errors import UnusableInput
+from wsm.errors import KVDeviceError, UnusableInput
 from wsm.kv.tiers import KVTiers
 from wsm.plan.advice import check_fits
 from wsm.plan.hardware import limit_device_memory
@@ -320,4 +320,8 @@ class LLaMA:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.inputs.world.abandon()
-        self.close()
+        try:
+            self.close()
+        except KVDeviceError:
+            if kind is None:  # else what failed before says more
+                raise

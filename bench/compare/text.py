@@ -13,6 +13,7 @@ from tabulate import tabulate
 from bench.compare.compare import Against, Cell, Comparison, Rows, are_equal, outputs_of
 from bench.compare.difference import Difference
 from bench.compare.verdict import CONFIDENCE
+from bench.compare.work import shown_setting
 from bench.result.results import significant
 
 MEDIANS = "each figure is the median of its own over the rounds or processes"
@@ -213,12 +214,3 @@ def outputs_line(comparison: Comparison) -> str:
 def differing_lines(values: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     for name, found in values.items():
         yield f"{name}: " + ", ".join(f"{letters(place)} {shown_setting(value)}" for place, value in enumerate(found))
-
-
-def shown_setting(value: Any) -> str:
-    """A flag's value as it is given, or on and off; two that differ look different."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        return str(value).removesuffix(".0")
-    return "-" if value is None else str(value)

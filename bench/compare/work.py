@@ -13,6 +13,7 @@ from bench.result.types import Result
 from bench.result.types_machine import KV, Weights
 from bench.result.types_speculation import Speculation
 from wsm.option import options_of
+from wsm.words import counted
 
 _FLAGS = options_of(RunOptions)
 _QUALITY = "`bench_infer.py quality` says how much"
@@ -103,12 +104,12 @@ def _fault(base: Result, side: Result) -> str:
     rows = nodes_of(base), nodes_of(side)
     if rows[0] != rows[1]:
         return f"passes of {rows[0]} and of {rows[1]} rows may round otherwise; give both --verify-rows {max(rows)}"
-    prefills = [(r.plan.chunk_tokens, r.plan.wave_rows) for r in (base, side)]
+    prefills = [_prefill_of(result) for result in (base, side)]
     if prefills[0] != prefills[1]:
-        shapes = " and of ".join(f"{tokens} tokens and {rows} rows" for tokens, rows in prefills)
+        shapes = " and of ".join(f"{counted(tokens, 'token')} of {counted(rows, 'row')}" for tokens, rows in prefills)
         chunk = min(tokens for tokens, _ in prefills)
         mend = f"--prefill-chunk-tokens {chunk}" if prefills[0][0] != prefills[1][0] else "the same memory"
-        return f"prefills of {shapes} at a time, as the memory allows, may round otherwise; give both {mend}"
+        return f"prefills of {shapes} at a time may round otherwise; give both {mend}"
     if flags := differing_flags((base, side), ("tp",)):
         return f"sums over more ranks may round otherwise; {_give(flags)}"
     if not _format(base)[1] and (flags := differing_flags((base, side), ("manifest",))):
@@ -117,6 +118,12 @@ def _fault(base: Result, side: Result) -> str:
     if versions[0] != versions[1]:
         return "the program or torch is another version; run both with the same"
     return "no setting that differs may change tokens, so it is an error of the program or the machine"
+
+
+def _prefill_of(result: Result) -> tuple[int, int]:
+    """The most prompt tokens, and the most rows, computed at a time; memory decides them where no flag does."""
+    rows = min(result.plan.wave_rows, result.batch_size)
+    return min(result.plan.chunk_tokens, rows * max(result.prompt_lens)), rows
 
 
 def expected(base: Result | None, side: Result | None) -> str:
@@ -206,8 +213,17 @@ def _give(flags: Iterable[str]) -> str:
 
 def _against(name: str, base: Result, side: Result) -> str:
     values = [result.config.resolved.get(name) for result in (base, side)]
-    before, now = (f"{v:g}" if isinstance(v, float) else "none" if v is None else short(v) for v in values)
+    before, now = ("none" if value is None else short(shown_setting(value)) for value in values)
     return f"{name} {before} against {now}"
+
+
+def shown_setting(value: Any) -> str:
+    """A flag's value as it is given, or on and off; two that differ look different."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return "-" if value is None else str(value)
 
 
 def short(value: Any) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from bench.compare.compare import Comparison, compare, copied, tokens_a_pass
 from bench.compare.sides import PLACES, Side, device_of, provenance_of, settings_of
-from bench.compare.text import MEDIANS, differing_lines, letters, output_lines, shown_cell, shown_setting, verdict_lines
-from bench.compare.work import spelled
+from bench.compare.text import MEDIANS, differing_lines, letters, output_lines, shown_cell, verdict_lines
+from bench.compare.work import shown_setting, spelled
 from bench.report.charts import Chart, overview_charts, side_charts, sweep_charts
 from bench.report.draw import svg
 from bench.report.timeline import timelines_of

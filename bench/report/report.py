@@ -45,8 +45,8 @@ def _check_places(out: Path, png: Path | None, read: Sequence[Path]) -> None:
         raise UnusableInput(f"--out {out} would be a page named like a result: name a file that ends in .html")
     if out.exists() and (not out.is_file() or any(path.exists() and out.samefile(path) for path in read)):
         raise UnusableInput(f"--out {out} is a folder, a device or one of the results: name another file")
-    if out.exists() and not begins_with(out, b"<"):
-        raise UnusableInput(f"--out {out} is there and holds something else than a page: name another, or move it away")
+    if out.exists() and not begins_with(out, b"<!doctype html>"):
+        raise UnusableInput(f"--out {out} is there and holds no page that can be read: name another, or move it away")
     check_folder(out.absolute().parent, f"--out {out}")
     if png is not None:
         there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())

@@ -12,12 +12,14 @@ from typing import Any
 import msgspec
 
 from bench.result.types import SCHEMA_VERSION, Result
-from wsm.disk.files import parse_json, read_file
+from wsm.disk.files import begins_with, parse_json, read_file
 from wsm.errors import UnusableInput
 
 BEYOND = 1e24
 """No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
 MOST_BYTES = 64 << 20
+_KEYS_OF_OURS = {"batch_size", "traceEvents", "perplexity"}
+"""Each of a result, a plan, a timeline and a quality, in any version, has one of them."""
 _NUMBERS = re.compile(r"\[\n\s+([-+.\w,\s]+?)\s+\]")
 """A list of numbers, one on each line: no text of the JSON has a line's end in it."""
 _TAKES = "name what a run's --out-json wrote"
@@ -67,6 +69,17 @@ def held_result(path: Path) -> dict[str, Any] | None:
     except UnusableInput:
         return None
     return found if isinstance(found, dict) and "schema_version" in found else None
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether a file has nothing in it, or what this program writes as JSON: a result, plan, quality or timeline."""
+    if begins_with(path, b'{"traceEvents"'):
+        return True
+    try:
+        found = parse_json(read_file(path, most_bytes=MOST_BYTES), str(path), "")
+    except UnusableInput:
+        return False
+    return isinstance(found, dict) and not _KEYS_OF_OURS.isdisjoint(found)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -78,8 +78,9 @@ def probe(llm: LLaMA) -> dict[str, Ceiling]:
     source, residency = manager.source, manager.plan.residency
     read = residency.ssd or range(residency.n_layers)
     if isinstance(source, PackedStore):
-        # Small groups cost more than their bytes: then in a pass's own order. Large ones would make a long probe.
-        kinds = KINDS if source.slot_bytes("ffn") <= LARGEST_CHUNK else KINDS[:1]
+        # Small groups cost more than their bytes: then in a pass's own order, if there is room for three. Large ones
+        # would make a long probe.
+        kinds = KINDS if source.slot_bytes("ffn") <= min(LARGEST_CHUNK, host.nbytes // 3) else KINDS[:1]
         size = max(map(source.slot_bytes, kinds))
         buffers = [host[start : start + size] for start in range(0, host.nbytes - size + 1, size)][:MOST_BUFFERS]
         if len(buffers) > 2:

@@ -25,9 +25,10 @@ class Probe(msgspec.Struct):
     ceilings: dict[str, Ceiling]
 
 
-class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 3"):
+class _File(msgspec.Struct, tag_field="format", tag="wsm-bench ceilings 4"):
     """Of version 1, ``matmul`` was what a card does from rest, which is ``matmul_burst`` now; of version 2, drives were
-    read by more threads, which left the link less beside them. All is measured anew."""
+    read by more threads, which left the link less beside them; of version 3, small groups of one kind alone were read.
+    All is measured anew."""
 
     machine: str
     probes: dict[str, Probe]

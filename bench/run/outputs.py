@@ -15,7 +15,7 @@ import torch
 from bench.options.flags import kept_command, swept_flags
 from bench.options.run_flags import RunOptions
 from bench.result.console import ConsoleReporter
-from bench.result.results import dump, held_result
+from bench.result.results import dump, held_result, may_be_replaced
 from bench.result.summary import row, summary
 from bench.result.types import MOST_TOKENS, Result
 from bench.run.record import Progress
@@ -24,7 +24,6 @@ from bench.run.trace import chrome_trace
 from llama.inputs import Inputs
 from llama.llm import LLaMA
 from wsm.disk.atomic import NO_ROOM, check_folder, write_atomically
-from wsm.disk.files import begins_with
 from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
 from wsm.formats.backend import decoder
@@ -166,7 +165,7 @@ def check_outputs(options: RunOptions) -> None:
 def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *checkpoints: Path | None) -> None:
     """The JSON files to write, by flag, can be, and are none of the ``given`` ones or of those in the ``checkpoints``.
 
-    What is there already has to be JSON or empty: a mistyped name takes nobody's weights, store or notes.
+    What is there already has to be such a file or empty: a mistyped name takes nobody's weights, store or notes.
     """
     read = [path for path in (*given, *checkpoints) if path is not None and path.exists()]
     for directory in checkpoints:
@@ -180,9 +179,10 @@ def check_writable(outputs: Mapping[str, Path], given: Sequence[Path | None], *c
             raise UnusableInput(f"{flag} {path} cannot be written (it is no regular file); name another")
         if any(path.samefile(other) for other in read):
             raise UnusableInput(f"{path} is read by this run: name another file to write")
-        if not begins_with(path, b"{"):
+        if not may_be_replaced(path):
             raise UnusableInput(
-                f"{path} is there and holds something else than JSON: name another {flag}, or move it away"
+                f"{path} is there and holds no result, plan or timeline that can be read: name another {flag}, or move "
+                "it away"
             )
 
 

@@ -104,8 +104,8 @@ def blocks_left_out(kv: KV) -> Iterator[str]:
     """That decode steps have not seen the whole context."""
     if not kv.exact:
         yield (
-            f"decode steps attended over {100 * kv.fraction_fetched:.0f} % of the context that lies below the GPU, "
-            f"{kv.topk_blk} blocks of 256 tokens at a time (--topk-blk): tokens may differ from those of all of it; "
+            f"decode steps attended over {math.floor(100 * kv.fraction_fetched)} % of the context that lies below the "
+            f"GPU, {kv.topk_blk} blocks of 256 tokens at a time: tokens may differ from those of all; "
             "--topk-blk 0 takes all"
         )
 

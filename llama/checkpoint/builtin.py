@@ -79,8 +79,7 @@ def _make(directory: Path) -> None:
         tokenizer: dict[str, object] = {"tokenizer_class": "ByteTokenizer"}  # as llama/tokenizer.py knows it
         for file, content in (("config.json", _HF_CONFIG), ("tokenizer_config.json", tokenizer)):
             (beside / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        # The temporary directory and safetensors' file are the owner's alone, which would hide a shared cache.
-        (beside / SINGLE).chmod(0o644)
+        # The temporary directory is the owner's alone, which would hide a shared cache.
         beside.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was first, and its copy is the same
             os.rename(beside, directory)

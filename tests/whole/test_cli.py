@@ -66,31 +66,32 @@ def result(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_no_file_that_is_not_json_is_replaced_by_a_result(
+def test_no_file_that_is_not_ours_is_replaced_by_a_result(
     home: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     """Neither of the run's own files nor of others: a store, weights, notes. A result is, and so is an empty file."""
     notes = tmp_path / "notes.md"
-    notes.write_text("# precious")
-    weights = home / "hf" / "model.safetensors"
+    notes.write_text("{\\rtf1 precious}")
+    other, weights = tmp_path / "other.json", home / "hf" / "model.safetensors"
+    other.write_text((home / "s.json").read_text())
     store = ["--manifest", home / "s.json", "--checkpoints", home / "hf", "--mode", "mixed", *PLACES, *SMALL]
     for flag in ("--out-json", "--trace"):
         elsewhere = ["--out-json", tmp_path / "r.json"] if flag == "--trace" else []
-        for path in (home / "s.wsm", weights, notes, home / "s.json", home / "hf" / "config.json"):
+        for path in (home / "s.wsm", weights, notes, other, home / "s.json", home / "hf" / "config.json"):
             before = path.read_bytes()
             code, _, err = run(*store, "-p", 4, *elsewhere, flag, path)
             assert code == 2
             assert f"{path} is " in sentence(err)
             assert path.read_bytes() == before
     assert run("verify", "--manifest", home / "s.json")[0] == 0
-    (tmp_path / "r.json").touch()
+    (tmp_path / "r.json").write_text("\n")
     assert [run(*store, "-p", 4, "--out-json", tmp_path / "r.json")[0] for _ in range(2)] == [0, 0]
 
 
-@pytest.mark.parametrize(("widest", "kinds"), [(8 << 20, {"attn", "ffn"}), (1, {"attn"})])
+@pytest.mark.parametrize(("widest", "kinds"), [(8 << 20, ["attn", "ffn"]), (1, ["attn"])])
 def test_the_probe_reads_small_groups_as_a_pass_does(
     widest: int,
-    kinds: set[str],
+    kinds: list[str],
     home: Path,
     tmp_path: Path,
     run: Callable[..., tuple[int, str, str]],
@@ -105,9 +106,20 @@ def test_the_probe_reads_small_groups_as_a_pass_does(
     monkeypatch.setattr(ceilings, "probe_ssd", seen)
     monkeypatch.setattr(ceilings, "LARGEST_CHUNK", widest)
     words = ["--checkpoints", home / "hf", "--manifest", home / "s.json", "--mode", "mixed", "--device", "cpu"]
-    words += ["--gpu-cached-layers", 1, "--cpu-cache-layers", 4, "--prefetch-distance", 2, "-p", 4, "-n", 2]
+    words += ["--gpu-cached-layers", 1, "--cpu-cache-layers", 4, "--prefetch-distance", 1, "-p", 4, "-n", 2]
     assert run(*words, "--out-json", tmp_path / "r.json", "--cache-dir", tmp_path)[0] == 0
-    assert {group.kind for group in read} == kinds
+    assert [group.kind for group in read] == kinds * (len(read) // len(kinds))
+    assert result(tmp_path / "r.json")["ceilings"]["ssd"]["value"] > 0
+
+
+def test_the_probe_of_the_drive_finds_room_where_only_small_groups_fit_three_times(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The built-in model's FFN is three times its attention, and two CPU layers have room for two of it."""
+    words = ["--mode", "mixed", "--device", "cpu", "--cache-dir", tmp_path, "-p", 4, "-n", 2, "--quiet"]
+    places = ["--gpu-cached-layers", 1, "--cpu-cache-layers", 2, "--prefetch-distance", 1]
+    assert run(*words, *places, "--out-json", tmp_path / "r.json")[0] == 0
+    assert result(tmp_path / "r.json")["ceilings"]["ssd"]["value"] > 0
 
 
 def guide(home: Path, device: Path | str, manifest: Path, out: Path) -> list[object]:

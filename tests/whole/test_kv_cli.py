@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ from tests.stores import flip, loop_device
 from tests.tiny import hf_directory, hf_model, hf_tokenizer
 from tests.whole.test_cli import interrupted, sentence
 from wsm.engine.tiers import Tiers
+from wsm.errors import KVDeviceError
 from wsm.kv import disk as kv_disk
 from wsm.kv import target as kv_target
 from wsm.kv.device import KVDevice
+from wsm.kv.tiers import KVTiers
 from wsm.layout.groups import BLOCK
 from wsm.layout.kv import WINDOWS
 from wsm.plan.hardware import GIB
@@ -261,10 +264,36 @@ def test_a_filesystem_that_goes_read_only_behind_the_error_changes_nothing_of_it
 
     monkeypatch.setattr(kv_disk, "KVDevice", partial(KVDevice, pread=broken))
     monkeypatch.setattr(os, "unlink", refused)
-    code, _, err = run(*budgets(home, full_cpu=True), "--kv-device", device)
+    where = [*budgets(home, full_cpu=True), "--kv-device", device]
+    code, _, err = run(*where)
     assert code == 4
     assert "in offloaded KV: read error: Input/output error" in sentence(err)
     assert device.exists()
+    monkeypatch.setattr(kv_disk, "KVDevice", KVDevice)
+    code, _, err = run(*where)
+    assert code == 4
+    assert f"{device} cannot be removed (Read-only file system): remove it" in sentence(err)
+    assert (tmp_path / "r.json").exists(), "the run itself was sound"
+
+
+def test_a_write_that_fails_behind_the_last_token_is_exit_4_and_the_result_is_written(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it fails late, when the run is about to close."""
+    settle = KVTiers._settle
+
+    def fails_late(self: KVTiers, write: Any, *more: Any) -> None:
+        if write.unit == (LAYERS - 1, ROWS - 1):
+            time.sleep(0.3)
+            raise KVDeviceError("the drive is gone")
+        settle(self, write, *more)
+
+    monkeypatch.setattr(KVTiers, "_settle", fails_late)
+    flags = [*budgets(home, full_cpu=True), "--kv-device", tmp_path / "kv", "--warmup-rounds", 0, "-n", 1]
+    code, _, err = run(*flags)
+    assert code == 4
+    assert "the drive is gone" in sentence(err)
+    assert "the end of the run failed: the drive is gone" in read(tmp_path / "r.json")["warnings"]
 
 
 def test_ctrl_c_takes_the_kv_file_away(home: Path, tmp_path: Path) -> None:

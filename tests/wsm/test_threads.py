@@ -15,7 +15,7 @@ import pytest
 from wsm import stop, threads
 from wsm.engine.device import Device
 from wsm.engine.threads import SharedState, Threaded
-from wsm.errors import DoesNotFit
+from wsm.errors import DoesNotFit, StoreError
 from wsm.stop import Stopped
 
 
@@ -110,6 +110,20 @@ def test_a_close_that_ctrl_c_breaks_off_frees_nothing_under_a_thread(monkeypatch
     over.set()
     part.close()
     assert part.freed
+
+
+def test_a_failure_counts_until_every_thread_has_ended_and_is_told_once() -> None:
+    state = SharedState("the part")
+    state.close()
+    state.fail(StoreError("a write that was still to be made"))
+    with pytest.raises(StoreError, match="still to be made"):
+        state.raise_failure(unless_told=True)
+    state.raise_failure(unless_told=True)
+    other = SharedState("the part")
+    other.close()
+    other.end()
+    other.fail(StoreError("a read that nobody waits for"))
+    other.raise_failure()
 
 
 def test_ctrl_c_in_a_users_program_leaves_no_lock_taken() -> None:

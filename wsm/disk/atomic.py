@@ -19,7 +19,7 @@ from wsm import stop
 from wsm.errors import UnusableInput
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a write that more room would mend."""
+"""Errors of a write that more room, or a higher limit, would mend."""
 
 
 def sync_directory(directory: Path) -> None:

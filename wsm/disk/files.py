@@ -66,13 +66,14 @@ def read_file(path: Path, label: str = "", *, most_bytes: int = MOST_BYTES, pipe
 
 
 def begins_with(path: Path, mark: bytes) -> bool:
-    """Whether a file is empty or begins with ``mark``, blanks before it passed over; not if it cannot be read."""
+    """Whether a file has nothing but blanks, or begins with ``mark`` behind them; not if it cannot be read."""
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
     except OSError:
         return False
-    return not head or head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(mark)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return text.startswith(mark) or (not text and len(head) < 4096)
 
 
 def text_of(content: bytes, label: str) -> str:

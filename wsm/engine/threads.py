@@ -107,7 +107,7 @@ class SharedState:
             self._wake()
 
     def end(self) -> None:
-        """Every thread has ended: what was under way for them may fail, and nobody is told."""
+        """Every thread has ended: what a drive still has under way is for nobody, and may fail."""
         with self._lock:
             self._over = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -91,7 +92,8 @@ class KVDevice:
         try:
             self._threads = IOThreads(threads, "wsm-kv")
         except BaseException:
-            self._target.give_back()
+            with contextlib.suppress(KVDeviceError):
+                self._target.give_back()
             raise
 
     def read(self, moves: Iterable[Move], beside: Iterable[Piece] = ()) -> Future[None]:
@@ -120,12 +122,15 @@ class KVDevice:
         self._sums[:] = 0
         self._seen_right[:] = False
 
-    def close(self) -> None:
-        """Join every thread and give the target back; requests that were not done end with a KVDeviceError.
-
-        Raises ThreadsStuck where the drive holds one up: another call goes on. After all that a call does nothing.
+    def join(self) -> None:
+        """Join every thread: nothing uses anybody's memory any more. Requests that were not done end with a
+        KVDeviceError. Raises ThreadsStuck where the drive holds a thread up: another call goes on.
         """
         self._threads.close(KVDeviceError(f"{self._path} was closed before this KV was read or written"))
+
+    def close(self) -> None:
+        """:meth:`join`, and give the target back, which may raise KVDeviceError; after that a call does nothing."""
+        self.join()
         if not self._closed:
             self._closed = True
             self._target.give_back()

@@ -172,8 +172,13 @@ class KVDisk:
         nbytes = sum(len(blocks) for _, blocks in moves) * self.layout.block_bytes
         self._telemetry.kv_disk(tier, unit.layer, pass_no, nbytes, started, time.perf_counter())
 
-    def close(self) -> None:
-        """Give the device back."""
-        self.device.close()
+    def let_go(self) -> None:
+        """Use no memory any more, once no thread does; raises ThreadsStuck as :meth:`KVDevice.join`."""
+        self.device.join()
         self.tails.clear()
         self._blocks.clear()
+
+    def close(self) -> None:
+        """:meth:`let_go`, and give the device back, which may raise KVDeviceError."""
+        self.let_go()
+        self.device.close()

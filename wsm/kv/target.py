@@ -75,7 +75,8 @@ class KVTarget:
             self._taken = True
             self._fill(BLOCK + nbytes)
         except BaseException:
-            self.give_back()
+            with contextlib.suppress(KVDeviceError):
+                self.give_back()
             raise
 
     def _check_content(self) -> None:
@@ -127,16 +128,19 @@ class KVTarget:
     def give_back(self) -> None:
         """Close it; remove a file that this run made, empty one that was there, leave a device its superblock.
 
-        What another run has taken since, on a filesystem without locks, is left to it. What a failing drive does not
-        let go stays, known as ours for the next run: what failed before says more.
+        What another run has taken since, on a filesystem without locks, is left to it. Raises KVDeviceError where the
+        file cannot be removed or emptied; it is known as ours to the next run.
         """
-        with contextlib.suppress(OSError):
+        try:
             if self._taken and not self._is_device and self._is_ours():
                 if self._made:
                     os.unlink(os.path.realpath(self.path))
                 else:
                     os.ftruncate(self.file, 0)
-        with contextlib.suppress(OSError):
+        except OSError as error:
+            done = "removed" if self._made else "emptied"
+            raise KVDeviceError(f"--kv-device {self.path} cannot be {done} ({error.strerror}): remove it") from error
+        finally:
             os.close(self.file)
 
     def _is_ours(self) -> bool:

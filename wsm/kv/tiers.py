@@ -78,9 +78,11 @@ class KVTiers(Threaded):
         for window in self._windows:
             window.buffer = torch.empty(0, dtype=torch.uint8)
         if self._disk is not None:
-            self._disk.close()
+            self._disk.let_go()
         self._homes = {}
         self._arena.close()
+        if self._disk is not None:
+            self._disk.close()  # last: it may fail
 
     @property
     def disk(self) -> KVDisk | None:

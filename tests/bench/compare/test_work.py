@@ -101,6 +101,7 @@ def test_two_lossy_formats_are_both_named(against: Callable[..., Against]) -> No
         ({"weights__weight_format": "exact"}, {}),
         ({"mode": "stream", "config__resolved__mode": "stream"}, {}),
         ({"config__resolved__prefetch_distance": 2}, {}),
+        ({"plan__chunk_tokens": 1024, "plan__wave_rows": 2}, {}),
         ({"config__resolved__topk_blk": 4, "kv__topk_blk": 4}, {}),
         (INT4, INT4),
         ({**PARTLY, "kv__fraction_fetched": 0.51}, PARTLY),
@@ -109,6 +110,7 @@ def test_two_lossy_formats_are_both_named(against: Callable[..., Against]) -> No
         "exact beside bf16",
         "modes",
         "prefetching",
+        "chunks and waves that hold the whole prompt",
         "blocks of which none was left out",
         "int4 beside itself",
         "as many blocks, of which a run fetched more",
@@ -148,8 +150,10 @@ def test_a_lossy_format_excuses_neither_other_prompts_nor_fewer_tokens(against: 
     [
         ({"config__resolved__verify_rows": 8}, "give both --verify-rows 8"),
         ({"config__resolved__tp": 2}, "give both the same --tp"),
-        ({"plan__chunk_tokens": 16}, "may round otherwise; give both --prefill-chunk-tokens 16"),
-        ({"plan__wave_rows": 77}, "may round otherwise; give both the same memory"),
+        (
+            {"plan__chunk_tokens": 4},
+            "of 1 row at a time may round otherwise; give both --prefill-chunk-tokens 4",
+        ),
         ({"provenance__torch": "2.0"}, "is another version; run both with the same"),
     ],
 )

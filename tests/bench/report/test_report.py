@@ -285,7 +285,7 @@ def test_the_page_replaces_a_page_and_no_other_file(
     out.write_text("precious")
     command = ["report", str(measured_files[0]), "--out", str(out)]
     assert main(command) == 2
-    assert "holds something else than a page" in capsys.readouterr().err
+    assert "holds no page that can be read" in capsys.readouterr().err
     assert out.read_text() == "precious"
     out.write_text("")
     assert [main(command), main(command)] == [0, 0]

@@ -265,7 +265,7 @@ def test_ceilings_of_an_older_program_are_measured_anew(tmp_path: Path) -> None:
     file, found = tmp_path / "ceilings.json", {"matmul": Ceiling(768.0, 760.0, "TFLOPs", 2.0, "8192^3")}
     ceilings_file.remember(file, "here", "a model", {"key": found})
     assert ceilings_file.recall(file)["key"].ceilings == found
-    file.write_text(file.read_text().replace("ceilings 3", "ceilings 2"))
+    file.write_text(file.read_text().replace("ceilings 4", "ceilings 3"))
     assert ceilings_file.recall(file) == {}
     ceilings_file.remember(file, "here", "a model", {"key": {"hbm": found["matmul"]}})
     assert set(ceilings_file.recall(file)["key"].ceilings) == {"hbm"}

@@ -18,7 +18,7 @@ from wsm.errors import UnusableInput
 BEYOND = 1e24
 """No figure of a run is as large: the operations of the longest are some 1e21. Sums and squares below it are finite."""
 MOST_BYTES = 64 << 20
-_KEYS_OF_OURS = {"batch_size", "traceEvents", "perplexity"}
+_KEYS_OF_OURS = {"schema_version", "batch_size", "traceEvents", "perplexity"}
 """Each of a result, a plan, a timeline and a quality, in any version, has one of them."""
 _NUMBERS = re.compile(r"\[\n\s+([-+.\w,\s]+?)\s+\]")
 """A list of numbers, one on each line: no text of the JSON has a line's end in it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,31 @@ def test_mixed_without_a_layer_on_the_ssd_says_what_it_is_and_packs_nothing(
     assert result["residency"]["ssd"]["layers"] == 0
     same, _ = run(*places, "--mode", same_as)
     assert same["output"]["sha256"] == result["output"]["sha256"]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    "places", [[], ["--gpu-cached-layers", 1], ["--gpu-cached-layers", 0, "--cpu-cache-layers", 9]]
+)
+def test_what_is_named_to_stream_from_the_ssd_can_be_given(
+    layers: int, places: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*more: object) -> str:
+        shape = ["--synthetic", f"Llama-3.2-1B:layers={layers}", "--cache-dir", tmp_path, "--out-json", os.devnull]
+        assert main([str(word) for word in ("plan", *shape, *FLAGS, *more)]) == 0
+        return capsys.readouterr().out
+
+    found = said(*places)
+    assert "no layer is left for the SSD" in found
+    if layers == 1:
+        assert "one layer is too few to stream from it" in found
+        return
+    most = dict(re.findall(r"at most (\d+) (--\S+)", found))
+    flags = {flag: int(value) for value, flag in most.items()}
+    if "fewer --cpu-cache-layers than are then left" in found:
+        flags["--cpu-cache-layers"] = layers - flags["--gpu-cached-layers"] - 1
+    given = [word for flag, value in flags.items() for word in (flag, value)]
+    assert "no layer is left for the SSD" not in said(*places, *given)
 
 
 def test_stream_with_all_layers_on_the_gpu_says_that_nothing_streams(

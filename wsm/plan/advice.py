@@ -80,13 +80,16 @@ def nothing_on_ssd(plan: Plan) -> list[str]:
     """A sentence where ``mixed`` has no layer to read from the SSD: its figures would pass for a drive's."""
     if plan.same_as is None:
         return []
-    residency, asked = plan.placement.residency, "fewer --gpu-cached-layers"
-    if plan.same_as == "stream":
-        now = plan.inputs.settings.cpu_cache_layers
-        asked = f"fewer than {residency.streamed_layers} --cpu-cache-layers (now {now})"
+    residency, settings = plan.placement.residency, plan.inputs.settings
+    if residency.streamed_layers >= 2:
+        most = f"at most {residency.streamed_layers - 1} --cpu-cache-layers (now {settings.cpu_cache_layers})"
+    else:  # one layer stays in CPU memory, and one is left for the SSD
+        gpu = f"at most {residency.n_layers - 2} --gpu-cached-layers (now {settings.gpu_cached_layers})"
+        most = f"{gpu} and fewer --cpu-cache-layers than are then left (now {settings.cpu_cache_layers})"
+    mend = f"to stream from it, give {most}" if residency.n_layers >= 2 else "one layer is too few to stream from it"
     return [
         f"no layer is left for the SSD: all {residency.n_layers} are on the GPU or in CPU memory, so this run equals "
-        f"--mode {plan.same_as}, and no figure is the drive's; to stream from it, give {asked}"
+        f"--mode {plan.same_as}, and no figure is the drive's; {mend}"
     ]
 
 

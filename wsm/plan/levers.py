@@ -151,7 +151,8 @@ def more_bytes(before: Plan, after: Plan) -> dict[str, int]:
 def changed_flags(before: PlanInputs, after: PlanInputs) -> list[str]:
     """The flags that lead from one set of inputs to the other, as they are typed; ``--auto`` is kept where it chose."""
     levers = [lever for lever in (MODE, *GIVEN_UP) if after.asked is None or lever.field not in CHOSEN]
-    return [lever.spelled(lever.value(after)) for lever in levers if lever.value(before) != lever.value(after)]
+    chunk = [] if after.chunk_tokens == before.chunk_tokens else [f"--prefill-chunk-tokens {after.chunk_tokens}"]
+    return [lever.spelled(lever.value(after)) for lever in levers if lever.value(before) != lever.value(after)] + chunk
 
 
 Good = Callable[[Plan], bool]

@@ -28,6 +28,7 @@ from wsm.plan.levers import (
     choose_settings,
     largest,
 )
+from wsm.plan.memory import FEWEST_CHUNK_TOKENS
 from wsm.plan.plan import Plan, make_plan
 from wsm.plan.time import ONE_SLOT, Ceiling, lasting, least_ms, pass_work, passes_of
 
@@ -70,7 +71,26 @@ def smallest_change(
     for mode in (inputs.settings.mode, *_OTHER_MODES[inputs.settings.mode]):
         for choice in _choices(inputs, MODE.at(inputs, mode)):
             best = search.over_rows(choice, best)
-    return None if best is None else search.turned_up(best.plan.inputs)
+    if best is None:
+        return _with_smaller_chunks(search, inputs)
+    return search.turned_up(best.plan.inputs)
+
+
+def _with_smaller_chunks(search: _Search, inputs: PlanInputs) -> PlanInputs | None:
+    """Where no other flag suffices: with prompts computed fewer tokens at a time, the most that fit; None if none do.
+
+    The automatic number grows with the budget, in steps, so a larger budget may take more than it has.
+    """
+    chunk = make_plan(inputs).chunk_tokens
+    if chunk <= FEWEST_CHUNK_TOKENS:
+        return None
+    found = smallest_change(replace(inputs, chunk_tokens=FEWEST_CHUNK_TOKENS), search.ceilings, search.most_gpu_bytes)
+    if found is None:
+        return None
+    while chunk := chunk // 2:
+        if search.good(make_plan(larger := replace(found, chunk_tokens=chunk))):
+            return larger
+    return found
 
 
 def _chosen_anew(inputs: PlanInputs, ceilings: Mapping[str, Ceiling]) -> PlanInputs | None:
@@ -129,13 +149,13 @@ class _Search:
     """What is looked for: plans that fit, and how one is better than another."""
 
     def __init__(self, original: PlanInputs, ceilings: Mapping[str, Ceiling], most_gpu_bytes: int | None) -> None:
-        self._original, self._ceilings, self._most_gpu_bytes = original, ceilings, most_gpu_bytes
+        self._original, self.ceilings, self.most_gpu_bytes = original, ceilings, most_gpu_bytes
 
     def good(self, plan: Plan) -> bool:
         return plan.fits_cpu and self._over_gpu(plan) <= 0
 
     def _over_gpu(self, plan: Plan) -> int:
-        limits = [limit for limit in (plan.gpu_budget_bytes, self._most_gpu_bytes) if limit is not None]
+        limits = [limit for limit in (plan.gpu_budget_bytes, self.most_gpu_bytes) if limit is not None]
         return plan.gpu_bytes - min(limits) if limits else 0
 
     def _rows(self, inputs: PlanInputs, rows: int) -> PlanInputs:
@@ -194,11 +214,11 @@ class _Search:
         return best
 
     def _found(self, plan: Plan, changes: int) -> _Found:
-        return _Found(plan, row_ms(plan, self._ceilings), changes)
+        return _Found(plan, row_ms(plan, self.ceilings), changes)
 
     def _may_pay(self, choice: PlanInputs, rows: int, best: _Found | None) -> bool:
         """Whether fewer rows could be better if they kept all layers."""
-        return best is None or row_ms(make_plan(self._rows(choice, rows)), self._ceilings) * _ALIKE_MS < best.row_ms
+        return best is None or row_ms(make_plan(self._rows(choice, rows)), self.ceilings) * _ALIKE_MS < best.row_ms
 
     def _most_rows(
         self, choice: PlanInputs, below: int, step: int, other_than: tuple[int, int] | None = None

@@ -56,7 +56,8 @@ def test_following_the_advice_fits_and_nothing_in_it_is_more_than_needed(
         assert not make_plan(follow(inputs, [flag for flag in flags if flag != left_out])).fits
         flag, value = left_out.split()
         if value.isdecimal():
-            one_more = [text if text != left_out else f"{flag} {int(value) + 1}" for text in flags]
+            more = 2 * int(value) if flag == "--prefill-chunk-tokens" else int(value) + 1
+            one_more = [text if text != left_out else f"{flag} {more}" for text in flags]
             assert not make_plan(follow(inputs, one_more)).fits
 
 
@@ -67,10 +68,29 @@ def follow(inputs: PlanInputs, flags: list[str]) -> PlanInputs:
         field = flag.removeprefix("--").replace("-", "_")
         if field == "batch_size":
             inputs = replace(inputs, shape=inputs.shape.with_batch(int(value)))
+        elif field == "prefill_chunk_tokens":
+            inputs = replace(inputs, chunk_tokens=int(value))
         else:
             changes: dict[str, Any] = {field: int(value) if value.isdecimal() else value}
             inputs = replace(inputs, settings=replace(inputs.settings, **changes))
     return inputs
+
+
+def test_where_a_smaller_budget_fits_a_larger_one_is_told_a_change_that_fits() -> None:
+    """The automatic chunk grows with the budget, in steps: where nothing else suffices, a smaller one is named."""
+    shape, hardware = RunShape(2, 3000, 8, 6000), Hardware("cpu", None, None, 0, 8 * GIB)
+    named, fits = set[str](), False
+    for budget_mb in range(10, 120, 2):
+        settings = Settings(mode="stream", gpu_cached_layers=2, gpu_mem_gb=budget_mb / 1024)
+        inputs = inputs_for(replace(TINY, n_layers=48, dim=256, ffn_dim=768), settings, shape, hardware)
+        fitting = smallest_change(inputs)
+        assert fitting is not None or not fits
+        if fitting is not None:
+            fits = True
+            flags = changed_flags(inputs, fitting)
+            assert make_plan(follow(inputs, flags)).fits
+            named |= {flag.split()[0] for flag in flags}
+    assert "--prefill-chunk-tokens" in named
 
 
 @given(config=small_models, chosen=placements, shape=shapes, hardware=machines)

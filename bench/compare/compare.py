@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from bench.result.types import METRICS, PASS_FIGURES, LinkRates, Result
 from bench.result.types_phases import Busy, Idle, Stall, Traffic
 from bench.result.types_speculation import Speculation
 from wsm.errors import UnusableInput
+from wsm.words import plural
 
 Cell = float | str | None
 Rows: TypeAlias = dict[str, Sequence[Cell]]
@@ -92,7 +94,7 @@ def _settings_run(result: Result) -> dict[str, Any]:
 
 
 def _figures(sides: Sequence[Side], typical: Sequence[Result | None]) -> Iterator[tuple[str, Sequence[Cell]]]:
-    yield "n", [f"{len(side.samples('e2e_ms'))} {side.sampled}" for side in sides]
+    yield "n", [side.sampled for side in sides]
     for metric in (*PASS_FIGURES, *METRICS):
         found = [side.samples(metric) for side in sides]
         yield f"median {metric}", [statistics.median(samples) if samples else None for samples in found]
@@ -204,19 +206,21 @@ def copied(sides: Sequence[Side]) -> list[list[str]]:
     """Of each side what of it is there twice: within it, or on a side before it."""
     held = [once(side.results).keys() for side in sides]
     return [
-        [
-            *(
-                [f"{side.copies} of its results are copies of another one: each process counts once"]
-                * (side.copies > 0)
-            ),
-            *(
-                f"{shared} of its results are those of {other.name}: a process on both sides compares nothing"
-                for other, theirs in zip(sides[:place], held, strict=False)
-                if (shared := len(theirs & held[place]))
-            ),
-        ]
-        for place, side in enumerate(sides)
+        [*_copies_within(side), *_shared_with(sides[:place], held[place], held)] for place, side in enumerate(sides)
     ]
+
+
+def _copies_within(side: Side) -> Iterator[str]:
+    if side.copies:
+        are = plural(side.copies, "is a copy", "are copies")
+        yield f"{side.copies} of its results {are} of another one: each process counts once"
+
+
+def _shared_with(others: Sequence[Side], own: AbstractSet[Any], held: Sequence[AbstractSet[Any]]) -> Iterator[str]:
+    for other, theirs in zip(others, held, strict=False):
+        if shared := len(theirs & own):
+            are = plural(shared, "is that", "are those")
+            yield f"{shared} of its results {are} of {other.name}: a process on both sides compares nothing"
 
 
 def _other_matmul(base: Result | None, side: Result | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from bench.result.sweep_folder import DESCRIPTION, Failure, Point, read_failure,
 from bench.result.types import Result
 from wsm.errors import UnusableInput
 from wsm.settings import CHOSEN
+from wsm.words import counted
 
 TRACE_SUFFIX = ".trace.json"
 """A timeline beside its result, ``mixed.trace.json`` beside ``mixed.json``; no result itself."""
@@ -41,8 +42,9 @@ class Side:
 
     @property
     def sampled(self) -> str:
-        """What the samples are."""
-        return "rounds" if len(self.results) == 1 else "processes"
+        """How many samples there are, and of what."""
+        count = len(self.samples("e2e_ms"))
+        return counted(count, "round") if len(self.results) == 1 else counted(count, "process", "processes")
 
     @property
     def typical(self) -> Result | None:

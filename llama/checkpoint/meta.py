@@ -16,6 +16,7 @@ from llama.config import ModelConfig
 from llama.files import AGAIN, read_json, refuse_pointer
 from llama.names import BY_COLUMNS, Cut
 from wsm.errors import UnusableInput
+from wsm.words import counted
 
 MOST_SHARDS = 8
 _EMBEDDING = "tok_embeddings.weight"
@@ -71,7 +72,7 @@ class MetaCheckpoint(Checkpoint):
             shape = tuple(size // len(parts) if axis == place else size for place, size in enumerate(shape))
         for path, part in zip(self._shards, parts, strict=True):
             stored = Stored(path, name, str(part.dtype).removeprefix("torch."), tuple(part.shape))
-            base.check_stored(stored, shape, f"params.json, over {len(parts)} shard(s),")
+            base.check_stored(stored, shape, f"params.json, over {counted(len(parts), 'shard')},")
         return stored
 
     def fill(self, name: str, out: Tensor, cut: Cut) -> None:

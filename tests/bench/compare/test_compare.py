@@ -292,14 +292,14 @@ def test_a_process_on_two_sides_is_told_though_none_of_them_is_the_base(
         stored(tmp_path / f"{n}.json", varied(measured, s)) for n, s in (("a", BASE), ("b", SLOWER), ("c", SLOWER))
     ]
     told = as_text(compare(read_sides(paths)))
-    assert "  C: 1 of its results are those of b: a process on both sides compares nothing" in told.splitlines()
+    assert "  C: 1 of its results is that of b: a process on both sides compares nothing" in told.splitlines()
 
 
 def test_a_process_on_both_sides_is_told(measured: Mapping[str, Any], tmp_path: Path) -> None:
     one = stored(tmp_path / "a.json", varied(measured, BASE))
     two = stored(tmp_path / "b.json", varied(measured, BASE))
     text = as_text(compare(read_sides([one, two])))
-    assert "  B: 1 of its results are those of a: a process on both sides compares nothing" in text.splitlines()
+    assert "  B: 1 of its results is that of a: a process on both sides compares nothing" in text.splitlines()
 
 
 @pytest.mark.parametrize("output", ["text", "md", "csv"])

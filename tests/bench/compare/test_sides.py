@@ -32,7 +32,7 @@ def refusal(*paths: Path) -> str:
 
 def test_the_samples_of_one_result_are_its_rounds(measured: Mapping[str, Any], tmp_path: Path) -> None:
     [side] = read_sides([stored(tmp_path / "a.json", varied(measured, [5, 6, 7]))])
-    assert (side.name, side.sampled, side.samples("e2e_ms")) == ("a", "rounds", [5, 6, 7])
+    assert (side.name, side.sampled, side.samples("e2e_ms")) == ("a", "3 rounds", [5, 6, 7])
 
 
 def test_the_samples_of_several_results_are_one_each(measured: Mapping[str, Any], tmp_path: Path) -> None:

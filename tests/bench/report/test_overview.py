@@ -68,7 +68,7 @@ def test_the_same_result_twice_is_told_on_the_page_and_the_terminal(
 ) -> None:
     one, out = str(stored(tmp_path / "r.json", measured)), tmp_path / "r.html"
     assert main(["report", one, one, "--out", str(out)]) == 0
-    told = f"B: 1 of its results are those of {one}: a process on both sides compares nothing"
+    told = f"B: 1 of its results is that of {one}: a process on both sides compares nothing"
     assert f"[WARNING] {told}\n" in capsys.readouterr().out
     assert html.escape(told) in out.read_text(encoding="utf-8")
 

@@ -475,7 +475,7 @@ META_DAMAGE: dict[str, tuple[Change, str]] = {
         "git lfs pull",
     ),
     "first shard missing": (lambda d: (d / "consolidated.00.pth").unlink(), "lacks consolidated.00.pth"),
-    "last shard missing": (lambda d: (d / "consolidated.01.pth").unlink(), "params.json, over 1 shard(s), asks for"),
+    "last shard missing": (lambda d: (d / "consolidated.01.pth").unlink(), "params.json, over 1 shard, asks for"),
     "no shards": (
         lambda d: [path.unlink() for path in d.glob("*.pth")],
         "params.json but no consolidated.NN.pth",

@@ -40,7 +40,7 @@ def test_the_samples_of_several_results_are_one_each(measured: Mapping[str, Any]
     for place, rounds in enumerate(([5, 6, 7], [8, 9, 10])):
         stored(tmp_path / "mixed" / f"r{place}.json", varied(measured, rounds))
     [side] = read_sides([tmp_path / "mixed"])
-    assert (side.name, side.sampled, side.samples("e2e_ms")) == ("mixed", "processes", [6, 9])
+    assert (side.name, side.sampled, side.samples("e2e_ms")) == ("mixed", "2 processes", [6, 9])
     assert side.typical is not None
     assert side.typical.e2e_ms == 6
 

@@ -24,7 +24,7 @@ from bench.result.results import held_result, significant
 from bench.run.calibrate import calibrated
 from bench.run.ceilings import recall_near
 from bench.run.job import BAD_STORE, DONE
-from bench.run.outputs import check_writable, nothing_streams, write_figures
+from bench.run.outputs import check_writable, write_figures
 from bench.run.prompts import batch_prompts, shape_of
 from llama.checkpoint import Checkpoint, WeightlessCheckpoint, has_weights, open_checkpoint
 from llama.drafting import planned_shape
@@ -35,7 +35,7 @@ from llama.parallel.world import World
 from llama.plans import hardware_here, plan_run, plans_by_format
 from wsm.errors import UnusableInput
 from wsm.layout.model import Shard
-from wsm.plan.advice import check_fits, describe, unused_memory
+from wsm.plan.advice import check_fits, describe, nothing_streams, unused_memory
 from wsm.plan.by_format import by_format, shown_by_format
 from wsm.plan.hardware import GIB, Hardware
 from wsm.plan.levers import auto_flags

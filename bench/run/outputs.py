@@ -28,7 +28,7 @@ from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
 from wsm.formats.backend import decoder
 from wsm.option import options_of
-from wsm.plan.advice import budget_text, nothing_on_ssd, ran_out
+from wsm.plan.advice import budget_text, nothing_on_ssd, nothing_streams, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
 from wsm.plan.time import Ceiling
@@ -76,16 +76,6 @@ def warnings_of(user_set: Sequence[str], plan: Plan) -> list[str]:
     names = ", ".join(sorted(name for name in user_set if name.startswith("WSM_KV_THROTTLE")))
     said = f"{names}: no effect, since all KV is on the compute device: nothing is written back"
     return [*([said] if names and not plan.kv.below else []), *nothing_on_ssd(plan), *nothing_streams(plan)]
-
-
-def nothing_streams(plan: Plan) -> list[str]:
-    """A sentence where ``stream`` has no layer below the GPU: its figures would pass for the link's."""
-    if plan.placement.mode != "stream" or "CPU" in plan.way:
-        return []
-    return [
-        f"no layer is left to stream: all {plan.placement.residency.n_layers} are on the GPU, so this run equals "
-        "--mode preload, and no weights cross the link in a pass; to stream, give fewer --gpu-cached-layers"
-    ]
 
 
 @contextlib.contextmanager

@@ -93,6 +93,16 @@ def nothing_on_ssd(plan: Plan) -> list[str]:
     ]
 
 
+def nothing_streams(plan: Plan) -> list[str]:
+    """A sentence where ``stream`` has no layer below the GPU: its figures would pass for the link's."""
+    if plan.placement.mode != "stream" or "CPU" in plan.way:
+        return []
+    return [
+        f"no layer is left to stream: all {plan.placement.residency.n_layers} are on the GPU, so this run equals "
+        "--mode preload, and no weights cross the link in a pass; to stream, give fewer --gpu-cached-layers"
+    ]
+
+
 def unused_memory(plan: Plan) -> str:
     """A sentence where much memory is left that layers from below could have; empty where there is none."""
     residency, layer = plan.placement.residency, plan.inputs.slot_bytes()

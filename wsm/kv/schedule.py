@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import add
 
 from torch import Tensor
 
@@ -83,6 +84,11 @@ class _Pass:
     used: int = 0
     entered_before: dict[Unit, int] = field(default_factory=dict)
 
+    def lengths(self, pass_no: int) -> tuple[list[int], list[int]]:
+        """Tokens of all rows before and after a pass like the one that was begun."""
+        grown = [(pass_no - self.origin) * (new - old) for old, new in zip(self.before, self.after, strict=True)]
+        return list(map(add, self.before, grown)), list(map(add, self.after, grown))
+
 
 class KVSchedule(SharedState):
     """One owner of every window, slot and unit. Everything below is read and written under ``_lock`` alone.
@@ -126,13 +132,9 @@ class KVSchedule(SharedState):
         decoding = all(after[row] - before[row] <= 1 for row in range(len(before)))
         with self._lock:
             self.passes += 1
-            now, later = self._pass, self.passes - 1 - self._pass.origin
-            grown = [new - old for old, new in zip(now.before, now.after, strict=True)]
-            expected = [
-                (old + later * more, old + (later + 1) * more) for old, more in zip(now.before, grown, strict=True)
-            ]
+            now = self._pass
             alike = (now.stretches, now.k) == (tuple(stretches), k) and now.decoding and decoding
-            if (alike and expected == list(zip(before, after, strict=True))) or not self._units:
+            if (alike and now.lengths(self.passes - 1) == (list(before), list(after))) or not self._units:
                 return
             self._epoch += 1
             self._free.extend(fetch.room for fetch in self._ready)
@@ -180,10 +182,10 @@ class KVSchedule(SharedState):
             self._wake()
 
     def _lengths(self, unit: Unit, pass_no: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens of the unit's rows before and after a pass like the one that was begun."""
-        now, rows = self._pass, self._layout.rows_of(unit.stretch)
-        grown = [(pass_no - now.origin) * (after - before) for before, after in zip(now.before, now.after, strict=True)]
-        return tuple(now.before[row] + grown[row] for row in rows), tuple(now.after[row] + grown[row] for row in rows)
+        """:meth:`_Pass.lengths` of the unit's rows."""
+        before, after = self._pass.lengths(pass_no)
+        rows = self._layout.rows_of(unit.stretch)
+        return tuple(before[row] for row in rows), tuple(after[row] for row in rows)
 
     def active(self, unit: Unit, row: int) -> bool:
         """Whether a row of the unit, counted from its first, may be asked for again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import count, takewhile
 from typing import NamedTuple
 
 from wsm.plan.hardware import GIB, MIB
@@ -87,10 +88,9 @@ def _with_smaller_chunks(search: _Search, inputs: PlanInputs) -> PlanInputs | No
     found = smallest_change(replace(inputs, chunk_tokens=FEWEST_CHUNK_TOKENS), search.ceilings, search.most_gpu_bytes)
     if found is None:
         return None
-    while chunk := chunk // 2:
-        if search.good(make_plan(larger := replace(found, chunk_tokens=chunk))):
-            return larger
-    return found
+    halves = takewhile(lambda tokens: tokens > FEWEST_CHUNK_TOKENS, (chunk >> times for times in count(1)))
+    larger = (replace(found, chunk_tokens=tokens) for tokens in halves)
+    return next((each for each in larger if search.good(make_plan(each))), found)
 
 
 def _chosen_anew(inputs: PlanInputs, ceilings: Mapping[str, Ceiling]) -> PlanInputs | None:

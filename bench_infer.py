@@ -118,12 +118,10 @@ def run(options: RunOptions, argv: Sequence[str], user_set: Sequence[str], job: 
     # Plan: what is read, how much is to be computed, and what will be where.
     with reporter.doing("reading what the run needs"):
         inputs = open_inputs(options, job.world)
-        cut = list[str]()
-        prompts = batch_prompts(options, inputs, cut.append)
+        prompts, cut = batch_prompts(options, inputs)
         job.world.agree(facts_of(options, prompts))
         shape, ceilings = shape_of(prompts, options), recall_near(options, inputs)
-    for line in cut:
-        reporter.say(f"[INFO] {line}")
+    reporter.notes(cut)
     find_store(options, inputs, shape, reporter, ceilings)
     with reporter.doing("planning"):
         plan = plan_run(options, inputs, shape)

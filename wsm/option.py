@@ -182,6 +182,11 @@ def unused(cls: type, name: str) -> Any:
     return dataclasses.field(default=options_of(cls)[name].default, init=False)
 
 
+def is_default(options: Any, name: str) -> bool:
+    """Whether a declared field has the value that it has when it is left out."""
+    return bool(getattr(options, name) == options_of(type(options))[name].default)
+
+
 def options_of(cls: type) -> Mapping[str, Option]:
     """The declarations of a dataclass by name, its bases' first; fields that are no options are left out."""
     return _declared(cls)

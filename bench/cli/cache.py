@@ -20,7 +20,7 @@ from wsm.disk.direct import lock as lock_target
 from wsm.disk.files import read_json
 from wsm.disk.targets import free_bytes
 from wsm.errors import UnusableInput
-from wsm.option import options_of
+from wsm.option import is_default
 
 _PARTS = re.compile(r"(.+-[0-9a-f]{16}|ceilings\.[0-9a-f]{16})\.(?:json|wsm|lock)")
 """A packed store's files, and a machine's ceilings; those of older programs too."""
@@ -127,7 +127,7 @@ def run_cache(options: CacheOptions) -> int:
     """List, or clear after a question; what runs use stays."""
     folder, names = options.cache_dir.expanduser(), options.words[1:]
     if not folder.exists():
-        if options.cache_dir != options_of(CacheOptions)["cache_dir"].default:
+        if not is_default(options, "cache_dir"):
             raise UnusableInput(f"--cache-dir {folder} does not exist: name the one that runs were given")
         print(f"[INFO] {folder} does not exist: no run has kept anything there yet")
         return 0

@@ -62,8 +62,8 @@ def run_plan(options: PlanOptions, argv: Sequence[str]) -> int:
     device = "cpu" if elsewhere and not torch.cuda.is_available() else options.device
     inputs = _opened(replace(options, device=device), World(Shard(0, ranks), Shard(0, ranks)))
     hardware = _hardware(options, inputs, machine, elsewhere)
-    cut = list[str]()
-    plan = plan_run(options, inputs, shape_of(batch_prompts(options, inputs, cut.append), options), hardware)
+    prompts, cut = batch_prompts(options, inputs)
+    plan = plan_run(options, inputs, shape_of(prompts, options), hardware)
     for line in cut:
         print(f"[INFO] {line}", file=sys.stderr if options.output else sys.stdout)
     ceilings = _rates(options, inputs, machine, plan)

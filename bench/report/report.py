@@ -10,7 +10,7 @@ from bench.options.program import called
 from bench.options.verb_flags import ReportOptions
 from bench.report.charts import overview_charts, side_charts, sweep_charts
 from bench.report.timeline import timelines_of
-from wsm.disk.atomic import check_folder, write_atomically
+from wsm.disk.atomic import check_folder, nearest, write_atomically
 from wsm.disk.files import begins_with
 from wsm.errors import UnusableInput
 from wsm.words import counted
@@ -49,7 +49,7 @@ def _check_places(out: Path, png: Path | None, read: Sequence[Path]) -> None:
         raise UnusableInput(f"--out {out} is there and holds no page that can be read: name another, or move it away")
     check_folder(out.absolute().parent, f"--out {out}")
     if png is not None:
-        there = next(place for place in (png.absolute(), *png.absolute().parents) if place.exists())
+        there = nearest(png)
         if not there.is_dir() or png.absolute() == out.absolute():
             raise UnusableInput(f"--png {png} is no folder and cannot become one: name another")
         check_folder(there, f"--png {png}")

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from tqdm import tqdm
@@ -94,6 +94,11 @@ class ConsoleReporter(Reporter):
             with self._terminal:
                 self._clear()
                 print(line, flush=True)
+
+    def notes(self, lines: Iterable[str]) -> None:
+        """Each as a line of information."""
+        for line in lines:
+            self.say(f"[INFO] {line}")
 
     def doing(self, what: str) -> AbstractContextManager[Callable[[int], None]]:
         """Something whose length is not known before."""

@@ -27,7 +27,7 @@ from wsm.disk.atomic import NO_ROOM, check_folder, write_atomically
 from wsm.engine.records import Records
 from wsm.errors import DoesNotFit, KVDeviceError, StoreError, UnusableInput
 from wsm.formats.backend import decoder
-from wsm.option import options_of
+from wsm.option import is_default
 from wsm.plan.advice import budget_text, nothing_on_ssd, nothing_streams, ran_out
 from wsm.plan.levers import auto_flags
 from wsm.plan.plan import Plan
@@ -58,8 +58,7 @@ def say_plan(reporter: ConsoleReporter, options: RunOptions, inputs: Inputs, pla
         reporter.say(f"[MODE-DECISION] use_raw_ssd=True raw_device={device}")
         reporter.say("[INFO] raw-ssd mode: large weights replaced with CPU stubs")
         reporter.say("[WSM] Initializing SSD backend...")
-    for note in (*plan.notes, *nothing_on_ssd(plan), *nothing_streams(plan)):
-        reporter.say(f"[INFO] {note}")
+    reporter.notes([*plan.notes, *nothing_on_ssd(plan), *nothing_streams(plan)])
     if reporter.verbose:
         reporter.say(budget_text(plan))
 
@@ -121,17 +120,13 @@ def print_result(
             reporter.say(f"\n[INFO] the result, with all details, is in {place}")
             if written.replaced is not None:
                 before = f"the result{_time_of(written.replaced)} that was there"
-                mend = "--out-json NAME" if _is_default("out_json", options) else "another --out-json NAME"
+                mend = "--out-json NAME" if is_default(options, "out_json") else "another --out-json NAME"
                 reporter.say(f"[INFO] {before} was replaced; {mend} keeps both")
             reporter.say(f"详细 JSON 已保存到: {place}")
     if stopped_by is not None:
         kept, where = result.repeats.n, "lost" if place is None else f"in {place}"
         done = f"{kept} of {counted(options.repeats, 'repeat')} {plural(kept, 'is', 'are')} {where}"
         print(f"bench_infer.py: interrupted by {name_of(stopped_by)}; {done}", file=sys.stderr)
-
-
-def _is_default(name: str, options: RunOptions) -> bool:
-    return bool(getattr(options, name) == options_of(RunOptions)[name].default)
 
 
 def _time_of(found: Mapping[str, Any]) -> str:

@@ -30,8 +30,8 @@ batch_size max_new_tokens max_seq_len temperature top_p seed ignore_eos topk_blk
 """
 
 
-def batch_prompts(options: RunOptions, inputs: Inputs, note: Callable[[str], None]) -> list[list[int]]:
-    """The token ids of the prompts that fill the batch, special ones among them; ``note`` gets a line on what was cut.
+def batch_prompts(options: RunOptions, inputs: Inputs) -> tuple[list[list[int]], list[str]]:
+    """The token ids of the prompts that fill the batch, special ones among them, and a sentence where some were cut.
 
     Of each at most ``max_seq_len - max_new_tokens``, the last ones, and of a text also the special ids that the model's
     tokenizer puts around it; random ids have none, and need no tokenizer. They fill the batch, repeated, only once it
@@ -52,14 +52,15 @@ def batch_prompts(options: RunOptions, inputs: Inputs, note: Callable[[str], Non
             whole = [encode_prompt(inputs.tokenizer, text) for text in texts[: options.batch_size]]
         if [] in whole:
             raise UnusableInput(f"prompt {whole.index([])} gives no token with the model's tokenizer: leave it out")
+    cut = list[str]()
     if long := [len(prompt) for prompt in whole if len(prompt) > most]:
-        note(
+        cut.append(
             f"{len(long)} of {counted(len(whole), 'prompt')} cut to the last {counted(most, 'token')} (the longest had "
             f"{max(long)}; --max-seq-len {max(long) + options.max_new_tokens} keeps it whole)"
         )
     if options.prompt_len is not None:
-        return [prompt[-most:] for prompt in whole]
-    return [keep_last(inputs.tokenizer, prompt, most) for prompt in whole]
+        return [prompt[-most:] for prompt in whole], cut
+    return [keep_last(inputs.tokenizer, prompt, most) for prompt in whole], cut
 
 
 def _chats(options: RunOptions, inputs: Inputs, path: Path) -> list[list[int]]:

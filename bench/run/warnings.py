@@ -11,7 +11,7 @@ import torch
 from bench.result.types_machine import KV, BytesPerPass
 from bench.result.types_phases import DecodedWeights, Phase
 from wsm.engine.stretch import MoveRate, together
-from wsm.plan.time import STEADY_PCT, Ceiling, ceiling_of
+from wsm.plan.time import STEADY_PCT, Ceiling, Work, ceiling_of, parts_ms
 from wsm.words import counted, plural
 
 FEWEST_FOR_OUTLIER, FEWEST_FOR_TREND = 4, 5
@@ -158,8 +158,10 @@ def unmeasured(
     device: torch.device, ceilings: Mapping[str, Ceiling], phases: Mapping[str, Phase], *, no_probe: bool
 ) -> Iterator[str]:
     """Why figures are null or mean little."""
-    of_phases = (name for phase in phases.values() if phase.floor_ms is None for name in _needed(phase))
-    if lacking := [name for name in dict.fromkeys(of_phases) if name not in ceilings]:
+    unknown_floors = (_work_of(phase) for phase in phases.values() if phase.floor_ms is None)
+    rates = {name: ceiling.value for name, ceiling in ceilings.items()}
+    parts = (part for work in unknown_floors for part in parts_ms(work, rates).items())
+    if lacking := [*dict.fromkeys(ceiling_of(bound) for bound, ms in parts if ms is None)]:
         what = f"no ceiling of {' and '.join(lacking)}" if ceilings else "no ceilings"
         unknown = "floor and roofline are not known"
         if no_probe:
@@ -175,17 +177,16 @@ def unmeasured(
         yield "the compute device is the CPU: GPU figures are null, and roofline_pct is informative only"
 
 
-def _needed(phase: Phase) -> Iterator[str]:
-    """The ceilings of what a phase moved, computed and decoded: its floor takes them all."""
+def _work_of(phase: Phase) -> Work:
+    """What a phase moved, computed and decoded."""
     moved, decoded = phase.bytes_moved, phase.decoded_weights
-    amounts = {
-        "hbm": phase.hbm_bytes,
-        "matmul": phase.flops,
-        "weight_decode": decoded.bytes if isinstance(decoded, DecodedWeights) else 0,
-        "h2d": moved.weight_h2d + moved.kv_h2d,
-        "d2h": moved.kv_d2h,
-        "ssd": moved.ssd_read,
-        "kv_read": moved.kv_read,
-        "kv_write": moved.kv_write,
-    }
-    return (name for name, amount in amounts.items() if amount)
+    return Work(
+        ssd_bytes=moved.ssd_read,
+        h2d_bytes=moved.weight_h2d + moved.kv_h2d,
+        d2h_bytes=moved.kv_d2h,
+        hbm_bytes=phase.hbm_bytes,
+        flops=phase.flops,
+        decoded_bytes=decoded.bytes if isinstance(decoded, DecodedWeights) else 0,
+        kv_read_bytes=moved.kv_read,
+        kv_write_bytes=moved.kv_write,
+    )

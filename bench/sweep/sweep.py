@@ -21,7 +21,7 @@ from bench.result.results import read_result
 from bench.result.sweep_folder import DESCRIPTION, Failure, Outcomes, Point, outcomes_in, read_description, write_json
 from bench.result.types import PASS_FIGURES, Result
 from wsm import stop
-from wsm.disk.atomic import check_folder, locked
+from wsm.disk.atomic import check_folder, locked, nearest
 from wsm.errors import UnusableInput
 from wsm.settings import ECHOED_ONLY, PRESETS
 from wsm.stop import Stopped
@@ -117,7 +117,7 @@ def _opened(options: SweepOptions, wanted: Mapping[str, object]) -> Iterator[Non
     folder = options.out_dir
     if folder.exists() and not folder.is_dir():
         raise UnusableInput(f"--out-dir {folder} is no folder: name another")
-    check_folder(next(place for place in (folder, *folder.absolute().parents) if place.exists()), f"--out-dir {folder}")
+    check_folder(nearest(folder), f"--out-dir {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another sweep is running in --out-dir {folder}: wait for it, or name another"
     with locked(folder / ".lock", f"--out-dir {folder}", busy=busy):

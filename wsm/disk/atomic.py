@@ -81,6 +81,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or else what is there of the way to it: where it would be made."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 def check_folder(folder: Path, label: str) -> None:
     """UnusableInput, with ``label`` (a flag and its path) in the sentence, where no file can be made in ``folder``."""
     if not folder.is_dir():
